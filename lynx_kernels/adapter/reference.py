@@ -1,0 +1,129 @@
+"""The definition of the adapter, in plain PyTorch.
+
+    y = x + scale * (act(LayerNorm(x) Wd^T + bd) Wu^T + bu)
+
+Products run in the dtype of the weights, statistics and the residual sum in fp32 (fp64 for fp64 inputs), and the
+output has the dtype of x. Shapes: T tokens, width d, bottleneck r.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+ACTIVATIONS = {
+    "silu": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+_ACTIVATION_GRADIENTS = {
+    "silu": torch.ops.aten.silu_backward,
+    "relu": lambda gradient, x: torch.ops.aten.threshold_backward(gradient, x, 0),
+    "gelu": torch.ops.aten.gelu_backward,
+    "gelu_tanh": lambda gradient, x: torch.ops.aten.gelu_backward(gradient, x, approximate="tanh"),
+}
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics and sums: at least fp32, and never narrower than the input."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
+
+
+def forward(
+    x: Tensor,  # (T, d)
+    norm_weight: Tensor | None,  # (d,)
+    norm_bias: Tensor | None,  # (d,)
+    down_weight: Tensor,  # (r, d)
+    down_bias: Tensor | None,  # (r,)
+    up_weight: Tensor,  # (d, r)
+    up_bias: Tensor | None,  # (d,)
+    scale: Tensor,  # ()
+    eps: float,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the output (T, d) and what backward needs: mean (T,), rstd (T,) and the pre-activation (T, r)."""
+    compute = down_weight.dtype
+    x_wide = x.to(wide(x.dtype))
+    mean, rstd = _statistics(x_wide, eps, norm_weight is not None)
+    normalized = _normalize(x_wide, mean, rstd, norm_weight, norm_bias).to(compute)  # (T, d)
+    preactivation = F.linear(normalized, down_weight, _cast(down_bias, compute))  # (T, r)
+    up = F.linear(ACTIVATIONS[activation](preactivation), up_weight, _cast(up_bias, compute))  # (T, d)
+    out = x_wide + scale.to(x_wide.dtype) * up.to(x_wide.dtype)
+    return out.to(x.dtype), mean, rstd, preactivation
+
+
+def _statistics(x: Tensor, eps: float, has_norm: bool) -> tuple[Tensor, Tensor]:
+    if not has_norm:
+        return x.new_empty(0), x.new_empty(0)
+    mean = x.mean(-1)  # (T,)
+    variance = (x - mean[:, None]).square().mean(-1)  # two passes: the one-pass form fails where |mean| >> std
+    return mean, torch.rsqrt(variance + eps)
+
+
+def _normalize(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    if weight is None:
+        return x
+    normalized = (x - mean[:, None]) * rstd[:, None] * weight.to(x.dtype)
+    return normalized if bias is None else normalized + bias.to(x.dtype)
+
+
+def backward(
+    grad: Tensor,  # (T, d)
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    scale: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    preactivation: Tensor,  # (T, r)
+    activation: str,
+    needs: list[bool],  # which of the eight tensor arguments of forward want a gradient
+) -> list[Tensor]:
+    """Return the gradients that ``needs`` asks for, in the order of forward's arguments; the rest is not computed."""
+    needs_x, needs_norm, needs_norm_bias, needs_down, needs_down_bias, needs_up, needs_up_bias, needs_scale = needs
+    compute = down_weight.dtype
+    x_input, x = x, x.to(wide(x.dtype))
+    grad = grad.to(x.dtype)
+    activated = ACTIVATIONS[activation](preactivation)  # (T, r)
+    grad_up = (scale.to(grad.dtype) * grad).to(compute)  # (T, d), into the up-projection's output
+    grad_preactivation = _ACTIVATION_GRADIENTS[activation](grad_up @ up_weight, preactivation)  # (T, r)
+    gradients = {}
+    if needs_scale:
+        up = F.linear(activated, up_weight, _cast(up_bias, compute))
+        gradients["scale"] = (grad * up.to(grad.dtype)).sum().reshape(scale.shape)
+    if needs_up:
+        gradients["up_weight"] = grad_up.t() @ activated
+    if needs_up_bias:
+        gradients["up_bias"] = grad_up.to(grad.dtype).sum(0)
+    if needs_down:
+        normalized = _normalize(x, mean, rstd, norm_weight, norm_bias).to(compute)
+        gradients["down_weight"] = grad_preactivation.t() @ normalized
+    if needs_down_bias:
+        gradients["down_bias"] = grad_preactivation.to(grad.dtype).sum(0)
+    if needs_x or needs_norm or needs_norm_bias:
+        grad_normalized = (grad_preactivation @ down_weight).to(grad.dtype)  # (T, d)
+        if norm_weight is None:
+            gradients["x"] = grad + grad_normalized
+        else:
+            standardized = (x - mean[:, None]) * rstd[:, None]  # (T, d)
+            grad_standardized = grad_normalized * norm_weight.to(grad.dtype)
+            along = (grad_standardized * standardized).mean(-1, keepdim=True)
+            centred = grad_standardized - grad_standardized.mean(-1, keepdim=True) - standardized * along
+            gradients["x"] = grad + rstd[:, None] * centred
+            gradients["norm_weight"] = (grad_normalized * standardized).sum(0)
+            gradients["norm_bias"] = grad_normalized.sum(0)
+    inputs = {
+        "x": x_input, "norm_weight": norm_weight, "norm_bias": norm_bias, "down_weight": down_weight,
+        "down_bias": down_bias, "up_weight": up_weight, "up_bias": up_bias, "scale": scale,
+    }  # fmt: skip
+    return [
+        gradients[name].to(tensor.dtype) for (name, tensor), needed in zip(inputs.items(), needs, strict=True) if needed
+    ]

@@ -1,0 +1,53 @@
+"""Attention of query segments to spans of other tokens, as their SpanLayout says."""
+
+from torch import Tensor
+
+from lynx_kernels import dispatch
+from lynx_kernels.attention import reference
+from lynx_kernels.attention.operator import check_heads, check_rows, define_attention, resolve_scale
+from lynx_kernels.layout import SpanLayout
+
+_IMPLEMENTATIONS = dispatch.Operation(
+    "cross_attention",
+    dispatch.Implementation("reference", reference.cross_attention, reference.cross_attention_backward),
+)
+
+
+def cross_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: SpanLayout,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    impl: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention in which every query sees the span of keys that ``layout`` gives its segment.
+
+    Args:
+        q: (Q, H, D), fp64, fp32, fp16 or bf16, any strides.
+        k, v: (K, Hkv, D); query head h reads key head ``h // (H / Hkv)``.
+        layout: the segments of the Q queries and their spans of the K keys, on the same device.
+        scale: of the scores before the softmax, 1 / sqrt(D) by default.
+        return_lse: also return the log of each query's softmax denominator, differentiable; -inf over an empty span.
+        impl: an implementation by name; None takes the best that can run.
+
+    Returns:
+        (Q, H, D) in the dtype of q, 0 over an empty span; with ``return_lse`` also (Q, H) in fp32 (fp64 for fp64).
+
+    Raises:
+        ValueError: shapes or devices do not fit, or the layout describes other numbers of queries or keys.
+        TypeError: ``layout`` is no SpanLayout, a tensor is not floating point, or a DTensor.
+    """
+    if not isinstance(layout, SpanLayout):
+        raise TypeError(f"cross_attention: layout is a {type(layout).__name__}, expected a SpanLayout")
+    check_heads("cross_attention", 3, q, k=k, v=v)
+    queries, keys = layout.num_queries, layout.num_keys
+    check_rows("cross_attention", layout.segments, q=(q, queries), k=(k, keys), v=(v, keys))
+    impl = _IMPLEMENTATIONS.choose(impl, q, k, v)
+    out, lse = _OPERATOR(q, k, v, layout.segments, resolve_scale(scale, q), impl)
+    return (out, lse) if return_lse else out
+
+
+_OPERATOR = define_attention(_IMPLEMENTATIONS, ("q", "k", "v"), ("segments",), "float scale")

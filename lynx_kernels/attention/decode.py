@@ -1,0 +1,86 @@
+"""Attention of the newest tokens of many branches to a cache in which a root's keys stand once."""
+
+from torch import Tensor
+
+from lynx_kernels import dispatch
+from lynx_kernels.attention import reference
+from lynx_kernels.attention.operator import check_heads, define_attention, resolve_scale
+
+_IMPLEMENTATIONS = dispatch.Operation(
+    "prefix_attention_decode",
+    dispatch.Implementation("reference", reference.prefix_attention_decode, reference.prefix_attention_decode_backward),
+)
+
+
+def prefix_attention_decode(
+    q: Tensor,
+    root_k: Tensor,
+    root_v: Tensor,
+    branch_k: Tensor,
+    branch_v: Tensor,
+    branch_to_root: Tensor,
+    root_lengths: Tensor,
+    branch_lengths: Tensor,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    impl: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention of each branch's newest tokens to its root's keys and its own.
+
+    A root (a picture, a shared prompt) is cached once, however many branches (beams, answers) read it. The queries of
+    a branch are its last Q tokens, whose keys the branch's cache already holds; among themselves they are causal.
+
+    Args:
+        q: (B, Q, H, D), fp64, fp32, fp16 or bf16, any strides; B branches.
+        root_k, root_v: (R, Lr, Hkv, D), of which the first ``root_lengths`` of each root are read.
+        branch_k, branch_v: (B, Lb, Hkv, D), of which the first ``branch_lengths`` of each branch are read.
+        branch_to_root: (B,) int32 or int64, the root of each branch; values on the device are not checked.
+        root_lengths: (R,) int32 or int64, 0 to Lr.
+        branch_lengths: (B,) int32 or int64, Q to Lb, the queries' own keys counted.
+        scale: of the scores before the softmax, 1 / sqrt(D) by default.
+        return_lse: also return the log of each query's softmax denominator.
+        impl: an implementation by name; None takes the best that can run.
+
+    Returns:
+        (B, Q, H, D) in the dtype of q; with ``return_lse`` also (B, Q, H) in fp32 (fp64 for fp64).
+
+    Raises:
+        ValueError: shapes or devices do not fit; the message names the argument.
+        TypeError: an index tensor is not int32 or int64, another not floating point, or one is a DTensor.
+    """
+    operation = "prefix_attention_decode"
+    caches = {"root_k": root_k, "root_v": root_v, "branch_k": branch_k, "branch_v": branch_v}
+    indices = {"branch_to_root": branch_to_root, "root_lengths": root_lengths, "branch_lengths": branch_lengths}
+    check_heads(operation, 4, q, **caches)
+    dispatch.require_same_device(operation, q.device, **indices)
+    num_branches, num_roots = q.shape[0], root_k.shape[0]
+    if root_v.shape != root_k.shape or branch_v.shape != branch_k.shape:
+        raise ValueError(
+            f"{operation}: keys and values differ in shape: root {tuple(root_k.shape)} and {tuple(root_v.shape)}, "
+            f"branch {tuple(branch_k.shape)} and {tuple(branch_v.shape)}"
+        )
+    if branch_k.shape[0] != num_branches:
+        raise ValueError(f"{operation}: branch_k holds {branch_k.shape[0]} branches, q {num_branches}")
+    if branch_k.shape[1] < q.shape[1]:
+        raise ValueError(
+            f"{operation}: branch_k holds {branch_k.shape[1]} keys a branch, fewer than the {q.shape[1]} queries of q, "
+            "whose own keys belong there"
+        )
+    expected = {"branch_to_root": num_branches, "root_lengths": num_roots, "branch_lengths": num_branches}
+    for name, length in expected.items():
+        if indices[name].dtype.is_floating_point or indices[name].dtype.itemsize < 4:
+            raise TypeError(f"{operation}: {name} is {indices[name].dtype}, expected int32 or int64")
+        if tuple(indices[name].shape) != (length,):
+            raise ValueError(f"{operation}: {name} has shape {tuple(indices[name].shape)}, expected ({length},)")
+    impl = _IMPLEMENTATIONS.choose(impl, q, root_k, branch_k)
+    out, lse = _OPERATOR(q, *caches.values(), *indices.values(), resolve_scale(scale, q), impl)
+    return (out, lse) if return_lse else out
+
+
+_OPERATOR = define_attention(
+    _IMPLEMENTATIONS,
+    ("q", "root_k", "root_v", "branch_k", "branch_v"),
+    ("branch_to_root", "root_lengths", "branch_lengths"),
+    "float scale",
+)

@@ -1,0 +1,97 @@
+"""What the three attentions share: their checks, and their registration as operators."""
+
+import torch
+from torch import Tensor
+
+from lynx_kernels import dispatch
+from lynx_kernels.attention.reference import wide
+from lynx_kernels.registration import define
+
+
+def define_attention(
+    operation: dispatch.Operation, floats: tuple[str, ...], offsets: tuple[str, ...], options: str
+) -> torch._ops.OpOverload:
+    """Register ``operation``, forward and backward, and return the forward operator.
+
+    Its arguments are the ``floats`` (queries first, then keys and values, all differentiable), the integer ``offsets``
+    that say who sees whom, the ``options`` as a schema, and the implementation's name; its results the output and the
+    LSE. The backward takes the gradients and values of the results before the same arguments.
+    """
+    name = operation.name
+    arguments = f"{', '.join(f'Tensor {each}' for each in (*floats, *offsets))}, {options}, str impl"
+    num_floats, num_arguments = len(floats), arguments.count(",") + 1
+
+    def forward_fake(q, *rest):
+        return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=wide(q.dtype))
+
+    def backward_fake(grad, grad_lse, out, lse, *inputs):
+        return tuple(tensor.new_empty(tensor.shape) for tensor in inputs[:num_floats])
+
+    def setup_context(ctx, inputs, output):
+        num_tensors = num_floats + len(offsets)
+        ctx.save_for_backward(*output, *inputs[:num_tensors])
+        ctx.options = inputs[num_tensors:]
+        ctx.set_materialize_grads(False)
+
+    def autograd(ctx, grad, grad_lse):
+        gradients = backward(grad, grad_lse, *ctx.saved_tensors, *ctx.options)
+        return (*gradients, *[None] * (num_arguments - num_floats))
+
+    def autocast(dtype, *args):
+        return (*(tensor.to(dtype) for tensor in args[:num_floats]), *args[num_floats:])
+
+    backward = define(
+        f"{name}_backward(Tensor? grad, Tensor? grad_lse, Tensor out, Tensor lse, {arguments}) -> "
+        f"({', '.join(['Tensor'] * num_floats)})",
+        operation.backward,
+        fake=backward_fake,
+    )
+    return define(
+        f"{name}({arguments}) -> (Tensor, Tensor)",
+        operation.forward,
+        fake=forward_fake,
+        autograd=(setup_context, autograd),
+        autocast=autocast,
+    )
+
+
+def check_heads(operation: str, num_dimensions: int, q: Tensor, **keys_and_values: Tensor) -> None:
+    """Raise unless q (..., H, D) and every key or value (..., Hkv, D) fit together.
+
+    Raises:
+        TypeError: a tensor is not floating point, or a DTensor.
+        ValueError: ranks, devices, head dimensions or head counts do not fit; the message names the argument.
+    """
+    tensors = {"q": q, **keys_and_values}
+    dispatch.refuse_dtensors(operation, **tensors)
+    dispatch.require_floating(operation, **tensors)
+    dispatch.require_same_device(operation, q.device, **keys_and_values)
+    for name, tensor in tensors.items():
+        if tensor.dim() != num_dimensions:
+            raise ValueError(
+                f"{operation}: {name} has shape {tuple(tensor.shape)}, expected {num_dimensions} dimensions, the last "
+                "two heads and head dimension"
+            )
+    num_kv_heads = next(iter(keys_and_values.values())).shape[-2]
+    for name, tensor in keys_and_values.items():
+        if tensor.shape[-1] != q.shape[-1]:
+            raise ValueError(f"{operation}: {name} has head dimension {tensor.shape[-1]}, q has {q.shape[-1]}")
+        if tensor.shape[-2] != num_kv_heads:
+            raise ValueError(f"{operation}: {name} has {tensor.shape[-2]} heads, the other keys {num_kv_heads}")
+    if num_kv_heads == 0 or q.shape[-2] % num_kv_heads != 0:
+        raise ValueError(
+            f"{operation}: q has {q.shape[-2]} heads, which is no multiple of the {num_kv_heads} of the keys"
+        )
+
+
+def check_rows(operation: str, layout: Tensor, **rows: tuple[Tensor, int]) -> None:
+    """Raise ValueError unless the layout is on the tensors' device and describes as many rows as each of them has."""
+    for name, (tensor, expected) in rows.items():
+        dispatch.require_same_device(operation, tensor.device, layout=layout)
+        if tensor.shape[0] != expected:
+            raise ValueError(f"{operation}: {name} has {tensor.shape[0]} rows, but the layout describes {expected}")
+
+
+def resolve_scale(scale: float | None, q: Tensor) -> float:
+    """``scale``, or 1 / sqrt(D) where it is None."""
+    return q.shape[-1] ** -0.5 if scale is None else float(scale)

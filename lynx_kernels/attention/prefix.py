@@ -1,0 +1,53 @@
+"""Attention of a packed row to itself, as its PackedLayout says."""
+
+from torch import Tensor
+
+from lynx_kernels import dispatch
+from lynx_kernels.attention import reference
+from lynx_kernels.attention.operator import check_heads, check_rows, define_attention, resolve_scale
+from lynx_kernels.layout import PackedLayout
+
+_IMPLEMENTATIONS = dispatch.Operation(
+    "prefix_attention",
+    dispatch.Implementation("reference", reference.prefix_attention, reference.prefix_attention_backward),
+)
+
+
+def prefix_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: PackedLayout,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    impl: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention in which every token sees what ``layout`` says: its root, and its own branch causally.
+
+    Args:
+        q: (T, H, D), fp64, fp32, fp16 or bf16, any strides.
+        k, v: (T, Hkv, D); query head h reads key head ``h // (H / Hkv)``.
+        layout: who sees whom among the T tokens, on the same device.
+        scale: of the scores before the softmax, 1 / sqrt(D) by default.
+        return_lse: also return the log of each query's softmax denominator, differentiable, to merge partial results.
+        impl: an implementation by name; None takes the best that can run.
+
+    Returns:
+        (T, H, D) in the dtype of q; with ``return_lse`` also (T, H) in fp32 (fp64 for fp64).
+
+    Raises:
+        ValueError: shapes or devices do not fit, or the layout describes another number of tokens.
+        TypeError: ``layout`` is no PackedLayout, a tensor is not floating point, or a DTensor.
+    """
+    if not isinstance(layout, PackedLayout):
+        raise TypeError(f"prefix_attention: layout is a {type(layout).__name__}, expected a PackedLayout")
+    check_heads("prefix_attention", 3, q, k=k, v=v)
+    tokens = layout.num_tokens
+    check_rows("prefix_attention", layout.segments, q=(q, tokens), k=(k, tokens), v=(v, tokens))
+    impl = _IMPLEMENTATIONS.choose(impl, q, k, v)
+    out, lse = _OPERATOR(q, k, v, layout.segments, layout.root_is_causal, resolve_scale(scale, q), impl)
+    return (out, lse) if return_lse else out
+
+
+_OPERATOR = define_attention(_IMPLEMENTATIONS, ("q", "k", "v"), ("segments",), "bool root_is_causal, float scale")

@@ -1,0 +1,334 @@
+"""The two descriptions of a batch that the attention kernels understand.
+
+``PackedLayout`` says who sees whom when a row of tokens attends to itself, ``SpanLayout`` when queries attend to
+other tokens. Both are a small int32 table on the device, plus the maxima a launch needs as Python ints, fixed where
+the batch is built: no kernel ever reads a device tensor on the host.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+KEY_TILE = 64  # keys a tile of SpanLayout's inverse
+
+
+class _Layout:
+    """Moving a layout: every tensor of it, like a tensor."""
+
+    def _map_tensors(self, function) -> Self:
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.type is Tensor}  # type: ignore[arg-type]
+        return replace(self, **{name: function(tensor) for name, tensor in tensors.items()})  # type: ignore[type-var]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """The same layout with its tensors on ``device``."""
+        return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        """The same layout in pinned memory, for a copy that does not wait."""
+        return self._map_tensors(lambda tensor: tensor.pin_memory())
+
+
+@dataclass(frozen=True, eq=False)
+class PackedLayout(_Layout):
+    """A row of T tokens cut into groups; a group is a root followed by any number of branches.
+
+    A root token sees its root: the tokens before it and itself (causal), or all of it (full). A branch token sees the
+    whole root of its group, and in its own branch the tokens before it and itself. Nothing crosses groups, nothing
+    crosses branches. Position ids count through the root and go on from its end in every branch.
+
+    One rule says all of this: key k is seen by the queries of one interval, ``first(k) <= q < last(k)``. A root's keys
+    end with the group, a branch's with the branch; a causal key starts at itself, a full one at its root's start.
+
+    Attributes:
+        segments: (S + 1, 4) int32. One row a root or branch, in the order of the tokens: its first token, the first
+            token of its group's root, the end of that root, the end of the group. A segment ends where the next one
+            starts; the last row only closes the table. A segment is a root if it starts before its root's end.
+            Segments may be empty.
+        position_ids: (T,) int64.
+        root_is_causal: whether root tokens see only what stands before them in the root.
+        max_group_length, max_root_length, max_branch_length: upper bounds of the lengths, in tokens.
+        max_branches: upper bound of the non-empty branches of a group.
+    """
+
+    segments: Tensor
+    position_ids: Tensor
+    root_is_causal: bool
+    max_group_length: int
+    max_root_length: int
+    max_branch_length: int
+    max_branches: int
+
+    @classmethod
+    def from_groups(
+        cls,
+        groups: Iterable[tuple[int, Sequence[int]]],
+        *,
+        root_is_causal: bool = True,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """A layout of groups ``(root_length, [branch_length, ...])``, lengths in tokens, any of them 0.
+
+        Raises:
+            ValueError: a length is negative; the message names the group.
+        """
+        rows, start = [], 0
+        max_group = max_root = max_branch = max_branches = 0
+        for index, (root_length, branch_lengths) in enumerate(groups):
+            lengths = [root_length, *branch_lengths]
+            if any(length < 0 for length in lengths):
+                raise ValueError(f"group {index} is ({root_length}, {list(branch_lengths)}): lengths must be >= 0")
+            root_end, group_end = start + root_length, start + sum(lengths)
+            segment_start = start
+            for length in lengths:
+                if length > 0:
+                    rows.append((segment_start, start, root_end, group_end))
+                segment_start += length
+            max_group = max(max_group, group_end - start)
+            max_root = max(max_root, root_length)
+            max_branch = max([max_branch, *branch_lengths])
+            max_branches = max(max_branches, sum(length > 0 for length in branch_lengths))
+            start = group_end
+        segments = torch.tensor([*rows, (start,) * 4], dtype=torch.int32)
+        return cls(
+            segments,
+            _position_ids(segments, start),
+            root_is_causal,
+            max_group,
+            max_root,
+            max_branch,
+            max_branches,
+        ).to(device or "cpu")
+
+    @classmethod
+    def from_prefixes(
+        cls,
+        prefix_lengths: Sequence[int],
+        text_lengths: Sequence[int],
+        *,
+        root_is_causal: bool = True,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """One group a sample: a prefix (vision tokens, say) as its root and a text as its only branch."""
+        if len(prefix_lengths) != len(text_lengths):
+            raise ValueError(f"{len(prefix_lengths)} prefix_lengths but {len(text_lengths)} text_lengths")
+        groups = ((prefix, [text]) for prefix, text in zip(prefix_lengths, text_lengths, strict=True))
+        return cls.from_groups(groups, root_is_causal=root_is_causal, device=device)
+
+    @classmethod
+    def causal(cls, lengths: Sequence[int], *, device: torch.device | str | None = None) -> Self:
+        """Packed sequences that are causal and nothing else: no roots, one branch a group."""
+        return cls.from_groups(((0, [length]) for length in lengths), device=device)
+
+    @classmethod
+    def full(cls, lengths: Sequence[int], *, device: torch.device | str | None = None) -> Self:
+        """Packed sequences in which every token sees every other, as the frames of a ViT: roots without branches."""
+        return cls.from_groups(((length, []) for length in lengths), root_is_causal=False, device=device)
+
+    @classmethod
+    def from_padding_mask(cls, mask: Tensor, *, is_causal: bool = True) -> Self:
+        """The layout of a padded batch, its rows one after another, made on the mask's device without a host read.
+
+        Pads, on the left or the right, become groups of their own: what attention writes there is defined and means
+        nothing. The maxima are the row length, an upper bound.
+
+        Args:
+            mask: (B, L), nonzero at tokens, zero at pads; the tokens of a row must be contiguous.
+            is_causal: causal sequences, or ones in which every token sees every other.
+
+        Raises:
+            ValueError: the mask is not 2-D, or a row has a pad between tokens (on a GPU, a device-side assertion).
+        """
+        if mask.dim() != 2:
+            raise ValueError(f"mask must be (batch, length), got shape {tuple(mask.shape)}")
+        rows, length = mask.shape
+        mask = mask != 0
+        column = torch.arange(length, device=mask.device)
+        counts = mask.sum(1)
+        # Left pads, tokens and right pads of every row, each a group of one segment.
+        begins = torch.where(mask, column, length).amin(1) if length else counts
+        begins = torch.where(counts > 0, begins, 0)
+        is_token = (column >= begins[:, None]) & (column < (begins + counts)[:, None])
+        require((is_token == mask).all(), "padding mask: a row has a pad between tokens, which no layout can say")
+        offsets = torch.arange(rows, device=mask.device) * length
+        starts = torch.stack([offsets, offsets + begins, offsets + begins + counts], 1).flatten()
+        starts = torch.cat([starts, starts.new_full((1,), rows * length)])
+        ends = torch.cat([starts[1:], starts[-1:]])
+        segments = torch.stack([starts, starts, starts if is_causal else ends, ends], 1).int()
+        root, branch = (0, length) if is_causal else (length, 0)
+        return cls(
+            segments,
+            _position_ids(segments, rows * length),
+            is_causal,
+            length,
+            root,
+            branch,
+            max_branches=min(branch, 1),
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """T, the number of tokens in the row."""
+        return self.position_ids.shape[0]
+
+    def key_intervals(self) -> tuple[Tensor, Tensor]:
+        """``(first, last)``, each (T,) int32: key k is seen by the queries ``first[k] <= q < last[k]``."""
+        return key_intervals(self.segments, self.num_tokens, self.root_is_causal)
+
+    def visible(self) -> Tensor:
+        """(T, T) bool, ``[query, key]``: who sees whom, spelled out. For tests and drawings; no kernel needs it."""
+        first, last = self.key_intervals()
+        query = torch.arange(self.num_tokens, device=first.device)[:, None]
+        return (first <= query) & (query < last)
+
+    def shift_labels(self, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
+        """The target of each row: the label of the token that follows it in its sequence.
+
+        Labels shift inside branches, and inside causal roots. A root's last token predicts the first token of its
+        branch where the group has one branch. The first token of a sequence without a root has no predictor; its label
+        is dropped, as every causal language model drops it.
+
+        Args:
+            labels: (T,) int64 token ids, ``ignore_index`` where unsupervised.
+
+        Returns:
+            (T,) int64, ``ignore_index`` where a row predicts nothing.
+
+        Raises:
+            ValueError: labels have another shape than (T,); the first token of one of several branches is supervised
+                (which row would predict it?), or a token of a full root (its predictor sees it). The latter two are
+                device-side assertions on a GPU.
+        """
+        if tuple(labels.shape) != (self.num_tokens,):
+            raise ValueError(f"labels must be ({self.num_tokens},) as the layout, got {tuple(labels.shape)}")
+        segment = _segment_of_tokens(self.segments, self.num_tokens)
+        start, root_start, root_end, group_end = self.segments[segment].unbind(1)
+        in_root = start < root_end
+        is_only_branch = (start == root_end) & (self.segments[segment + 1, 0] == group_end)
+        starts_branch = (torch.arange(self.num_tokens, device=labels.device) == start) & ~in_root
+        supervised = labels != ignore_index
+        require(
+            ~(supervised & starts_branch & (root_start < root_end) & ~is_only_branch).any(),
+            "labels: the first token of one of several branches is supervised, but no single row predicts it; leave "
+            "it unsupervised (it is BOS, usually) or give every branch a group of its own",
+        )
+        if not self.root_is_causal:
+            require(
+                ~(supervised & in_root).any(),
+                "labels: a token of a full root is supervised, but the row that predicts it sees it",
+            )
+        goes_on = segment[1:] == segment[:-1]
+        enters_branch = in_root[:-1] & is_only_branch[1:] & (root_start[1:] == root_start[:-1])
+        targets = torch.full_like(labels, ignore_index)
+        targets[:-1] = torch.where(goes_on | enters_branch, labels[1:], ignore_index)
+        return targets
+
+
+@dataclass(frozen=True, eq=False)
+class SpanLayout(_Layout):
+    """Queries cut into segments, each of which sees one span of the keys.
+
+    A span may be empty (the output is 0, and so are the gradients); spans may overlap and be shared.
+
+    Attributes:
+        segments: (S + 1, 3) int32. One row a segment: its first query, the first and the end of the keys it sees. A
+            segment ends where the next one starts; the last row only closes the table.
+        tile_offsets: (number of key tiles + 1,) int32. The inverse, for gradients of keys: key tile i, the keys from
+            ``i * KEY_TILE``, is seen by ``tile_segments[tile_offsets[i]:tile_offsets[i + 1]]``.
+        tile_segments: (...,) int32, indices of segments, ascending within a tile.
+        num_queries, num_keys: how many there are of both.
+        max_query_length, max_span_length: the longest segment and the longest span.
+    """
+
+    segments: Tensor
+    tile_offsets: Tensor
+    tile_segments: Tensor
+    num_queries: int
+    num_keys: int
+    max_query_length: int
+    max_span_length: int
+
+    @classmethod
+    def from_spans(
+        cls,
+        query_lengths: Sequence[int],
+        key_spans: Sequence[tuple[int, int]],
+        num_keys: int,
+        *,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """Segment i has ``query_lengths[i]`` queries and sees the keys ``start <= k < end`` of ``key_spans[i]``.
+
+        Raises:
+            ValueError: the lists differ in length, a length is negative, or a span is not inside ``[0, num_keys]``.
+        """
+        if len(query_lengths) != len(key_spans):
+            raise ValueError(f"{len(query_lengths)} query_lengths but {len(key_spans)} key_spans")
+        rows, first_query = [], 0
+        seen_by: list[list[int]] = [[] for _ in range(-(-num_keys // KEY_TILE))]
+        for index, (length, (start, end)) in enumerate(zip(query_lengths, key_spans, strict=True)):
+            if length < 0:
+                raise ValueError(f"query_lengths[{index}] is {length}, must be >= 0")
+            if not 0 <= start <= end <= num_keys:
+                raise ValueError(
+                    f"key_spans[{index}] is ({start}, {end}), must lie in [0, {num_keys}] and not run back"
+                )
+            rows.append((first_query, start, end))
+            first_query += length
+            if length > 0 and end > start:
+                for tile in range(start // KEY_TILE, (end - 1) // KEY_TILE + 1):
+                    seen_by[tile].append(index)
+        tile_offsets = [0]
+        for segments in seen_by:
+            tile_offsets.append(tile_offsets[-1] + len(segments))
+        return cls(
+            segments=torch.tensor([*rows, (first_query, num_keys, num_keys)], dtype=torch.int32),
+            tile_offsets=torch.tensor(tile_offsets, dtype=torch.int32),
+            tile_segments=torch.tensor([index for segments in seen_by for index in segments], dtype=torch.int32),
+            num_queries=first_query,
+            num_keys=num_keys,
+            max_query_length=max(query_lengths, default=0),
+            max_span_length=max((end - start for start, end in key_spans), default=0),
+        ).to(device or "cpu")
+
+    def visible(self) -> Tensor:
+        """(num_queries, num_keys) bool: who sees whom, spelled out. For tests and drawings; no kernel needs it."""
+        _, start, end = self.segments[_segment_of_tokens(self.segments, self.num_queries)].unbind(1)
+        key = torch.arange(self.num_keys, device=start.device)
+        return (start[:, None] <= key) & (key < end[:, None])
+
+
+def require(condition: Tensor, message: str) -> None:
+    """Raise ValueError where the 0-dim ``condition`` is false; on a GPU, and when compiled, assert without waiting."""
+    if condition.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not condition:
+            raise ValueError(message)
+    else:
+        torch._assert_async(condition, message)
+
+
+def _segment_of_tokens(segments: Tensor, num_tokens: int) -> Tensor:
+    """(T,) int64: the segment each token belongs to, given a table that starts with the segments' first tokens."""
+    token = torch.arange(num_tokens, dtype=torch.int32, device=segments.device)
+    # The last segment that starts at or before the token: empty ones that start there too come before it.
+    return torch.searchsorted(segments[:, 0].contiguous(), token, right=True) - 1
+
+
+def key_intervals(segments: Tensor, num_tokens: int, root_is_causal: bool) -> tuple[Tensor, Tensor]:
+    """``PackedLayout.key_intervals`` of a bare table."""
+    token = torch.arange(num_tokens, dtype=torch.int32, device=segments.device)
+    segment = _segment_of_tokens(segments, num_tokens)
+    start, _, root_end, group_end = segments[segment].unbind(1)
+    in_root = start < root_end
+    first = token if root_is_causal else torch.where(in_root, start, token)
+    last = torch.where(in_root, group_end, segments[segment + 1, 0])
+    return first, last
+
+
+def _position_ids(segments: Tensor, num_tokens: int) -> Tensor:
+    """(T,) int64: positions count through the root and go on from its end in every branch."""
+    start, root_start, root_end, _ = segments[_segment_of_tokens(segments, num_tokens)].long().unbind(1)
+    token = torch.arange(num_tokens, device=segments.device)
+    return token - start + torch.where(start < root_end, 0, root_end - root_start)
