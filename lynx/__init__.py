@@ -1,0 +1,22 @@
+"""Lynx (arXiv 2307.02469) on lynx_kernels: the model, its processor, trainers and evaluation."""
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+)
+
+from lynx.config import LynxConfig
+from lynx.image_processor import LynxImageProcessor
+from lynx.model import LynxForConditionalGeneration
+from lynx.processor import LynxProcessor
+
+AutoConfig.register(LynxConfig.model_type, LynxConfig, exist_ok=True)
+AutoModel.register(LynxConfig, LynxForConditionalGeneration, exist_ok=True)
+AutoModelForImageTextToText.register(LynxConfig, LynxForConditionalGeneration, exist_ok=True)
+AutoImageProcessor.register(LynxConfig, LynxImageProcessor, exist_ok=True)
+AutoProcessor.register(LynxConfig, LynxProcessor, exist_ok=True)
+
+__all__ = ["LynxConfig", "LynxForConditionalGeneration", "LynxImageProcessor", "LynxProcessor"]

@@ -1,0 +1,69 @@
+"""Model folders: everything ``from_pretrained`` needs, whole or an error."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoProcessor
+
+from lynx.config import LynxConfig
+from lynx.model import LynxForConditionalGeneration
+from lynx.processor import LynxProcessor
+
+_FILES = {
+    "config.json": "the model's configuration",
+    "processor_config.json": "the processor's settings",
+    "tokenizer.json": "the tokenizer",
+    "tokenizer_config.json": "the tokenizer's settings",
+}
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+
+
+def save(folder: str | Path, model: LynxForConditionalGeneration, processor: LynxProcessor) -> None:
+    """Write a folder that ``load``, ``AutoModel`` and ``AutoProcessor`` read; weights as safetensors."""
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def load(
+    folder: str | Path, *, dtype: torch.dtype | None = None
+) -> tuple[LynxForConditionalGeneration, LynxProcessor]:
+    """Read a model and its processor from a folder, all of it or nothing.
+
+    Args:
+        folder: what ``save`` wrote.
+        dtype: of the parameters; as they were saved if None.
+
+    Raises:
+        FileNotFoundError: the folder or one of its files is missing; the message names them all.
+        ValueError: the weights lack a parameter, have one too many, or one of another shape.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such model folder")
+    missing = [f"{name} ({what})" for name, what in _FILES.items() if not (folder / name).is_file()]
+    if not any((folder / name).is_file() for name in _WEIGHTS):
+        missing.append(f"{_WEIGHTS[0]} (the weights)")
+    if missing:
+        raise FileNotFoundError(f"{folder} is not a whole model folder, it lacks: {', '.join(missing)}")
+    config = LynxConfig.from_pretrained(folder)
+    model, report = LynxForConditionalGeneration.from_pretrained(
+        folder,
+        config=config,
+        dtype=dtype or "auto",
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are reported below, with the rest
+        use_safetensors=True,
+        local_files_only=True,
+    )
+    problems = [
+        f"{what} {', '.join(map(str, sorted(report[key])))}"
+        for key, what in {
+            "missing_keys": "missing:",
+            "unexpected_keys": "unexpected:",
+            "mismatched_keys": "of another shape (saved, expected):",
+        }.items()
+        if report.get(key)
+    ]
+    if problems:
+        raise ValueError(f"{folder}: the weights do not fit config.json; {'; '.join(problems)}")
+    return model.eval(), AutoProcessor.from_pretrained(folder, local_files_only=True)

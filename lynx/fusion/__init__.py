@@ -1,0 +1,1 @@
+"""How pictures enter the language model."""

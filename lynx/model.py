@@ -1,0 +1,258 @@
+"""Lynx: a frozen or trained decoder that reads pictures (arXiv 2307.02469).
+
+pixels -> vision tower -> resampler -> packed embeddings -> decoder with adapters -> logits or loss
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from lynx import vision
+from lynx.config import LynxConfig
+from lynx.fusion import prefix
+from lynx.resampler import Resampler, media_layout
+from lynx_kernels import PackedLayout, SpanLayout, linear_cross_entropy, pack_embeddings
+from lynx_kernels.integrations import transformers as attention_integration
+from lynx_kernels.layout import require
+
+attention_integration.register()
+
+
+class LynxForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """A vision tower, a resampler, and a decoder with adapters.
+
+    Args:
+        config: the whole model's.
+        language_model: a decoder to build on, already loaded; made from ``config.text_config`` if None.
+        vision_tower: a vision model likewise; made from ``config.vision_config`` if None.
+    """
+
+    config_class = LynxConfig
+    config: LynxConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities = ("image", "video", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    def __init__(
+        self,
+        config: LynxConfig,
+        language_model: PreTrainedModel | None = None,
+        vision_tower: PreTrainedModel | None = None,
+    ):
+        super().__init__(config)
+        if language_model is None:
+            implementation = config.text_config._attn_implementation or attention_integration.NAME
+            language_model = AutoModelForCausalLM.from_config(config.text_config, attn_implementation=implementation)
+        self.language_model = language_model
+        self.vision_tower = vision.drop_unused(vision_tower or vision.build(config.vision_config))
+        width = config.text_config.hidden_size
+        self.resampler = Resampler(
+            width,
+            config.vision_config.hidden_size,
+            num_latents=config.num_latents,
+            depth=config.resampler_depth,
+            num_heads=config.resampler_heads,
+            head_dim=config.resampler_head_dim,
+            expansion=config.resampler_expansion,
+            max_frames=config.max_frames,
+        )
+        decoder_layers = language_model.get_decoder().layers
+        with_adapters = prefix.add_adapters(
+            decoder_layers,
+            frequency=config.adapter_frequency,
+            width=width,
+            size=config.adapter_size,
+            activation=config.adapter_activation,
+        )
+        self.post_init()
+        self._no_split_modules = sorted({*(self._no_split_modules or ()), *with_adapters})
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Resampler):
+            module.reset_parameters()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The decoder's embedding table."""
+        return self.language_model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The decoder's vocabulary projection."""
+        return self.language_model.get_output_embeddings()
+
+    def get_decoder(self) -> PreTrainedModel:
+        """The decoder without its vocabulary projection."""
+        return self.language_model.get_decoder()
+
+    def encode_media(
+        self, pixel_values: Tensor, frame_positions: Tensor | None = None, layout: SpanLayout | None = None
+    ) -> Tensor:
+        """The vision tokens of all items, (items * num_latents, width), items one after another.
+
+        Args:
+            pixel_values: of all frames, as ``lynx.vision.encode`` wants them.
+            frame_positions: (N,) int64, a frame's place in its video or -1 for an image; all images if None.
+            layout: which latents see which frames' tokens, from ``lynx.resampler.media_layout``; needed for videos.
+        """
+        features = vision.encode(self.vision_tower, pixel_values)  # (N, tokens, media width)
+        num_frames, tokens = features.shape[:2]
+        if layout is None:
+            layout = media_layout([1] * num_frames, tokens, self.config.num_latents)
+        if layout.num_keys != num_frames * tokens:
+            raise ValueError(
+                f"media_layout describes {layout.num_keys} vision tokens, but pixel_values holds {num_frames} frames "
+                f"of {tokens} tokens"
+            )
+        if frame_positions is None:
+            frame_positions = torch.full((num_frames,), -1, device=features.device)
+        if tuple(frame_positions.shape) != (num_frames,):
+            raise ValueError(
+                f"frame_positions has shape {tuple(frame_positions.shape)}, but pixel_values holds {num_frames} frames"
+            )
+        features = features.to(self.resampler.latents.dtype)
+        return self.resampler(features, frame_positions, layout.to(features.device))
+
+    def embed(self, input_ids: Tensor, vision_tokens: Tensor | None = None) -> Tensor:
+        """Embeddings (B, L, width) of ``input_ids``, its picture placeholders filled with ``vision_tokens`` in order.
+
+        Raises:
+            ValueError: another number of placeholders than of vision tokens.
+        """
+        table = self.get_input_embeddings().weight
+        if vision_tokens is None:
+            vision_tokens = table.new_empty(0, table.shape[1])
+        flat_ids = input_ids.reshape(-1)
+        is_picture = flat_ids == self.config.image_token_id
+        message = f"input_ids must hold one picture token for each of the {vision_tokens.shape[0]} vision tokens"
+        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            message += f", but it holds {int(is_picture.sum())}"
+        require(is_picture.sum() == vision_tokens.shape[0], message)
+        vision_index = torch.where(is_picture, is_picture.cumsum(0) - 1, -1).int()
+        return pack_embeddings(flat_ids, table, vision_tokens, vision_index).view(*input_ids.shape, -1)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        frame_positions: Tensor | None = None,
+        media_layout: SpanLayout | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        layout: PackedLayout | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Logits, and the loss where there are labels.
+
+        The batch is padded, (B, L) with an ``attention_mask``, or packed, (1, T) with a ``layout``.
+
+        Args:
+            input_ids: (B, L) int64, ``config.image_token_id`` wherever a vision token stands.
+            pixel_values, frame_positions, media_layout: the frames, as ``encode_media`` takes them.
+            attention_mask: (B, L), zero at pads; for padded batches.
+            position_ids: (B, L); by default from the layout, or counted over the tokens of the attention mask.
+            layout: who sees whom in a packed row.
+            past_key_values, use_cache, logits_to_keep: as everywhere in transformers.
+            inputs_embeds: (B, L, width) instead of input_ids and pixel_values.
+            labels: (B, L) int64 token ids, -100 where not supervised. With labels no (B, L, V) logits are computed:
+                the output's ``logits`` are None.
+            num_items_in_batch: what to divide the summed loss by, the supervised tokens of the whole accumulated
+                batch; this batch's own if None.
+
+        Raises:
+            ValueError: the arguments do not fit together; the message names them.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass input_ids or inputs_embeds, one of them")
+        if inputs_embeds is None:
+            vision_tokens = None
+            if pixel_values is not None:
+                vision_tokens = self.encode_media(pixel_values, frame_positions, media_layout)
+            inputs_embeds = self.embed(input_ids, vision_tokens)
+        elif pixel_values is not None:
+            raise ValueError("pass pixel_values beside input_ids; inputs_embeds already holds the vision tokens")
+        if layout is not None:
+            layout = layout.to(inputs_embeds.device)
+            self._check_packed(inputs_embeds, layout, attention_mask, past_key_values)
+            attention_mask = attention_integration.packed_mask(layout)
+            position_ids = layout.position_ids[None] if position_ids is None else position_ids
+            kwargs["layout"] = layout
+        elif position_ids is None and attention_mask is not None and past_key_values is None:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        outputs = self.get_decoder()(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        loss = logits = None
+        if labels is not None:
+            loss = self._loss(hidden, labels, layout, num_items_in_batch)
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.get_output_embeddings()(hidden[:, kept])
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _check_packed(self, inputs_embeds, layout, attention_mask, past_key_values) -> None:
+        if attention_mask is not None:
+            raise ValueError("pass attention_mask (padded) or layout (packed), not both")
+        if past_key_values is not None:
+            raise ValueError("a packed row cannot go on from past_key_values; generate takes padded batches")
+        if inputs_embeds.shape[:2] != (1, layout.num_tokens):
+            raise ValueError(
+                f"a packed batch is (1, {layout.num_tokens}) as its layout says, got {tuple(inputs_embeds.shape[:2])}"
+            )
+        implementation = self.get_decoder().config._attn_implementation
+        if implementation != attention_integration.NAME:
+            raise ValueError(
+                f"packed rows need attn_implementation={attention_integration.NAME!r}, the decoder has "
+                f"{implementation!r}, which cannot read a layout"
+            )
+
+    def _loss(self, hidden, labels, layout, num_items) -> Tensor:
+        if labels.shape != hidden.shape[:2]:
+            raise ValueError(f"labels have shape {tuple(labels.shape)}, the batch {tuple(hidden.shape[:2])}")
+        if layout is not None:
+            targets = layout.shift_labels(labels[0])
+        else:
+            targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100).flatten()
+        weight = self.get_output_embeddings().weight
+        return linear_cross_entropy(hidden.flatten(0, 1), weight, targets, num_items=num_items)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        frame_positions: Tensor | None = None,
+        media_layout: SpanLayout | None = None,
+        **kwargs,
+    ):
+        """``GenerationMixin.generate`` for a left-padded batch; pictures are encoded once, however many beams.
+
+        Returns what transformers returns: the prompt, its picture placeholders included, and the new tokens.
+        """
+        if pixel_values is not None:
+            if input_ids is None:
+                raise ValueError("generate: pixel_values need input_ids with a picture token for each vision token")
+            vision_tokens = self.encode_media(pixel_values, frame_positions, media_layout)
+            kwargs["inputs_embeds"] = self.embed(input_ids, vision_tokens)
+        return super().generate(input_ids, **kwargs)

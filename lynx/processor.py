@@ -1,0 +1,279 @@
+"""From conversations about pictures to the batches that Lynx reads, packed or padded."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+
+from lynx import vision
+from lynx.config import LynxConfig
+from lynx.image_processor import LynxImageProcessor
+from lynx.images import ImageSource
+from lynx.resampler import media_layout
+from lynx_kernels import PackedLayout
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation, ready to be packed or padded with others.
+
+    Attributes:
+        media: the frames of each item in the order they appear; an image has one frame.
+        is_video: whether each item is a video, whose frames have positions.
+        token_ids: of the text; in the row, the vision tokens of all media stand before it.
+        labels: the token ids to learn, -100 at the others.
+    """
+
+    media: list[list[ImageSource]]
+    is_video: list[bool]
+    token_ids: list[int]
+    labels: list[int]
+
+
+class LynxProcessor(ProcessorMixin):
+    """Turns text and pictures into model inputs: ``[vision tokens] BOS User: question\\nBot: answer EOS``.
+
+    Args:
+        image_processor: makes frames into ``pixel_values``.
+        tokenizer: a fast tokenizer with BOS, EOS and pad tokens.
+        image_token_id: the placeholder id of a vision token; no text ever becomes it.
+        num_latents: vision tokens of one item.
+        tokens_per_frame: tokens the vision tower makes of one frame.
+        max_frames: frames a video may have.
+        lowercase: whether text is lower-cased, as Lynx does it.
+    """
+
+    def __init__(
+        self,
+        image_processor: LynxImageProcessor | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        image_token_id: int = 32001,
+        num_latents: int = 32,
+        tokens_per_frame: int = 901,
+        max_frames: int = 5,
+        lowercase: bool = True,
+        **kwargs,
+    ):
+        self.image_token_id = image_token_id
+        self.num_latents = num_latents
+        self.tokens_per_frame = tokens_per_frame
+        self.max_frames = max_frames
+        self.lowercase = lowercase
+        super().__init__(image_processor, tokenizer, **kwargs)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if getattr(tokenizer, name) is None:
+                raise ValueError(f"the tokenizer has no {name.removesuffix('_id')}; set one before making a processor")
+        if not tokenizer.is_fast:
+            raise ValueError("the tokenizer must be a fast one (from the tokenizers library): offsets are needed")
+
+    @classmethod
+    def for_model(cls, config: LynxConfig, tokenizer: PreTrainedTokenizerBase, *, lowercase: bool = True):
+        """The processor whose batches fit a model of this configuration."""
+        towers = config.vision_config
+        image_processor = LynxImageProcessor(
+            size=towers.image_size,
+            patch_size=towers.patch_size,
+            output="patches" if vision.takes_patches(towers) else "pixels",
+        )
+        return cls(
+            image_processor,
+            tokenizer,
+            image_token_id=config.image_token_id,
+            num_latents=config.num_latents,
+            tokens_per_frame=vision.tokens_per_frame(towers),
+            max_frames=config.max_frames,
+            lowercase=lowercase,
+        )
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        videos: Any = None,
+        **kwargs,
+    ) -> BatchFeature:
+        """The left-padded batch that asks one question about each picture, for ``generate``.
+
+        Args:
+            images: with one text, an image or a list of them; with a list of texts, such a thing or None for each.
+                An image is a path, bytes, a PIL image or a (H, W, 3) uint8 array.
+            text: a question, or a list of them.
+            videos: like images; a video is a list of images.
+
+        Returns:
+            ``input_ids``, ``attention_mask`` and, where there are pictures, ``pixel_values``, ``frame_positions`` and
+            ``media_layout``.
+
+        Raises:
+            ValueError: an empty question, an unusable image, too many frames, or lists of different lengths.
+        """
+        if text is None:
+            raise ValueError("text is missing: pass a question, or a list of them")
+        kwargs.pop("return_tensors", None)  # batches are always torch tensors
+        if kwargs:
+            raise TypeError(f"unexpected arguments {sorted(kwargs)}")
+        if isinstance(text, str):
+            text, images, videos = [text], [images], [videos]
+        per_text = {"images": images, "videos": videos}
+        for name, media in per_text.items():
+            if media is not None and (not isinstance(media, Sequence) or len(media) != len(text)):
+                raise ValueError(f"{name} must be a list with one entry (or None) for each of the {len(text)} texts")
+        samples = []
+        for row, question in enumerate(text):
+            content: list[dict[str, Any]] = [
+                *({"type": "image", "image": image} for image in _as_list(images and images[row], depth=0)),
+                *({"type": "video", "video": video} for video in _as_list(videos and videos[row], depth=1)),
+                {"type": "text", "text": question},
+            ]
+            samples.append(self.encode([{"role": "user", "content": content}]))
+        batch = self.pad(samples)
+        del batch["labels"]
+        return batch
+
+    def encode(self, messages: Sequence[dict[str, Any]]) -> Sample:
+        """One conversation in transformers' messages format.
+
+        Args:
+            messages: ``{"role": "user" | "assistant", "content": ...}``, alternating, a user first. Content is a string
+                or a list of ``{"type": "text", "text": ...}``, ``{"type": "image", "image": ...}`` and
+                ``{"type": "video", "video": [frame, ...]}``. All media stand before the text, in their order. Every
+                answer is supervised, with the EOS after it.
+
+        Raises:
+            ValueError: roles out of turn, an empty text, an unknown content type, or a video with too many frames.
+        """
+        media, is_video = [], []
+        token_ids, labels = [self.tokenizer.bos_token_id], [IGNORED]
+        if not messages:
+            raise ValueError("the conversation is empty: it has no messages")
+        pending = ""
+        for turn, message in enumerate(messages):
+            expected = "assistant" if turn % 2 else "user"
+            if message.get("role") != expected:
+                raise ValueError(f"message {turn} has role {message.get('role')!r}, expected {expected!r}")
+            text = ""
+            for part in _parts(message.get("content"), turn):
+                if part.get("type") == "text" and isinstance(part.get("text"), str):
+                    text += part["text"]
+                elif part.get("type") == "image" and "image" in part:
+                    media.append([part["image"]])
+                    is_video.append(False)
+                elif part.get("type") == "video" and "video" in part:
+                    media.append(self._frames(part["video"], turn))
+                    is_video.append(True)
+                else:
+                    raise ValueError(f"message {turn} has a content part that is no text, image or video: {part}")
+            text = text.strip().lower() if self.lowercase else text.strip()
+            if not text:
+                raise ValueError(f"message {turn} ({expected}) has an empty text")
+            if expected == "user":
+                pending = f"{'' if turn == 0 else chr(10)}User: {text}\nBot:"
+                continue
+            self._append(token_ids, labels, pending, " " + text)
+            pending = ""
+        if pending:
+            self._append(token_ids, labels, pending, None)
+        return Sample(media, is_video, token_ids, labels)
+
+    def _frames(self, frames: Any, turn: int) -> list[ImageSource]:
+        if not isinstance(frames, Sequence) or isinstance(frames, str | bytes):
+            raise ValueError(f"message {turn}: a video is a list of frames, got {type(frames).__name__}")
+        if not 1 <= len(frames) <= self.max_frames:
+            raise ValueError(f"message {turn}: a video has {len(frames)} frames, expected 1 to {self.max_frames}")
+        return list(frames)
+
+    def _append(self, token_ids: list[int], labels: list[int], prompt: str, answer: str | None) -> None:
+        # Tokenised in one piece, so that training and generation cut the text at the same places; offsets then tell
+        # which tokens belong to the answer.
+        encoding = self.tokenizer(prompt + (answer or ""), add_special_tokens=False, return_offsets_mapping=True)
+        ids = encoding["input_ids"]
+        token_ids += ids
+        if answer is None:
+            labels += [IGNORED] * len(ids)
+            return
+        in_answer = [end > len(prompt) for _, end in encoding["offset_mapping"]]
+        labels += [token if learn else IGNORED for token, learn in zip(ids, in_answer, strict=True)]
+        token_ids.append(self.tokenizer.eos_token_id)
+        labels.append(self.tokenizer.eos_token_id)
+
+    def pack(self, samples: Sequence[Sample], *, generator: np.random.Generator | None = None) -> BatchFeature:
+        """One packed row, (1, T): each sample's vision tokens as a root, its text as the branch.
+
+        Args:
+            samples: what ``encode`` gave, in the order they will stand.
+            generator: draws a random resized crop for every item, as training does; None for the centre crop.
+
+        Returns:
+            ``input_ids``, ``labels``, ``layout`` and, where there are pictures, ``pixel_values``, ``frame_positions``
+            and ``media_layout``.
+        """
+        rows = [self._row(sample) for sample in samples]
+        prefixes = [len(sample.media) * self.num_latents for sample in samples]
+        layout = PackedLayout.from_prefixes(prefixes, [len(sample.token_ids) for sample in samples])
+        return BatchFeature(
+            {
+                "input_ids": torch.tensor([[token for ids, _ in rows for token in ids]], dtype=torch.int64),
+                "labels": torch.tensor([[label for _, labels in rows for label in labels]], dtype=torch.int64),
+                "layout": layout,
+                **self._media(samples, generator),
+            }
+        )
+
+    def pad(self, samples: Sequence[Sample], *, generator: np.random.Generator | None = None) -> BatchFeature:
+        """A left-padded batch, (B, L): ``input_ids``, ``attention_mask``, ``labels``, and the pictures as in ``pack``."""
+        rows = [self._row(sample) for sample in samples]
+        length = max((len(ids) for ids, _ in rows), default=0)
+        pad = self.tokenizer.pad_token_id
+        return BatchFeature(
+            {
+                "input_ids": torch.tensor([[pad] * (length - len(ids)) + ids for ids, _ in rows]),
+                "attention_mask": torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids, _ in rows]),
+                "labels": torch.tensor([[IGNORED] * (length - len(labels)) + labels for _, labels in rows]),
+                **self._media(samples, generator),
+            }
+        )
+
+    def _row(self, sample: Sample) -> tuple[list[int], list[int]]:
+        vision_tokens = len(sample.media) * self.num_latents
+        return [self.image_token_id] * vision_tokens + sample.token_ids, [IGNORED] * vision_tokens + sample.labels
+
+    def _media(self, samples: Sequence[Sample], generator: np.random.Generator | None) -> dict[str, Any]:
+        items = [item for sample in samples for item in sample.media]
+        if not items:
+            return {}
+        is_video = [flag for sample in samples for flag in sample.is_video]
+        counts = [len(item) for item in items]
+        positions = [i if video else -1 for n, video in zip(counts, is_video, strict=True) for i in range(n)]
+        frames = self.image_processor([frame for item in items for frame in item], generator=generator)
+        return {
+            "pixel_values": frames["pixel_values"],
+            "frame_positions": torch.tensor(positions),
+            "media_layout": media_layout(counts, self.tokens_per_frame, self.num_latents),
+        }
+
+    def answer_of(self, token_ids: torch.Tensor) -> str:
+        """The text of newly generated ``token_ids``, up to the EOS."""
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True).strip()
+
+
+def _parts(content: Any, turn: int) -> list[dict[str, Any]]:
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    if isinstance(content, Sequence) and all(isinstance(part, dict) for part in content):
+        return list(content)
+    raise ValueError(f"message {turn} has content of type {type(content).__name__}, expected text or a list of parts")
+
+
+def _as_list(media: Any, depth: int) -> list:
+    """A single item as a list of one; an item is ``depth`` lists deep (an image 0, a video 1)."""
+    if media is None:
+        return []
+    first = media
+    for _ in range(depth):
+        first = first[0] if isinstance(first, list | tuple) and first else None
+    return list(media) if isinstance(first, list | tuple) else [media]

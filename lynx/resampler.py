@@ -1,0 +1,84 @@
+"""The Perceiver resampler: a fixed number of tokens from any number of frames (arXiv 2307.02469, section 2.2)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lynx_kernels import SpanLayout
+from lynx_kernels.nn import PerceiverAttention
+
+
+def media_layout(frame_counts: Sequence[int], tokens_per_frame: int, num_latents: int) -> SpanLayout:
+    """Which latents see which vision tokens: those of item i, an image or a video, all its ``frame_counts[i]`` frames."""
+    ends = torch.tensor([0, *frame_counts]).cumsum(0).mul(tokens_per_frame).tolist()
+    spans = list(zip(ends[:-1], ends[1:], strict=True))
+    return SpanLayout.from_spans([num_latents] * len(frame_counts), spans, ends[-1])
+
+
+class Resampler(nn.Module):
+    """Learned latents read the vision tokens of an item through ``depth`` layers of attention and feed-forward.
+
+    Args:
+        width: of the latents, the language model's.
+        media_width: of the vision tokens.
+        num_latents, depth, num_heads, head_dim, expansion, max_frames: as in ``LynxConfig``.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        media_width: int,
+        *,
+        num_latents: int,
+        depth: int,
+        num_heads: int,
+        head_dim: int,
+        expansion: int,
+        max_frames: int,
+    ):
+        super().__init__()
+        self.num_latents = num_latents
+        self.latents = nn.Parameter(torch.empty(num_latents, width))
+        self.frame_position = nn.Parameter(torch.empty(max_frames, media_width))
+        self.layers = nn.ModuleList(
+            nn.ModuleList(
+                [
+                    PerceiverAttention(width, media_width, num_heads=num_heads, head_dim=head_dim),
+                    nn.Sequential(
+                        nn.LayerNorm(width),
+                        nn.Linear(width, expansion * width, bias=False),
+                        nn.GELU(),
+                        nn.Linear(expansion * width, width, bias=False),
+                    ),
+                ]
+            )
+            for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the initial values of the latents and frame positions anew."""
+        nn.init.trunc_normal_(self.latents, std=0.02)
+        nn.init.trunc_normal_(self.frame_position, std=0.02)
+
+    def forward(self, features: Tensor, frame_positions: Tensor, layout: SpanLayout) -> Tensor:
+        """Resample all items at once.
+
+        Args:
+            features: (N, tokens, media_width) of all frames, items one after another.
+            frame_positions: (N,) int64, a frame's place in its video, -1 for an image, which has none.
+            layout: which latents see which tokens, from ``media_layout``.
+
+        Returns:
+            (items * num_latents, width).
+        """
+        position = self.frame_position[frame_positions.clamp(min=0)]  # (N, media_width)
+        position = position * (frame_positions >= 0).to(position.dtype)[:, None]
+        media = (features + position[:, None].to(features.dtype)).flatten(0, 1)
+        latents = self.latents.repeat(layout.num_queries // self.num_latents, 1)
+        for attention, feed_forward in self.layers:
+            latents = latents + attention(latents, media, layout)
+            latents = latents + feed_forward(latents)
+        return self.norm(latents)

@@ -1,0 +1,65 @@
+"""The vision tower: any vision model of transformers, EVA's architecture through Blip2VisionModel."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModel, Blip2VisionConfig, Blip2VisionModel, PreTrainedConfig, PreTrainedModel
+
+
+def build(config: PreTrainedConfig) -> PreTrainedModel:
+    """A fresh vision tower of this configuration."""
+    if isinstance(config, Blip2VisionConfig):
+        return Blip2VisionModel._from_config(config)  # AutoModel does not know this configuration
+    return AutoModel.from_config(config)
+
+
+def takes_patches(config: PreTrainedConfig) -> bool:
+    """Whether ``encode`` wants packed patches; a tower whose patch embedding we cannot see into wants pixels."""
+    return isinstance(config, Blip2VisionConfig)
+
+
+def encode(tower: PreTrainedModel, pixel_values: Tensor) -> Tensor:
+    """The tokens of every frame, (N, tokens, width).
+
+    Args:
+        tower: a vision model.
+        pixel_values: what ``pack_frames`` makes: patches (N * patches, 3 * p * p) for EVA's architecture, pixels
+            (N, 3, S, S) for every other.
+
+    Raises:
+        ValueError: ``pixel_values`` has another shape.
+    """
+    if not takes_patches(tower.config):
+        if pixel_values.dim() != 4:
+            raise ValueError(f"pixel_values must be (frames, 3, S, S) pixels, got {tuple(pixel_values.shape)}")
+        return tower(pixel_values=pixel_values.to(tower.dtype)).last_hidden_state
+    embeddings = tower.embeddings
+    kernel = embeddings.patch_embedding.weight.flatten(1)  # (width, 3 * p * p)
+    num_patches = embeddings.num_patches
+    if pixel_values.dim() != 2 or pixel_values.shape[1] != kernel.shape[1] or pixel_values.shape[0] % num_patches:
+        raise ValueError(
+            f"pixel_values must be (frames * {num_patches}, {kernel.shape[1]}) packed patches, got "
+            f"{tuple(pixel_values.shape)}; is the image processor's size {embeddings.image_size} and its patch_size "
+            f"{embeddings.patch_size}?"
+        )
+    patches = F.linear(pixel_values.to(kernel.dtype), kernel, embeddings.patch_embedding.bias)
+    patches = patches.unflatten(0, (-1, num_patches))  # (N, patches, width)
+    class_token = embeddings.class_embedding.expand(patches.shape[0], -1, -1)
+    hidden = torch.cat([class_token, patches], 1) + embeddings.position_embedding
+    return tower.encoder(inputs_embeds=hidden).last_hidden_state  # Lynx takes it before the tower's last LayerNorm
+
+
+def drop_unused(tower: PreTrainedModel) -> PreTrainedModel:
+    """Remove the layers of ``tower`` that ``encode`` never runs, so that no optimizer or checkpoint carries them."""
+    if takes_patches(tower.config):
+        tower.post_layernorm = nn.Identity()
+    return tower
+
+
+def tokens_per_frame(config: PreTrainedConfig) -> int:
+    """How many tokens ``encode`` gives for one frame."""
+    if takes_patches(config):
+        return (config.image_size // config.patch_size) ** 2 + 1
+    with torch.device("meta"):
+        frame = torch.empty(1, 3, config.image_size, config.image_size)
+        return encode(build(config), frame).shape[1]
