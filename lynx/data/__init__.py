@@ -1,0 +1,1 @@
+"""Records of conversations about pictures, and the batches made of them."""

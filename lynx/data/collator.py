@@ -1,0 +1,53 @@
+"""Records to training batches."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from transformers import BatchFeature
+
+from lynx.images import load_image
+from lynx.processor import LynxProcessor, Sample
+
+logger = logging.getLogger(__name__)
+
+
+class Collator:
+    """Packs records into one row; a record that cannot be used is logged, counted and left out.
+
+    Args:
+        processor: of the model that is trained.
+        seed: of the random crops; None for the centre crop, as in evaluation.
+
+    Attributes:
+        skipped: how many records were left out so far.
+    """
+
+    def __init__(self, processor: LynxProcessor, *, seed: int | None = None):
+        self.processor = processor
+        self.generator = None if seed is None else np.random.default_rng(seed)
+        self.skipped = 0
+
+    def __call__(self, records: Sequence[dict[str, Any]]) -> BatchFeature:
+        """One packed training batch, as ``LynxProcessor.pack`` makes it.
+
+        Raises:
+            ValueError: no record can be used.
+        """
+        samples = []
+        for record in records:
+            try:
+                samples.append(self._sample(record))
+            except ValueError as error:
+                self.skipped += 1
+                logger.warning("record skipped (%d so far): %s", self.skipped, error)
+        if not samples:
+            raise ValueError(f"none of the {len(records)} records of this batch can be used; the log says why")
+        return self.processor.pack(samples, generator=self.generator)
+
+    def _sample(self, record: dict[str, Any]) -> Sample:
+        sample = self.processor.encode(record["messages"])
+        limit = self.processor.image_processor.max_image_pixels
+        media = [[load_image(frame, max_pixels=limit) for frame in item] for item in sample.media]
+        return Sample(media, sample.is_video, sample.token_ids, sample.labels)

@@ -1,0 +1,143 @@
+"""Questions about real handwritten digits: the 1797 labelled 8 x 8 pictures that come with scikit-learn.
+
+Several question types, each in several phrasings, about single pictures, about videos of two to four pictures, and
+about no picture at all. A fifth of the pictures is held out: no training row shows them.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+PHRASINGS = {
+    "which digit": [
+        "Which digit is this?",
+        "What digit is in the picture?",
+        "Read the handwritten digit.",
+        "What number do you see?",
+        "Name the digit shown here.",
+    ],
+    "digit as word": [
+        "Write the digit in the picture as a word.",
+        "Spell the digit you see.",
+        "Which digit is this? Answer with a word.",
+    ],
+    "odd or even": [
+        "Is this digit odd or even?",
+        "Odd or even?",
+        "Is the number in the picture even or odd?",
+        "Tell me the parity of this digit.",
+    ],
+    "larger than": [
+        "Is this digit larger than {n}? Please answer yes or no.",
+        "Is the number in the picture greater than {n}?",
+        "Does the picture show a digit above {n}?",
+    ],
+    "digits in order": [
+        "Which digits does the video show, in order?",
+        "Read the digits of the video one after another.",
+        "List the digits in the order they appear.",
+    ],
+    "how many frames": [
+        "How many digits does the video show?",
+        "How many pictures are in the video?",
+        "Count the digits in this video.",
+    ],
+    "last digit": [
+        "Which digit comes last in the video?",
+        "What is the last digit shown?",
+        "Name the final digit of the video.",
+    ],
+    "addition": [
+        "What is {a} plus {b}?",
+        "Add {a} and {b}.",
+        "{a} + {b} = ?",
+    ],
+}
+VIDEO_TYPES = ("digits in order", "how many frames", "last digit")
+TEXT_TYPES = ("addition",)
+
+
+def write(folder: str | Path, *, rows: int = 16000, test_rows: int = 1600, seed: int = 0) -> tuple[Path, Path]:
+    """Write the pictures and two JSONL files, and return the paths of the files: training, held out.
+
+    Args:
+        folder: where to write; made if it is not there.
+        rows, test_rows: records in the two files, split evenly over the question types.
+        seed: of the split and of the questions.
+    """
+    from sklearn.datasets import load_digits  # a demo extra, not needed to train on other data
+
+    folder = Path(folder)
+    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    digits = load_digits()
+    paths = [f"pictures/{index:04d}.png" for index in range(len(digits.target))]
+    for path, picture in zip(paths, digits.images, strict=True):
+        grey = (picture * (255 / 16)).round().astype(np.uint8)
+        Image.fromarray(grey).convert("RGB").save(folder / path)
+    order = np.random.default_rng(seed).permutation(len(paths))
+    held_out = len(paths) // 5
+    files = []
+    for split, (name, pictures, count) in enumerate(
+        (("train.jsonl", order[held_out:], rows), ("test.jsonl", order[:held_out], test_rows))
+    ):
+        draw = _Questions(paths, digits.target, pictures, np.random.default_rng([seed, split]))
+        kinds = list(PHRASINGS)
+        with (folder / name).open("w") as file:
+            for row in range(count):
+                file.write(json.dumps(draw.record(kinds[row % len(kinds)])) + "\n")
+        files.append(folder / name)
+    return files[0], files[1]
+
+
+class _Questions:
+    """Draws records about some of the pictures."""
+
+    def __init__(self, paths, labels, pictures, random: np.random.Generator):
+        self.paths, self.labels, self.pictures, self.random = paths, labels, pictures, random
+        self.media: dict[str, Callable[[], tuple[list[dict], list[int]]]] = {
+            **dict.fromkeys(PHRASINGS, self._picture),
+            **dict.fromkeys(VIDEO_TYPES, self._video),
+            **dict.fromkeys(TEXT_TYPES, lambda: ([], [])),
+        }
+
+    def record(self, kind: str) -> dict:
+        media, digits = self.media[kind]()
+        question = PHRASINGS[kind][self.random.integers(len(PHRASINGS[kind]))]
+        question, answer = self._fill(kind, question, digits)
+        content = [*media, {"type": "text", "text": question}]
+        return {
+            "type": kind,
+            "messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}],
+        }
+
+    def _fill(self, kind: str, question: str, digits: list[int]) -> tuple[str, str]:
+        if kind == "which digit" or kind == "last digit":
+            return question, str(digits[-1])
+        if kind == "digit as word":
+            return question, _WORDS[digits[0]]
+        if kind == "odd or even":
+            return question, "odd" if digits[0] % 2 else "even"
+        if kind == "larger than":  # yes and no equally often, so that always saying one of them is right half the time
+            yes = digits[0] > 0 and self.random.random() < 0.5
+            n = self.random.integers(0, digits[0]) if yes else self.random.integers(digits[0], 10)
+            return question.format(n=n), "yes" if yes else "no"
+        if kind == "digits in order":
+            return question, " ".join(map(str, digits))
+        if kind == "how many frames":
+            return question, str(len(digits))
+        a, b = self.random.integers(0, 10, size=2)
+        return question.format(a=a, b=b), str(a + b)
+
+    def _picture(self) -> tuple[list[dict], list[int]]:
+        picture = self.random.choice(self.pictures)
+        return [{"type": "image", "path": self.paths[picture]}], [int(self.labels[picture])]
+
+    def _video(self) -> tuple[list[dict], list[int]]:
+        pictures = self.random.choice(self.pictures, size=self.random.integers(2, 5))
+        path = [self.paths[picture] for picture in pictures]
+        return [{"type": "video", "path": path}], [int(self.labels[picture]) for picture in pictures]

@@ -1,0 +1,118 @@
+"""Training records in a JSONL file: one conversation a line, pictures by path inside a root folder.
+
+    {"messages": [{"role": "user", "content": [{"type": "image", "path": "cat.png"},
+                                               {"type": "text", "text": "What is this?"}]},
+                  {"role": "assistant", "content": "A cat."}]}
+
+A video is ``{"type": "video", "path": ["frame0.png", "frame1.png"]}``. Any other field of a record is kept and ignored.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+
+logger = logging.getLogger(__name__)
+
+
+class RecordError(ValueError):
+    """A record cannot be used; the message says which and why."""
+
+
+class JsonlDataset(Dataset):
+    """The usable records of a JSONL file, pictures as paths.
+
+    Records that cannot be used are left out, each logged with its line and reason; ``skipped`` keeps them.
+
+    Args:
+        path: the JSONL file.
+        root: the folder that picture paths are relative to and may not leave; the file's own folder by default.
+
+    Attributes:
+        records: the usable records, ``image`` and ``video`` parts holding absolute paths.
+        skipped: ``(line number, reason)`` of the others.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        RecordError: no record in it is usable.
+    """
+
+    def __init__(self, path: str | Path, root: str | Path | None = None):
+        self.path = Path(path)
+        self.root = Path(root if root is not None else self.path.parent).resolve()
+        self.records: list[dict[str, Any]] = []
+        self.skipped: list[tuple[int, str]] = []
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    self.records.append(self._read(line))
+                except RecordError as error:
+                    self.skipped.append((number, str(error)))
+                    logger.warning("%s:%d: record skipped: %s", self.path, number, error)
+        if self.skipped:
+            logger.warning(
+                "%s: %d of %d records skipped", self.path, len(self.skipped), len(self.skipped) + len(self.records)
+            )
+        if not self.records:
+            raise RecordError(f"{self.path} holds no usable record ({len(self.skipped)} skipped)")
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.records[index]
+
+    def _read(self, line: bytes) -> dict[str, Any]:
+        try:
+            record = json.loads(line)
+        except ValueError as error:  # of the syntax, or of the encoding
+            raise RecordError(f"not JSON: {error}") from error
+        if not isinstance(record, dict) or not isinstance(record.get("messages"), list):
+            raise RecordError("no list of messages")
+        messages = record["messages"]
+        roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
+        if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+            raise RecordError(f"roles are {roles}, expected user and assistant in turn, ending with assistant")
+        return {**record, "messages": [{**message, "content": self._content(message)} for message in messages]}
+
+    def _content(self, message: dict[str, Any]) -> str | list[dict[str, Any]]:
+        content = message.get("content")
+        if isinstance(content, str):
+            return content
+        if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+            raise RecordError(f"content is neither text nor a list of parts: {content!r}")
+        return [self._part(part) for part in content]
+
+    def _part(self, part: dict[str, Any]) -> dict[str, Any]:
+        kind, path = part.get("type"), part.get("path")
+        if kind == "text":
+            return part
+        if kind == "image":
+            return {"type": "image", "image": self._resolve(path)}
+        if kind == "video" and isinstance(path, list):
+            return {"type": "video", "video": [self._resolve(frame) for frame in path]}
+        raise RecordError(f"a content part is no text, image or video of frames: {part}")
+
+    def _resolve(self, path: Any) -> str:
+        if not isinstance(path, str) or not path:
+            raise RecordError(f"a picture's path is missing or no text: {path!r}")
+        resolved = (self.root / path).resolve()
+        if not resolved.is_relative_to(self.root):
+            raise RecordError(f"the path {path!r} leaves the root folder {self.root}")
+        if not resolved.is_file():
+            raise RecordError(f"no such picture: {resolved}")
+        return str(resolved)
+
+
+def texts(records: list[dict[str, Any]]):
+    """Every text of the records, questions and answers."""
+    for record in records:
+        for message in record["messages"]:
+            if isinstance(message["content"], str):
+                yield message["content"]
+            else:
+                yield from (part["text"] for part in message["content"] if part["type"] == "text")
