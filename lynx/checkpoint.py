@@ -1,8 +1,10 @@
 """Model folders: everything ``from_pretrained`` needs, whole or an error."""
 
+import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoProcessor
 
 from lynx.config import LynxConfig
@@ -24,9 +26,7 @@ def save(folder: str | Path, model: LynxForConditionalGeneration, processor: Lyn
     processor.save_pretrained(folder)
 
 
-def load(
-    folder: str | Path, *, dtype: torch.dtype | None = None
-) -> tuple[LynxForConditionalGeneration, LynxProcessor]:
+def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> tuple[LynxForConditionalGeneration, LynxProcessor]:
     """Read a model and its processor from a folder, all of it or nothing.
 
     Args:
@@ -35,7 +35,8 @@ def load(
 
     Raises:
         FileNotFoundError: the folder or one of its files is missing; the message names them all.
-        ValueError: the weights lack a parameter, have one too many, or one of another shape.
+        ValueError: the configuration or the weights cannot be read or are of another model; the weights lack a
+            parameter, have one too many, or one of another shape.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -45,16 +46,19 @@ def load(
         missing.append(f"{_WEIGHTS[0]} (the weights)")
     if missing:
         raise FileNotFoundError(f"{folder} is not a whole model folder, it lacks: {', '.join(missing)}")
-    config = LynxConfig.from_pretrained(folder)
-    model, report = LynxForConditionalGeneration.from_pretrained(
-        folder,
-        config=config,
-        dtype=dtype or "auto",
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they are reported below, with the rest
-        use_safetensors=True,
-        local_files_only=True,
-    )
+    config = _config(folder)
+    try:
+        model, report = LynxForConditionalGeneration.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype or "auto",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are reported below, with the rest
+            use_safetensors=True,
+            local_files_only=True,
+        )
+    except SafetensorError as error:
+        raise ValueError(f"{folder}: the weights ({_WEIGHTS[0]}) cannot be read, truncated perhaps: {error}") from error
     problems = [
         f"{what} {', '.join(map(str, sorted(report[key])))}"
         for key, what in {
@@ -67,3 +71,13 @@ def load(
     if problems:
         raise ValueError(f"{folder}: the weights do not fit config.json; {'; '.join(problems)}")
     return model.eval(), AutoProcessor.from_pretrained(folder, local_files_only=True)
+
+
+def _config(folder: Path) -> LynxConfig:
+    try:
+        model_type = json.loads((folder / "config.json").read_text()).get("model_type")
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'} is not JSON: {error}") from error
+    if model_type != LynxConfig.model_type:
+        raise ValueError(f"{folder} holds a model of model_type {model_type!r}, expected {LynxConfig.model_type!r}")
+    return LynxConfig.from_pretrained(folder)

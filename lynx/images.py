@@ -48,6 +48,7 @@ def load_image(source: ImageSource, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> 
         return _from_array(source, max_pixels)
     if isinstance(source, Image.Image):
         return _to_rgb(source, getattr(source, "filename", "") or "PIL image", max_pixels)
+    file: io.BytesIO | Path
     if isinstance(source, bytes):
         name, file = f"image of {len(source)} bytes", io.BytesIO(source)
     elif isinstance(source, str | os.PathLike):
@@ -94,7 +95,7 @@ def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     _check_size(*image.size, name, max_pixels)
     try:
         image.load()
-        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION_TAG))
+        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION_TAG, 1))
         image = _flatten(image)
     except Exception as error:
         raise ImageError(f"{name}: {_reason(error)}") from error

@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from lynx import vision
 from lynx.config import LynxConfig
 from lynx.image_processor import LynxImageProcessor
-from lynx.images import ImageSource
+from lynx.images import ImageSource, load_image, random_resized_crop_box
 from lynx.resampler import media_layout
 from lynx_kernels import PackedLayout
 
@@ -225,7 +226,7 @@ class LynxProcessor(ProcessorMixin):
         )
 
     def pad(self, samples: Sequence[Sample], *, generator: np.random.Generator | None = None) -> BatchFeature:
-        """A left-padded batch, (B, L): ``input_ids``, ``attention_mask``, ``labels``, and the pictures as in ``pack``."""
+        """A left-padded batch, (B, L): ``input_ids``, ``attention_mask``, ``labels``, the pictures as in ``pack``."""
         rows = [self._row(sample) for sample in samples]
         length = max((len(ids) for ids, _ in rows), default=0)
         pad = self.tokenizer.pad_token_id
@@ -243,13 +244,15 @@ class LynxProcessor(ProcessorMixin):
         return [self.image_token_id] * vision_tokens + sample.token_ids, [IGNORED] * vision_tokens + sample.labels
 
     def _media(self, samples: Sequence[Sample], generator: np.random.Generator | None) -> dict[str, Any]:
-        items = [item for sample in samples for item in sample.media]
+        limit = self.image_processor.max_image_pixels
+        items = [[load_image(frame, max_pixels=limit) for frame in item] for sample in samples for item in sample.media]
         if not items:
             return {}
         is_video = [flag for sample in samples for flag in sample.is_video]
         counts = [len(item) for item in items]
         positions = [i if video else -1 for n, video in zip(counts, is_video, strict=True) for i in range(n)]
-        frames = self.image_processor([frame for item in items for frame in item], generator=generator)
+        crop_boxes = None if generator is None else [box for item in items for box in _crop_boxes(item, generator)]
+        frames = self.image_processor([frame for item in items for frame in item], crop_boxes=crop_boxes)
         return {
             "pixel_values": frames["pixel_values"],
             "frame_positions": torch.tensor(positions),
@@ -259,6 +262,15 @@ class LynxProcessor(ProcessorMixin):
     def answer_of(self, token_ids: torch.Tensor) -> str:
         """The text of newly generated ``token_ids``, up to the EOS."""
         return self.tokenizer.decode(token_ids, skip_special_tokens=True).strip()
+
+
+def _crop_boxes(frames: list[Image.Image], generator: np.random.Generator) -> list[tuple[int, int, int, int]]:
+    """A random box for each frame of an item; frames of one size share it, so that a video does not jump."""
+    boxes: dict[tuple[int, int], tuple[int, int, int, int]] = {}
+    for frame in frames:
+        if frame.size not in boxes:
+            boxes[frame.size] = random_resized_crop_box(frame.height, frame.width, generator)
+    return [boxes[frame.size] for frame in frames]
 
 
 def _parts(content: Any, turn: int) -> list[dict[str, Any]]:

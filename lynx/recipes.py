@@ -21,7 +21,13 @@ def tiny(tokenizer: PreTrainedTokenizerBase) -> LynxConfig:
         tie_word_embeddings=True,
     )
     vision = Blip2VisionConfig(
-        image_size=16, patch_size=4, hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4
+        image_size=16,
+        patch_size=4,
+        hidden_size=96,
+        intermediate_size=192,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        initializer_range=0.05,  # the default, 1e-10, is for towers that are loaded
     )
     return LynxConfig(
         text,

@@ -1,6 +1,7 @@
 """The Perceiver resampler: a fixed number of tokens from any number of frames (arXiv 2307.02469, section 2.2)."""
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +11,9 @@ from lynx_kernels.nn import PerceiverAttention
 
 
 def media_layout(frame_counts: Sequence[int], tokens_per_frame: int, num_latents: int) -> SpanLayout:
-    """Which latents see which vision tokens: those of item i, an image or a video, all its ``frame_counts[i]`` frames."""
-    ends = torch.tensor([0, *frame_counts]).cumsum(0).mul(tokens_per_frame).tolist()
-    spans = list(zip(ends[:-1], ends[1:], strict=True))
+    """Which latents see which vision tokens: those of item i all of its ``frame_counts[i]`` frames."""
+    ends = [tokens_per_frame * frames for frames in accumulate(frame_counts, initial=0)]
+    spans = list(pairwise(ends))
     return SpanLayout.from_spans([num_latents] * len(frame_counts), spans, ends[-1])
 
 

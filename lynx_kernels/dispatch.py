@@ -6,6 +6,7 @@ takes the first that can; naming one that cannot is an error carrying its reason
 """
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,7 +50,7 @@ class _Answer(Exception):
         self.choice = choice
 
 
-_asking = False
+_asking: ContextVar[bool] = ContextVar("asking", default=False)
 
 
 class Operation:
@@ -94,7 +95,7 @@ class Operation:
             chosen = impl
         if chosen is None:
             raise RuntimeError(f"{self.name}: no implementation can run this call: {refused}")
-        if _asking:
+        if not torch.compiler.is_compiling() and _asking.get():  # Dynamo cannot trace a context variable
             raise _Answer(Choice(chosen, refused))
         return chosen
 
@@ -105,14 +106,13 @@ def which(operation: Callable, *args: Any, **kwargs: Any) -> Choice:
     >>> print(which(lynx_kernels.adapter, x, *weights))
     reference
     """
-    global _asking
-    _asking = True
+    token = _asking.set(True)
     try:
         operation(*args, **kwargs)
     except _Answer as answer:
         return answer.choice
     finally:
-        _asking = False
+        _asking.reset(token)
     raise TypeError(f"which() needs an operation of lynx_kernels, got {operation!r}")
 
 

@@ -7,6 +7,7 @@ the batch is built: no kernel ever reads a device tensor on the host.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from operator import index as as_int
 from typing import Self
 
 import torch
@@ -73,13 +74,15 @@ class PackedLayout(_Layout):
 
         Raises:
             ValueError: a length is negative; the message names the group.
+            TypeError: a length is no integer.
         """
         rows, start = [], 0
         max_group = max_root = max_branch = max_branches = 0
         for index, (root_length, branch_lengths) in enumerate(groups):
-            lengths = [root_length, *branch_lengths]
+            lengths = [as_int(length) for length in (root_length, *branch_lengths)]
+            root_length, *branch_lengths = lengths
             if any(length < 0 for length in lengths):
-                raise ValueError(f"group {index} is ({root_length}, {list(branch_lengths)}): lengths must be >= 0")
+                raise ValueError(f"group {index} is ({root_length}, {branch_lengths}): lengths must be >= 0")
             root_end, group_end = start + root_length, start + sum(lengths)
             segment_start = start
             for length in lengths:
@@ -263,7 +266,12 @@ class SpanLayout(_Layout):
 
         Raises:
             ValueError: the lists differ in length, a length is negative, or a span is not inside ``[0, num_keys]``.
+            TypeError: a number is no integer.
         """
+        query_lengths, num_keys = [as_int(length) for length in query_lengths], as_int(num_keys)
+        key_spans = [(as_int(start), as_int(end)) for start, end in key_spans]
+        if num_keys < 0:
+            raise ValueError(f"num_keys is {num_keys}, must be >= 0")
         if len(query_lengths) != len(key_spans):
             raise ValueError(f"{len(query_lengths)} query_lengths but {len(key_spans)} key_spans")
         rows, first_query = [], 0
@@ -298,6 +306,11 @@ class SpanLayout(_Layout):
         _, start, end = self.segments[_segment_of_tokens(self.segments, self.num_queries)].unbind(1)
         key = torch.arange(self.num_keys, device=start.device)
         return (start[:, None] <= key) & (key < end[:, None])
+
+
+for _layout in (PackedLayout, SpanLayout):
+    torch.export.register_dataclass(_layout, serialized_type_name=f"lynx_kernels.{_layout.__name__}")
+torch.serialization.add_safe_globals([PackedLayout, SpanLayout])  # torch.export saves its example inputs
 
 
 def require(condition: Tensor, message: str) -> None:

@@ -85,7 +85,7 @@ class PerceiverAttention(nn.Module):
         self.to_out = nn.Linear(inner, width, bias=False)
 
     def forward(self, latents: Tensor, media: Tensor, layout: SpanLayout) -> Tensor:
-        """(Q, width) latents and (K, media_width) media -> (Q, width); ``layout`` says which latents see which media."""
+        """(Q, width) latents, (K, media_width) media -> (Q, width); ``layout`` says which latents see which media."""
         q = self.to_q(self.norm_latents(latents)).unflatten(-1, (-1, self.head_dim))  # (Q, H, D)
         k, v = self.to_kv(self.norm_media(media)).unflatten(-1, (2, -1, self.head_dim)).unbind(-3)  # (K, H, D) each
         return self.to_out(cross_attention(q, k, v, layout).flatten(-2))

@@ -27,23 +27,34 @@ def define(
         schema: the operator's string schema, sizes as ``SymInt``.
         kernel: runs the operator on any device.
         fake: the same signature; gives outputs of the right shape, dtype and device without computing them.
-        autograd: ``(setup_context, backward)`` as ``torch.library.register_autograd`` takes them. Without it the
-            operator is not differentiable.
+        autograd: ``(setup_context, backward)`` as ``torch.library.register_autograd`` takes them. Without it
+            differentiating the operator is an error: so are second derivatives, our backwards having no autograd.
         autocast: ``autocast(dtype, *args) -> args`` gives the arguments the operator runs with in an autocast region
-            of that dtype. Without it autocast does not touch the operator.
+            of that dtype. Without it they stay as they are, and nothing inside the operator is cast either.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     operator = getattr(torch.ops.lynx_kernels, name).default
     torch.library.register_fake(f"lynx_kernels::{name}", fake, lib=_LIBRARY)
-    if autograd is not None:
-        setup_context, backward = autograd
+    if not operator._schema.is_mutable:
+        setup_context, backward = autograd or (None, _refuse_gradient(name))
         torch.library.register_autograd(f"lynx_kernels::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
-    if autocast is not None:
-        for device_type in _AUTOCAST_KEYS:
-            _register_autocast(operator, name, device_type, autocast)
+    for device_type in _AUTOCAST_KEYS:
+        _register_autocast(operator, name, device_type, autocast or (lambda dtype, *args: args))
     return operator
+
+
+def lower(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``tensor`` in the autocast ``dtype``; fp64 stays, as everywhere in PyTorch's autocast."""
+    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+
+
+def _refuse_gradient(name: str) -> Callable:
+    def refuse(ctx, *gradients):
+        raise RuntimeError(f"lynx_kernels::{name} is not differentiable: our operators have no second derivatives")
+
+    return refuse
 
 
 def _register_autocast(operator: torch._ops.OpOverload, name: str, device_type: str, rule: Callable) -> None:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from lynx_kernels import dispatch
 from lynx_kernels.adapter import reference
-from lynx_kernels.registration import define
+from lynx_kernels.registration import define, lower
 
 _IMPLEMENTATIONS = dispatch.Operation(
     "adapter",
@@ -130,7 +130,7 @@ def _autograd(ctx, grad, *unused):
 
 
 def _autocast(dtype, x, norm_weight, norm_bias, down_weight, down_bias, up_weight, *rest):
-    return (x, norm_weight, norm_bias, down_weight.to(dtype), down_bias, up_weight.to(dtype), *rest)
+    return (x, norm_weight, norm_bias, lower(down_weight, dtype), down_bias, lower(up_weight, dtype), *rest)
 
 
 _ARGUMENTS = (

@@ -53,7 +53,7 @@ def forward(
     preactivation = F.linear(normalized, down_weight, _cast(down_bias, compute))  # (T, r)
     up = F.linear(ACTIVATIONS[activation](preactivation), up_weight, _cast(up_bias, compute))  # (T, d)
     out = x_wide + scale.to(x_wide.dtype) * up.to(x_wide.dtype)
-    return out.to(x.dtype), mean, rstd, preactivation
+    return out.to(x.dtype).contiguous(), mean, rstd, preactivation
 
 
 def _statistics(x: Tensor, eps: float, has_norm: bool) -> tuple[Tensor, Tensor]:
@@ -114,16 +114,21 @@ def backward(
             gradients["x"] = grad + grad_normalized
         else:
             standardized = (x - mean[:, None]) * rstd[:, None]  # (T, d)
-            grad_standardized = grad_normalized * norm_weight.to(grad.dtype)
-            along = (grad_standardized * standardized).mean(-1, keepdim=True)
-            centred = grad_standardized - grad_standardized.mean(-1, keepdim=True) - standardized * along
-            gradients["x"] = grad + rstd[:, None] * centred
-            gradients["norm_weight"] = (grad_normalized * standardized).sum(0)
-            gradients["norm_bias"] = grad_normalized.sum(0)
+            if needs_norm:
+                gradients["norm_weight"] = (grad_normalized * standardized).sum(0)
+            if needs_norm_bias:
+                gradients["norm_bias"] = grad_normalized.sum(0)
+            if needs_x:
+                grad_standardized = grad_normalized * norm_weight.to(grad.dtype)
+                along = (grad_standardized * standardized).mean(-1, keepdim=True)
+                centred = grad_standardized - grad_standardized.mean(-1, keepdim=True) - standardized * along
+                gradients["x"] = grad + rstd[:, None] * centred
     inputs = {
         "x": x_input, "norm_weight": norm_weight, "norm_bias": norm_bias, "down_weight": down_weight,
         "down_bias": down_bias, "up_weight": up_weight, "up_bias": up_bias, "scale": scale,
     }  # fmt: skip
     return [
-        gradients[name].to(tensor.dtype) for (name, tensor), needed in zip(inputs.items(), needs, strict=True) if needed
+        gradients[name].to(tensor.dtype).contiguous()
+        for (name, tensor), needed in zip(inputs.items(), needs, strict=True)
+        if needed
     ]

@@ -38,13 +38,19 @@ def define_attention(
         return (*gradients, *[None] * (num_arguments - num_floats))
 
     def autocast(dtype, *args):
-        return (*(tensor.to(dtype) for tensor in args[:num_floats]), *args[num_floats:])
+        # As autocast everywhere in PyTorch, it leaves fp64 alone.
+        floats = (tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in args[:num_floats])
+        return (*floats, *args[num_floats:])
+
+    def refuse_second_derivative(ctx, *gradients):
+        raise RuntimeError(f"{name} has no second derivative")
 
     backward = define(
         f"{name}_backward(Tensor? grad, Tensor? grad_lse, Tensor out, Tensor lse, {arguments}) -> "
         f"({', '.join(['Tensor'] * num_floats)})",
         operation.backward,
         fake=backward_fake,
+        autograd=(lambda ctx, inputs, output: None, refuse_second_derivative),
     )
     return define(
         f"{name}({arguments}) -> (Tensor, Tensor)",
@@ -59,13 +65,16 @@ def check_heads(operation: str, num_dimensions: int, q: Tensor, **keys_and_value
     """Raise unless q (..., H, D) and every key or value (..., Hkv, D) fit together.
 
     Raises:
-        TypeError: a tensor is not floating point, or a DTensor.
+        TypeError: a tensor is not floating point, or a DTensor; or fp64 is mixed with narrower dtypes.
         ValueError: ranks, devices, head dimensions or head counts do not fit; the message names the argument.
     """
     tensors = {"q": q, **keys_and_values}
     dispatch.refuse_dtensors(operation, **tensors)
     dispatch.require_floating(operation, **tensors)
     dispatch.require_same_device(operation, q.device, **keys_and_values)
+    for name, tensor in keys_and_values.items():
+        if (tensor.dtype == torch.float64) != (q.dtype == torch.float64):
+            raise TypeError(f"{operation}: {name} is {tensor.dtype} and q {q.dtype}, but fp64 does not mix")
     for name, tensor in tensors.items():
         if tensor.dim() != num_dimensions:
             raise ValueError(

@@ -172,14 +172,17 @@ def _decode_view(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Keys and values (B, Lr + Lb, Hkv, D) of every branch with its root's copied, and who sees whom (B, Q, Lr + Lb).
 
-    The queries of a branch are its last tokens: query i of Q sees all but the Q - 1 - i newest of its keys.
+    The queries of a branch are its last tokens: query i of Q sees all but the Q - 1 - i newest of its keys. What stands
+    behind the lengths is 0 here, whatever the caches hold there, NaN included.
     """
-    keys = torch.cat([root_k[branch_to_root], branch_k], 1)
-    values = torch.cat([root_v[branch_to_root], branch_v], 1)
     device = root_k.device
     in_root = torch.arange(root_k.shape[1], device=device) < root_lengths[branch_to_root, None]  # (B, Lr)
     seen = branch_lengths[:, None] - torch.arange(num_queries - 1, -1, -1, device=device)  # (B, Q)
     in_branch = torch.arange(branch_k.shape[1], device=device) < seen[:, :, None]  # (B, Q, Lb)
+    is_filled = torch.arange(branch_k.shape[1], device=device) < branch_lengths[:, None]  # (B, Lb)
+    unread = ~torch.cat([in_root, is_filled], 1)[..., None, None]  # (B, Lr + Lb, 1, 1)
+    keys = torch.cat([root_k[branch_to_root], branch_k], 1).masked_fill(unread, 0)
+    values = torch.cat([root_v[branch_to_root], branch_v], 1).masked_fill(unread, 0)
     return keys, values, torch.cat([in_root[:, None].expand(-1, num_queries, -1), in_branch], 2)
 
 

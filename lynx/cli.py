@@ -1,0 +1,113 @@
+"""The ``lynx`` command."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status, 2 after an error a person can mend, with one line saying what."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    from transformers.utils import logging as transformers_logging  # slow to import: --help should not wait for it
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        options.run(options)
+    except (OSError, ValueError) as error:
+        print(f"lynx {options.command}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lynx", description="Train Lynx models and ask them about pictures.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    ask = commands.add_parser("ask", help="answer a question about an image file")
+    ask.add_argument("model", type=Path, help="a model folder")
+    ask.add_argument("image", type=Path, nargs="+", help="an image file; several are the frames of a video")
+    ask.add_argument("question")
+    ask.add_argument("--beams", type=int, default=1, help="beams to search with (default: 1, greedy)")
+    ask.set_defaults(run=_ask)
+
+    train = commands.add_parser("train", help="train on the conversations of a JSONL file")
+    train.add_argument("data", type=Path, help="JSONL, one conversation in transformers' messages format a line")
+    train.add_argument("output", type=Path, help="the folder to save the model in")
+    train.add_argument("--root", type=Path, help="the folder of the pictures (default: the data file's)")
+    train.add_argument("--start", type=Path, help="a model folder to go on from (default: a tiny model from nothing)")
+    train.add_argument("--steps", type=int, default=1000)
+    train.add_argument("--batch-size", type=int, default=64, help="conversations in a packed row (default: 64)")
+    train.add_argument("--learning-rate", type=float, default=2e-3, help="its peak (default: 2e-3)")
+    train.add_argument("--seed", type=int, default=0)
+    train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser("evaluate", help="ask a JSONL file's questions and count the right answers")
+    evaluate.add_argument("model", type=Path, help="a model folder")
+    evaluate.add_argument("data", type=Path, help="JSONL like that of train")
+    evaluate.add_argument("--root", type=Path, help="the folder of the pictures (default: the data file's)")
+    evaluate.add_argument("--sheet", type=Path, help="draw the first answers into this PNG")
+    evaluate.set_defaults(run=_evaluate)
+
+    demo = commands.add_parser("demo", help="train and test a small model on real handwritten digits")
+    demo.add_argument("--folder", type=Path, default=Path("demo"), help="where everything goes (default: demo)")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _ask(options: argparse.Namespace) -> None:
+    from lynx import checkpoint
+    from lynx.generation import answer
+    from lynx.images import load_image
+
+    frames = [load_image(path) for path in options.image]
+    model, processor = checkpoint.load(options.model)
+    part = {"type": "image", "image": frames[0]} if len(frames) == 1 else {"type": "video", "video": frames}
+    sample = processor.encode([{"role": "user", "content": [part, {"type": "text", "text": options.question}]}])
+    [text] = answer(model, processor, [sample], num_beams=options.beams)
+    print(text)
+
+
+def _train(options: argparse.Namespace) -> None:
+    from lynx.train.run import train
+
+    train(
+        options.data,
+        options.output,
+        root=options.root,
+        start=options.start,
+        steps=options.steps,
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        seed=options.seed,
+    )
+    print(options.output)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from lynx import checkpoint
+    from lynx.data.jsonl import JsonlDataset
+    from lynx.eval import accuracy
+
+    dataset = JsonlDataset(options.data, options.root)
+    answered = accuracy.answer_records(*checkpoint.load(options.model), dataset.records)
+    print(accuracy.table(accuracy.scores(answered)))
+    if options.sheet is not None:
+        from lynx.eval import pictures
+
+        pictures.answer_sheet(answered[:24], options.sheet)
+        print(options.sheet)
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from lynx.demo import demo
+
+    demo(options.folder, seed=options.seed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,35 @@
+"""The demo: a small Lynx learns to answer questions about real handwritten digits, in minutes, on a processor.
+
+It writes records as anyone's would be (``lynx.data.digits``), then trains, answers and draws through the very functions
+that ``lynx train`` and ``lynx evaluate`` call.
+"""
+
+from pathlib import Path
+
+from lynx import checkpoint
+from lynx.data import digits
+from lynx.data.jsonl import JsonlDataset
+from lynx.eval import accuracy, pictures
+from lynx.train.run import train
+
+STEPS = 450
+
+
+def demo(folder: str | Path, *, steps: int = STEPS, seed: int = 0) -> dict[str, accuracy.Score]:
+    """Run it; everything it makes lies in ``folder``: ``data/``, ``model/``, ``answers.png`` and ``loss.png``.
+
+    Returns:
+        The score of each question type on held-out pictures.
+    """
+    folder = Path(folder)
+    training_data, test_data = digits.write(folder / "data", seed=seed)
+    trainer = train(training_data, folder / "model", steps=steps, seed=seed)
+    pictures.loss_curve(trainer.state.log_history, folder / "loss.png")
+    model, processor = checkpoint.load(folder / "model")
+    answered = accuracy.answer_records(model, processor, JsonlDataset(test_data).records)
+    by_type = accuracy.scores(answered)
+    pictures.answer_sheet(answered[: 3 * len(by_type)], folder / "answers.png")
+    print(f"\nHeld-out pictures:\n{accuracy.table(by_type)}\n")
+    for what in ("answers.png", "loss.png", "model"):
+        print(f"{folder / what}")
+    return by_type

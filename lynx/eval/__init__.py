@@ -1,0 +1,1 @@
+"""Evaluation: questions answered, counted and shown."""

@@ -1,0 +1,74 @@
+"""Drawings of what a model answers and how it learned."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from PIL import Image
+
+from lynx.eval.accuracy import Answered
+from lynx.images import load_image
+
+_RIGHT, _WRONG = "#1a7f37", "#cf222e"
+
+
+def answer_sheet(answered: Sequence[Answered], path: str | Path, *, columns: int = 4) -> None:
+    """Draw pictures, or the frames of videos, with question, answer and truth; wrong answers in red.
+
+    Args:
+        answered: what to show, one cell each.
+        path: the PNG to write.
+        columns: cells in a row.
+    """
+    rows = -(-len(answered) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.4 * columns, 2.6 * rows), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, each in zip(axes.flat, answered, strict=False):
+        frames = _frames(each.record)
+        if frames:
+            axis.imshow(_side_by_side(frames), interpolation="nearest")
+        else:
+            axis.text(0.5, 0.5, "(no picture)", ha="center", va="center", color="grey", transform=axis.transAxes)
+        axis.set_title(each.question, fontsize=9, wrap=True)
+        color = _RIGHT if each.is_right else _WRONG
+        text = f"{each.prediction or '(nothing)'}" + ("" if each.is_right else f"   (truth: {each.truth})")
+        axis.text(0.5, -0.05, text, ha="center", va="top", fontsize=11, color=color, transform=axis.transAxes)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def loss_curve(log_history: Sequence[dict[str, Any]], path: str | Path) -> None:
+    """Draw the training loss over the steps from a Trainer's ``log_history``."""
+    entries = [entry for entry in log_history if "loss" in entry]
+    figure, axis = plt.subplots(figsize=(7, 4))
+    axis.plot([entry["step"] for entry in entries], [float(entry["loss"]) for entry in entries])
+    axis.set(xlabel="step", ylabel="loss per supervised token (nats)", yscale="log", title="Training loss")
+    axis.grid(alpha=0.3, which="both")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _frames(record: dict[str, Any]) -> list[Image.Image]:
+    frames = []
+    for message in record["messages"]:
+        for part in message["content"] if isinstance(message["content"], list) else []:
+            sources = part["video"] if part["type"] == "video" else [part["image"]] if part["type"] == "image" else []
+            frames += [load_image(source) for source in sources]
+    return frames
+
+
+def _side_by_side(frames: list[Image.Image], gap: int = 1) -> Image.Image:
+    width = sum(frame.width for frame in frames) + gap * (len(frames) - 1)
+    sheet = Image.new("RGB", (width, max(frame.height for frame in frames)), "white")
+    left = 0
+    for frame in frames:
+        sheet.paste(frame, (left, 0))
+        left += frame.width + gap
+    return sheet

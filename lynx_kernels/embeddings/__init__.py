@@ -1,0 +1,118 @@
+"""The packed input row of the language model: vision rows and token embeddings, interleaved."""
+
+import torch
+from torch import Tensor
+
+from lynx_kernels import dispatch
+from lynx_kernels.embeddings import reference
+from lynx_kernels.registration import define
+
+_IMPLEMENTATIONS = dispatch.Operation(
+    "pack_embeddings",
+    dispatch.Implementation("reference", reference.forward, reference.backward),
+)
+
+
+def pack_embeddings(
+    token_ids: Tensor,
+    embedding: Tensor,
+    vision: Tensor,
+    vision_index: Tensor,
+    *,
+    impl: str | None = None,
+) -> Tensor:
+    """Row t is ``vision[vision_index[t]]`` where that index is >= 0, else ``embedding[token_ids[t]]``.
+
+    Args:
+        token_ids: (T,) int64, each in [0, V). Where a vision row stands, any value at all.
+        embedding: (V, d), fp64, fp32, fp16 or bf16, the table of the language model.
+        vision: (M, d), fp64, fp32, fp16 or bf16; M may be 0.
+        vision_index: (T,) int32, each < M; negative says that row t is a token. Vision rows may be used several times
+            or never.
+        impl: an implementation by name; None takes the best that can run.
+
+    The gradient of a vision row or of a table row is the sum over the rows it went to, added up in at least fp32, and
+    0 if it went nowhere. The table's gradient is dense, and computed only if it requires one; ``padding_idx`` and
+    ``max_norm`` of an ``nn.Embedding`` do not take part. Autocast leaves the operation alone, as it does an embedding:
+    nothing is multiplied, and the vision rows that arrive in autocast's dtype are cast to the table's anyway.
+
+    Returns:
+        (T, d) in the dtype of embedding.
+
+    Raises:
+        ValueError: shapes or devices do not fit; the message names the argument.
+        TypeError: an argument has the wrong dtype or is a DTensor.
+        IndexError: a token id or a vision index is out of range. On a device, whose values the host does not read,
+            the device asserts instead.
+    """
+    _check(token_ids, embedding, vision, vision_index)
+    impl = _IMPLEMENTATIONS.choose(impl, token_ids, embedding, vision, vision_index)
+    return _FORWARD(token_ids, embedding, vision, vision_index, impl)
+
+
+def _check(token_ids: Tensor, embedding: Tensor, vision: Tensor, vision_index: Tensor) -> None:
+    tensors = {"token_ids": token_ids, "embedding": embedding, "vision": vision, "vision_index": vision_index}
+    dispatch.refuse_dtensors("pack_embeddings", **tensors)
+    dispatch.require_floating("pack_embeddings", embedding=embedding, vision=vision)
+    dispatch.require_same_device("pack_embeddings", embedding.device, **tensors)
+    for name, tensor, dtype in (
+        ("token_ids", token_ids, torch.int64),
+        ("vision_index", vision_index, torch.int32),
+    ):
+        if tensor.dtype != dtype:
+            raise TypeError(f"pack_embeddings: {name} is {tensor.dtype}, expected {dtype}")
+        if tensor.dim() != 1:
+            raise ValueError(f"pack_embeddings: {name} has shape {tuple(tensor.shape)}, expected (T,), one packed row")
+    if vision_index.shape != token_ids.shape:
+        raise ValueError(
+            f"pack_embeddings: vision_index has shape {tuple(vision_index.shape)}, expected "
+            f"{tuple(token_ids.shape)} like token_ids"
+        )
+    if embedding.dim() != 2:
+        raise ValueError(f"pack_embeddings: embedding has shape {tuple(embedding.shape)}, expected (V, d)")
+    if vision.dim() != 2 or vision.shape[1] != embedding.shape[1]:
+        raise ValueError(
+            f"pack_embeddings: vision has shape {tuple(vision.shape)}, expected (M, {embedding.shape[1]}) as "
+            "wide as embedding"
+        )
+
+
+def _forward_fake(token_ids, embedding, vision, vision_index, impl):
+    return embedding.new_empty((token_ids.shape[0], embedding.shape[1]))
+
+
+def _backward_fake(grad, token_ids, vision_index, num_embeddings, num_vision, vision_dtype, needs, impl):
+    outputs = ((num_embeddings, grad.dtype), (num_vision, vision_dtype))
+    return [
+        grad.new_empty((rows, grad.shape[1]), dtype=dtype)
+        for (rows, dtype), needed in zip(outputs, needs, strict=True)
+        if needed
+    ]
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    token_ids, embedding, vision, vision_index, impl = inputs
+    ctx.save_for_backward(token_ids, vision_index)
+    ctx.sizes = embedding.shape[0], vision.shape[0]
+    ctx.vision_dtype, ctx.impl = vision.dtype, impl
+
+
+def _autograd(ctx, grad):
+    token_ids, vision_index = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[1:3])
+    gradients = iter(_BACKWARD(grad, token_ids, vision_index, *ctx.sizes, ctx.vision_dtype, needs, ctx.impl))
+    return (None, *(next(gradients) if needed else None for needed in needs), None, None)
+
+
+_BACKWARD = define(
+    "pack_embeddings_backward(Tensor grad, Tensor token_ids, Tensor vision_index, SymInt num_embeddings, "
+    "SymInt num_vision, ScalarType vision_dtype, bool[] needs, str impl) -> Tensor[]",
+    _IMPLEMENTATIONS.backward,
+    fake=_backward_fake,
+)
+_FORWARD = define(
+    "pack_embeddings(Tensor token_ids, Tensor embedding, Tensor vision, Tensor vision_index, str impl) -> Tensor",
+    _IMPLEMENTATIONS.forward,
+    fake=_forward_fake,
+    autograd=(_setup_context, _autograd),
+)

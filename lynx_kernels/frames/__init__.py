@@ -1,0 +1,199 @@
+"""From uint8 frames of any sizes to the vision tower's input: crop, resize, normalise, cut into patches."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lynx_kernels import dispatch
+from lynx_kernels.frames import reference
+from lynx_kernels.registration import define
+
+_IMPLEMENTATIONS = dispatch.Operation(
+    "pack_frames",
+    dispatch.Implementation("reference", reference.forward),
+)
+
+
+def pack_frames(
+    frames: Sequence[Tensor | np.ndarray] | Tensor | np.ndarray,
+    *,
+    size: int,
+    patch_size: int | None,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype = torch.float32,
+    resize: str = "short_side",
+    crop_boxes: Sequence[Sequence[int]] | None = None,
+    flip: Sequence[bool] | None = None,
+    crop_rounding: str = "round",
+    output: str = "patches",
+    out: Tensor | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """Resize RGB frames to squares exactly as Pillow does, normalise them, and cut them into patches.
+
+    Up to the normalisation the result equals Pillow's ``Image.crop`` and ``Image.resize(..., BICUBIC)`` byte for byte,
+    horizontal pass first, as Pillow up to 12.1 always has it. Later ones turn the passes around for some tall frames:
+    12.2 and 12.3 over 100 times as high as wide, 13 where rows are lost, and more than twice as many as columns (with
+    ``"short_side"``: over twice as high as wide). ``image.resize((new_width, height)).resize((new_width, new_height))``
+    gives these bytes in every version. The operation has no gradient.
+
+    Args:
+        frames: N frames (height, width, 3), uint8, of any sizes and strides, tensors on one device or numpy arrays;
+            or one stacked (N, height, width, 3). Read-only and reversed arrays are copied first.
+        size: side S of the square output, in pixels.
+        patch_size: side p of a patch; it divides ``size``. Not used (and may be None) with ``output="pixels"``.
+        mean, std: of the three channels, for pixels in 0 ... 1.
+        dtype: of the output: fp64, fp32, fp16 or bf16. Computed in fp32 (fp64 for fp64), then rounded.
+        resize: ``"short_side"``: the short side becomes S and the long side int(S * long / short), of which the centre
+            is kept (CLIP, Lynx); ``"exact"``: both sides become S (SigLIP, and RandomResizedCrop of a box).
+        crop_boxes: for every frame (top, left, height, width) in pixels, cut out before anything else: the filter
+            sees no pixel outside. None keeps the frames whole.
+        flip: for every frame whether the result is mirrored left to right. None mirrors none.
+        crop_rounding: where the centre crop of n pixels starts: ``"round"``: round((n - S) / 2), halves to even
+            (torchvision, Lynx); ``"floor"``: (n - S) // 2 (transformers).
+        output: ``"patches"`` or ``"pixels"``.
+        out: a contiguous tensor of the result's shape and dtype on the frames' device, to be filled and returned.
+        impl: an implementation by name; None takes the best that can run.
+
+    Returns:
+        ``"patches"``: (N * (S / p)^2, 3 * p * p), frame after frame, patches row by row, inside a patch channel, row,
+        column: the order of a convolution's weight reshaped to (out_channels, 3 * p * p). ``"pixels"``: (N, 3, S, S).
+
+    Raises:
+        ValueError: a shape, a box, a length or an option does not fit; the message names the argument and the frame.
+        TypeError: a frame is not a uint8 tensor or array, an option has the wrong type, or a tensor is a DTensor.
+    """
+    _check_options(size, patch_size, mean, std, dtype, resize, crop_rounding, output)
+    tensors = _as_tensors(frames)
+    device = next((each.device for each in (frames, *tensors, out) if isinstance(each, Tensor)), torch.device("cpu"))
+    _check_frames(tensors, device)
+    boxes = _flat_boxes(tensors, crop_boxes)
+    if flip is not None and len(flip) != len(tensors):
+        raise ValueError(f"pack_frames: flip has {len(flip)} entries for {len(tensors)} frames")
+    flips = [False] * len(tensors) if flip is None else [bool(each) for each in flip]
+    shape: tuple[int, ...] = (len(tensors), 3, size, size)
+    if output == "pixels":
+        patch_size = None
+    elif patch_size is not None:
+        shape = (len(tensors) * (size // patch_size) ** 2, 3 * patch_size**2)
+    if out is None:
+        out = torch.empty(shape, dtype=dtype, device=device)
+    else:
+        _check_out(out, shape, dtype, device)
+    impl = _IMPLEMENTATIONS.choose(impl, out, *tensors)
+    _PACK_FRAMES(tensors, out, boxes, flips, size, patch_size, list(mean), list(std), resize, crop_rounding, impl)
+    return out
+
+
+def _check_options(size, patch_size, mean, std, dtype, resize, crop_rounding, output) -> None:
+    for name, value, allowed in (
+        ("resize", resize, ("short_side", "exact")),
+        ("crop_rounding", crop_rounding, ("round", "floor")),
+        ("output", output, ("patches", "pixels")),
+    ):
+        if value not in allowed:
+            raise ValueError(f"pack_frames: {name}={value!r}, expected one of {list(allowed)}")
+    for name, value in (("size", size), ("patch_size", patch_size if output == "patches" else 1)):
+        if not isinstance(value, int):
+            raise TypeError(f"pack_frames: {name} must be an int, got {value!r}")
+        if value < 1:
+            raise ValueError(f"pack_frames: {name}={value}, expected at least 1")
+    if output == "patches" and size % patch_size != 0:
+        raise ValueError(f"pack_frames: size={size} is not divisible by patch_size={patch_size}")
+    for name, value in (("mean", mean), ("std", std)):
+        if len(value) != 3:
+            raise ValueError(f"pack_frames: {name} must have one value for each of 3 channels, got {value!r}")
+    if min(std) <= 0:
+        raise ValueError(f"pack_frames: std must be positive, got {std!r}")
+    if dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        raise TypeError(f"pack_frames: dtype is {dtype}, expected fp64, fp32, fp16 or bf16")
+
+
+def _as_tensors(frames) -> list[Tensor]:
+    if isinstance(frames, Tensor | np.ndarray):
+        if frames.ndim != 4:
+            raise ValueError(
+                f"pack_frames: frames as one array must be (N, height, width, 3), got {tuple(frames.shape)}; "
+                "put a single frame into a list"
+            )
+        return list(_as_tensor(frames, "frames").unbind(0))
+    return [_as_tensor(frame, f"frames[{index}]") for index, frame in enumerate(frames)]
+
+
+def _as_tensor(frame, name: str) -> Tensor:
+    if not isinstance(frame, Tensor | np.ndarray):
+        raise TypeError(f"pack_frames: {name} is a {type(frame).__name__}, expected a tensor or a numpy array")
+    if isinstance(frame, Tensor):
+        dispatch.refuse_dtensors("pack_frames", **{name: frame})
+    if frame.dtype not in (torch.uint8, np.uint8):
+        raise TypeError(f"pack_frames: {name} has dtype {frame.dtype}, expected uint8")
+    if isinstance(frame, Tensor):
+        return frame
+    can_be_shared = frame.flags.writeable and all(stride >= 0 for stride in frame.strides)
+    return torch.from_numpy(frame if can_be_shared else frame.copy())
+
+
+def _check_frames(frames: list[Tensor], device: torch.device) -> None:
+    for index, frame in enumerate(frames):
+        if frame.dim() != 3 or frame.shape[2] != 3:
+            raise ValueError(
+                f"pack_frames: frames[{index}] has shape {tuple(frame.shape)}, expected (height, width, 3)"
+            )
+        if frame.shape[0] == 0 or frame.shape[1] == 0:
+            raise ValueError(f"pack_frames: frames[{index}] has shape {tuple(frame.shape)}: it has no pixels")
+        dispatch.require_same_device("pack_frames", device, **{f"frames[{index}]": frame})
+
+
+def _flat_boxes(frames: list[Tensor], crop_boxes) -> list[int]:
+    if crop_boxes is None:
+        return [value for frame in frames for value in (0, 0, frame.shape[0], frame.shape[1])]
+    if isinstance(crop_boxes, Tensor):
+        raise TypeError(
+            "pack_frames: crop_boxes is a tensor, expected ints (reading a tensor would wait for its device)"
+        )
+    if len(crop_boxes) != len(frames):
+        raise ValueError(f"pack_frames: crop_boxes has {len(crop_boxes)} entries for {len(frames)} frames")
+    boxes = []
+    for index, (box, frame) in enumerate(zip(crop_boxes, frames, strict=True)):
+        if len(box) != 4:
+            raise ValueError(f"pack_frames: crop_boxes[{index}] is {box!r}, expected (top, left, height, width)")
+        if not all(isinstance(value, int | np.integer) for value in box):
+            raise TypeError(f"pack_frames: crop_boxes[{index}] is {box!r}, expected ints")
+        # int() would make torch.compile take a symbolic int for a constant, and recompile for every box
+        top, left, height, width = (value if isinstance(value, int) else int(value) for value in box)
+        inside = top >= 0 and left >= 0 and top + height <= frame.shape[0] and left + width <= frame.shape[1]
+        if not inside or height < 1 or width < 1:
+            raise ValueError(
+                f"pack_frames: crop_boxes[{index}] is top={top}, left={left}, height={height}, width={width}: "
+                f"empty, or not inside frames[{index}] of shape {tuple(frame.shape)}"
+            )
+        boxes += [top, left, height, width]
+    return boxes
+
+
+def _check_out(out, shape, dtype, device) -> None:
+    dispatch.refuse_dtensors("pack_frames", out=out)
+    dispatch.require_same_device("pack_frames", device, out=out)
+    if tuple(out.shape) != shape:
+        raise ValueError(f"pack_frames: out has shape {tuple(out.shape)}, expected {shape}")
+    if out.dtype != dtype:
+        raise TypeError(f"pack_frames: out is {out.dtype}, expected dtype={dtype}")
+    if not out.is_contiguous():
+        raise ValueError(f"pack_frames: out must be contiguous, got strides {out.stride()}")
+    if out.requires_grad:
+        raise ValueError("pack_frames: out requires a gradient, and this operation has none")
+
+
+def _pack_frames_fake(*args) -> None:
+    """The operator returns nothing: its output is the argument it fills."""
+
+
+_PACK_FRAMES = define(
+    "pack_frames(Tensor[] frames, Tensor(a!) out, SymInt[] crop_boxes, bool[] flips, SymInt size, SymInt? patch_size, "
+    "float[] mean, float[] std, str resize, str crop_rounding, str impl) -> ()",
+    _IMPLEMENTATIONS.forward,
+    fake=_pack_frames_fake,
+)

@@ -1,0 +1,142 @@
+"""The language model's loss, from its last hidden states: output head and cross entropy in one operation."""
+
+import torch
+from torch import Tensor
+
+from lynx_kernels import dispatch
+from lynx_kernels.loss import reference
+from lynx_kernels.registration import define, lower
+
+_IMPLEMENTATIONS = dispatch.Operation(
+    "linear_cross_entropy",
+    dispatch.Implementation("reference", reference.forward, reference.backward),
+)
+_REDUCTIONS = ("mean", "sum", "none")
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    shift_labels: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    num_items: int | Tensor | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """``cross_entropy(hidden @ weight.T, shift_labels)`` at the supervised rows, without the (T, V) logits.
+
+    A head with a bias, a soft cap or a logit scale is another function: compute its logits and their loss plainly.
+
+    Args:
+        hidden: (T, d), fp64, fp32, fp16 or bf16.
+        weight: (V, d), fp64, fp32, fp16 or bf16, of the output head.
+        shift_labels: (T,) int64, the target of each row, already shifted: in [0, V), or ignore_index.
+        label_smoothing: in [0, 1], as in ``torch.nn.functional.cross_entropy``.
+        ignore_index: the label of rows that are not supervised. They may hold anything, nan included: their loss and
+            their gradient are 0.
+        reduction: ``"mean"`` divides the sum by the number of supervised rows, ``"sum"`` does not, ``"none"`` gives
+            each row's loss.
+        num_items: a number or a tensor of shape (), for ``"mean"``: divide by it instead (transformers'
+            ``num_items_in_batch``).
+        impl: an implementation by name; None takes the best that can run.
+
+    The mean divides by at least 1, so that without a supervised row the loss and its gradients are 0, not nan. Logits
+    and loss are in fp32, or fp64 if an input is; under autocast hidden and weight are cast to its dtype first. Nothing
+    but the arguments is saved for backward, and a frozen weight's gradient is not computed.
+
+    Returns:
+        () or, with ``"none"``, (T,), in fp32, or fp64 if an input is.
+
+    Raises:
+        ValueError: shapes, devices or an option do not fit; the message names the argument.
+        TypeError: an argument has the wrong dtype or is a DTensor.
+        IndexError: a label is out of range. On a device, whose values the host does not read, the device asserts
+            instead.
+    """
+    _check(hidden, weight, shift_labels, label_smoothing, reduction, num_items)
+    impl = _IMPLEMENTATIONS.choose(impl, hidden, weight, shift_labels)
+    losses = _FORWARD(hidden, weight, shift_labels, label_smoothing, ignore_index, impl)
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    if num_items is None:
+        num_items = (shift_labels != ignore_index).sum()
+    count = num_items.clamp(min=1) if isinstance(num_items, Tensor) else max(num_items, 1)
+    return losses.sum() / count
+
+
+def _check(hidden, weight, shift_labels, label_smoothing, reduction, num_items) -> None:
+    tensors = {"hidden": hidden, "weight": weight, "shift_labels": shift_labels}
+    counts = {"num_items": num_items} if isinstance(num_items, Tensor) else {}
+    dispatch.refuse_dtensors("linear_cross_entropy", **tensors, **counts)
+    dispatch.require_floating("linear_cross_entropy", hidden=hidden, weight=weight)
+    dispatch.require_same_device("linear_cross_entropy", hidden.device, **tensors)
+    if shift_labels.dtype != torch.int64:
+        raise TypeError(f"linear_cross_entropy: shift_labels is {shift_labels.dtype}, expected torch.int64")
+    if hidden.dim() != 2:
+        raise ValueError(f"linear_cross_entropy: hidden has shape {tuple(hidden.shape)}, expected (T, d)")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[1]:
+        raise ValueError(
+            f"linear_cross_entropy: weight has shape {tuple(weight.shape)}, expected (V, {hidden.shape[1]}) as "
+            "wide as hidden"
+        )
+    if shift_labels.dim() != 1 or shift_labels.shape[0] != hidden.shape[0]:
+        raise ValueError(
+            f"linear_cross_entropy: shift_labels has shape {tuple(shift_labels.shape)}, expected "
+            f"({hidden.shape[0]},), one label a row of hidden"
+        )
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"linear_cross_entropy: label_smoothing={label_smoothing}, expected 0 to 1")
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"linear_cross_entropy: reduction={reduction!r}, expected one of {_REDUCTIONS}")
+    if num_items is not None and reduction != "mean":
+        raise ValueError(f"linear_cross_entropy: num_items is for reduction='mean', not {reduction!r}")
+    if isinstance(num_items, Tensor) and num_items.dim() != 0:
+        raise ValueError(f"linear_cross_entropy: num_items has shape {tuple(num_items.shape)}, expected () or a number")
+
+
+def _forward_fake(hidden, weight, shift_labels, *options):
+    dtype = reference.wide(reference.compute_dtype(hidden, weight))
+    return hidden.new_empty((hidden.shape[0],), dtype=dtype)
+
+
+def _backward_fake(grad, hidden, weight, shift_labels, label_smoothing, ignore_index, needs, impl):
+    return [
+        torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        for tensor, needed in zip((hidden, weight), needs, strict=True)
+        if needed
+    ]
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    hidden, weight, shift_labels, *ctx.options, ctx.impl = inputs
+    ctx.save_for_backward(hidden, weight, shift_labels)
+
+
+def _autograd(ctx, grad):
+    needs = list(ctx.needs_input_grad[:2])
+    gradients = iter(_BACKWARD(grad, *ctx.saved_tensors, *ctx.options, needs, ctx.impl))
+    return (*(next(gradients) if needed else None for needed in needs), None, None, None, None)
+
+
+def _autocast(dtype, hidden, weight, *rest):
+    return (lower(hidden, dtype), lower(weight, dtype), *rest)
+
+
+_BACKWARD = define(
+    "linear_cross_entropy_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor shift_labels, "
+    "float label_smoothing, SymInt ignore_index, bool[] needs, str impl) -> Tensor[]",
+    _IMPLEMENTATIONS.backward,
+    fake=_backward_fake,
+)
+_FORWARD = define(
+    "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor shift_labels, float label_smoothing, "
+    "SymInt ignore_index, str impl) -> Tensor",
+    _IMPLEMENTATIONS.forward,
+    fake=_forward_fake,
+    autograd=(_setup_context, _autograd),
+    autocast=_autocast,
+)

@@ -1,0 +1,122 @@
+"""Model folders: bit for bit there and back, found by the Auto classes, and refused when they are not whole."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+from lynx import LynxConfig, LynxForConditionalGeneration, LynxImageProcessor, LynxProcessor, checkpoint
+from tests.lynx.conftest import VISION, conversation, make_config, make_model, picture
+
+
+@pytest.fixture
+def folder(model, processor, tmp_path):
+    checkpoint.save(tmp_path / "model", model, processor)
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vision", VISION)
+@pytest.mark.parametrize("tied", [False, True])
+def test_round_trip_is_bit_exact(tokenizer, tmp_path, vision, dtype, tied):
+    config = make_config(tokenizer, vision)
+    config.text_config.tie_word_embeddings = tied
+    config = LynxConfig(**{**config.to_dict(), "tie_word_embeddings": tied})
+    model = make_model(config)
+    for parameter in model.parameters():  # .to() would round the rotary frequencies too, which are never saved
+        parameter.data = parameter.data.to(dtype)
+    processor = LynxProcessor.for_model(config, tokenizer)
+    checkpoint.save(tmp_path, model, processor)
+    loaded, loaded_processor = checkpoint.load(tmp_path)
+    saved = model.state_dict()
+    assert {name: tensor.dtype for name, tensor in loaded.state_dict().items()} == dict.fromkeys(saved, dtype)
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in loaded.state_dict().items())
+    head, table = loaded.get_output_embeddings().weight, loaded.get_input_embeddings().weight
+    assert (head is table) == tied
+    messages = conversation("What?", images=[picture(0)])
+    batches = [each.pack([each.encode(messages)]) for each in (processor, loaded_processor)]
+    assert torch.equal(batches[0]["pixel_values"], batches[1]["pixel_values"])
+    for batch in batches:
+        del batch["labels"]
+    with torch.no_grad():
+        assert torch.equal(model(**batches[0]).logits, loaded(**batches[1]).logits)
+
+
+def test_the_auto_classes_find_it(folder):
+    assert isinstance(AutoConfig.from_pretrained(folder), LynxConfig)
+    assert isinstance(AutoModel.from_pretrained(folder), LynxForConditionalGeneration)
+    assert isinstance(AutoModelForImageTextToText.from_pretrained(folder), LynxForConditionalGeneration)
+    assert isinstance(AutoProcessor.from_pretrained(folder), LynxProcessor)
+    assert isinstance(AutoImageProcessor.from_pretrained(folder), LynxImageProcessor)
+
+
+def test_configuration_survives(folder, config):
+    loaded = LynxConfig.from_pretrained(folder)
+    for name in ("image_token_id", "num_latents", "adapter_frequency", "adapter_size", "max_frames", "fusion"):
+        assert getattr(loaded, name) == getattr(config, name)
+    assert loaded.text_config.hidden_size == 32
+    assert loaded.vision_config.image_size == 8
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"]
+)
+def test_a_missing_file_is_named(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"not a whole model folder, it lacks: {name}"):
+        checkpoint.load(folder)
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere: no such model folder"):
+        checkpoint.load(tmp_path / "nowhere")
+
+
+def _lose(weights):
+    del weights["resampler.latents"]
+
+
+def _add(weights):
+    weights["stranger"] = torch.zeros(1)
+
+
+def _reshape(weights):
+    weights["resampler.latents"] = torch.zeros(2, 2)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_lose, "missing: resampler.latents"),
+        (_add, "unexpected: stranger"),
+        (_reshape, r"another shape .*resampler\.latents.*\[2, 2\].*\[3, 32\]"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(folder, damage, message):
+    weights = load_file(folder / "model.safetensors")
+    damage(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load(folder)
+
+
+def test_truncated_weights_are_refused(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        checkpoint.load(folder)
+
+
+def test_a_configuration_that_is_no_json_is_refused(folder):
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is not JSON"):
+        checkpoint.load(folder)
+
+
+def test_a_configuration_of_another_model_is_refused(folder):
+    options = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**options, "model_type": "llama"}))
+    with pytest.raises(ValueError, match="model_type 'llama'"):
+        checkpoint.load(folder)

@@ -1,0 +1,195 @@
+"""Records from JSONL, their refusals, collation, and the digits that the demo learns from."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lynx.data import digits
+from lynx.data.collator import Collator
+from lynx.data.jsonl import JsonlDataset, RecordError, texts
+from lynx.data.tokenizer import train_tokenizer
+from tests.lynx.conftest import picture
+
+
+@pytest.fixture
+def root(tmp_path):
+    root = tmp_path / "root"
+    root.mkdir()
+    for name in ("a.png", "b.png"):
+        Image.fromarray(picture(0)).save(root / name)
+    Image.fromarray(picture(1)).save(tmp_path / "secret.png")
+    return root
+
+
+def record(content="What?", answer="This."):
+    return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]}
+
+
+def image(path):
+    return record([{"type": "image", "path": path}, {"type": "text", "text": "What?"}])
+
+
+def write(root, *lines):
+    path = root / "data.jsonl"
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    return path
+
+
+def test_good_records(root):
+    video = record([{"type": "video", "path": ["a.png", "b.png"]}, {"type": "text", "text": "Same?"}])
+    dataset = JsonlDataset(write(root, image("a.png"), "", {**video, "type": "same"}, record()))
+    assert len(dataset) == 3
+    assert dataset.skipped == []
+    assert dataset[0]["messages"][0]["content"][0] == {"type": "image", "image": str(root / "a.png")}
+    assert dataset[1]["messages"][0]["content"][0]["video"] == [str(root / "a.png"), str(root / "b.png")]
+    assert dataset[1]["type"] == "same"
+    assert list(texts(dataset.records)) == ["What?", "This.", "Same?", "This.", "What?", "This."]
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ("{not json", "not JSON"),
+        ("[]", "no list of messages"),
+        ({"question": "What?"}, "no list of messages"),
+        ({"messages": [{"role": "user", "content": "What?"}]}, "roles are"),
+        ({"messages": []}, "roles are"),
+        (record(3), "neither text nor a list"),
+        (record([{"type": "audio"}]), "no text, image or video"),
+        (image(None), "path is missing"),
+        (image("c.png"), "no such picture"),
+        (image("../secret.png"), "leaves the root folder"),
+        (image("/etc/passwd"), "leaves the root folder"),
+        (image("link.png"), "leaves the root folder"),
+    ],
+)
+def test_a_bad_record_is_skipped_counted_and_logged(root, caplog, bad, reason):
+    os.symlink(root.parent / "secret.png", root / "link.png")
+    dataset = JsonlDataset(write(root, image("a.png"), bad))
+    assert len(dataset) == 1
+    [(line, why)] = dataset.skipped
+    assert line == 2
+    assert reason in why
+    assert reason in caplog.text
+    assert "1 of 2 records skipped" in caplog.text
+
+
+def test_bytes_that_are_no_text_are_skipped(root):
+    path = write(root, record())
+    path.write_bytes(path.read_bytes() + b"\n\xff\xfe\xff\n")
+    assert [line for line, _ in JsonlDataset(path).skipped] == [2]
+
+
+def test_a_file_without_usable_records_is_an_error(root):
+    with pytest.raises(RecordError, match=r"no usable record \(1 skipped\)"):
+        JsonlDataset(write(root, "nonsense"))
+    with pytest.raises(FileNotFoundError, match=r"nothing\.jsonl"):
+        JsonlDataset(root / "nothing.jsonl")
+
+
+def test_another_root(root, tmp_path):
+    path = tmp_path / "elsewhere.jsonl"
+    path.write_text(json.dumps(image("a.png")))
+    with pytest.raises(RecordError):
+        JsonlDataset(path)
+    assert len(JsonlDataset(path, root)) == 1
+
+
+def test_collator_leaves_out_what_cannot_be_used(root, processor, caplog):
+    whole = (root / "a.png").read_bytes()
+    (root / "cut.png").write_bytes(whole[: len(whole) // 2])
+    dataset = JsonlDataset(write(root, image("a.png"), image("cut.png"), record("  "), record()))
+    collator = Collator(processor)
+    batch = collator([dataset[index] for index in range(4)])
+    assert collator.skipped == 2
+    assert "cut.png" in caplog.text
+    assert "empty text" in caplog.text
+    good = collator([dataset[0], dataset[3]])
+    assert torch.equal(batch["input_ids"], good["input_ids"])
+    assert torch.equal(batch["pixel_values"], good["pixel_values"])
+    with pytest.raises(ValueError, match="none of the 1 records"):
+        collator([dataset[1]])
+
+
+def test_collator_seed_decides_the_crops(root, processor):
+    records = [JsonlDataset(write(root, image("a.png")))[0]] * 3
+
+    def pixels(seed):
+        return Collator(processor, seed=seed)(records)["pixel_values"]
+
+    assert torch.equal(pixels(1), pixels(1))
+    assert not torch.equal(pixels(1), pixels(2))
+
+
+def test_frames_of_a_video_share_their_crop(root, processor):
+    video = record([{"type": "video", "path": ["a.png", "a.png"]}, {"type": "text", "text": "What?"}])
+    dataset = JsonlDataset(write(root, video))
+    first, second = Collator(processor, seed=0)([dataset[0]])["pixel_values"].chunk(2)
+    assert torch.equal(first, second)
+
+
+def test_any_text_survives_the_tokenizer():
+    tokenizer = train_tokenizer(["only these words"], vocab_size=300)
+    for text in ("something ELSE", "çöğ 漢字 🙂", "tabs\tand\nlines", "3 + 47 = 50"):
+        assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+    assert len(tokenizer("1797", add_special_tokens=False)["input_ids"]) == 4
+
+
+@pytest.fixture(scope="module")
+def digit_files(tmp_path_factory):
+    return digits.write(tmp_path_factory.mktemp("digits"), rows=400, test_rows=200)
+
+
+def test_digits_are_true_and_held_out(digit_files):
+    from sklearn.datasets import load_digits
+
+    truth = load_digits()
+    seen = []
+    for path in digit_files:
+        dataset = JsonlDataset(path)
+        assert dataset.skipped == []
+        assert {each["type"] for each in dataset.records} == set(digits.PHRASINGS)
+        shown = set()
+        for each in dataset.records:
+            question, answer = each["messages"]
+            media = [part for part in question["content"] if part["type"] != "text"]
+            files = [file for part in media for file in part.get("video", [part.get("image")])]
+            labels = [int(truth.target[int(os.path.basename(file)[:-4])]) for file in files]
+            shown |= set(files)
+            if each["type"] in ("which digit", "last digit"):
+                assert answer["content"] == str(labels[-1])
+            if each["type"] == "digits in order":
+                assert answer["content"] == " ".join(map(str, labels))
+            if each["type"] == "how many frames":
+                assert answer["content"] == str(len(labels))
+            if each["type"] == "odd or even":
+                assert answer["content"] == ("odd" if labels[0] % 2 else "even")
+            if each["type"] == "digit as word":
+                words = "zero one two three four five six seven eight nine".split()
+                assert answer["content"] == words[labels[0]]
+            text = question["content"][-1]["text"]
+            numbers = [int(word) for word in "".join(c if c.isdigit() else " " for c in text).split()]
+            if each["type"] == "larger than":
+                assert answer["content"] == ("yes" if labels[0] > numbers[0] else "no")
+            if each["type"] == "addition":
+                assert media == []
+                assert answer["content"] == str(sum(numbers))
+        seen.append(shown)
+    assert not seen[0] & seen[1], "a held-out picture is shown in training"
+
+
+def test_digits_are_the_pictures_of_scikit_learn(digit_files):
+    from sklearn.datasets import load_digits
+
+    stored = np.asarray(Image.open(digit_files[0].parent / "pictures" / "0007.png"))
+    assert (stored[..., 0] == (load_digits().images[7] * 255 / 16).round()).all()
+
+
+def test_digits_follow_their_seed(digit_files, tmp_path):
+    again, _ = digits.write(tmp_path / "again", rows=400, test_rows=200)
+    other, _ = digits.write(tmp_path / "other", rows=400, test_rows=200, seed=1)
+    assert again.read_text() == digit_files[0].read_text() != other.read_text()

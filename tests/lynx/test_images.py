@@ -1,0 +1,269 @@
+"""Decoding of images, the training crop, and the image processor."""
+
+import io
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFile
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from lynx.image_processor import LynxImageProcessor
+from lynx.images import DEFAULT_MAX_PIXELS, ImageError, load_image, random_resized_crop_box
+from lynx_kernels.frames import pack_frames
+
+ORIENTATION = 0x0112
+
+
+def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def encode(image: Image.Image, image_format: str = "PNG", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, image_format, **options)
+    return file.getvalue()
+
+
+def test_every_kind_of_source(tmp_path):
+    array = noise(12, 17)
+    path = tmp_path / "picture.png"
+    path.write_bytes(encode(Image.fromarray(array)))
+    for source in (path, str(path), path.read_bytes(), Image.fromarray(array), Image.open(path), array):
+        image = load_image(source)
+        assert image.mode == "RGB"
+        np.testing.assert_array_equal(np.asarray(image), array)
+
+
+@pytest.mark.parametrize(
+    ("orientation", "upright"),
+    [
+        (1, lambda a: a),
+        (2, lambda a: a[:, ::-1]),
+        (3, lambda a: a[::-1, ::-1]),
+        (4, lambda a: a[::-1]),
+        (5, lambda a: a.swapaxes(0, 1)),
+        (6, lambda a: np.rot90(a, -1)),
+        (7, lambda a: a[::-1, ::-1].swapaxes(0, 1)),
+        (8, np.rot90),
+        (9, lambda a: a),
+    ],
+)
+def test_exif_orientation(orientation, upright):
+    array = noise(12, 17)
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    image = load_image(encode(Image.fromarray(array), exif=exif))
+    np.testing.assert_array_equal(np.asarray(image), upright(array))
+
+
+def test_transparency_lies_on_white():
+    array = noise(6, 9)
+    alpha = np.zeros((6, 9), np.uint8)
+    alpha[:, :4], alpha[:, 4] = 255, 51
+    image = load_image(encode(Image.fromarray(np.dstack([array, alpha]))))
+    actual = np.asarray(image).astype(int)
+    np.testing.assert_array_equal(actual[:, :4], array[:, :4])
+    np.testing.assert_allclose(actual[:, 4], array[:, 4] * 0.2 + 255 * 0.8, atol=1)
+    assert (actual[:, 5:] == 255).all()
+
+
+def test_grey_with_alpha_and_transparent_palettes_lie_on_white():
+    grey = np.full((4, 4), 10, np.uint8)
+    alpha = np.zeros((4, 4), np.uint8)
+    alpha[0] = 255
+    expected = np.repeat(np.where(alpha == 255, grey, 255)[..., None], 3, axis=2)
+    image = Image.merge("LA", [Image.fromarray(grey), Image.fromarray(alpha)])
+    np.testing.assert_array_equal(np.asarray(load_image(encode(image))), expected)
+
+    palette = Image.fromarray((alpha == 0).astype(np.uint8))  # colour 0 is grey 10, colour 1 see-through red
+    palette.putpalette([10, 10, 10, 255, 0, 0])
+    np.testing.assert_array_equal(np.asarray(load_image(encode(palette, transparency=1))), expected)
+
+
+def test_palette_cmyk_and_bilevel():
+    image = Image.fromarray(noise(8, 8))
+    palette = image.quantize(16)
+    np.testing.assert_array_equal(np.asarray(load_image(encode(palette))), np.asarray(palette.convert("RGB")))
+    black = Image.new("CMYK", (3, 3), (0, 0, 0, 255))
+    assert np.asarray(load_image(encode(black, "TIFF"))).max() == 0
+    assert load_image(encode(Image.new("1", (3, 3), 1))).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_16_bit_grey_is_scaled():
+    levels = np.array([[0, 128, 129, 257, 32768, 65535]], np.uint16)
+    expected = np.repeat(np.array([[0, 0, 1, 1, 128, 255]], np.uint8)[..., None], 3, axis=2)
+    for image in (Image.fromarray(levels), Image.fromarray(levels.astype(np.int32))):
+        np.testing.assert_array_equal(np.asarray(load_image(image)), expected)
+    np.testing.assert_array_equal(np.asarray(load_image(encode(Image.fromarray(levels)))), expected)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (Image.fromarray(np.zeros((2, 2), np.float32)), "floating-point"),
+        (Image.fromarray(np.full((2, 2), 70000, np.int32)), "70000 do not fit 16 bits"),
+        (Image.new("RGB", (0, 4)), "empty"),
+        (np.zeros((0, 4, 3), np.uint8), "empty"),
+        (np.zeros((4, 4), np.uint8), "expected .height, width, 3."),
+        (np.zeros((4, 4, 3)), "uint8"),
+        (b"", "image of 0 bytes"),
+        (b"<html>not found</html>", "not an image"),
+        ("https://example.org/picture.png", "never fetched"),
+        ("no/such/picture.png", "no/such/picture.png: no such file"),
+    ],
+)
+def test_useless_images_are_refused(image, message):
+    with pytest.raises(ImageError, match=message):
+        load_image(image)
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_truncated_files_are_refused_by_name(image_format, tmp_path):
+    whole = encode(Image.fromarray(noise(40, 60)), image_format)
+    load_image(whole)
+    path = tmp_path / "half.img"
+    for keep in (len(whole) // 2, len(whole) - 30):
+        path.write_bytes(whole[:keep])
+        with pytest.raises(ImageError, match=r"half\.img: .*"):
+            load_image(path)
+
+
+def test_formats_that_run_other_programs_are_refused():
+    with pytest.raises(ImageError, match="not an image of a known format"):
+        load_image(encode(Image.new("RGB", (5, 5)), "EPS"))
+
+
+def test_too_many_pixels_are_refused_before_decoding():
+    image = encode(Image.new("RGB", (40, 50)))
+    assert load_image(image, max_pixels=2000).size == (40, 50)
+    with pytest.raises(ImageError, match="40 x 50 pixels are more than the limit of 1999"):
+        load_image(image, max_pixels=1999)
+    header = image[: image.index(b"IDAT") - 4]  # nothing to decode at all: only the header can have been read
+    with pytest.raises(ImageError, match="more than the limit"):
+        load_image(header + image[-12:], max_pixels=1999)
+    for decoded in (Image.new("RGB", (40, 50)), np.zeros((50, 40, 3), np.uint8)):
+        with pytest.raises(ImageError, match="more than the limit"):
+            load_image(decoded, max_pixels=1999)
+
+
+def test_pillow_settings_are_left_alone():
+    before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
+    load_image(encode(Image.new("RGB", (4, 4))), max_pixels=10**12)
+    assert before == (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES)
+    assert before == (DEFAULT_MAX_PIXELS, False)
+
+
+def test_other_types_are_refused():
+    with pytest.raises(TypeError, match="got int"):
+        load_image(7)
+
+
+@pytest.mark.parametrize(("height", "width"), [(100, 100), (90, 120), (120, 90), (1000, 800)])
+def test_random_crops_follow_scale_and_ratio(height, width):
+    generator = np.random.default_rng(0)
+    boxes = [random_resized_crop_box(height, width, generator) for _ in range(300)]
+    for top, left, box_height, box_width in boxes:
+        assert top >= 0
+        assert left >= 0
+        assert top + box_height <= height
+        assert left + box_width <= width
+        assert 0.88 <= box_height * box_width / (height * width) <= 1.02
+        assert 0.73 <= box_width / box_height <= 1.37
+    assert len(set(boxes)) > 50
+    shares = [box_height * box_width / (height * width) for _, _, box_height, box_width in boxes]
+    assert 0.92 < np.mean(shares) < 0.98
+    assert all(type(value) is int for value in boxes[0])
+
+
+def test_random_crops_of_elongated_images_are_centred():
+    generator = np.random.default_rng(0)
+    assert random_resized_crop_box(30, 300, generator) == (0, 130, 30, 40)
+    assert random_resized_crop_box(300, 30, generator) == (130, 0, 40, 30)
+    assert random_resized_crop_box(1, 1, generator) == (0, 0, 1, 1)
+
+
+def test_random_crops_are_the_generators():
+    first, again, other = (random_resized_crop_box(90, 100, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_processor_equals_pack_frames(tmp_path):
+    arrays = [noise(40, 60), noise(70, 33)]
+    path = tmp_path / "picture.png"
+    path.write_bytes(encode(Image.fromarray(arrays[0])))
+    processor = LynxImageProcessor(size=28)
+    expected = pack_frames(arrays, size=28, patch_size=14, mean=processor.image_mean, std=processor.image_std)
+    assert torch.equal(processor([path, Image.fromarray(arrays[1])], return_tensors="pt").pixel_values, expected)
+    assert torch.equal(processor([arrays[0], torch.from_numpy(arrays[1])]).pixel_values, expected)
+    assert torch.equal(processor(str(path)).pixel_values, expected[:4])
+    assert torch.equal(processor(np.stack([arrays[0]] * 2)).pixel_values, torch.cat([expected[:4]] * 2))
+    as_numpy = processor(arrays, return_tensors="np").pixel_values
+    np.testing.assert_array_equal(as_numpy, expected.numpy())
+
+
+def test_processor_equals_clip():
+    processor = LynxImageProcessor(size=28, output="pixels", crop_rounding="floor")
+    clip = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    images = [Image.fromarray(noise(41, 60)), Image.fromarray(noise(28, 31))]
+    expected = clip(images, return_tensors="pt").pixel_values
+    torch.testing.assert_close(processor(images).pixel_values, expected, rtol=0, atol=0)
+
+
+def test_processor_augments_with_a_generator():
+    processor = LynxImageProcessor(size=28)
+    images = [noise(60, 50), noise(44, 44)]
+    generator = np.random.default_rng(3)
+    boxes = [random_resized_crop_box(60, 50, generator), random_resized_crop_box(44, 44, generator)]
+    expected = pack_frames(
+        images,
+        size=28,
+        patch_size=14,
+        mean=processor.image_mean,
+        std=processor.image_std,
+        resize="exact",
+        crop_boxes=boxes,
+    )
+    assert torch.equal(processor(images, generator=np.random.default_rng(3)).pixel_values, expected)
+    assert torch.equal(processor(images, crop_boxes=boxes).pixel_values, expected)
+    with pytest.raises(ValueError, match="not both"):
+        processor(images, crop_boxes=boxes, generator=generator)
+
+
+def test_a_call_overrides_attributes_but_only_known_ones():
+    processor = LynxImageProcessor(size=28)
+    assert processor([noise(30, 30)], size=42, output="pixels").pixel_values.shape == (1, 3, 42, 42)
+    assert processor.size == 28
+    with pytest.raises(TypeError, match="do_resize"):
+        processor([noise(30, 30)], do_resize=False)
+    with pytest.raises(ImageError, match="more than the limit of 10"):
+        processor(Image.new("RGB", (5, 5)), max_image_pixels=10)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {
+            "size": 56, "patch_size": None, "image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.25),
+            "resize": "exact", "crop_rounding": "floor", "output": "pixels", "max_image_pixels": 10_000,
+        },
+    ],
+)  # fmt: skip
+def test_save_and_load(options, tmp_path):
+    processor = LynxImageProcessor(**options)
+    processor.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert saved["image_processor_type"] == "LynxImageProcessor"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = LynxImageProcessor.from_pretrained(tmp_path)
+    assert loaded.to_dict() == processor.to_dict()
+    for name in LynxImageProcessor.valid_kwargs.__annotations__:
+        assert getattr(loaded, name) == getattr(processor, name)
+        assert name in saved
+    image = noise(60, 70)
+    assert torch.equal(loaded(image).pixel_values, processor(image).pixel_values)
+    assert LynxImageProcessor.from_pretrained(tmp_path, size=14, output="pixels").size == 14

@@ -1,0 +1,186 @@
+"""The model: packed against padded, no leak between samples, every vision tower, generation, gradients."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from lynx import LynxForConditionalGeneration, LynxProcessor
+from lynx.generation import answer
+from tests.lynx.conftest import VISION, conversation, make_config, make_model, picture
+
+
+def inputs(batch):
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
+@pytest.mark.parametrize("vision", VISION)
+def test_packed_and_padded_give_the_same_logits(tokenizer, vision):
+    config = make_config(tokenizer, vision)
+    model, processor = make_model(config), LynxProcessor.for_model(config, tokenizer)
+    samples = [
+        processor.encode(conversation("Which digit is this?", "seven", images=[picture(0)])),
+        processor.encode(conversation("Hello", "yes")),
+        processor.encode(conversation("Which digits?", "1 2 3", videos=[[picture(1), picture(2), picture(3)]])),
+    ]
+    packed, padded = processor.pack(samples), processor.pad(samples)
+    packed_logits = model(**inputs(packed)).logits[0]
+    padded_logits = model(**inputs(padded)).logits[padded["attention_mask"].bool()]
+    assert packed_logits.abs().max() > 0.1
+    torch.testing.assert_close(packed_logits, padded_logits, rtol=0, atol=1e-4)
+    torch.testing.assert_close(model(**packed).loss, model(**padded).loss, rtol=1e-5, atol=1e-6)
+
+
+def test_text_only_batch_needs_no_pictures(model, processor):
+    batch = processor.pack([processor.encode(conversation("Hello", "yes"))])
+    assert "pixel_values" not in batch
+    assert model(**batch).loss.isfinite()
+
+
+@pytest.mark.parametrize("changed", range(5))
+def test_no_sample_sees_another(model, processor, samples, changed):
+    """Change one sample's content, lengths unchanged: every other sample's logits stay bit for bit."""
+    sample = samples[changed]
+    others = copy.deepcopy(samples)
+    others[changed] = type(sample)(
+        [[picture(100 + i) for i in range(len(item))] for item in sample.media],
+        sample.is_video,
+        [sample.token_ids[0], *(1 + token % 100 for token in sample.token_ids[1:])],
+        sample.labels,
+    )
+    before, after = (processor.pack(each) for each in (samples, others))
+    logits = [model(**inputs(batch)).logits[0] for batch in (before, after)]
+    lengths = [len(each.media) * processor.num_latents + len(each.token_ids) for each in samples]
+    for index, (old, new) in enumerate(zip(*(each.split(lengths) for each in logits), strict=True)):
+        assert torch.equal(old, new) == (index != changed), f"sample {index}"
+
+
+def test_loss_is_the_cross_entropy_of_the_answers(model, processor, samples):
+    padded = processor.pad(samples)
+    logits = model(**inputs(padded)).logits
+    expected = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), padded["labels"][:, 1:].flatten())
+    torch.testing.assert_close(model(**processor.pack(samples)).loss, expected, rtol=1e-5, atol=1e-6)
+    total = model(**processor.pack(samples), num_items_in_batch=7).loss * 7
+    torch.testing.assert_close(total, expected * (padded["labels"] != -100).sum(), rtol=1e-5, atol=1e-6)
+
+
+def test_every_parameter_learns(model, processor, samples):
+    model(**processor.pack(samples)).loss.backward()
+    silent = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert silent == []
+    zero = [name for name, parameter in model.named_parameters() if not parameter.grad.any()]
+    assert zero == []
+
+
+def test_gradient_checkpointing_changes_nothing(model, processor, samples):
+    batch = processor.pack(samples)
+    model.train()
+    model(**batch).loss.backward()
+    plain = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model(**batch).loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, plain[name], msg=name)
+
+
+def test_adapters_follow_every_kth_layer(tokenizer):
+    model = LynxForConditionalGeneration(make_config(tokenizer, adapter_frequency=2))
+    layers = model.get_decoder().layers
+    assert [hasattr(layer, "output_adapter") for layer in layers] == [True, False, True]
+    names = dict(model.named_parameters())
+    assert "language_model.model.layers.0.self_attn.q_proj.weight" in names, "adapters must not rename the decoder"
+    assert "LlamaDecoderLayerWithAdapter" in model._no_split_modules
+    assert len(model(torch.tensor([[1, 2]]), output_hidden_states=True).hidden_states) == 4
+
+
+def test_an_adapter_of_scale_zero_leaves_the_language_model(tokenizer, processor):
+    config = make_config(tokenizer)
+    torch.manual_seed(0)
+    decoder = LlamaForCausalLM(config.text_config).eval()
+    ids = torch.tensor([[1, 5, 9, 7]])
+    with torch.no_grad():
+        alone = decoder(ids).logits
+        model = LynxForConditionalGeneration(config, language_model=decoder).eval()
+        assert not torch.equal(model(ids).logits, alone)
+        for layer in model.get_decoder().layers[::2]:
+            layer.output_adapter.scale.zero_()
+        assert torch.equal(model(ids).logits, alone)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"use_cache": False}, {"num_beams": 3}, {"do_sample": True}, {"num_beams": 2, "do_sample": True}], ids=str
+)
+def test_generate(model, processor, options):
+    questions = [
+        processor.encode(conversation("Which digit is this?", images=[picture(0)])),
+        processor.encode(conversation("Hello")),
+        processor.encode(conversation("Which digits are these?", videos=[[picture(1), picture(2)]])),
+    ]
+    texts = answer(model, processor, questions, max_new_tokens=6, **options)
+    assert len(texts) == 3
+    assert all(isinstance(text, str) for text in texts)
+
+
+def test_greedy_generation_is_the_argmax_of_forward(model, processor):
+    """The cache, the left padding and the positions: each new token is what a forward pass over the row would give."""
+    batch = processor(text=["Which digit is this?", "No"], images=[picture(0), None])
+    tokens = model.generate(**batch, max_new_tokens=5, eos_token_id=-1)
+    prompt = batch["input_ids"].shape[1]
+    assert torch.equal(tokens[:, :prompt], batch["input_ids"])
+    for step in range(5):
+        ids = tokens[:, : prompt + step]
+        mask = torch.cat([batch["attention_mask"], torch.ones(2, step, dtype=torch.int64)], 1)
+        with torch.no_grad():
+            logits = model(**{**batch, "input_ids": ids, "attention_mask": mask}).logits
+        assert torch.equal(logits[:, -1].argmax(-1), tokens[:, prompt + step])
+
+
+def test_answers_do_not_depend_on_the_batch(model, processor):
+    questions = [
+        processor.encode(conversation("Which digit is this?", images=[picture(0)])),
+        processor.encode(conversation("A much longer question, so that the other row is padded?")),
+    ]
+    together = answer(model, processor, questions, max_new_tokens=5)
+    assert together == [answer(model, processor, [each], max_new_tokens=5)[0] for each in questions]
+
+
+def test_bad_batches_say_what_is_wrong(model, processor, samples):
+    packed, padded = inputs(processor.pack(samples)), inputs(processor.pad(samples))
+    without_pictures = {name: padded[name] for name in ("input_ids", "attention_mask")}
+    one_picture = processor.pack(samples[:1])
+    cases = [
+        (without_pictures, "one picture token for each of the 0 vision tokens, but it holds 15"),
+        ({**packed, "pixel_values": one_picture["pixel_values"]}, r"media_layout describes \d+ vision tokens"),
+        ({**packed, "frame_positions": torch.zeros(2).long()}, "frame_positions has shape"),
+        ({**packed, "pixel_values": packed["pixel_values"][:, :5]}, "pixel_values must be"),
+        ({**packed, "attention_mask": padded["attention_mask"]}, "attention_mask .* or layout"),
+        ({**packed, "input_ids": packed["input_ids"].repeat(2, 1)[:1, :-1]}, "as its layout says"),
+        ({**packed, "labels": torch.zeros(1, 3).long()}, "labels have shape"),
+        ({}, "input_ids or inputs_embeds"),
+        ({**padded, "input_ids": None, "inputs_embeds": torch.zeros(1, 2, 32)}, "pixel_values beside input_ids"),
+    ]
+    for batch, message in cases:
+        with pytest.raises(ValueError, match=message):
+            model(**batch)
+
+
+def test_another_attention_refuses_packed_rows(config, processor, samples):
+    config.text_config._attn_implementation = "sdpa"
+    with pytest.raises(ValueError, match="packed rows need attn_implementation='lynx'"):
+        make_model(config)(**inputs(processor.pack(samples)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fusion": "telepathy"}, "fusion='telepathy'"),
+        ({"adapter_frequency": 4}, "text_config has 3 layers"),
+        ({"num_latents": 0}, "num_latents is 0"),
+    ],
+)
+def test_contradictory_configurations_are_refused(tokenizer, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(tokenizer, **options)

@@ -1,0 +1,104 @@
+"""Who sees whom, and attention, spelled out: what the tests of layouts and attentions compare with.
+
+Nothing here uses the layouts' tables: masks come from the lists that layouts are built from, one Python loop a rule.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+Groups = Sequence[tuple[int, Sequence[int]]]
+
+GROUPS = st.lists(st.tuples(st.integers(0, 5), st.lists(st.integers(0, 4), max_size=3)), max_size=5)
+EXAMPLES = settings(derandomize=True, deadline=None, max_examples=100)
+FEW_EXAMPLES = settings(EXAMPLES, max_examples=40)
+
+
+@st.composite
+def spans(draw, max_keys: int = 12):
+    """Arguments of ``SpanLayout.from_spans``: query lengths, key spans, the number of keys."""
+    num_keys = draw(st.integers(0, max_keys))
+    bounds = st.tuples(st.integers(0, num_keys), st.integers(0, num_keys)).map(sorted).map(tuple)
+    segments = draw(st.lists(st.tuples(st.integers(0, 4), bounds), max_size=6))
+    return [length for length, _ in segments], [span for _, span in segments], num_keys
+
+
+def tokens_of(groups: Groups) -> list[tuple[int, int, int]]:
+    """Of every token its group, its part of the group (0 is the root, 1 the first branch) and its place in the part."""
+    return [
+        (group, part, place)
+        for group, (root_length, branch_lengths) in enumerate(groups)
+        for part, length in enumerate([root_length, *branch_lengths])
+        for place in range(length)
+    ]
+
+
+def packed_visible(groups: Groups, root_is_causal: bool) -> Tensor:
+    """(T, T) bool, ``[query, key]``, of a packed layout."""
+    tokens = tokens_of(groups)
+    visible = torch.zeros(len(tokens), len(tokens), dtype=torch.bool)
+    for query, (query_group, query_part, query_place) in enumerate(tokens):
+        for key, (key_group, key_part, key_place) in enumerate(tokens):
+            if query_group != key_group:
+                continue
+            if query_part == key_part:
+                sees = key_place <= query_place or (query_part == 0 and not root_is_causal)
+            else:
+                sees = key_part == 0
+            visible[query, key] = sees
+    return visible
+
+
+def span_visible(query_lengths: Sequence[int], key_spans: Sequence[tuple[int, int]], num_keys: int) -> Tensor:
+    """(Q, K) bool of a span layout."""
+    rows = []
+    for length, (start, end) in zip(query_lengths, key_spans, strict=True):
+        rows += [[start <= key < end for key in range(num_keys)] for _ in range(length)]
+    return torch.tensor(rows, dtype=torch.bool).reshape(len(rows), num_keys)
+
+
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Plain softmax attention in the dtype of its inputs: q (Q, H, D), k and v (K, Hkv, D), visible (Q, K)."""
+    copies = q.shape[1] // k.shape[1]
+    k, v = (each.repeat_interleave(copies, dim=1) for each in (k, v))
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+    sees_nothing = ~visible.any(1)
+    scores = scores.masked_fill(~(visible | sees_nothing[:, None]), float("-inf"))
+    weights = scores.softmax(-1) * visible
+    lse = scores.logsumexp(-1).masked_fill(sees_nothing, float("-inf")) if k.shape[0] else scores.sum(-1) - torch.inf
+    return torch.einsum("hqk,khd->qhd", weights, v), lse.T
+
+
+def dense_decode(
+    q, root_k, root_v, branch_k, branch_v, branch_to_root, root_lengths, branch_lengths, scale=None
+) -> tuple[Tensor, Tensor]:
+    """Decoding by plain attention, branch after branch, over keys that are cut to their lengths and put together."""
+    outputs = []
+    for branch, root in enumerate(branch_to_root.tolist()):
+        root_length, branch_length = int(root_lengths[root]), int(branch_lengths[branch])
+        k = torch.cat([root_k[root, :root_length], branch_k[branch, :branch_length]])
+        v = torch.cat([root_v[root, :root_length], branch_v[branch, :branch_length]])
+        newer = [q.shape[1] - 1 - query for query in range(q.shape[1])]  # keys of the branch behind each query
+        visible = torch.tensor([[key < len(k) - each for key in range(len(k))] for each in newer], dtype=torch.bool)
+        outputs.append(dense_attention(q[branch], k, v, visible, scale))
+    out, lse = zip(*outputs, strict=True)
+    return torch.stack(out), torch.stack(lse)
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    """Normally distributed values, the same for every dtype but for the rounding."""
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def run(function: Callable, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
+    """The outputs of ``function(*inputs)``, then the gradient of each input under ``grads`` of the outputs."""
+    leaves = [each.detach().requires_grad_() for each in inputs]
+    outputs = function(*leaves)
+    grads = [grad.to(output.dtype) for grad, output in zip(grads, outputs, strict=True)]
+    return [*(output.detach() for output in outputs), *torch.autograd.grad(outputs, leaves, grads)]

@@ -1,0 +1,70 @@
+"""What the tests of every operation need."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, distributed
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+
+from tests.numbers import assert_within_budget
+
+Function = Callable[..., Tensor]
+
+
+def permuted(tensor: Tensor) -> Tensor:
+    """The same values, spread over storage twice as large with the dimensions in reverse order."""
+    storage = torch.full((*reversed(tensor.shape), 2), -7, dtype=tensor.dtype)
+    return storage[..., 0].permute(tuple(reversed(range(tensor.dim())))).copy_(tensor.detach())
+
+
+def run(function: Function, inputs: Sequence[Tensor | None], grad: Tensor | None) -> list[Tensor]:
+    """The output of ``function(*inputs)`` and the gradient of each floating-point input; ``grad`` None sums."""
+    leaves = [
+        each.detach().requires_grad_() if each is not None and each.is_floating_point() else each for each in inputs
+    ]
+    output = function(*leaves)
+    wanted = [each for each in leaves if each is not None and each.requires_grad]
+    if grad is None:
+        return [output.detach(), *torch.autograd.grad(output.sum(), wanted, materialize_grads=True)]
+    grads = torch.autograd.grad(output, wanted, grad.to(output.dtype), materialize_grads=True)
+    return [output.detach(), *grads]
+
+
+def check(operation: Function, naive: Function, inputs: Sequence[Tensor | None], grad: Tensor | None = None) -> None:
+    """Hold output and gradients of ``operation`` to the budget that ``naive`` sets in fp64 and in their own dtype."""
+    exact_inputs = [each.double() if each is not None and each.is_floating_point() else each for each in inputs]
+    exact = run(naive, exact_inputs, grad)
+    actual, plain = run(operation, inputs, grad), run(naive, inputs, grad)
+    for index, (ours, truth, theirs) in enumerate(zip(actual, exact, plain, strict=True)):
+        assert ours.dtype == theirs.dtype
+        if ours.dtype == torch.float64:  # the budget has no meaning where plain is the truth itself
+            torch.testing.assert_close(ours, truth, rtol=1e-12, atol=1e-12)
+        else:
+            assert_within_budget(ours, truth, theirs, "output" if index == 0 else f"gradient {index - 1}")
+
+
+def count_compilations(function: Callable, calls: Sequence[tuple]) -> list[int]:
+    """Compile ``function`` into one graph, run it forward and backward; the number of graphs after each call."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, backend=counter, fullgraph=True)
+    counts = []
+    for arguments in calls:
+        compiled(*arguments).sum().backward()
+        counts.append(counter.frame_count)
+    return counts
+
+
+@contextmanager
+def dtensors(folder: Path) -> Iterator[Callable[[Tensor], DTensor]]:
+    """A function that makes DTensors, in a process group of one that ends with the block."""
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        yield lambda tensor: distribute_tensor(tensor, mesh, [Replicate()])
+    finally:
+        distributed.destroy_process_group()

@@ -1,0 +1,254 @@
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+
+from lynx_kernels import dispatch
+from lynx_kernels.adapter import adapter
+from tests.lynx_kernels.helpers import check, count_compilations, dtensors, permuted, run
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+NAMES = ("x", "norm_weight", "norm_bias", "down_weight", "down_bias", "up_weight", "up_bias", "scale")
+FORWARD = torch.ops.lynx_kernels.adapter.default
+BACKWARD = torch.ops.lynx_kernels.adapter_backward.default
+ACTIVATIONS = {"silu": nn.SiLU(), "relu": nn.ReLU(), "gelu": nn.GELU(), "gelu_tanh": nn.GELU("tanh")}
+OPTIONAL = [
+    (),
+    ("norm_bias",),
+    ("norm_weight", "norm_bias"),
+    ("down_bias",),
+    ("up_bias",),
+    ("norm_weight", "norm_bias", "down_bias", "up_bias"),
+]
+
+
+def naive(x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, scale, *, eps=1e-5, activation="silu"):
+    normalized = x if norm_weight is None else F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
+    down = F.linear(normalized, down_weight, down_bias)
+    return x + scale * F.linear(ACTIVATIONS[activation](down), up_weight, up_bias)
+
+
+def make(shape=(37,), width=13, bottleneck=5, dtype=torch.float64, absent=()):
+    generator = torch.Generator().manual_seed(0)
+    shapes = {
+        "x": (*shape, width), "norm_weight": (width,), "norm_bias": (width,), "down_weight": (bottleneck, width),
+        "down_bias": (bottleneck,), "up_weight": (width, bottleneck), "up_bias": (width,), "scale": (),
+    }  # fmt: skip
+    inputs = {name: torch.randn(each, generator=generator, dtype=torch.float64) for name, each in shapes.items()}
+    grad = torch.randn(*shape, width, generator=generator, dtype=torch.float64)
+    inputs["down_weight"] *= width**-0.5
+    inputs["up_weight"] *= bottleneck**-0.5
+    inputs["scale"] = torch.tensor(0.7, dtype=torch.float64)
+    return [None if name in absent else inputs[name].to(dtype) for name in NAMES], grad
+
+
+def with_options(function, **options):
+    return lambda *inputs: function(*inputs, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(0,), (1,), (37,), (3, 11), (2, 3, 5)])
+def test_equals_the_composition(shape, dtype):
+    inputs, grad = make(shape, dtype=dtype)
+    output = adapter(*inputs)
+    assert output.dtype == dtype
+    assert output.shape == (*shape, 13)
+    check(adapter, naive, inputs, grad)
+    check(adapter, naive, inputs)  # an expanded gradient
+
+
+@pytest.mark.parametrize("absent", OPTIONAL)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_optional_arguments(absent, dtype):
+    check(adapter, naive, *make(dtype=dtype, absent=absent))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_activations_and_eps(activation, dtype):
+    options = {"activation": activation, "eps": 0.3}
+    check(with_options(adapter, **options), with_options(naive, **options), *make(dtype=dtype))
+
+
+@pytest.mark.parametrize("absent", OPTIONAL)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradcheck(activation, absent):
+    inputs, _ = make((3,), 4, 3, absent=absent)
+    leaves = [each if each is None else each.requires_grad_() for each in inputs]
+    assert torch.autograd.gradcheck(with_options(adapter, activation=activation), leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_mean_far_above_deviation(dtype):
+    inputs, grad = make(width=64, dtype=dtype)
+    inputs[0] = inputs[0] + 1000
+    check(adapter, naive, inputs, grad)
+
+
+def test_constant_rows():
+    inputs, grad = make()
+    inputs[0] = torch.full_like(inputs[0], 3.0)
+    check(adapter, naive, inputs, grad)
+
+
+def test_one_element_scale_of_any_shape():
+    inputs, grad = make()
+    inputs[-1] = inputs[-1].reshape(1, 1)
+    assert run(adapter, inputs, grad)[-1].shape == (1, 1)
+
+
+def test_permuted_inputs_and_gradient():
+    inputs, grad = make((3, 11))
+    expected = run(adapter, inputs, grad)
+    actual = run(adapter, [permuted(each) for each in inputs], permuted(grad))
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+        assert ours.is_contiguous()
+
+
+def test_expanded_inputs():
+    inputs, grad = make()
+    inputs = [each[:1].expand_as(each) if each.dim() else each for each in inputs]
+    inputs[0] = inputs[0] + torch.arange(13)  # a row that is not constant
+    check(adapter, naive, inputs, grad)
+
+
+def test_trainable_weights_wider_than_the_stream():
+    """bf16 stream, fp32 weights: only the output is rounded."""
+    inputs, grad = make(dtype=torch.float32)
+    inputs[0] = inputs[0].bfloat16()
+    output, *gradients = run(adapter, inputs, grad)
+    expected, *_ = run(naive, [inputs[0].float(), *inputs[1:]], grad)
+    torch.testing.assert_close(output, expected.bfloat16(), rtol=0.01, atol=0)
+    assert output.dtype == torch.bfloat16
+    assert [each.dtype for each in gradients] == [each.dtype for each in inputs]
+
+
+@pytest.mark.parametrize("absent", [(), ("norm_weight", "norm_bias")])
+@pytest.mark.parametrize("trained", NAMES)
+def test_only_the_gradients_asked_for(trained, absent):
+    if trained in absent:
+        pytest.skip("absent")
+    inputs, grad = make(absent=absent)
+    names = [name for name in NAMES if name not in absent]
+    _, *expected = run(adapter, inputs, grad)
+    leaf = inputs[NAMES.index(trained)].requires_grad_()
+    adapter(*inputs).backward(grad)
+    torch.testing.assert_close(leaf.grad, expected[names.index(trained)])
+    assert all(each is leaf or each is None or each.grad is None for each in inputs)
+
+
+@pytest.mark.parametrize("absent", [(), ("norm_weight", "norm_bias", "down_bias", "up_bias")])
+@pytest.mark.parametrize("layout", [lambda tensor: tensor, permuted])
+def test_opcheck(layout, absent):
+    inputs, grad = make((7,), dtype=torch.float32, absent=absent)
+    inputs = [each if each is None else layout(each) for each in inputs]
+    _, *saved = FORWARD(*inputs, 1e-5, "silu", "reference")
+    needs = [each is not None for each in inputs]
+    torch.library.opcheck(BACKWARD, (layout(grad.float()), *inputs, *saved, "silu", needs, "reference"))
+    only_x = [True] + [False] * 7
+    torch.library.opcheck(BACKWARD, (layout(grad.float()), *inputs, *saved, "silu", only_x, "reference"))
+    leaves = [each if each is None else each.requires_grad_() for each in inputs]
+    torch.library.opcheck(FORWARD, (*leaves, 1e-5, "silu", "reference"))
+
+
+def test_compiles_twice_at_most():
+    def leaves(shape):
+        inputs, _ = make(shape, dtype=torch.float32)
+        inputs[3].requires_grad_()
+        return inputs
+
+    counts = count_compilations(adapter, [leaves((rows,)) for rows in (37, 50, 61, 20, 77)])
+    assert counts[-1] == counts[2] <= 3
+
+
+def test_compiled_equals_eager():
+    inputs, grad = make((3, 11))
+    compiled = torch.compile(adapter, backend="aot_eager", fullgraph=True)
+    for ours, theirs in zip(run(compiled, inputs, grad), run(adapter, inputs, grad), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast(compiled):
+    """The products are in bf16, the stream and the norm stay in fp32."""
+    inputs, grad = make(dtype=torch.float32)
+    function = torch.compile(adapter, backend="aot_eager", fullgraph=True) if compiled else adapter
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = run(function, inputs, grad)
+        plain = run(naive, inputs, grad)
+        *_, preactivation = FORWARD(*inputs, 1e-5, "silu", "reference")
+    assert preactivation.dtype == torch.bfloat16
+    exact = run(naive, [each.double() for each in inputs], grad)
+    for ours, theirs, truth in zip(actual, plain, exact, strict=True):
+        assert ours.dtype == torch.float32
+        error, budget = (ours - truth).abs().max(), (theirs - truth).abs().max() + 0.008 * truth.abs().max()
+        assert error <= 2 * budget
+
+
+def test_autocast_casts_fake_tensors_too():
+    """What a compiler sees: the kernel itself, which would be cast inside, does not run."""
+    inputs, _ = make(dtype=torch.float32)
+    with FakeTensorMode() as fake, torch.autocast("cpu", torch.bfloat16):
+        *_, preactivation = FORWARD(*(fake.from_tensor(each) for each in inputs), 1e-5, "silu", "reference")
+    assert preactivation.dtype == torch.bfloat16
+
+
+def test_autocast_leaves_fp64_alone():
+    inputs, grad = make()
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = run(adapter, inputs, grad)
+    for ours, theirs in zip(actual, run(adapter, inputs, grad), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_backward_inside_autocast():
+    """Forward has fixed the dtypes; a region around backward does not narrow them."""
+    inputs, grad = make(dtype=torch.float32)
+    leaves = [each.requires_grad_() for each in inputs]
+    output = adapter(*leaves)
+    expected = torch.autograd.grad(output, leaves, grad.float(), retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = torch.autograd.grad(output, leaves, grad.float())
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_which_and_unknown_implementation():
+    inputs, _ = make()
+    assert str(dispatch.which(adapter, *inputs)) == "reference"
+    with pytest.raises(ValueError, match="impl='nonsense' is not an implementation"):
+        adapter(*inputs, impl="nonsense")
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"x": torch.zeros(3, 13, dtype=torch.int64)}, TypeError, "x is torch.int64"),
+        ({"scale": torch.tensor(1)}, TypeError, "scale is torch.int64"),
+        ({"x": torch.tensor(1.0)}, ValueError, "x must be .*, d. and down_weight .r, d., got .. and .5, 13."),
+        ({"down_weight": torch.zeros(13)}, ValueError, "down_weight .r, d., got .37, 13. and .13,."),
+        ({"norm_weight": torch.zeros(12)}, ValueError, "norm_weight has shape .12,., expected .13,."),
+        ({"norm_bias": torch.zeros(1)}, ValueError, "norm_bias has shape .1,., expected .13,."),
+        ({"down_weight": torch.zeros(5, 12)}, ValueError, "down_weight has shape .5, 12., expected .5, 13."),
+        ({"down_bias": torch.zeros(13)}, ValueError, "down_bias has shape .13,., expected .5,."),
+        ({"up_weight": torch.zeros(5, 13)}, ValueError, "up_weight has shape .5, 13., expected .13, 5."),
+        ({"up_bias": torch.zeros(5)}, ValueError, "up_bias has shape .5,., expected .13,."),
+        ({"scale": torch.zeros(2)}, ValueError, "scale must have one element, got shape .2,."),
+        ({"norm_weight": None}, ValueError, "norm_bias without norm_weight"),
+        ({"up_weight": torch.zeros(13, 5)}, TypeError, "up_weight is torch.float32, down_weight torch.float64"),
+        ({"up_bias": torch.zeros(13, device="meta")}, ValueError, "up_bias is on meta, expected cpu"),
+        ({"activation": "tanh"}, ValueError, "activation='tanh', expected one of"),
+    ],
+)  # fmt: skip
+def test_errors(changed, error, message):
+    inputs, _ = make()
+    with pytest.raises(error, match=message):
+        adapter(**{**dict(zip(NAMES, inputs, strict=True)), **changed})
+
+
+def test_dtensor_is_refused(tmp_path):
+    inputs, _ = make()
+    with dtensors(tmp_path) as distribute, pytest.raises(TypeError, match="down_weight is a DTensor"):
+        adapter(*inputs[:3], distribute(inputs[3]), *inputs[4:])

@@ -1,0 +1,148 @@
+"""What the attentions refuse, and how they say so."""
+
+import pytest
+import torch
+
+from lynx_kernels import PackedLayout, SpanLayout, cross_attention, prefix_attention, prefix_attention_decode, which
+from tests.lynx_kernels.helpers import dtensors
+
+LAYOUT = PackedLayout.from_groups([(3, [2])])
+SPAN_LAYOUT = SpanLayout.from_spans([2, 3], [(0, 3), (1, 7)], 7)
+
+
+def as_tensor(each):
+    return torch.zeros(each) if type(each) is tuple else each
+
+
+def packed(q=(5, 4, 6), k=(5, 2, 6), v=(5, 2, 6), layout=LAYOUT, **options):
+    return prefix_attention(*map(as_tensor, (q, k, v)), layout, **options)
+
+
+def spanned(q=(5, 4, 6), k=(7, 2, 6), v=(7, 2, 6), layout=SPAN_LAYOUT, **options):
+    return cross_attention(*map(as_tensor, (q, k, v)), layout, **options)
+
+
+def decoded(q=(3, 1, 4, 6), root=(2, 8, 2, 6), branch=(3, 9, 2, 6), impl=None, **changes):
+    inputs = {
+        "q": q, "root_k": root, "root_v": root, "branch_k": branch, "branch_v": branch,
+        "branch_to_root": torch.tensor([0, 1, 1]), "root_lengths": torch.tensor([8, 2]),
+        "branch_lengths": torch.tensor([9, 1, 5]),
+    } | changes  # fmt: skip
+    return prefix_attention_decode(*map(as_tensor, inputs.values()), impl=impl)
+
+
+def meta(*shape, dtype=torch.float32):
+    return torch.zeros(shape, dtype=dtype, device="meta")
+
+
+@pytest.mark.parametrize(
+    ("attend", "name", "shape"),
+    [
+        (packed, "prefix_attention", (5, 4, 6)),
+        (spanned, "cross_attention", (5, 4, 6)),
+        (decoded, "prefix_attention_decode", (3, 1, 4, 6)),
+    ],
+)
+def test_which_and_impl(attend, name, shape):
+    assert which(attend, impl="reference").name == "reference"
+    assert which(attend).name
+    assert attend(impl="reference").shape == shape
+    with pytest.raises(ValueError, match=f"{name}: impl='nope' is not an implementation; there are .*'reference'"):
+        attend(impl="nope")
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: packed(layout=SPAN_LAYOUT), TypeError, "layout is a SpanLayout, expected a PackedLayout"),
+        (lambda: spanned(layout=LAYOUT), TypeError, "layout is a PackedLayout, expected a SpanLayout"),
+        (lambda: packed(q=(1, 5, 4, 6)), ValueError, r"q has shape \(1, 5, 4, 6\), expected 3 dimensions"),
+        (lambda: spanned(k=(7, 12)), ValueError, r"k has shape \(7, 12\), expected 3 dimensions"),
+        (lambda: decoded(q=(3, 4, 6)), ValueError, r"q has shape \(3, 4, 6\), expected 4 dimensions"),
+        (lambda: decoded(branch_v=(9, 2, 6)), ValueError, r"branch_v has shape \(9, 2, 6\), expected 4 dimensions"),
+        (
+            lambda: packed(v=torch.zeros(5, 2, 6).long()),
+            TypeError,
+            "v is torch.int64, expected a floating-point tensor",
+        ),
+        (
+            lambda: spanned(q=torch.zeros(5, 4, 6).to(torch.complex64)),
+            TypeError,
+            "q is torch.complex64, expected a float",
+        ),
+        (
+            lambda: packed(k=torch.zeros(5, 2, 6).double()),
+            TypeError,
+            "k is torch.float64 and q torch.float32, but fp64",
+        ),
+        (
+            lambda: spanned(q=torch.zeros(5, 4, 6).double()),
+            TypeError,
+            "k is torch.float32 and q torch.float64, but fp64",
+        ),
+        (lambda: packed(k=meta(5, 2, 6)), ValueError, "k is on meta, expected cpu like the rest"),
+        (lambda: spanned(q=meta(5, 4, 6)), ValueError, "k is on cpu, expected meta like the rest"),
+        (lambda: decoded(root_v=meta(2, 8, 2, 6)), ValueError, "root_v is on meta, expected cpu like the rest"),
+        (lambda: packed(layout=LAYOUT.to("meta")), ValueError, "layout is on meta, expected cpu like the rest"),
+        (lambda: spanned(layout=SPAN_LAYOUT.to("meta")), ValueError, "layout is on meta, expected cpu like the rest"),
+        (
+            lambda: decoded(root_lengths=meta(2, dtype=torch.int32)),
+            ValueError,
+            "root_lengths is on meta, expected cpu like the rest",
+        ),
+        (lambda: packed(v=(5, 2, 7)), ValueError, "v has head dimension 7, q has 6"),
+        (lambda: spanned(q=(5, 4, 5)), ValueError, "k has head dimension 6, q has 5"),
+        (lambda: packed(v=(5, 1, 6)), ValueError, "v has 1 heads, the other keys 2"),
+        (lambda: decoded(branch=(3, 9, 4, 6)), ValueError, "branch_k has 4 heads, the other keys 2"),
+        (lambda: packed(q=(5, 3, 6)), ValueError, "q has 3 heads, which is no multiple of the 2 of the keys"),
+        (
+            lambda: spanned(k=(7, 0, 6), v=(7, 0, 6)),
+            ValueError,
+            "q has 4 heads, which is no multiple of the 0 of the keys",
+        ),
+        (lambda: packed(q=(6, 4, 6)), ValueError, "q has 6 rows, but the layout describes 5"),
+        (lambda: packed(k=(4, 2, 6)), ValueError, "k has 4 rows, but the layout describes 5"),
+        (lambda: packed(v=(4, 2, 6)), ValueError, "v has 4 rows, but the layout describes 5"),
+        (lambda: spanned(q=(7, 4, 6)), ValueError, "q has 7 rows, but the layout describes 5"),
+        (lambda: spanned(k=(5, 2, 6), v=(5, 2, 6)), ValueError, "k has 5 rows, but the layout describes 7"),
+        (
+            lambda: decoded(root_v=(2, 7, 2, 6)),
+            ValueError,
+            r"keys and values differ in shape: root \(2, 8, 2, 6\) and \(2, 7, 2, 6\)",
+        ),
+        (lambda: decoded(branch_v=(3, 8, 2, 6)), ValueError, r"branch \(3, 9, 2, 6\) and \(3, 8, 2, 6\)"),
+        (lambda: decoded(branch=(2, 9, 2, 6)), ValueError, "branch_k holds 2 branches, q 3"),
+        (lambda: decoded(q=(3, 10, 4, 6)), ValueError, "branch_k holds 9 keys a branch, fewer than the 10 queries"),
+        (
+            lambda: decoded(branch_to_root=torch.zeros(3)),
+            TypeError,
+            "branch_to_root is torch.float32, expected int32 or int64",
+        ),
+        (lambda: decoded(root_lengths=torch.zeros(2).bool()), TypeError, "root_lengths is torch.bool, expected int32"),
+        (
+            lambda: decoded(root_lengths=torch.zeros(2).short()),
+            TypeError,
+            "root_lengths is torch.int16, expected int32",
+        ),
+        (
+            lambda: decoded(branch_lengths=torch.zeros(2).int()),
+            ValueError,
+            r"branch_lengths has shape \(2,\), expected \(3,\)",
+        ),
+        (
+            lambda: decoded(root_lengths=torch.zeros(2, 1).int()),
+            ValueError,
+            r"root_lengths has shape \(2, 1\), expected \(2,\)",
+        ),
+    ],
+)
+def test_errors(call, error, message):
+    with pytest.raises(error, match=rf"^(prefix|cross)_attention(_decode)?: .*{message}"):
+        call()
+
+
+def test_dtensors_are_refused(tmp_path):
+    with dtensors(tmp_path) as distribute:
+        for attend, shape in ((packed, (5, 4, 6)), (spanned, (5, 4, 6)), (decoded, (3, 1, 4, 6))):
+            with pytest.raises(TypeError, match="q is a DTensor"):
+                attend(q=distribute(torch.zeros(shape)))

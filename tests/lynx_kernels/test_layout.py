@@ -1,0 +1,306 @@
+import io
+from dataclasses import fields
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lynx_kernels import PackedLayout, SpanLayout
+from lynx_kernels.layout import KEY_TILE
+from tests.lynx_kernels.attention_helpers import EXAMPLES, GROUPS, packed_visible, span_visible, spans, tokens_of
+from tests.lynx_kernels.helpers import count_compilations
+
+LENGTHS = st.lists(st.integers(0, 6), max_size=6)
+
+
+def assert_same(layout, expected):
+    """Both layouts describe the same tokens, whatever their tables look like."""
+    assert torch.equal(layout.visible(), expected.visible())
+    assert torch.equal(layout.position_ids, expected.position_ids)
+
+
+def position_ids(groups):
+    return [place + (groups[group][0] if part > 0 else 0) for group, part, place in tokens_of(groups)]
+
+
+@EXAMPLES
+@given(GROUPS, st.booleans())
+def test_from_groups(groups, root_is_causal):
+    layout = PackedLayout.from_groups(groups, root_is_causal=root_is_causal)
+    lengths = [sum([root, *branches]) for root, branches in groups]
+    assert layout.num_tokens == sum(lengths)
+    assert torch.equal(layout.visible(), packed_visible(groups, root_is_causal))
+    assert layout.position_ids.tolist() == position_ids(groups)
+    assert layout.position_ids.dtype == torch.int64
+    assert layout.segments.dtype == torch.int32
+    assert layout.root_is_causal is root_is_causal
+    assert layout.max_group_length == max(lengths, default=0)
+    assert layout.max_root_length == max((root for root, _ in groups), default=0)
+    assert layout.max_branch_length == max((branch for _, branches in groups for branch in branches), default=0)
+    assert layout.max_branches == max((sum(b > 0 for b in branches) for _, branches in groups), default=0)
+
+
+@EXAMPLES
+@given(GROUPS, st.booleans())
+def test_every_key_is_seen_by_one_interval(groups, root_is_causal):
+    first, last = PackedLayout.from_groups(groups, root_is_causal=root_is_causal).key_intervals()
+    assert first.dtype == last.dtype == torch.int32
+    for key, seen_by in enumerate(packed_visible(groups, root_is_causal).T):
+        queries = seen_by.nonzero().flatten().tolist()
+        assert queries == list(range(int(first[key]), int(last[key])))
+
+
+@EXAMPLES
+@given(GROUPS, st.booleans())
+def test_the_table_is_as_documented(groups, root_is_causal):
+    segments = PackedLayout.from_groups(groups, root_is_causal=root_is_causal).segments
+    rows, start = [], 0
+    for root, branches in groups:
+        bounds = np.cumsum([start, root, *branches]).tolist()
+        rows += [[a, start, bounds[1], bounds[-1]] for a, b in pairwise(bounds) if b > a]
+        start = bounds[-1]
+    assert segments.tolist() == [*rows, [start] * 4]
+
+
+@EXAMPLES
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=5), st.booleans())
+def test_from_prefixes(samples, root_is_causal):
+    prefixes, texts = [prefix for prefix, _ in samples], [text for _, text in samples]
+    layout = PackedLayout.from_prefixes(prefixes, texts, root_is_causal=root_is_causal)
+    groups = [(prefix, [text]) for prefix, text in samples]
+    assert_same(layout, PackedLayout.from_groups(groups, root_is_causal=root_is_causal))
+    assert layout.root_is_causal is root_is_causal
+
+
+@EXAMPLES
+@given(LENGTHS)
+def test_causal_and_full(lengths):
+    causal, full = PackedLayout.causal(lengths), PackedLayout.full(lengths)
+    blocks = torch.block_diag(*[torch.ones(length, length) for length in lengths]).bool()
+    blocks = blocks.reshape(sum(lengths), sum(lengths))
+    assert torch.equal(full.visible(), blocks)
+    assert torch.equal(causal.visible(), blocks.tril())
+    positions = [place for length in lengths for place in range(length)]
+    assert causal.position_ids.tolist() == full.position_ids.tolist() == positions
+
+
+def test_lengths_may_be_any_integers():
+    groups = [(np.int64(3), [np.int32(2), torch.tensor(4)]), (0, (5,))]
+    layout = PackedLayout.from_groups(groups)
+    assert_same(layout, PackedLayout.from_groups([(3, [2, 4]), (0, [5])]))
+    spans = SpanLayout.from_spans(np.array([2, 1]), torch.tensor([[0, 3], [1, 3]]), np.int64(3))
+    assert torch.equal(spans.visible(), span_visible([2, 1], [(0, 3), (1, 3)], 3))
+    for each in (layout, spans):
+        assert {type(getattr(each, f.name)) for f in fields(each)} <= {int, bool, torch.Tensor}
+
+
+@pytest.mark.parametrize("groups", [[(1, [2]), (-1, [2])], [(1, [2]), (3, [2, -1])]])
+def test_negative_lengths_are_refused(groups):
+    with pytest.raises(ValueError, match=r"group 1 is .* lengths must be >= 0"):
+        PackedLayout.from_groups(groups)
+
+
+def test_broken_lengths_are_refused():
+    with pytest.raises(TypeError, match="float"):
+        PackedLayout.from_groups([(1.5, [2])])
+    with pytest.raises(TypeError, match="float"):
+        SpanLayout.from_spans([1.0], [(0, 1)], 1)
+    with pytest.raises(ValueError, match="2 prefix_lengths but 1 text_lengths"):
+        PackedLayout.from_prefixes([1, 2], [3])
+
+
+@EXAMPLES
+@given(
+    st.integers(0, 6).flatmap(
+        lambda length: st.tuples(
+            st.just(length), st.lists(st.tuples(st.integers(0, length), st.integers(0, length)), max_size=5)
+        )
+    ),
+    st.booleans(),
+    st.sampled_from([torch.bool, torch.int64, torch.float32]),
+)
+def test_from_padding_mask(batch, is_causal, dtype):
+    length, rows = batch
+    mask = torch.zeros(len(rows), length, dtype=dtype)
+    lengths = []
+    for row, (begin, end) in zip(mask, rows, strict=True):
+        row[begin:end] = 1
+        tokens = max(0, end - begin)
+        begin = begin if tokens else 0
+        lengths += [begin, tokens, length - begin - tokens]
+    layout = PackedLayout.from_padding_mask(mask, is_causal=is_causal)
+    groups = [(0, [each]) if is_causal else (each, []) for each in lengths]
+    assert layout.num_tokens == mask.numel()
+    assert torch.equal(layout.visible(), packed_visible(groups, is_causal))
+    assert layout.position_ids.tolist() == position_ids(groups)
+    assert layout.segments.dtype == torch.int32
+    root, branch = (0, length) if is_causal else (length, 0)
+    assert (layout.max_group_length, layout.max_root_length, layout.max_branch_length) == (length, root, branch)
+    assert layout.max_branches == min(branch, 1)
+    assert layout.root_is_causal is is_causal
+
+
+def test_padding_mask_says_what_it_cannot_say():
+    with pytest.raises(ValueError, match="a row has a pad between tokens"):
+        PackedLayout.from_padding_mask(torch.tensor([[1, 1, 1], [1, 0, 1]]))
+    with pytest.raises(ValueError, match=r"\(batch, length\), got shape \(3,\)"):
+        PackedLayout.from_padding_mask(torch.ones(3))
+
+
+@EXAMPLES
+@given(GROUPS, st.booleans(), st.sampled_from([-100, 0, -1]), st.data())
+def test_shift_labels(groups, root_is_causal, ignore_index, data):
+    tokens = tokens_of(groups)
+    labels, expected = [], [ignore_index] * len(tokens)
+    for token, (group, part, place) in enumerate(tokens):
+        root, branches = groups[group]
+        is_shared = root > 0 and sum(branch > 0 for branch in branches) > 1
+        is_refused = (part > 0 and place == 0 and is_shared) or (part == 0 and not root_is_causal)
+        labels.append(ignore_index if is_refused or data.draw(st.booleans()) else 1000 + token)
+        has_predictor = place > 0 or (part > 0 and root > 0 and not is_shared)
+        if has_predictor:
+            expected[token - 1] = labels[token]
+    layout = PackedLayout.from_groups(groups, root_is_causal=root_is_causal)
+    targets = layout.shift_labels(torch.tensor(labels, dtype=torch.int64), ignore_index=ignore_index)
+    assert targets.tolist() == expected
+    assert targets.dtype == torch.int64
+
+
+def test_shift_labels_across_padding():
+    layout = PackedLayout.from_padding_mask(torch.tensor([[0, 0, 1, 1, 1], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0]]))
+    labels = torch.tensor([-100, -100, 12, 13, 14, 20, 21, -100, -100, -100, *[-100] * 5])
+    assert layout.shift_labels(labels)[:10].tolist() == [-100, -100, 13, 14, -100, 21, -100, -100, -100, -100]
+    assert (layout.shift_labels(labels)[10:] == -100).all()
+
+
+def test_shift_labels_refuses_what_has_no_predictor():
+    def shift(groups, supervised, root_is_causal=True):
+        layout = PackedLayout.from_groups(groups, root_is_causal=root_is_causal)
+        labels = torch.full((layout.num_tokens,), -100)
+        labels[supervised] = 7
+        return layout.shift_labels(labels).tolist()
+
+    for first in (2, 4):
+        with pytest.raises(ValueError, match="first token of one of several branches is supervised"):
+            shift([(2, [2, 1])], first)
+    with pytest.raises(ValueError, match="a token of a full root is supervised"):
+        shift([(0, [1]), (2, [2])], 1, root_is_causal=False)
+    # Its neighbours are fine: one branch, whatever the root; several without a root; an empty second branch.
+    assert shift([(2, [2])], 2, root_is_causal=False) == [-100, 7, -100, -100]
+    assert shift([(0, [2, 1])], 2) == [-100] * 3
+    assert shift([(2, []), (0, [2])], 2) == [-100] * 4
+    assert shift([(2, [0, 2, 0])], 2) == [-100, 7, -100, -100]
+    with pytest.raises(ValueError, match=r"labels must be \(4,\) as the layout, got \(3,\)"):
+        PackedLayout.causal([4]).shift_labels(torch.zeros(3, dtype=torch.int64))
+
+
+@EXAMPLES
+@given(spans(max_keys=3 * KEY_TILE + 1))
+def test_spans_and_their_inverse(arguments):
+    query_lengths, key_spans, num_keys = arguments
+    layout = SpanLayout.from_spans(*arguments)
+    visible = span_visible(*arguments)
+    assert torch.equal(layout.visible(), visible)
+    assert (layout.num_queries, layout.num_keys) == tuple(visible.shape)
+    assert layout.max_query_length == max(query_lengths, default=0)
+    assert layout.max_span_length == max((end - start for start, end in key_spans), default=0)
+    assert layout.segments.dtype == layout.tile_offsets.dtype == layout.tile_segments.dtype == torch.int32
+    segments = np.cumsum([0, *query_lengths]).tolist()
+    assert layout.segments[:, 0].tolist() == segments
+    seen_by = [
+        [i for i, (a, b) in enumerate(pairwise(segments)) if visible[a:b, tile].any()]
+        for tile in (slice(key, key + KEY_TILE) for key in range(0, num_keys, KEY_TILE))
+    ]
+    offsets = layout.tile_offsets.tolist()
+    assert len(offsets) == len(seen_by) + 1
+    assert [layout.tile_segments[a:b].tolist() for a, b in pairwise(offsets)] == seen_by
+    assert offsets[0] == 0
+    assert offsets[-1] == len(layout.tile_segments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([1, 2], [(0, 1)], 4), "2 query_lengths but 1 key_spans"),
+        (([1, -2], [(0, 1), (0, 1)], 4), r"query_lengths\[1\] is -2"),
+        (([1, 2], [(0, 1), (0, 5)], 4), r"key_spans\[1\] is \(0, 5\), must lie in \[0, 4\]"),
+        (([1], [(-1, 1)], 4), r"key_spans\[0\] is \(-1, 1\)"),
+        (([1], [(2, 1)], 4), r"key_spans\[0\] is \(2, 1\), must lie in \[0, 4\] and not run back"),
+        (([], [], -1), "num_keys is -1, must be >= 0"),
+    ],
+)
+def test_broken_spans_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SpanLayout.from_spans(*arguments)
+
+
+LAYOUTS = [
+    PackedLayout.from_groups([(3, [2, 0, 4]), (0, [5])], root_is_causal=False),
+    SpanLayout.from_spans([2, 0, 3], [(0, 70), (1, 2), (5, 5)], 80),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_to_moves_every_tensor_and_nothing_else(layout):
+    moved = layout.to("meta", non_blocking=True)
+    assert type(moved) is type(layout)
+    for each in fields(layout):
+        before, after = getattr(layout, each.name), getattr(moved, each.name)
+        if isinstance(before, torch.Tensor):
+            assert (after.device.type, after.shape, after.dtype) == ("meta", before.shape, before.dtype)
+        else:
+            assert after == before
+
+
+def test_device_argument():
+    assert PackedLayout.from_groups([(1, [2])], device="meta").segments.is_meta
+    assert PackedLayout.from_prefixes([1], [2], device="meta").position_ids.is_meta
+    assert PackedLayout.causal([1], device="meta").segments.is_meta
+    assert PackedLayout.full([1], device="meta").segments.is_meta
+    assert SpanLayout.from_spans([1], [(0, 1)], 1, device="meta").tile_segments.is_meta
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs CUDA")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_pin_memory(layout):
+    pinned = layout.pin_memory()
+    tensors = [getattr(pinned, each.name) for each in fields(pinned)]
+    assert all(each.is_pinned() for each in tensors if isinstance(each, torch.Tensor))
+    assert torch.equal(pinned.visible(), layout.visible())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_loads_with_weights_only(layout):
+    file = io.BytesIO()
+    torch.save(layout, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=True).visible(), layout.visible())
+
+
+def test_is_an_input_of_compiled_code():
+    def use(x, layout):
+        first, last = layout.key_intervals()
+        return x * (last - first + layout.position_ids) * layout.max_group_length
+
+    batches = [[(3, [4])], [(2, [4, 1]), (0, [5])], [(7, [2])] * 3, [(0, [11])], [(2, [2] * 3)] * 9]
+    layouts = [PackedLayout.from_groups(groups) for groups in batches]
+    counts = count_compilations(use, [(torch.ones(each.num_tokens, requires_grad=True), each) for each in layouts])
+    assert counts[-1] <= 3
+    assert counts[2:] == [counts[-1]] * 3
+    for layout in layouts:
+        x = torch.ones(layout.num_tokens)
+        torch.testing.assert_close(torch.compile(use, backend="aot_eager", fullgraph=True)(x, layout), use(x, layout))
+
+
+def test_is_made_and_used_inside_compiled_code():
+    def shift(mask, labels):
+        return PackedLayout.from_padding_mask(mask).shift_labels(labels)
+
+    mask, labels = torch.tensor([[0, 1, 1], [1, 1, 0]]), torch.tensor([-100, 1, 2, 3, 4, -100])
+    compiled = torch.compile(shift, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(mask, labels), shift(mask, labels))
+    with pytest.raises(RuntimeError, match="a row has a pad between tokens"):
+        compiled(torch.tensor([[0, 1, 1], [1, 0, 1]]), labels)

@@ -1,0 +1,280 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lynx_kernels import dispatch
+from lynx_kernels.loss import linear_cross_entropy, reference
+from tests.lynx_kernels.helpers import check, count_compilations, dtensors, permuted, run
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+REDUCTIONS = ["mean", "sum", "none"]
+FORWARD = torch.ops.lynx_kernels.linear_cross_entropy.default
+BACKWARD = torch.ops.lynx_kernels.linear_cross_entropy_backward.default
+
+
+@pytest.fixture(params=["cpu", "device"], autouse=True)
+def host(request, monkeypatch):
+    """Small chunks, and every test also the way a device runs it: over all rows."""
+    monkeypatch.setattr(reference, "CHUNK", 7)
+    if request.param == "device":
+        monkeypatch.setattr(reference, "_host_may_read", lambda tensor: False)
+    return request.param
+
+
+def naive(hidden, weight, labels, **options):
+    logits = F.linear(hidden, weight)
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, **options)
+
+
+def make(rows=37, width=13, vocabulary=19, dtype=torch.float64, ignore_index=-100, supervised=0.4):
+    generator = torch.Generator().manual_seed(rows)
+    hidden = torch.randn(rows, width, generator=generator, dtype=torch.float64)
+    weight = torch.randn(vocabulary, width, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, vocabulary, (rows,), generator=generator)
+    labels[torch.rand(rows, generator=generator) > supervised] = ignore_index
+    labels[:1], labels[1:2], labels[2:3] = vocabulary - 1, 0, ignore_index
+    return hidden.to(dtype), weight.to(dtype), labels
+
+
+def with_options(function, **options):
+    return lambda *inputs: function(*inputs, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 37])
+@pytest.mark.parametrize(("reduction", "label_smoothing"), [("mean", 0.0), ("sum", 0.1), ("none", 0.1)])
+def test_equals_cross_entropy(rows, dtype, reduction, label_smoothing):
+    options = {"reduction": reduction, "label_smoothing": label_smoothing}
+    inputs = make(rows, dtype=dtype)
+    check(with_options(linear_cross_entropy, **options), with_options(naive, **options), inputs)
+    if reduction == "none":
+        grad = torch.randn(rows, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        check(with_options(linear_cross_entropy, **options), with_options(naive, **options), inputs, grad)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2, 1.0])
+def test_gradcheck(label_smoothing):
+    hidden, weight, labels = make(9, 4, 5)
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    for reduction in REDUCTIONS:
+        options = {"reduction": reduction, "label_smoothing": label_smoothing}
+        assert torch.autograd.gradcheck(
+            lambda h, w, o=options: linear_cross_entropy(h, w, labels, **o), leaves, fast_mode=True
+        )
+
+
+@pytest.mark.parametrize("ignore_index", [-100, -1, 0, 5])
+def test_ignore_index(ignore_index):
+    hidden, weight, labels = make(ignore_index=ignore_index)
+    labels[3] = 4
+    options = {"ignore_index": ignore_index, "reduction": "none"}
+    check(with_options(linear_cross_entropy, **options), with_options(naive, **options), (hidden, weight, labels))
+    losses = linear_cross_entropy(hidden, weight, labels, **options)
+    assert losses[labels == ignore_index].eq(0).all()
+    assert losses[3] > 0
+
+
+def test_nothing_supervised():
+    hidden, weight, labels = make()
+    for reduction in REDUCTIONS:
+        for results in (
+            run(with_options(linear_cross_entropy, reduction=reduction), (hidden, weight, labels.fill_(-100)), None),
+            run(with_options(linear_cross_entropy, reduction=reduction), (hidden[:0], weight, labels[:0]), None),
+        ):
+            for each in results:
+                torch.testing.assert_close(each, torch.zeros_like(each))
+    assert linear_cross_entropy(hidden, weight, labels, num_items=0) == 0
+
+
+def test_ignored_rows_may_hold_anything():
+    hidden, weight, labels = make()
+    expected = run(linear_cross_entropy, (hidden, weight, labels), None)
+    hidden[labels == -100] = float("nan")
+    for ours, theirs in zip(run(linear_cross_entropy, (hidden, weight, labels), None), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("num_items", [5, torch.tensor(5), torch.tensor(5.0)])
+def test_num_items(num_items):
+    inputs = make()
+    actual = run(with_options(linear_cross_entropy, num_items=num_items), inputs, None)
+    expected = run(lambda *inputs: naive(*inputs, reduction="sum") / 5, inputs, None)
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_huge_logits(dtype):
+    hidden, weight, labels = make(dtype=dtype)
+    hidden = hidden * (2e4 / F.linear(hidden, weight).abs().max())
+    for label_smoothing in (0.0, 0.1):
+        options = {"label_smoothing": label_smoothing, "reduction": "none"}
+        check(with_options(linear_cross_entropy, **options), with_options(naive, **options), (hidden, weight, labels))
+
+
+def test_logits_beyond_fp16():
+    hidden = torch.full((2, 4), 300.0, dtype=torch.float16)
+    weight = torch.tensor([[300.0] * 4, [299.0] * 4], dtype=torch.float16)
+    losses = linear_cross_entropy(hidden, weight, torch.tensor([0, 1]), reduction="none")
+    torch.testing.assert_close(losses, torch.tensor([0.0, 1200.0]))
+
+
+def test_permuted_inputs_and_gradient():
+    inputs = make()
+    grad = torch.randn(37, dtype=torch.float64)
+    function = with_options(linear_cross_entropy, reduction="none")
+    actual = run(function, [permuted(each) for each in inputs], permuted(grad))
+    for ours, theirs in zip(actual, run(function, inputs, grad), strict=True):
+        torch.testing.assert_close(ours, theirs)
+        assert ours.is_contiguous()
+
+
+def test_expanded_inputs():
+    hidden, weight, labels = make()
+    inputs = (hidden[:1].expand_as(hidden), weight[:, :1].expand_as(weight), labels[1:2].expand_as(labels))
+    check(linear_cross_entropy, naive, inputs)
+
+
+def test_mixed_dtypes():
+    hidden, weight, labels = make()
+    inputs = (hidden.float(), weight.bfloat16(), labels)
+    output, grad_hidden, grad_weight = run(linear_cross_entropy, inputs, None)
+    torch.testing.assert_close(output, naive(hidden.float(), weight.bfloat16().float(), labels))
+    assert (output.dtype, grad_hidden.dtype, grad_weight.dtype) == (torch.float32, torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize("trained", ["hidden", "weight"])
+def test_only_the_gradients_asked_for(trained, monkeypatch):
+    hidden, weight, labels = make(7)
+    _, *expected = run(linear_cross_entropy, (hidden, weight, labels), None)
+    leaf = (hidden if trained == "hidden" else weight).requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, labels)
+    products = []
+    product = reference._product
+    monkeypatch.setattr(reference, "_product", lambda *args: products.append(args) or product(*args))
+    loss.backward()
+    torch.testing.assert_close(leaf.grad, expected[trained == "weight"])
+    assert len(products) == 2  # the logits and one gradient
+
+
+def test_logits_never_exist_for_all_rows(monkeypatch, host):
+    products = []
+    product = reference._product
+    monkeypatch.setattr(reference, "_product", lambda *args: products.append(args[0].shape) or product(*args))
+    hidden, weight, labels = make(130)
+    linear_cross_entropy(hidden, weight, labels)
+    rows = sum(shape[0] for shape in products)
+    assert max(shape[0] for shape in products) <= 7
+    assert rows == (130 if host == "device" else (labels != -100).sum())
+
+
+@pytest.mark.parametrize("layout", [lambda tensor: tensor, permuted])
+def test_opcheck(layout):
+    hidden, weight, labels = make(9, dtype=torch.float32)
+    hidden, weight = layout(hidden), layout(weight)
+    options = (0.1, -100)
+    torch.library.opcheck(BACKWARD, (torch.ones(9), hidden, weight, labels, *options, [True, True], "reference"))
+    torch.library.opcheck(
+        BACKWARD, (torch.ones(9), hidden, weight.bfloat16(), labels, *options, [False, True], "reference")
+    )
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    torch.library.opcheck(FORWARD, (*leaves, labels, *options, "reference"))
+
+
+@pytest.mark.parametrize("num_items", [None, "int", "tensor"])
+def test_compiles_twice_at_most(num_items):
+    def step(hidden, weight, labels, items):
+        return linear_cross_entropy(hidden, weight, labels, num_items=items)
+
+    def leaves(rows):
+        hidden, weight, labels = make(rows)
+        items = {None: None, "int": rows // 2, "tensor": torch.tensor(rows // 2)}[num_items]
+        return hidden.requires_grad_(), weight, labels, items
+
+    counts = count_compilations(step, [leaves(rows) for rows in (37, 50, 61, 20, 77)])
+    assert counts[-1] == counts[2] <= 3
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast(compiled):
+    hidden, weight, labels = make(dtype=torch.float32)
+    function = linear_cross_entropy
+    if compiled:
+        function = torch.compile(linear_cross_entropy, backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = run(function, (hidden, weight, labels), None)
+    rounded = run(naive, (hidden.bfloat16().double(), weight.bfloat16().double(), labels), None)
+    torch.testing.assert_close(actual[0], rounded[0].float(), rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(actual[1:], rounded[1:], strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, theirs.float(), rtol=2e-2, atol=1e-3)
+
+
+def test_autocast_leaves_fp64_alone():
+    inputs = make()
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = run(linear_cross_entropy, inputs, None)
+    for ours, theirs in zip(actual, run(linear_cross_entropy, inputs, None), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_backward_inside_autocast():
+    hidden, weight, labels = make(dtype=torch.float32)
+    hidden.requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, labels)
+    (expected,) = torch.autograd.grad(loss, hidden, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        (actual,) = torch.autograd.grad(loss, hidden)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("wrong", [-1, 19, -101])
+def test_labels_out_of_range(wrong, host):
+    hidden, weight, labels = make()
+    labels[5] = wrong
+    if host == "cpu":
+        with pytest.raises(
+            IndexError, match=rf"shift_labels\[5\] is {wrong}, neither in \[0, 19\) nor ignore_index=-100"
+        ):
+            linear_cross_entropy(hidden, weight, labels)
+    else:
+        with pytest.raises(RuntimeError, match="shift_labels has a value neither in"):
+            linear_cross_entropy(hidden, weight, labels)
+
+
+def test_which_and_unknown_implementation():
+    inputs = make()
+    assert str(dispatch.which(linear_cross_entropy, *inputs)) == "reference"
+    with pytest.raises(ValueError, match="impl='nonsense' is not an implementation"):
+        linear_cross_entropy(*inputs, impl="nonsense")
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"shift_labels": torch.zeros(37, dtype=torch.int32)}, TypeError, "shift_labels is torch.int32"),
+        ({"hidden": torch.zeros(37, 13, dtype=torch.int64)}, TypeError, "hidden is torch.int64"),
+        ({"weight": torch.zeros(19, 13, dtype=torch.int64)}, TypeError, "weight is torch.int64"),
+        ({"hidden": torch.zeros(1, 37, 13)}, ValueError, "hidden has shape .1, 37, 13., expected .T, d."),
+        ({"weight": torch.zeros(13)}, ValueError, "weight has shape .13,., expected .V, 13."),
+        ({"weight": torch.zeros(19, 12)}, ValueError, "weight has shape .19, 12., expected .V, 13."),
+        ({"shift_labels": torch.zeros(1, 37, dtype=torch.int64)}, ValueError, "shift_labels has shape .1, 37."),
+        ({"shift_labels": torch.zeros(36, dtype=torch.int64)}, ValueError, "shift_labels has shape .36,."),
+        ({"weight": torch.zeros(19, 13, device="meta")}, ValueError, "weight is on meta, expected cpu"),
+        ({"label_smoothing": 1.5}, ValueError, "label_smoothing=1.5, expected 0 to 1"),
+        ({"label_smoothing": -0.1}, ValueError, "label_smoothing=-0.1, expected 0 to 1"),
+        ({"reduction": "max"}, ValueError, "reduction='max', expected one of"),
+        ({"reduction": "sum", "num_items": 3}, ValueError, "num_items is for reduction='mean', not 'sum'"),
+        ({"num_items": torch.ones(1)}, ValueError, "num_items has shape .1,., expected .. or a number"),
+    ],
+)  # fmt: skip
+def test_errors(changed, error, message):
+    arguments = dict(zip(("hidden", "weight", "shift_labels"), make(), strict=True))
+    with pytest.raises(error, match=message):
+        linear_cross_entropy(**{**arguments, **changed})
+
+
+def test_dtensor_is_refused(tmp_path):
+    hidden, weight, labels = make()
+    with dtensors(tmp_path) as distribute, pytest.raises(TypeError, match="weight is a DTensor"):
+        linear_cross_entropy(hidden, distribute(weight), labels)

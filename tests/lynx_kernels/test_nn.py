@@ -1,0 +1,95 @@
+import pytest
+import torch
+from torch import nn as torch_nn
+from torch.nn import functional as F
+
+from lynx_kernels import SpanLayout, nn
+from tests.lynx_kernels.attention_helpers import random, span_visible
+
+ACTIVATIONS = {
+    "silu": torch_nn.SiLU(),
+    "relu": torch_nn.ReLU(),
+    "gelu": torch_nn.GELU(),
+    "gelu_tanh": torch_nn.GELU("tanh"),
+}
+
+
+def randomized(module):
+    """The module in fp64 with no parameter at a value that would hide it."""
+    module = module.double()
+    for index, parameter in enumerate(module.parameters()):
+        parameter.data = random(*parameter.shape, seed=100 + index)
+    return module
+
+
+def assert_same(module, composition, parameters, *inputs):
+    """Outputs, and gradients of inputs and parameters, are those of ``composition`` on the same parameters."""
+    results = []
+    for function in (module, composition):
+        leaves = [each.clone().requires_grad_() for each in inputs]
+        out = function(*leaves)
+        wanted = [*leaves, *parameters]
+        results.append([out, *torch.autograd.grad(out, wanted, random(*out.shape, seed=50))])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("shape", [(5,), (2, 3)])
+def test_adapter_equals_torch_modules(activation, shape):
+    module = randomized(nn.Adapter(7, 3, activation=activation, eps=1e-2))
+    bottleneck = torch_nn.Sequential(module.norm, module.down, ACTIVATIONS[activation], module.up)
+    assert module.norm.eps == 1e-2
+    assert_same(module, lambda x: x + module.scale * bottleneck(x), list(module.parameters()), random(*shape, 7))
+
+
+def test_adapter_starts_as_lynx_does():
+    module = nn.Adapter(64, 16)
+    assert list(module.state_dict()) == [
+        "scale", "norm.weight", "norm.bias", "down.weight", "down.bias", "up.weight", "up.bias",
+    ]  # fmt: skip
+    assert [tuple(each.weight.shape) for each in (module.down, module.up)] == [(16, 64), (64, 16)]
+    for _ in range(2):
+        assert module.scale.tolist() == [1]
+        for each in (module.down, module.up):
+            assert (each.bias == 0).all()
+            assert each.weight.std().item() == pytest.approx(0.02, rel=0.15)
+        assert (module.norm.weight == 1).all()
+        for parameter in module.parameters():
+            parameter.data.fill_(7)
+        module.reset_parameters()
+
+
+@pytest.mark.parametrize("media_width", [None, 5])
+def test_perceiver_attention_equals_torch_modules(media_width):
+    query_lengths, key_spans, num_keys = batch = [2, 3, 1, 2], [(0, 4), (4, 9), (0, 4), (3, 3)], 9
+    module = randomized(nn.PerceiverAttention(6, media_width, num_heads=2, head_dim=3, eps=1e-2))
+    mask = span_visible(*batch)
+
+    def composition(latents, media):
+        q = module.to_q(F.layer_norm(latents, (6,), module.norm_latents.weight, module.norm_latents.bias, 1e-2))
+        media = F.layer_norm(media, media.shape[-1:], module.norm_media.weight, module.norm_media.bias, 1e-2)
+        k, v = module.to_kv(media).chunk(2, -1)
+        heads = []
+        for channels in (slice(0, 3), slice(3, 6)):
+            scores = q[:, channels] @ k[:, channels].T / 3**0.5
+            heads.append((scores.masked_fill(~mask, -1e300).softmax(-1) * mask) @ v[:, channels])
+        return module.to_out(torch.cat(heads, -1))
+
+    layout = SpanLayout.from_spans(query_lengths, key_spans, num_keys)
+    assert_same(
+        lambda *inputs: module(*inputs, layout),
+        composition,
+        list(module.parameters()),
+        random(8, 6),
+        random(9, media_width or 6, seed=1),
+    )
+
+
+def test_perceiver_attention_has_no_biases():
+    module = nn.PerceiverAttention(6, 5, num_heads=2, head_dim=4)
+    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    assert shapes == {
+        "norm_media.weight": (5,), "norm_media.bias": (5,), "norm_latents.weight": (6,), "norm_latents.bias": (6,),
+        "to_q.weight": (8, 6), "to_kv.weight": (16, 5), "to_out.weight": (6, 8),
+    }  # fmt: skip
