@@ -36,6 +36,7 @@ class LynxForConditionalGeneration(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_attention_backend = True
+    _no_split_modules: list[str] | None = None
 
     def __init__(
         self,
@@ -76,11 +77,11 @@ class LynxForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if isinstance(module, Resampler):
             module.reset_parameters()
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> nn.Embedding:
         """The decoder's embedding table."""
         return self.language_model.get_input_embeddings()
 
-    def get_output_embeddings(self) -> nn.Module:
+    def get_output_embeddings(self) -> nn.Linear:
         """The decoder's vocabulary projection."""
         return self.language_model.get_output_embeddings()
 
@@ -171,13 +172,13 @@ class LynxForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: the arguments do not fit together; the message names them.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("pass input_ids or inputs_embeds, one of them")
-        if inputs_embeds is None:
+        if input_ids is not None and inputs_embeds is None:
             vision_tokens = None
             if pixel_values is not None:
                 vision_tokens = self.encode_media(pixel_values, frame_positions, media_layout)
             inputs_embeds = self.embed(input_ids, vision_tokens)
+        elif input_ids is not None or inputs_embeds is None:
+            raise ValueError("pass input_ids or inputs_embeds, one of them")
         elif pixel_values is not None:
             raise ValueError("pass pixel_values beside input_ids; inputs_embeds already holds the vision tokens")
         if layout is not None:

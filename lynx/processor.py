@@ -66,6 +66,8 @@ class LynxProcessor(ProcessorMixin):
         self.max_frames = max_frames
         self.lowercase = lowercase
         super().__init__(image_processor, tokenizer, **kwargs)
+        if image_processor is None or tokenizer is None:
+            raise ValueError("a LynxProcessor needs an image_processor and a tokenizer")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if getattr(tokenizer, name) is None:
                 raise ValueError(f"the tokenizer has no {name.removesuffix('_id')}; set one before making a processor")

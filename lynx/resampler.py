@@ -17,6 +17,25 @@ def media_layout(frame_counts: Sequence[int], tokens_per_frame: int, num_latents
     return SpanLayout.from_spans([num_latents] * len(frame_counts), spans, ends[-1])
 
 
+class ResamplerLayer(nn.Module):
+    """Latents read the media, then pass a feed-forward; both residual."""
+
+    def __init__(self, width: int, media_width: int, *, num_heads: int, head_dim: int, expansion: int):
+        super().__init__()
+        self.attention = PerceiverAttention(width, media_width, num_heads=num_heads, head_dim=head_dim)
+        self.feed_forward = nn.Sequential(
+            nn.LayerNorm(width),
+            nn.Linear(width, expansion * width, bias=False),
+            nn.GELU(),
+            nn.Linear(expansion * width, width, bias=False),
+        )
+
+    def forward(self, latents: Tensor, media: Tensor, layout: SpanLayout) -> Tensor:
+        """(Q, width) latents and (K, media_width) media -> (Q, width)."""
+        latents = latents + self.attention(latents, media, layout)
+        return latents + self.feed_forward(latents)
+
+
 class Resampler(nn.Module):
     """Learned latents read the vision tokens of an item through ``depth`` layers of attention and feed-forward.
 
@@ -43,17 +62,7 @@ class Resampler(nn.Module):
         self.latents = nn.Parameter(torch.empty(num_latents, width))
         self.frame_position = nn.Parameter(torch.empty(max_frames, media_width))
         self.layers = nn.ModuleList(
-            nn.ModuleList(
-                [
-                    PerceiverAttention(width, media_width, num_heads=num_heads, head_dim=head_dim),
-                    nn.Sequential(
-                        nn.LayerNorm(width),
-                        nn.Linear(width, expansion * width, bias=False),
-                        nn.GELU(),
-                        nn.Linear(expansion * width, width, bias=False),
-                    ),
-                ]
-            )
+            ResamplerLayer(width, media_width, num_heads=num_heads, head_dim=head_dim, expansion=expansion)
             for _ in range(depth)
         )
         self.norm = nn.LayerNorm(width)
@@ -79,7 +88,6 @@ class Resampler(nn.Module):
         position = position * (frame_positions >= 0).to(position.dtype)[:, None]
         media = (features + position[:, None].to(features.dtype)).flatten(0, 1)
         latents = self.latents.repeat(layout.num_queries // self.num_latents, 1)
-        for attention, feed_forward in self.layers:
-            latents = latents + attention(latents, media, layout)
-            latents = latents + feed_forward(latents)
+        for layer in self.layers:
+            latents = layer(latents, media, layout)
         return self.norm(latents)

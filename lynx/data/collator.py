@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from transformers import BatchFeature
 
-from lynx.images import load_image
+from lynx.images import ImageSource, load_image
 from lynx.processor import LynxProcessor, Sample
 
 logger = logging.getLogger(__name__)
@@ -49,5 +49,7 @@ class Collator:
     def _sample(self, record: dict[str, Any]) -> Sample:
         sample = self.processor.encode(record["messages"])
         limit = self.processor.image_processor.max_image_pixels
-        media = [[load_image(frame, max_pixels=limit) for frame in item] for item in sample.media]
+        media: list[list[ImageSource]] = [
+            [load_image(frame, max_pixels=limit) for frame in item] for item in sample.media
+        ]
         return Sample(media, sample.is_video, sample.token_ids, sample.labels)

@@ -20,10 +20,10 @@ def add_adapters(layers: nn.ModuleList, *, frequency: int, width: int, size: int
     """
     names = set()
     for layer in layers[::frequency]:
-        layer.__class__ = _with_adapter(type(layer))
+        layer.__class__ = _with_adapter(type(layer))  # type: ignore[arg-type]
         layer.output_adapter = Adapter(width, size, activation=activation)
         for module in layer.output_adapter.modules():
-            module._is_hf_initialized = True  # the decoder's own initialisation must not draw it again
+            module._is_hf_initialized = True  # type: ignore[assignment]  # the decoder's own initialisation must not draw it again
         names.add(type(layer).__name__)
     return names
 

@@ -6,17 +6,19 @@ Products run in the dtype of the weights, statistics and the residual sum in fp3
 output has the dtype of x. Shapes: T tokens, width d, bottleneck r.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "silu": F.silu,
     "relu": F.relu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
-_ACTIVATION_GRADIENTS = {
+_ACTIVATION_GRADIENTS: dict[str, Callable[..., Tensor]] = {
     "silu": torch.ops.aten.silu_backward,
     "relu": lambda gradient, x: torch.ops.aten.threshold_backward(gradient, x, 0),
     "gelu": torch.ops.aten.gelu_backward,
@@ -130,5 +132,5 @@ def backward(
     return [
         gradients[name].to(tensor.dtype).contiguous()
         for (name, tensor), needed in zip(inputs.items(), needs, strict=True)
-        if needed
+        if needed and tensor is not None
     ]

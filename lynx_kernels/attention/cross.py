@@ -1,5 +1,7 @@
 """Attention of query segments to spans of other tokens, as their SpanLayout says."""
 
+from typing import Literal, overload
+
 from torch import Tensor
 
 from lynx_kernels import dispatch
@@ -13,6 +15,28 @@ _IMPLEMENTATIONS = dispatch.Operation(
 )
 
 
+@overload
+def cross_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: SpanLayout,
+    *,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+    impl: str | None = None,
+) -> Tensor: ...
+@overload
+def cross_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: SpanLayout,
+    *,
+    scale: float | None = None,
+    return_lse: Literal[True],
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
 def cross_attention(
     q: Tensor,
     k: Tensor,

@@ -1,5 +1,7 @@
 """Attention of a packed row to itself, as its PackedLayout says."""
 
+from typing import Literal, overload
+
 from torch import Tensor
 
 from lynx_kernels import dispatch
@@ -13,6 +15,28 @@ _IMPLEMENTATIONS = dispatch.Operation(
 )
 
 
+@overload
+def prefix_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: PackedLayout,
+    *,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+    impl: str | None = None,
+) -> Tensor: ...
+@overload
+def prefix_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: PackedLayout,
+    *,
+    scale: float | None = None,
+    return_lse: Literal[True],
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
 def prefix_attention(
     q: Tensor,
     k: Tensor,

@@ -78,6 +78,10 @@ def attend_backward(
     return grad_q, grad_k, grad_v
 
 
+def _part(tensor: Tensor | None, rows: slice) -> Tensor | None:
+    return None if tensor is None else tensor[rows]
+
+
 def _groups(segments: Tensor, num_tokens: int, root_is_causal: bool):
     """Yield, for every group of a packed layout, its rows as a slice and who sees whom among them, (L, L) bool."""
     first, last = key_intervals(segments, num_tokens, root_is_causal)
@@ -117,8 +121,9 @@ def prefix_attention_backward(
     """Return the gradients of q, k and v."""
     gradients = tuple(x.new_empty(x.shape) for x in (q, k, v))
     for rows, visible in _groups(segments, q.shape[0], root_is_causal):
-        inputs = (None if x is None else x[rows] for x in (grad, grad_lse, out, lse, q, k, v))
-        for gradient, part in zip(gradients, attend_backward(*inputs, visible, scale), strict=True):
+        results = _part(grad, rows), _part(grad_lse, rows), out[rows], lse[rows]
+        parts = attend_backward(*results, q[rows], k[rows], v[rows], visible, scale)
+        for gradient, part in zip(gradients, parts, strict=True):
             gradient[rows] = part
     return gradients
 
@@ -159,8 +164,8 @@ def cross_attention_backward(
     grad_q = q.new_empty(q.shape)
     grad_k, grad_v = (x.new_zeros(x.shape, dtype=wide(x.dtype)) for x in (k, v))
     for queries, keys, visible in _spans(segments):
-        inputs = (None if x is None else x[queries] for x in (grad, grad_lse, out, lse, q))
-        part_q, part_k, part_v = attend_backward(*inputs, k[keys], v[keys], visible, scale)
+        results = _part(grad, queries), _part(grad_lse, queries), out[queries], lse[queries]
+        part_q, part_k, part_v = attend_backward(*results, q[queries], k[keys], v[keys], visible, scale)
         grad_q[queries] = part_q
         grad_k[keys] += part_k
         grad_v[keys] += part_v

@@ -55,5 +55,5 @@ def attention(
         raise ValueError(f"a packed row is a batch of one, but the batch has {query.shape[0]} rows beside a layout")
     if dropout != 0.0:
         raise ValueError(f"packed attention has no dropout, but attention_dropout is {dropout}")
-    tokens_first = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    return prefix_attention(*tokens_first, layout, scale=scaling).unsqueeze(0), None
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (L, heads, D)
+    return prefix_attention(q, k, v, layout, scale=scaling).unsqueeze(0), None

@@ -111,7 +111,9 @@ def test_an_adapter_of_scale_zero_leaves_the_language_model(tokenizer, processor
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"use_cache": False}, {"num_beams": 3}, {"do_sample": True}, {"num_beams": 2, "do_sample": True}], ids=str
+    "options",
+    [{}, {"use_cache": False}, {"num_beams": 3}, {"do_sample": True}, {"num_beams": 2, "do_sample": True}],
+    ids=str,
 )
 def test_generate(model, processor, options):
     questions = [

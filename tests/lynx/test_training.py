@@ -69,8 +69,10 @@ def test_supervised_tokens_are_counted(data, tmp_path, monkeypatch):
     monkeypatch.setattr("lynx.train.trainer.time.perf_counter", lambda: float(next(clock)))
     trainer = train(data, tmp_path, steps=3, batch_size=4)
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
-    learned = [sum(label != -100 for label in trainer.processing_class.encode(record["messages"]).labels)
-               for record in JsonlDataset(data).records]
+    learned = [
+        sum(label != -100 for label in trainer.processing_class.encode(record["messages"]).labels)
+        for record in JsonlDataset(data).records
+    ]
     assert [entry["supervised_tokens_per_second"] for entry in entries] == [sum(learned)] * 3
 
 

@@ -1,0 +1,34 @@
+# make demo: set up, train a small Lynx on real pictures, test and draw it.   make test: set up and run every check.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint format clean
+
+demo: .venv/demo-installed
+	$(BIN)/lynx demo
+
+# Two pytest processes of one thread each: more threads than cores make every one of them wait.
+test: .venv/test-installed lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
+
+lint: .venv/test-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/test-installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build *.egg-info
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + "; try: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+
+.venv/%-installed: .venv/bin/python pyproject.toml constraints.txt
+	@echo "Installing into .venv (some minutes the first time)"
+	$(INSTALL) --editable '.[$*]'
+	@touch $@

@@ -1,0 +1,33 @@
+"""What the README shows, runs."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from lynx.cli import _parser
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.split("\n")[0])
+def test_python(code):
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_commands_are_known():
+    commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith(".venv/bin/lynx ")]
+    assert len(commands) == 4
+    for command in commands:
+        _parser().parse_args(shlex.split(command, comments=True)[1:])
+
+
+def test_make_targets_exist():
+    makefile = (Path(__file__).parent.parent / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
