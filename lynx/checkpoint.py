@@ -1,6 +1,7 @@
 """Model folders: everything ``from_pretrained`` needs, whole or an error."""
 
 import json
+import tempfile
 from pathlib import Path
 
 import torch
@@ -21,9 +22,17 @@ _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
 def save(folder: str | Path, model: LynxForConditionalGeneration, processor: LynxProcessor) -> None:
-    """Write a folder that ``load``, ``AutoModel`` and ``AutoProcessor`` read; weights as safetensors."""
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    """Write a folder that ``load``, ``AutoModel`` and ``AutoProcessor`` read; weights as safetensors.
+
+    Files come to their place whole, the configuration last: a folder cut off before that is one that ``load`` refuses.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as unfinished:
+        model.save_pretrained(unfinished)
+        processor.save_pretrained(unfinished)
+        for path in sorted(Path(unfinished).iterdir(), key=lambda path: path.name == "config.json"):
+            path.replace(folder / path.name)
 
 
 def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> tuple[LynxForConditionalGeneration, LynxProcessor]:

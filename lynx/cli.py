@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status, 2 after an error a person can mend, with one line saying what."""
+    """Run the command; returns the exit status: 2 after an error a person can mend, with one line saying what."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     from transformers.utils import logging as transformers_logging  # slow to import: --help should not wait for it
@@ -20,6 +20,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"lynx {options.command}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"lynx {options.command}: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -24,6 +24,8 @@ class LynxConfig(PreTrainedConfig):
         adapter_frequency: an adapter follows every k-th decoder layer, from the first one on (paper 1, release 2).
         adapter_size: width of the adapter's bottleneck.
         adapter_activation: as ``lynx_kernels.adapter`` names it.
+        initializer_range: standard deviation of the resampler's fresh weights.
+        latent_initializer_range: standard deviation of its fresh latents and frame positions.
 
     Raises:
         ValueError: a field contradicts another or is out of range; the message names it.
@@ -48,6 +50,8 @@ class LynxConfig(PreTrainedConfig):
         adapter_frequency: int = 1,
         adapter_size: int = 2048,
         adapter_activation: str = "silu",
+        initializer_range: float = 0.02,
+        latent_initializer_range: float = 0.02,
         **kwargs,
     ):
         self.text_config = _as_config(text_config, _DEFAULT_TEXT)
@@ -63,6 +67,8 @@ class LynxConfig(PreTrainedConfig):
         self.adapter_frequency = adapter_frequency
         self.adapter_size = adapter_size
         self.adapter_activation = adapter_activation
+        self.initializer_range = initializer_range
+        self.latent_initializer_range = latent_initializer_range
         # Known to the outer configuration too, where transformers looks for them when it ties and generates.
         for name in ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"):
             kwargs[name] = getattr(self.text_config, name, None)

@@ -60,6 +60,7 @@ class LynxForConditionalGeneration(PreTrainedModel, GenerationMixin):
             head_dim=config.resampler_head_dim,
             expansion=config.resampler_expansion,
             max_frames=config.max_frames,
+            latent_initializer_range=config.latent_initializer_range,
         )
         decoder_layers = language_model.get_decoder().layers
         with_adapters = prefix.add_adapters(

@@ -16,6 +16,7 @@ from lynx.images import ImageSource, load_image, random_resized_crop_box
 from lynx.resampler import media_layout
 from lynx_kernels import PackedLayout
 
+PROMPT = "User: {question}\nBot:"
 IGNORED = -100
 
 
@@ -154,7 +155,7 @@ class LynxProcessor(ProcessorMixin):
         token_ids, labels = [self.tokenizer.bos_token_id], [IGNORED]
         if not messages:
             raise ValueError("the conversation is empty: it has no messages")
-        pending = ""
+        prompt = ""
         for turn, message in enumerate(messages):
             expected = "assistant" if turn % 2 else "user"
             if message.get("role") != expected:
@@ -175,12 +176,11 @@ class LynxProcessor(ProcessorMixin):
             if not text:
                 raise ValueError(f"message {turn} ({expected}) has an empty text")
             if expected == "user":
-                pending = f"{'' if turn == 0 else chr(10)}User: {text}\nBot:"
-                continue
-            self._append(token_ids, labels, pending, " " + text)
-            pending = ""
-        if pending:
-            self._append(token_ids, labels, pending, None)
+                prompt = ("\n" if turn else "") + PROMPT.format(question=text)
+            else:
+                self._append(token_ids, labels, prompt, " " + text)
+        if expected == "user":
+            self._append(token_ids, labels, prompt, None)
         return Sample(media, is_video, token_ids, labels)
 
     def _frames(self, frames: Any, turn: int) -> list[ImageSource]:

@@ -42,7 +42,7 @@ class Resampler(nn.Module):
     Args:
         width: of the latents, the language model's.
         media_width: of the vision tokens.
-        num_latents, depth, num_heads, head_dim, expansion, max_frames: as in ``LynxConfig``.
+        num_latents, depth, num_heads, head_dim, expansion, max_frames, latent_initializer_range: as in ``LynxConfig``.
     """
 
     def __init__(
@@ -56,9 +56,11 @@ class Resampler(nn.Module):
         head_dim: int,
         expansion: int,
         max_frames: int,
+        latent_initializer_range: float,
     ):
         super().__init__()
         self.num_latents = num_latents
+        self.latent_initializer_range = latent_initializer_range
         self.latents = nn.Parameter(torch.empty(num_latents, width))
         self.frame_position = nn.Parameter(torch.empty(max_frames, media_width))
         self.layers = nn.ModuleList(
@@ -70,8 +72,8 @@ class Resampler(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the initial values of the latents and frame positions anew."""
-        nn.init.trunc_normal_(self.latents, std=0.02)
-        nn.init.trunc_normal_(self.frame_position, std=0.02)
+        for parameter in (self.latents, self.frame_position):
+            nn.init.trunc_normal_(parameter, std=self.latent_initializer_range)
 
     def forward(self, features: Tensor, frame_positions: Tensor, layout: SpanLayout) -> Tensor:
         """Resample all items at once.

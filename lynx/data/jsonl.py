@@ -108,11 +108,7 @@ class JsonlDataset(Dataset):
         return str(resolved)
 
 
-def texts(records: list[dict[str, Any]]):
-    """Every text of the records, questions and answers."""
-    for record in records:
-        for message in record["messages"]:
-            if isinstance(message["content"], str):
-                yield message["content"]
-            else:
-                yield from (part["text"] for part in message["content"] if part["type"] == "text")
+def text_of(message: dict[str, Any]) -> str:
+    """The text of a message, its pictures left out."""
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(p["text"] for p in content if p["type"] == "text")

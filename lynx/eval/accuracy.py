@@ -7,6 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from lynx.data.jsonl import text_of
 from lynx.generation import answer
 from lynx.model import LynxForConditionalGeneration
 from lynx.processor import LynxProcessor
@@ -51,15 +52,9 @@ def answer_records(
         samples = [processor.encode(record["messages"][:-1]) for record in chunk]
         predictions = answer(model, processor, samples, max_new_tokens=max_new_tokens, **options)
         for record, prediction in zip(chunk, predictions, strict=True):
-            question, truth = (_text(message) for message in record["messages"][-2:])
+            question, truth = (text_of(message) for message in record["messages"][-2:])
             answered.append(Answered(record, question, prediction, truth))
     return answered
-
-
-def _text(message: dict[str, Any]) -> str:
-    if isinstance(message["content"], str):
-        return message["content"]
-    return "".join(part["text"] for part in message["content"] if part["type"] == "text")
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,17 @@
 """A training run from a JSONL file to a model folder."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainingArguments, set_seed
 
 from lynx import checkpoint, recipes
 from lynx.data.collator import Collator
-from lynx.data.jsonl import JsonlDataset, texts
+from lynx.data.jsonl import JsonlDataset, text_of
 from lynx.data.tokenizer import train_tokenizer
 from lynx.model import LynxForConditionalGeneration
-from lynx.processor import LynxProcessor
+from lynx.processor import PROMPT, LynxProcessor
 from lynx.train.trainer import LynxTrainer
 
 
@@ -45,7 +47,8 @@ def train(
     if start is not None:
         model, processor = checkpoint.load(start)
     else:
-        config = recipes.tiny(tokenizer := train_tokenizer(texts(dataset.records)))
+        tokenizer = train_tokenizer(_rendered(dataset.records))
+        config = recipes.tiny(tokenizer)
         model, processor = LynxForConditionalGeneration(config), LynxProcessor.for_model(config, tokenizer)
     arguments = TrainingArguments(
         output_dir=str(output),
@@ -55,6 +58,7 @@ def train(
         lr_scheduler_type="cosine",
         warmup_steps=max(1, steps // 20),
         weight_decay=0.01,
+        adam_beta2=0.95,  # runs of a few hundred steps want a second moment that forgets faster than 0.999
         logging_steps=max(1, min(20, steps // 20)),
         save_strategy="no",
         report_to=[],
@@ -70,3 +74,10 @@ def train(
     trainer.train()
     checkpoint.save(output, model, processor)
     return trainer
+
+
+def _rendered(records: list[dict[str, Any]]) -> Iterator[str]:
+    """The texts as the processor will render them, for the tokenizer to learn from."""
+    for record in records:
+        for question, reply in zip(record["messages"][::2], record["messages"][1::2], strict=True):
+            yield f"{PROMPT.format(question=text_of(question).lower())} {text_of(reply).lower()}"

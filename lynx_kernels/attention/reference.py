@@ -4,7 +4,8 @@
     LSE = log sum_k exp(S)        P = exp(S - LSE)        out = P V
 
 Everything is computed in at least fp32 (fp64 for fp64). A query that sees no key has output 0, LSE -inf and gradient 0.
-The loops read the layout's table on the host, which costs a device a wait; the kernels do not.
+Blocks of one shape are computed together. The loops over shapes read the layout's table on the host, which costs a
+device a wait; the kernels do not.
 Shapes: H query heads share Hkv key heads in groups of H / Hkv; D is the head dimension.
 """
 
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from lynx_kernels.layout import key_intervals
+
+_MAX_CELLS = 2**18  # pairs of query and key, a head, that are computed at once: bounds the memory
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -78,17 +81,27 @@ def attend_backward(
     return grad_q, grad_k, grad_v
 
 
-def _part(tensor: Tensor | None, rows: slice) -> Tensor | None:
+def _part(tensor: Tensor | None, rows: Tensor) -> Tensor | None:
     return None if tensor is None else tensor[rows]
 
 
+def _batches(starts_by_shape: dict[tuple[int, int], list], device: torch.device):
+    """Yield the shape (queries, keys) and the starts of blocks of one shape, as many as a batch may hold."""
+    for (queries, keys), starts in starts_by_shape.items():
+        for batch in torch.tensor(starts, device=device).split(max(1, _MAX_CELLS // max(1, queries * keys))):
+            yield queries, keys, batch
+
+
 def _groups(segments: Tensor, num_tokens: int, root_is_causal: bool):
-    """Yield, for every group of a packed layout, its rows as a slice and who sees whom among them, (L, L) bool."""
+    """Yield the groups of a packed layout, n of one length L at once: their rows (n, L), who sees whom (n, L, L)."""
     first, last = key_intervals(segments, num_tokens, root_is_causal)
-    token = torch.arange(num_tokens, device=segments.device)
+    starts: dict[tuple[int, int], list[int]] = {}
     for start, end in sorted({(start, end) for _, start, _, end in segments.tolist() if end > start}):
-        rows = slice(start, end)
-        yield rows, (first[rows] <= token[rows, None]) & (token[rows, None] < last[rows])
+        starts.setdefault((end - start, end - start), []).append(start)
+    for length, _, batch in _batches(starts, segments.device):
+        rows = batch[:, None] + torch.arange(length, device=segments.device)
+        query = rows[:, :, None]
+        yield rows, (first[rows][:, None] <= query) & (query < last[rows][:, None])
 
 
 def prefix_attention(
@@ -124,15 +137,19 @@ def prefix_attention_backward(
         results = _part(grad, rows), _part(grad_lse, rows), out[rows], lse[rows]
         parts = attend_backward(*results, q[rows], k[rows], v[rows], visible, scale)
         for gradient, part in zip(gradients, parts, strict=True):
-            gradient[rows] = part
+            gradient[rows] = part.to(gradient.dtype)
     return gradients
 
 
 def _spans(segments: Tensor):
-    """Yield, for every segment of a span layout, its queries, its keys (slices) and who sees whom: everyone."""
-    for (first_query, key_start, key_end), (last_query, *_) in pairwise(segments.tolist()):
-        everyone = segments.new_ones((last_query - first_query, key_end - key_start), dtype=torch.bool)
-        yield slice(first_query, last_query), slice(key_start, key_end), everyone
+    """Yield the segments of a span layout, n of one shape at once: queries (n, Q), keys (n, K), who sees whom: all."""
+    starts: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for (query, key, key_end), (query_end, *_) in pairwise(segments.tolist()):
+        starts.setdefault((query_end - query, key_end - key), []).append((query, key))
+    for num_queries, num_keys, batch in _batches(starts, segments.device):
+        queries = batch[:, :1] + torch.arange(num_queries, device=segments.device)
+        keys = batch[:, 1:] + torch.arange(num_keys, device=segments.device)
+        yield queries, keys, segments.new_ones((len(batch), num_queries, num_keys), dtype=torch.bool)
 
 
 def cross_attention(
@@ -166,9 +183,9 @@ def cross_attention_backward(
     for queries, keys, visible in _spans(segments):
         results = _part(grad, queries), _part(grad_lse, queries), out[queries], lse[queries]
         part_q, part_k, part_v = attend_backward(*results, q[queries], k[keys], v[keys], visible, scale)
-        grad_q[queries] = part_q
-        grad_k[keys] += part_k
-        grad_v[keys] += part_v
+        grad_q[queries] = part_q.to(q.dtype)
+        grad_k.index_add_(0, keys.flatten(), part_k.flatten(0, 1))
+        grad_v.index_add_(0, keys.flatten(), part_v.flatten(0, 1))
     return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 

@@ -14,6 +14,7 @@ from lynx_kernels.attention import prefix_attention
 from lynx_kernels.layout import PackedLayout
 
 NAME = "lynx"
+_UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias")  # what layers pass for features we lack
 
 
 def register() -> None:
@@ -45,7 +46,7 @@ def attention(
     """An attention function of transformers' AttentionInterface; returns (B, L, H, D) and no weights.
 
     Raises:
-        ValueError: a layout with more than one batch row, or with dropout.
+        ValueError: a layout beside more than one batch row, dropout, or a feature that packed attention has not.
     """
     if layout is None:
         return sdpa_attention_forward(
@@ -55,5 +56,8 @@ def attention(
         raise ValueError(f"a packed row is a batch of one, but the batch has {query.shape[0]} rows beside a layout")
     if dropout != 0.0:
         raise ValueError(f"packed attention has no dropout, but attention_dropout is {dropout}")
+    for feature in _UNSUPPORTED:
+        if kwargs.get(feature) is not None:
+            raise ValueError(f"packed attention has no {feature}, but the layer asks for it: {kwargs[feature]}")
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (L, heads, D)
     return prefix_attention(q, k, v, layout, scale=scaling).unsqueeze(0), None
