@@ -28,7 +28,7 @@ def demo(folder: str | Path, *, steps: int = STEPS, seed: int = 0) -> dict[str, 
     model, processor = checkpoint.load(folder / "model")
     answered = accuracy.answer_records(model, processor, JsonlDataset(test_data).records)
     by_type = accuracy.scores(answered)
-    pictures.answer_sheet(answered[: 3 * len(by_type)], folder / "answers.png")
+    pictures.answer_sheet(answered[: 2 * len(by_type)], folder / "answers.png")
     print(f"\nHeld-out pictures:\n{accuracy.table(by_type)}\n")
     for what in ("answers.png", "loss.png", "model"):
         print(f"{folder / what}")

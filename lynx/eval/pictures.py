@@ -25,7 +25,7 @@ def answer_sheet(answered: Sequence[Answered], path: str | Path, *, columns: int
         columns: cells in a row.
     """
     rows = -(-len(answered) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.4 * columns, 2.6 * rows), squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.5 * columns, 2.9 * rows), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for axis, each in zip(axes.flat, answered, strict=False):
@@ -34,12 +34,14 @@ def answer_sheet(answered: Sequence[Answered], path: str | Path, *, columns: int
             axis.imshow(_side_by_side(frames), interpolation="nearest")
         else:
             axis.text(0.5, 0.5, "(no picture)", ha="center", va="center", color="grey", transform=axis.transAxes)
+        axis.set_aspect("equal", adjustable="datalim")  # with the box's aspect: every cell as large, pictures centred
+        axis.set_box_aspect(0.55)
         axis.set_title(each.question, fontsize=9, wrap=True)
         color = _RIGHT if each.is_right else _WRONG
-        text = f"{each.prediction or '(nothing)'}" + ("" if each.is_right else f"   (truth: {each.truth})")
-        axis.text(0.5, -0.05, text, ha="center", va="top", fontsize=11, color=color, transform=axis.transAxes)
+        text = f"answer: {each.prediction or '(nothing)'}\ntruth: {each.truth}"
+        axis.text(0.5, -0.05, text, ha="center", va="top", fontsize=10, color=color, transform=axis.transAxes)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainingArguments, set_seed
 
 from lynx import checkpoint, recipes
@@ -62,6 +63,8 @@ def train(
         logging_steps=max(1, min(20, steps // 20)),
         save_strategy="no",
         report_to=[],
+        disable_tqdm=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
         seed=seed,
     )
     trainer = LynxTrainer(

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 
 class LynxTrainer(Trainer):
@@ -18,7 +18,8 @@ class LynxTrainer(Trainer):
     def __init__(self, model: torch.nn.Module, args: TrainingArguments, **kwargs: Any):
         args.remove_unused_columns = False  # records are not the model's arguments; the collator makes those
         super().__init__(model, args, **kwargs)
-        self.remove_callback(ProgressCallback)
+        for callback in (PrinterCallback, ProgressCallback):
+            self.remove_callback(callback)
         if not args.disable_tqdm:
             self.add_callback(ProgressBar())
         self._supervised = torch.zeros((), dtype=torch.int64)
