@@ -152,7 +152,6 @@ class PackedLayout(_Layout):
         counts = mask.sum(1)
         # Left pads, tokens and right pads of every row, each a group of one segment.
         begins = torch.where(mask, column, length).amin(1) if length else counts
-        begins = torch.where(counts > 0, begins, 0)
         is_token = (column >= begins[:, None]) & (column < (begins + counts)[:, None])
         require((is_token == mask).all(), "padding mask: a row has a pad between tokens, which no layout can say")
         offsets = torch.arange(rows, device=mask.device) * length
@@ -223,7 +222,7 @@ class PackedLayout(_Layout):
                 "labels: a token of a full root is supervised, but the row that predicts it sees it",
             )
         goes_on = segment[1:] == segment[:-1]
-        enters_branch = in_root[:-1] & is_only_branch[1:] & (root_start[1:] == root_start[:-1])
+        enters_branch = in_root[:-1] & (root_start[1:] == root_start[:-1])
         targets = torch.full_like(labels, ignore_index)
         targets[:-1] = torch.where(goes_on | enters_branch, labels[1:], ignore_index)
         return targets

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from lynx_kernels import dispatch
 from lynx_kernels.attention.reference import wide
-from lynx_kernels.registration import define
+from lynx_kernels.registration import define, lower
 
 
 def define_attention(
@@ -38,19 +38,13 @@ def define_attention(
         return (*gradients, *[None] * (num_arguments - num_floats))
 
     def autocast(dtype, *args):
-        # As autocast everywhere in PyTorch, it leaves fp64 alone.
-        floats = (tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in args[:num_floats])
-        return (*floats, *args[num_floats:])
-
-    def refuse_second_derivative(ctx, *gradients):
-        raise RuntimeError(f"{name} has no second derivative")
+        return (*(lower(tensor, dtype) for tensor in args[:num_floats]), *args[num_floats:])
 
     backward = define(
         f"{name}_backward(Tensor? grad, Tensor? grad_lse, Tensor out, Tensor lse, {arguments}) -> "
         f"({', '.join(['Tensor'] * num_floats)})",
         operation.backward,
         fake=backward_fake,
-        autograd=(lambda ctx, inputs, output: None, refuse_second_derivative),
     )
     return define(
         f"{name}({arguments}) -> (Tensor, Tensor)",

@@ -215,6 +215,13 @@ def test_backward_inside_autocast():
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
+def test_a_second_derivative_is_refused():
+    (x, *weights), _ = make()
+    [gradient] = torch.autograd.grad(adapter(x.requires_grad_(), *weights).sum(), [x], create_graph=True)
+    with pytest.raises(RuntimeError, match="have no second derivatives"):
+        gradient.sum().backward()
+
+
 def test_which_and_unknown_implementation():
     inputs, _ = make()
     assert str(dispatch.which(adapter, *inputs)) == "reference"
