@@ -1,12 +1,9 @@
 """Lynx (arXiv 2307.02469) on lynx_kernels: the model, its processor, trainers and evaluation."""
 
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+# From its own module: until 5.18 or so, transformers' front door hides it where torchvision is missing.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from lynx.config import LynxConfig
 from lynx.image_processor import LynxImageProcessor

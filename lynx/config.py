@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, Blip2VisionConfig, PreTrainedConfig
 
 _DEFAULT_TEXT = "llama"
 _DEFAULT_VISION = "blip_2_vision_model"  # the architecture of EVA-CLIP ViT-g
@@ -94,4 +94,7 @@ def _as_config(config: PreTrainedConfig | dict[str, Any] | None, model_type: str
     if isinstance(config, PreTrainedConfig):
         return config
     options = dict(config or {})
-    return AutoConfig.for_model(options.pop("model_type", model_type), **options)
+    model_type = options.pop("model_type", model_type)
+    if model_type == Blip2VisionConfig.model_type:  # which older releases of transformers do not find by name
+        return Blip2VisionConfig(**options)
+    return AutoConfig.for_model(model_type, **options)

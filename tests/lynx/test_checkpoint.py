@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from lynx import LynxConfig, LynxForConditionalGeneration, LynxImageProcessor, LynxProcessor, checkpoint
 from tests.lynx.conftest import VISION, conversation, make_config, make_model, picture

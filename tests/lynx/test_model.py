@@ -9,6 +9,7 @@ from transformers import LlamaForCausalLM
 
 from lynx import LynxForConditionalGeneration, LynxProcessor
 from lynx.generation import answer
+from lynx_kernels import PackedLayout
 from tests.lynx.conftest import VISION, conversation, make_config, make_model, picture
 
 
@@ -31,6 +32,34 @@ def test_packed_and_padded_give_the_same_logits(tokenizer, vision):
     assert packed_logits.abs().max() > 0.1
     torch.testing.assert_close(packed_logits, padded_logits, rtol=0, atol=1e-4)
     torch.testing.assert_close(model(**packed).loss, model(**padded).loss, rtol=1e-5, atol=1e-6)
+
+
+def test_questions_about_one_picture_can_share_it(model, processor):
+    """Two branches on one root give what two rows with the picture in each give."""
+    samples = [
+        processor.encode(conversation(question, answer, images=[picture(0)]))
+        for question, answer in (("Which digit is this?", "seven"), ("Odd?", "yes"))
+    ]
+    first, second = (processor.pack([sample]) for sample in samples)
+    shared = {**first, "layout": PackedLayout.from_groups([(3, [len(sample.token_ids) for sample in samples])])}
+    for name in ("input_ids", "labels"):
+        shared[name] = torch.cat([first[name], second[name][:, 3:]], 1)
+    logits = model(**inputs(shared)).logits[0]
+    expected = torch.cat([model(**inputs(first)).logits[0], model(**inputs(second)).logits[0, 3:]])
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+
+
+def test_positions_count_the_tokens(model, processor, samples):
+    """Packed or left-padded, every token has the same position: rotary scores hide it where only distances count."""
+    seen = []
+    model.get_decoder().register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
+    )
+    packed, padded = processor.pack(samples), processor.pad(samples)
+    model(**packed)
+    model(**padded)
+    assert torch.equal(seen[0][0], packed["layout"].position_ids)
+    assert torch.equal(seen[1][padded["attention_mask"].bool()], seen[0][0])
 
 
 def test_text_only_batch_needs_no_pictures(model, processor):
@@ -94,6 +123,22 @@ def test_adapters_follow_every_kth_layer(tokenizer):
     assert "language_model.model.layers.0.self_attn.q_proj.weight" in names, "adapters must not rename the decoder"
     assert "LlamaDecoderLayerWithAdapter" in model._no_split_modules
     assert len(model(torch.tensor([[1, 2]]), output_hidden_states=True).hidden_states) == 4
+
+
+def test_each_part_starts_from_its_own_spread(tokenizer):
+    config = make_config(tokenizer, initializer_range=0.3, latent_initializer_range=0.5, adapter_size=64)
+    config.text_config.initializer_range = 1.0
+    model = LynxForConditionalGeneration(config)
+    layer, resampler = model.get_decoder().layers[0], model.resampler
+    for weight, spread in (
+        (layer.mlp.up_proj.weight, 1.0),
+        (layer.output_adapter.down.weight, 0.02),
+        (layer.output_adapter.up.weight, 0.02),
+        (resampler.layers[0].attention.to_kv.weight, 0.3),
+        (resampler.frame_position, 0.5),
+    ):
+        assert 0.8 * spread < weight.std() < 1.2 * spread
+    assert layer.output_adapter.scale == 1
 
 
 def test_an_adapter_of_scale_zero_leaves_the_language_model(tokenizer, processor):

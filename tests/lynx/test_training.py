@@ -52,6 +52,18 @@ def test_it_learns(data, trained):
     assert accuracy.scores(answered) == {"digit": accuracy.Score(2, 1.0, 0.5), "parity": accuracy.Score(2, 1.0, 0.5)}
 
 
+def test_scores_count_right_answers_and_the_commonest_truth():
+    answered = [
+        accuracy.Answered({"type": kind}, "?", prediction, truth)
+        for kind, prediction, truth in (
+            ("a", "Seven", "seven "), ("a", "7", "seven"), ("a", "", "six"), ("b", "no", "yes"), ("a", "six", "six"),
+            ("a", "six", "seven"),
+        )
+    ]  # fmt: skip
+    assert accuracy.scores(answered) == {"a": accuracy.Score(5, 2 / 5, 3 / 5), "b": accuracy.Score(1, 0.0, 1.0)}
+    assert "40.0%           60.0%" in accuracy.table(accuracy.scores(answered))
+
+
 def test_progress_tells_loss_and_supervised_tokens(data, trained, capfd, tmp_path):
     _, trainer = trained
     entry = trainer.state.log_history[0]

@@ -20,7 +20,10 @@ def decoder(config_class, implementation="lynx", **options):
         options = {"sliding_window": None, **options}
     torch.manual_seed(0)
     config = config_class(**SIZES, **options)
-    return AutoModelForCausalLM.from_config(config, attn_implementation=implementation).double().eval()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation).double().eval()
+    for layer in model.model.layers:
+        layer.self_attn.scaling = 0.7  # not the default, 1 / sqrt(8)
+    return model
 
 
 def run_packed(model, ids, layout):
