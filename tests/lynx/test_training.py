@@ -69,7 +69,8 @@ def test_progress_tells_loss_and_supervised_tokens(data, trained, capfd, tmp_pat
     entry = trainer.state.log_history[0]
     assert entry["supervised_tokens_per_second"] > 0
     train(data, tmp_path, steps=2, batch_size=4)
-    shown = capfd.readouterr().err
+    out, shown = capfd.readouterr()
+    assert "{'loss'" not in out + shown, "one bar, and not Trainer's own reports beside it"
     assert "2/2" in shown
     assert "supervised tokens/s" in shown
     assert "loss " in shown
