@@ -3,11 +3,12 @@
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoProcessor
 
+from lynx import vision
 from lynx.config import LynxConfig
 from lynx.model import LynxForConditionalGeneration
 from lynx.processor import LynxProcessor
@@ -18,19 +19,24 @@ _FILES = {
     "tokenizer.json": "the tokenizer",
     "tokenizer_config.json": "the tokenizer's settings",
 }
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+_INDEX = "model.safetensors.index.json"
+_WEIGHTS = ("model.safetensors", _INDEX)
 
 
 def save(folder: str | Path, model: LynxForConditionalGeneration, processor: LynxProcessor) -> None:
     """Write a folder that ``load``, ``AutoModel`` and ``AutoProcessor`` read; weights as safetensors.
 
-    Files come to their place whole, the configuration last: a folder cut off before that is one that ``load`` refuses.
+    Files come to their place whole. A model that was there before is gone from the moment the new files move in, and
+    config.json comes last: whenever this is cut off, ``load`` finds the old model, the new one, or refuses the folder.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as unfinished:
         model.save_pretrained(unfinished)
         processor.save_pretrained(unfinished)
+        (folder / "config.json").unlink(missing_ok=True)
+        for stale in folder.glob("model*.safetensors*"):
+            stale.unlink()
         for path in sorted(Path(unfinished).iterdir(), key=lambda path: path.name == "config.json"):
             path.replace(folder / path.name)
 
@@ -55,7 +61,16 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> tuple[LynxF
         missing.append(f"{_WEIGHTS[0]} (the weights)")
     if missing:
         raise FileNotFoundError(f"{folder} is not a whole model folder, it lacks: {', '.join(missing)}")
-    config = _config(folder)
+    contents = {name: _read_json(folder / name) for name in (*_FILES, _INDEX) if (folder / name).is_file()}
+    model_type = contents["config.json"].get("model_type")
+    if model_type != LynxConfig.model_type:
+        raise ValueError(f"{folder} holds a model of model_type {model_type!r}, expected {LynxConfig.model_type!r}")
+    for shard in set(contents.get(_INDEX, {}).get("weight_map", {}).values()):
+        if Path(shard).name != shard or not (folder / shard).is_file():
+            raise FileNotFoundError(f"{folder / _INDEX} names {shard}, which is no file of the folder")
+    config = LynxConfig.from_pretrained(folder)
+    processor = LynxProcessor.from_pretrained(folder, local_files_only=True)
+    _check_agreement(folder, config, processor)
     try:
         model, report = LynxForConditionalGeneration.from_pretrained(
             folder,
@@ -79,14 +94,29 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> tuple[LynxF
     ]
     if problems:
         raise ValueError(f"{folder}: the weights do not fit config.json; {'; '.join(problems)}")
-    return model.eval(), AutoProcessor.from_pretrained(folder, local_files_only=True)
+    return model.eval(), processor
 
 
-def _config(folder: Path) -> LynxConfig:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        model_type = json.loads((folder / "config.json").read_text()).get("model_type")
+        content = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'} is not JSON: {error}") from error
-    if model_type != LynxConfig.model_type:
-        raise ValueError(f"{folder} holds a model of model_type {model_type!r}, expected {LynxConfig.model_type!r}")
-    return LynxConfig.from_pretrained(folder)
+        raise ValueError(f"{path} is not JSON, truncated perhaps: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected an object")
+    return content
+
+
+def _check_agreement(folder: Path, config: LynxConfig, processor: LynxProcessor) -> None:
+    """Raise ValueError for a processor whose batches the model would misread."""
+    vision_config = config.vision_config
+    expected = {
+        "image_token_id": (processor.image_token_id, config.image_token_id),
+        "num_latents": (processor.num_latents, config.num_latents),
+        "max_frames": (processor.max_frames, config.max_frames),
+        "tokens_per_frame": (processor.tokens_per_frame, vision.tokens_per_frame(vision_config)),
+        "size": (processor.image_processor.size, vision_config.image_size),
+    }
+    for name, (has, wants) in expected.items():
+        if has != wants:
+            raise ValueError(f"{folder}: the processor has {name}={has}, but the model wants {wants}")

@@ -20,6 +20,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"lynx {options.command}: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        print(f"lynx {options.command}: {error}; pip install 'lynx-kernels[demo]' brings it", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"lynx {options.command}: interrupted", file=sys.stderr)
         return 130
@@ -34,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("model", type=Path, help="a model folder")
     ask.add_argument("image", type=Path, nargs="+", help="an image file; several are the frames of a video")
     ask.add_argument("question")
-    ask.add_argument("--beams", type=int, default=1, help="beams to search with (default: 1, greedy)")
+    ask.add_argument("--beams", type=_positive, default=1, help="beams to search with (default: 1, greedy)")
     ask.set_defaults(run=_ask)
 
     train = commands.add_parser("train", help="train on the conversations of a JSONL file")
@@ -42,8 +45,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("output", type=Path, help="the folder to save the model in")
     train.add_argument("--root", type=Path, help="the folder of the pictures (default: the data file's)")
     train.add_argument("--start", type=Path, help="a model folder to go on from (default: a tiny model from nothing)")
-    train.add_argument("--steps", type=int, default=1000)
-    train.add_argument("--batch-size", type=int, default=64, help="conversations in a packed row (default: 64)")
+    train.add_argument("--steps", type=_positive, default=1000)
+    train.add_argument("--batch-size", type=_positive, default=64, help="conversations in a packed row (default: 64)")
     train.add_argument("--learning-rate", type=float, default=2e-3, help="its peak (default: 2e-3)")
     train.add_argument("--seed", type=int, default=0)
     train.set_defaults(run=_train)
@@ -62,13 +65,27 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _ask(options: argparse.Namespace) -> None:
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return int(text)
+
+
+def _load(folder: Path):
+    import torch
+
     from lynx import checkpoint
+
+    model, processor = checkpoint.load(folder)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor
+
+
+def _ask(options: argparse.Namespace) -> None:
     from lynx.generation import answer
     from lynx.images import load_image
 
     frames = [load_image(path) for path in options.image]
-    model, processor = checkpoint.load(options.model)
+    model, processor = _load(options.model)
     part = {"type": "image", "image": frames[0]} if len(frames) == 1 else {"type": "video", "video": frames}
     sample = processor.encode([{"role": "user", "content": [part, {"type": "text", "text": options.question}]}])
     [text] = answer(model, processor, [sample], num_beams=options.beams)
@@ -92,12 +109,12 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from lynx import checkpoint
     from lynx.data.jsonl import JsonlDataset
     from lynx.eval import accuracy
 
     dataset = JsonlDataset(options.data, options.root)
-    answered = accuracy.answer_records(*checkpoint.load(options.model), dataset.records)
+    model, processor = _load(options.model)
+    answered = accuracy.answer_records(model, processor, dataset.records)
     print(accuracy.table(accuracy.scores(answered)))
     if options.sheet is not None:
         from lynx.eval import pictures
@@ -109,7 +126,14 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _demo(options: argparse.Namespace) -> None:
     from lynx.demo import demo
 
-    demo(options.folder, seed=options.seed)
+    scores = demo(options.folder, seed=options.seed)
+    missed = [
+        f"{kind}: {score.accuracy:.1%}"
+        for kind, score in scores.items()
+        if score.accuracy < (0.95 if kind == "which digit" else score.majority + 0.2)
+    ]
+    if missed:
+        raise ValueError(f"the model learned less than it should have: {', '.join(missed)}")
 
 
 if __name__ == "__main__":

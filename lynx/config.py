@@ -4,6 +4,8 @@ from typing import Any
 
 from transformers import AutoConfig, Blip2VisionConfig, PreTrainedConfig
 
+from lynx_kernels.adapter.reference import ACTIVATIONS
+
 _DEFAULT_TEXT = "llama"
 _DEFAULT_VISION = "blip_2_vision_model"  # the architecture of EVA-CLIP ViT-g
 
@@ -83,8 +85,15 @@ class LynxConfig(PreTrainedConfig):
             "max_frames", "adapter_frequency", "adapter_size",
         )  # fmt: skip
         for name in positive:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}, must be an integer of at least 1")
+        if self.adapter_activation not in ACTIVATIONS:
+            raise ValueError(f"adapter_activation is {self.adapter_activation!r}, must be one of {sorted(ACTIVATIONS)}")
+        if not isinstance(getattr(self.vision_config, "hidden_size", None), int):
+            raise ValueError(
+                f"vision_config ({self.vision_config.model_type}) has no hidden_size: its width is unknown"
+            )
         layers = self.text_config.num_hidden_layers
         if self.adapter_frequency > layers:
             raise ValueError(f"adapter_frequency is {self.adapter_frequency}, but text_config has {layers} layers")

@@ -15,7 +15,7 @@ from lynx.train.run import train
 STEPS = 500
 
 
-def demo(folder: str | Path, *, steps: int = STEPS, seed: int = 0) -> dict[str, accuracy.Score]:
+def demo(folder: str | Path, *, seed: int = 0) -> dict[str, accuracy.Score]:
     """Run it; everything it makes lies in ``folder``: ``data/``, ``model/``, ``answers.png`` and ``loss.png``.
 
     Returns:
@@ -23,7 +23,7 @@ def demo(folder: str | Path, *, steps: int = STEPS, seed: int = 0) -> dict[str, 
     """
     folder = Path(folder)
     training_data, test_data = digits.write(folder / "data", seed=seed)
-    trainer = train(training_data, folder / "model", steps=steps, seed=seed)
+    trainer = train(training_data, folder / "model", steps=STEPS, seed=seed)
     pictures.loss_curve(trainer.state.log_history, folder / "loss.png")
     model, processor = checkpoint.load(folder / "model")
     answered = accuracy.answer_records(model, processor, JsonlDataset(test_data).records)

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
-from lynx.images import DEFAULT_MAX_PIXELS, ImageSource, load_image, random_resized_crop_box
+from lynx.images import DEFAULT_MAX_PIXELS, ImageSource, load_image
 from lynx_kernels.frames import pack_frames
 
 
@@ -67,7 +67,6 @@ class LynxImageProcessor(BaseImageProcessor):
         self,
         images: ImageSource | torch.Tensor | Sequence[ImageSource | torch.Tensor],
         *,
-        generator: np.random.Generator | None = None,
         crop_boxes: Sequence[Sequence[int]] | None = None,
         return_tensors: str | None = "pt",
         **overrides,
@@ -77,10 +76,8 @@ class LynxImageProcessor(BaseImageProcessor):
         Args:
             images: one image or a flat list of them, each as ``lynx.images.load_image`` takes it or a (height, width,
                 3) uint8 tensor; or frames stacked in one (N, height, width, 3) array or tensor.
-            generator: for training: every image is cropped by its own random box from this generator, and the box is
+            crop_boxes: for training, (top, left, height, width) in each upright image: it is cropped, and the box is
                 resized to the square exactly.
-            crop_boxes: the boxes themselves, (top, left, height, width) in the upright image, likewise resized
-                exactly; for a video, whose frames share one box.
             return_tensors: ``"pt"``, ``"np"``, or None for a torch tensor as well.
             overrides: attributes of the processor that this call sets otherwise.
 
@@ -91,12 +88,8 @@ class LynxImageProcessor(BaseImageProcessor):
         names = LynxImagesKwargs.__annotations__
         if unknown := sorted(overrides.keys() - names.keys()):
             raise TypeError(f"LynxImageProcessor has no option {unknown}; there are {list(names)}")
-        if generator is not None and crop_boxes is not None:
-            raise ValueError("pass a generator or crop_boxes, not both")
         options = {name: getattr(self, name) for name in names} | overrides
         frames = [_frame(image, options["max_image_pixels"]) for image in _as_list(images)]
-        if generator is not None:
-            crop_boxes = [random_resized_crop_box(frame.shape[0], frame.shape[1], generator) for frame in frames]
         pixel_values = pack_frames(
             frames,
             size=options["size"],

@@ -21,6 +21,7 @@ _UPRIGHT = {  # how to turn an image of each EXIF orientation upright
     8: Image.Transpose.ROTATE_90,
 }
 DEFAULT_MAX_PIXELS = 1024**3 // 4 // 3  # 89 million, where Pillow starts to warn: a quarter of a GiB in RGB
+MAX_SIDE = 2**15  # a side of millions fits the pixel limit, but not the memory of a resize
 
 ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray
 
@@ -37,7 +38,8 @@ def load_image(source: ImageSource, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> 
 
     Args:
         source: a path, the bytes of a file, a PIL image, or a (height, width, 3) uint8 array.
-        max_pixels: larger images are refused; files by their header, before anything is decoded.
+        max_pixels: larger images are refused, and any with a side above ``MAX_SIDE``; files by their header, before
+            anything is decoded.
 
     Raises:
         ImageError: the file is missing, truncated, empty, too large or no image of a known format, or its pixels have
@@ -89,6 +91,8 @@ def _check_size(width: int, height: int, name: str, max_pixels: int) -> None:
         raise ImageError(f"{name}: empty, {width} x {height} pixels")
     if width * height > max_pixels:
         raise ImageError(f"{name}: {width} x {height} pixels are more than the limit of {max_pixels}")
+    if max(width, height) > MAX_SIDE:
+        raise ImageError(f"{name}: {width} x {height} pixels have a side longer than the limit of {MAX_SIDE}")
 
 
 def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
@@ -99,7 +103,10 @@ def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
         image = _flatten(image)
     except Exception as error:
         raise ImageError(f"{name}: {_reason(error)}") from error
-    return image if turn is None else image.transpose(turn)
+    if turn is not None:
+        image = image.transpose(turn)
+    image.info = {}  # or the orientation, carried out now, would be carried out again by whoever loads this image
+    return image
 
 
 def _flatten(image: Image.Image) -> Image.Image:

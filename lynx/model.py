@@ -48,6 +48,7 @@ class LynxForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if language_model is None:
             implementation = config.text_config._attn_implementation or attention_integration.NAME
             language_model = AutoModelForCausalLM.from_config(config.text_config, attn_implementation=implementation)
+        _refuse_unknown_heads(language_model)
         self.language_model = language_model
         self.vision_tower = vision.drop_unused(vision_tower or vision.build(config.vision_config))
         width = config.text_config.hidden_size
@@ -77,6 +78,14 @@ class LynxForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super()._init_weights(module)
         if isinstance(module, Resampler):
             module.reset_parameters()
+
+    def _set_gradient_checkpointing(self, *args, **kwargs) -> None:
+        for option in (*args, *kwargs.values()):  # one of them is torch's checkpoint function with its options
+            if getattr(option, "keywords", {}).get("use_reentrant"):
+                raise ValueError(
+                    "re-entrant checkpointing loses keyword arguments, the layout too; use_reentrant=False"
+                )
+        super()._set_gradient_checkpointing(*args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The decoder's embedding table."""
@@ -115,6 +124,10 @@ class LynxForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"frame_positions has shape {tuple(frame_positions.shape)}, but pixel_values holds {num_frames} frames"
             )
+        require(
+            (frame_positions < self.config.max_frames).all(),
+            f"frame_positions must be below max_frames, {self.config.max_frames}",
+        )
         features = features.to(self.resampler.latents.dtype)
         return self.resampler(features, frame_positions, layout.to(features.device))
 
@@ -183,12 +196,17 @@ class LynxForConditionalGeneration(PreTrainedModel, GenerationMixin):
         elif pixel_values is not None:
             raise ValueError("pass pixel_values beside input_ids; inputs_embeds already holds the vision tokens")
         if layout is not None:
+            if not isinstance(layout, PackedLayout):
+                raise TypeError(f"layout is a {type(layout).__name__}, expected a PackedLayout")
             layout = layout.to(inputs_embeds.device)
             self._check_packed(inputs_embeds, layout, attention_mask, past_key_values)
             attention_mask = attention_integration.packed_mask(layout)
             position_ids = layout.position_ids[None] if position_ids is None else position_ids
             kwargs["layout"] = layout
         elif position_ids is None and attention_mask is not None and past_key_values is None:
+            rows = inputs_embeds.shape[:2]
+            if attention_mask.shape != rows:
+                raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, the batch {tuple(rows)}")
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         outputs = self.get_decoder()(
             inputs_embeds=inputs_embeds,
@@ -252,9 +270,23 @@ class LynxForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         Returns what transformers returns: the prompt, its picture placeholders included, and the new tokens.
         """
+        if kwargs.get("layout") is not None:
+            raise ValueError("generate takes a left-padded batch, as LynxProcessor makes it, not a packed row")
         if pixel_values is not None:
             if input_ids is None:
                 raise ValueError("generate: pixel_values need input_ids with a picture token for each vision token")
             vision_tokens = self.encode_media(pixel_values, frame_positions, media_layout)
             kwargs["inputs_embeds"] = self.embed(input_ids, vision_tokens)
         return super().generate(input_ids, **kwargs)
+
+
+def _refuse_unknown_heads(language_model: PreTrainedModel) -> None:
+    """Raise ValueError for a decoder whose logits are more than a product with a weight: our loss knows no more."""
+    if getattr(language_model.get_output_embeddings(), "bias", None) is not None:
+        raise ValueError(
+            f"{type(language_model).__name__} has a vocabulary projection with a bias, which Lynx cannot use"
+        )
+    for name in ("logit_scale", "logits_scaling", "final_logit_softcapping"):
+        value = getattr(language_model.config, name, None)
+        if value not in (None, 1.0):
+            raise ValueError(f"{type(language_model).__name__} has {name}={value}, which Lynx cannot use")

@@ -16,6 +16,7 @@ from lynx.images import ImageSource, load_image, random_resized_crop_box
 from lynx.resampler import media_layout
 from lynx_kernels import PackedLayout
 
+_SIGLIP = {"image_mean": (0.5,) * 3, "image_std": (0.5,) * 3, "resize": "exact"}
 PROMPT = "User: {question}\nBot:"
 IGNORED = -100
 
@@ -72,17 +73,39 @@ class LynxProcessor(ProcessorMixin):
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if getattr(tokenizer, name) is None:
                 raise ValueError(f"the tokenizer has no {name.removesuffix('_id')}; set one before making a processor")
+        if image_token_id < len(tokenizer):
+            raise ValueError(
+                f"image_token_id is {image_token_id}, one of the tokenizer's {len(tokenizer)} ids; text must not "
+                "be able to say it"
+            )
         if not tokenizer.is_fast:
             raise ValueError("the tokenizer must be a fast one (from the tokenizers library): offsets are needed")
 
     @classmethod
-    def for_model(cls, config: LynxConfig, tokenizer: PreTrainedTokenizerBase, *, lowercase: bool = True):
-        """The processor whose batches fit a model of this configuration."""
+    def for_model(
+        cls,
+        config: LynxConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        lowercase: bool = True,
+        image_options: dict[str, Any] | None = None,
+    ):
+        """The processor whose batches fit a model of this configuration.
+
+        Args:
+            config: the model's.
+            tokenizer, lowercase: as above.
+            image_options: of ``LynxImageProcessor``, where the tower wants others than CLIP's, EVA's or SigLIP's.
+        """
         towers = config.vision_config
         image_processor = LynxImageProcessor(
-            size=towers.image_size,
-            patch_size=towers.patch_size,
-            output="patches" if vision.takes_patches(towers) else "pixels",
+            **{
+                "size": towers.image_size,
+                "patch_size": towers.patch_size,
+                "output": "patches" if vision.takes_patches(towers) else "pixels",
+                **(_SIGLIP if towers.model_type.startswith("siglip") else {}),
+                **(image_options or {}),
+            }
         )
         return cls(
             image_processor,
@@ -123,9 +146,11 @@ class LynxProcessor(ProcessorMixin):
             raise TypeError(f"unexpected arguments {sorted(kwargs)}")
         if isinstance(text, str):
             text, images, videos = [text], [images], [videos]
+        if not isinstance(text, Sequence) or not all(isinstance(each, str) for each in text):
+            raise ValueError(f"text must be a question or a list of them, got {text!r}")
         per_text = {"images": images, "videos": videos}
         for name, media in per_text.items():
-            if media is not None and (not isinstance(media, Sequence) or len(media) != len(text)):
+            if media is not None and (not isinstance(media, list | tuple) or len(media) != len(text)):
                 raise ValueError(f"{name} must be a list with one entry (or None) for each of the {len(text)} texts")
         samples = []
         for row, question in enumerate(text):
@@ -157,6 +182,8 @@ class LynxProcessor(ProcessorMixin):
             raise ValueError("the conversation is empty: it has no messages")
         prompt = ""
         for turn, message in enumerate(messages):
+            if not isinstance(message, dict):
+                raise ValueError(f"message {turn} is a {type(message).__name__}, expected a dict with role and content")
             expected = "assistant" if turn % 2 else "user"
             if message.get("role") != expected:
                 raise ValueError(f"message {turn} has role {message.get('role')!r}, expected {expected!r}")
@@ -175,6 +202,10 @@ class LynxProcessor(ProcessorMixin):
             text = text.strip().lower() if self.lowercase else text.strip()
             if not text:
                 raise ValueError(f"message {turn} ({expected}) has an empty text")
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"message {turn} ({expected}) has a text that is no valid Unicode: {error}") from error
             if expected == "user":
                 prompt = ("\n" if turn else "") + PROMPT.format(question=text)
             else:
@@ -193,7 +224,12 @@ class LynxProcessor(ProcessorMixin):
     def _append(self, token_ids: list[int], labels: list[int], prompt: str, answer: str | None) -> None:
         # Tokenised in one piece, so that training and generation cut the text at the same places; offsets then tell
         # which tokens belong to the answer.
-        encoding = self.tokenizer(prompt + (answer or ""), add_special_tokens=False, return_offsets_mapping=True)
+        encoding = self.tokenizer(
+            prompt + (answer or ""),
+            add_special_tokens=False,
+            split_special_tokens=True,  # a "</s>" that somebody wrote is text, not the end
+            return_offsets_mapping=True,
+        )
         ids = encoding["input_ids"]
         token_ids += ids
         if answer is None:
@@ -215,7 +251,7 @@ class LynxProcessor(ProcessorMixin):
             ``input_ids``, ``labels``, ``layout`` and, where there are pictures, ``pixel_values``, ``frame_positions``
             and ``media_layout``.
         """
-        rows = [self._row(sample) for sample in samples]
+        rows = self._rows(samples)
         prefixes = [len(sample.media) * self.num_latents for sample in samples]
         layout = PackedLayout.from_prefixes(prefixes, [len(sample.token_ids) for sample in samples])
         return BatchFeature(
@@ -229,8 +265,8 @@ class LynxProcessor(ProcessorMixin):
 
     def pad(self, samples: Sequence[Sample], *, generator: np.random.Generator | None = None) -> BatchFeature:
         """A left-padded batch, (B, L): ``input_ids``, ``attention_mask``, ``labels``, the pictures as in ``pack``."""
-        rows = [self._row(sample) for sample in samples]
-        length = max((len(ids) for ids, _ in rows), default=0)
+        rows = self._rows(samples)
+        length = max(len(ids) for ids, _ in rows)
         pad = self.tokenizer.pad_token_id
         return BatchFeature(
             {
@@ -241,9 +277,15 @@ class LynxProcessor(ProcessorMixin):
             }
         )
 
-    def _row(self, sample: Sample) -> tuple[list[int], list[int]]:
-        vision_tokens = len(sample.media) * self.num_latents
-        return [self.image_token_id] * vision_tokens + sample.token_ids, [IGNORED] * vision_tokens + sample.labels
+    def _rows(self, samples: Sequence[Sample]) -> list[tuple[list[int], list[int]]]:
+        if not samples:
+            raise ValueError("a batch needs at least one sample")
+        rows = []
+        for sample in samples:
+            vision_tokens = len(sample.media) * self.num_latents
+            token_ids = [self.image_token_id] * vision_tokens + sample.token_ids
+            rows.append((token_ids, [IGNORED] * vision_tokens + sample.labels))
+        return rows
 
     def _media(self, samples: Sequence[Sample], generator: np.random.Generator | None) -> dict[str, Any]:
         limit = self.image_processor.max_image_pixels

@@ -27,12 +27,16 @@ def encode(tower: PreTrainedModel, pixel_values: Tensor) -> Tensor:
             (N, 3, S, S) for every other.
 
     Raises:
-        ValueError: ``pixel_values`` has another shape.
+        ValueError: ``pixel_values`` has another shape, or the tower gives no sequence of tokens.
     """
     if not takes_patches(tower.config):
         if pixel_values.dim() != 4:
             raise ValueError(f"pixel_values must be (frames, 3, S, S) pixels, got {tuple(pixel_values.shape)}")
-        return tower(pixel_values=pixel_values.to(tower.dtype)).last_hidden_state
+        tokens = tower(pixel_values=pixel_values.to(tower.dtype)).last_hidden_state
+        if tokens.dim() != 3:
+            shape = tuple(tokens.shape)
+            raise ValueError(f"{type(tower).__name__} gives features {shape}, expected (frames, tokens, width)")
+        return tokens
     embeddings = tower.embeddings
     kernel = embeddings.patch_embedding.weight.flatten(1)  # (width, 3 * p * p)
     num_patches = embeddings.num_patches
@@ -50,7 +54,7 @@ def encode(tower: PreTrainedModel, pixel_values: Tensor) -> Tensor:
 
 
 def drop_unused(tower: PreTrainedModel) -> PreTrainedModel:
-    """Remove the layers of ``tower`` that ``encode`` never runs, so that no optimizer or checkpoint carries them."""
+    """Remove the last LayerNorm of EVA's architecture, which ``encode`` never runs; other towers stay as they are."""
     if takes_patches(tower.config):
         tower.post_layernorm = nn.Identity()
     return tower

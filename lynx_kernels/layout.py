@@ -73,7 +73,7 @@ class PackedLayout(_Layout):
         """A layout of groups ``(root_length, [branch_length, ...])``, lengths in tokens, any of them 0.
 
         Raises:
-            ValueError: a length is negative; the message names the group.
+            ValueError: a length is negative (the message names the group), or there are 2^31 tokens or more.
             TypeError: a length is no integer.
         """
         rows, start = [], 0
@@ -94,6 +94,8 @@ class PackedLayout(_Layout):
             max_branch = max([max_branch, *branch_lengths])
             max_branches = max(max_branches, sum(length > 0 for length in branch_lengths))
             start = group_end
+        if start >= 2**31:
+            raise ValueError(f"the groups have {start} tokens in all, more than int32 offsets can say")
         segments = torch.tensor([*rows, (start,) * 4], dtype=torch.int32)
         return cls(
             segments,

@@ -5,8 +5,10 @@ import shlex
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from lynx.cli import _parser
+from lynx.data.jsonl import JsonlDataset
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -25,6 +27,15 @@ def test_commands_are_known():
     assert len(commands) == 4
     for command in commands:
         _parser().parse_args(shlex.split(command, comments=True)[1:])
+
+
+def test_records_are_readable(tmp_path):
+    [lines] = blocks("json")
+    (tmp_path / "my.jsonl").write_text(lines)
+    for name in ("cat.png", "1.png", "2.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    dataset = JsonlDataset(tmp_path / "my.jsonl")
+    assert (len(dataset), dataset.skipped) == (3, [])
 
 
 def test_make_targets_exist():

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from torch.utils.data import get_worker_info
 from transformers import BatchFeature
 
 from lynx.images import ImageSource, load_image
@@ -18,7 +19,7 @@ class Collator:
 
     Args:
         processor: of the model that is trained.
-        seed: of the random crops; None for the centre crop, as in evaluation.
+        seed: of the random crops, which differ between DataLoader workers; None for the centre crop, as in evaluation.
 
     Attributes:
         skipped: how many records were left out so far.
@@ -26,7 +27,8 @@ class Collator:
 
     def __init__(self, processor: LynxProcessor, *, seed: int | None = None):
         self.processor = processor
-        self.generator = None if seed is None else np.random.default_rng(seed)
+        self.seed = seed
+        self.generator: np.random.Generator | None = None
         self.skipped = 0
 
     def __call__(self, records: Sequence[dict[str, Any]]) -> BatchFeature:
@@ -35,6 +37,9 @@ class Collator:
         Raises:
             ValueError: no record can be used.
         """
+        if self.seed is not None and self.generator is None:  # made here, in the worker that draws
+            worker = get_worker_info()
+            self.generator = np.random.default_rng([self.seed, 0 if worker is None else worker.id])
         samples = []
         for record in records:
             try:

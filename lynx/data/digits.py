@@ -122,10 +122,9 @@ class _Questions:
             return question, _WORDS[digits[0]]
         if kind == "odd or even":
             return question, "odd" if digits[0] % 2 else "even"
-        if kind == "larger than":  # yes and no equally often, so that always saying one of them is right half the time
-            yes = digits[0] > 0 and self.random.random() < 0.5
-            n = self.random.integers(0, digits[0]) if yes else self.random.integers(digits[0], 10)
-            return question.format(n=n), "yes" if yes else "no"
+        if kind == "larger than":  # than a middling number, which alone hardly tells the answer
+            n = self.random.integers(3, 6)
+            return question.format(n=n), "yes" if digits[0] > n else "no"
         if kind == "digits in order":
             return question, " ".join(map(str, digits))
         if kind == "how many frames":

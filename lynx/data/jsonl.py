@@ -4,7 +4,8 @@
                                                {"type": "text", "text": "What is this?"}]},
                   {"role": "assistant", "content": "A cat."}]}
 
-A video is ``{"type": "video", "path": ["frame0.png", "frame1.png"]}``. Any other field of a record is kept and ignored.
+A video is ``{"type": "video", "path": ["frame0.png", "frame1.png"]}``. A record's ``type`` names the group its answers
+are counted in; any other field is kept and ignored.
 """
 
 import json
@@ -13,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from lynx.images import ImageError, load_image
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +33,8 @@ class JsonlDataset(Dataset):
     Args:
         path: the JSONL file.
         root: the folder that picture paths are relative to and may not leave; the file's own folder by default.
+        check_pictures: decode every picture once now, so that broken ones are known with their lines before a run
+            starts. False for data sets too large for that.
 
     Attributes:
         records: the usable records, ``image`` and ``video`` parts holding absolute paths.
@@ -39,13 +45,14 @@ class JsonlDataset(Dataset):
         RecordError: no record in it is usable.
     """
 
-    def __init__(self, path: str | Path, root: str | Path | None = None):
+    def __init__(self, path: str | Path, root: str | Path | None = None, *, check_pictures: bool = True):
         self.path = Path(path)
+        self._check_pictures, self._checked = check_pictures, set[Path]()
         self.root = Path(root if root is not None else self.path.parent).resolve()
         self.records: list[dict[str, Any]] = []
         self.skipped: list[tuple[int, str]] = []
         with self.path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(tqdm(file, desc=f"reading {self.path.name}", unit="record"), start=1):
                 if not line.strip():
                     continue
                 try:
@@ -69,7 +76,7 @@ class JsonlDataset(Dataset):
     def _read(self, line: bytes) -> dict[str, Any]:
         try:
             record = json.loads(line)
-        except ValueError as error:  # of the syntax, or of the encoding
+        except (ValueError, RecursionError) as error:  # of the syntax, the encoding, or the nesting
             raise RecordError(f"not JSON: {error}") from error
         if not isinstance(record, dict) or not isinstance(record.get("messages"), list):
             raise RecordError("no list of messages")
@@ -89,7 +96,7 @@ class JsonlDataset(Dataset):
 
     def _part(self, part: dict[str, Any]) -> dict[str, Any]:
         kind, path = part.get("type"), part.get("path")
-        if kind == "text":
+        if kind == "text" and isinstance(part.get("text"), str):
             return part
         if kind == "image":
             return {"type": "image", "image": self._resolve(path)}
@@ -100,11 +107,21 @@ class JsonlDataset(Dataset):
     def _resolve(self, path: Any) -> str:
         if not isinstance(path, str) or not path:
             raise RecordError(f"a picture's path is missing or no text: {path!r}")
-        resolved = (self.root / path).resolve()
+        try:
+            resolved = (self.root / path).resolve()
+            is_file = resolved.is_file()
+        except (OSError, ValueError, RuntimeError) as error:  # too long a name, a NUL in it, links in a circle
+            raise RecordError(f"the path {path!r} cannot be followed: {error}") from error
         if not resolved.is_relative_to(self.root):
             raise RecordError(f"the path {path!r} leaves the root folder {self.root}")
-        if not resolved.is_file():
+        if not is_file:
             raise RecordError(f"no such picture: {resolved}")
+        if self._check_pictures and resolved not in self._checked:
+            try:
+                load_image(resolved)
+            except ImageError as error:
+                raise RecordError(str(error)) from error
+            self._checked.add(resolved)
         return str(resolved)
 
 

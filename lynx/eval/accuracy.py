@@ -70,7 +70,7 @@ def scores(answered: Sequence[Answered]) -> dict[str, Score]:
     """The score of each question type (the records' ``type``), in the order they first appear."""
     by_type: dict[str, list[Answered]] = {}
     for each in answered:
-        by_type.setdefault(each.record.get("type", "all"), []).append(each)
+        by_type.setdefault(str(each.record.get("type", "all")), []).append(each)
     result = {}
     for kind, group in by_type.items():
         right = sum(each.is_right for each in group)

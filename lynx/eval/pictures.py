@@ -36,10 +36,11 @@ def answer_sheet(answered: Sequence[Answered], path: str | Path, *, columns: int
             axis.text(0.5, 0.5, "(no picture)", ha="center", va="center", color="grey", transform=axis.transAxes)
         axis.set_aspect("equal", adjustable="datalim")  # with the box's aspect: every cell as large, pictures centred
         axis.set_box_aspect(0.55)
-        axis.set_title(each.question, fontsize=9, wrap=True)
+        axis.set_title(_printable(each.question), fontsize=9, wrap=True, parse_math=False)  # a "$" is a dollar
         color = _RIGHT if each.is_right else _WRONG
-        text = f"answer: {each.prediction or '(nothing)'}\ntruth: {each.truth}"
-        axis.text(0.5, -0.05, text, ha="center", va="top", fontsize=10, color=color, transform=axis.transAxes)
+        text = f"answer: {_printable(each.prediction) or '(nothing)'}\ntruth: {_printable(each.truth)}"
+        place = {"ha": "center", "va": "top", "transform": axis.transAxes}
+        axis.text(0.5, -0.05, text, fontsize=10, color=color, parse_math=False, **place)
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     plt.close(figure)
@@ -55,6 +56,10 @@ def loss_curve(log_history: Sequence[dict[str, Any]], path: str | Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _printable(text: str) -> str:
+    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def _frames(record: dict[str, Any]) -> list[Image.Image]:

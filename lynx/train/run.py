@@ -40,9 +40,14 @@ def train(
         learning_rate: its peak.
         seed: of everything that is drawn.
 
+    Raises:
+        ValueError: steps or batch_size below 1, or no record that can be used.
+
     Returns:
         The trainer, whose ``model``, ``processing_class`` and ``state.log_history`` tell the rest.
     """
+    if steps < 1 or batch_size < 1:
+        raise ValueError(f"steps and batch_size must be at least 1, got {steps} and {batch_size}")
     dataset = JsonlDataset(data, root)
     set_seed(seed)
     if start is not None:

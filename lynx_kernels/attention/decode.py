@@ -1,5 +1,6 @@
 """Attention of the newest tokens of many branches to a cache in which a root's keys stand once."""
 
+import torch
 from torch import Tensor
 
 from lynx_kernels import dispatch
@@ -35,7 +36,8 @@ def prefix_attention_decode(
         q: (B, Q, H, D), fp64, fp32, fp16 or bf16, any strides; B branches.
         root_k, root_v: (R, Lr, Hkv, D), of which the first ``root_lengths`` of each root are read.
         branch_k, branch_v: (B, Lb, Hkv, D), of which the first ``branch_lengths`` of each branch are read.
-        branch_to_root: (B,) int32 or int64, the root of each branch; values on the device are not checked.
+        branch_to_root: (B,) int32 or int64, the root of each branch. The values of the three index tensors are checked
+            on the CPU only.
         root_lengths: (R,) int32 or int64, 0 to Lr.
         branch_lengths: (B,) int32 or int64, Q to Lb, the queries' own keys counted.
         scale: of the scores before the softmax, 1 / sqrt(D) by default.
@@ -46,7 +48,7 @@ def prefix_attention_decode(
         (B, Q, H, D) in the dtype of q; with ``return_lse`` also (B, Q, H) in fp32 (fp64 for fp64).
 
     Raises:
-        ValueError: shapes or devices do not fit; the message names the argument.
+        ValueError: shapes, devices or, on the CPU, indices do not fit; the message names the argument.
         TypeError: an index tensor is not int32 or int64, another not floating point, or one is a DTensor.
     """
     operation = "prefix_attention_decode"
@@ -69,13 +71,22 @@ def prefix_attention_decode(
         )
     expected = {"branch_to_root": num_branches, "root_lengths": num_roots, "branch_lengths": num_branches}
     for name, length in expected.items():
-        if indices[name].dtype.is_floating_point or indices[name].dtype.itemsize < 4:
+        if indices[name].dtype not in (torch.int32, torch.int64):
             raise TypeError(f"{operation}: {name} is {indices[name].dtype}, expected int32 or int64")
         if tuple(indices[name].shape) != (length,):
             raise ValueError(f"{operation}: {name} has shape {tuple(indices[name].shape)}, expected ({length},)")
+    if q.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_range("branch_to_root", branch_to_root, 0, num_roots - 1)
+        _check_range("root_lengths", root_lengths, 0, root_k.shape[1])
+        _check_range("branch_lengths", branch_lengths, q.shape[1], branch_k.shape[1])
     impl = _IMPLEMENTATIONS.choose(impl, q, root_k, branch_k)
     out, lse = _OPERATOR(q, *caches.values(), *indices.values(), resolve_scale(scale, q), impl)
     return (out, lse) if return_lse else out
+
+
+def _check_range(name: str, index: Tensor, least: int, most: int) -> None:
+    if index.numel() and not (least <= int(index.min()) and int(index.max()) <= most):
+        raise ValueError(f"prefix_attention_decode: {name} is {index.tolist()}, expected {least} to {most}")
 
 
 _OPERATOR = define_attention(

@@ -81,6 +81,8 @@ def check_heads(operation: str, num_dimensions: int, q: Tensor, **keys_and_value
             raise ValueError(f"{operation}: {name} has head dimension {tensor.shape[-1]}, q has {q.shape[-1]}")
         if tensor.shape[-2] != num_kv_heads:
             raise ValueError(f"{operation}: {name} has {tensor.shape[-2]} heads, the other keys {num_kv_heads}")
+    if q.shape[-1] == 0:
+        raise ValueError(f"{operation}: q has head dimension 0")
     if num_kv_heads == 0 or q.shape[-2] % num_kv_heads != 0:
         raise ValueError(
             f"{operation}: q has {q.shape[-2]} heads, which is no multiple of the {num_kv_heads} of the keys"

@@ -42,7 +42,7 @@ def linear_cross_entropy(
             ``num_items_in_batch``).
         impl: an implementation by name; None takes the best that can run.
 
-    The mean divides by at least 1, so that without a supervised row the loss and its gradients are 0, not nan. Logits
+    A mean over 0 divides by 1, so that without a supervised row the loss and its gradients are 0, not nan. Logits
     and loss are in fp32, or fp64 if an input is; under autocast hidden and weight are cast to its dtype first. Nothing
     but the arguments is saved for backward, and a frozen weight's gradient is not computed.
 
@@ -64,7 +64,7 @@ def linear_cross_entropy(
         return losses.sum()
     if num_items is None:
         num_items = (shift_labels != ignore_index).sum()
-    count = num_items.clamp(min=1) if isinstance(num_items, Tensor) else max(num_items, 1)
+    count = torch.where(num_items == 0, 1, num_items) if isinstance(num_items, Tensor) else num_items or 1
     return losses.sum() / count
 
 
@@ -94,6 +94,8 @@ def _check(hidden, weight, shift_labels, label_smoothing, reduction, num_items) 
         raise ValueError(f"linear_cross_entropy: reduction={reduction!r}, expected one of {_REDUCTIONS}")
     if num_items is not None and reduction != "mean":
         raise ValueError(f"linear_cross_entropy: num_items is for reduction='mean', not {reduction!r}")
+    if isinstance(num_items, int | float) and num_items < 0:
+        raise ValueError(f"linear_cross_entropy: num_items={num_items}, expected at least 0")
     if isinstance(num_items, Tensor) and num_items.dim() != 0:
         raise ValueError(f"linear_cross_entropy: num_items has shape {tuple(num_items.shape)}, expected () or a number")
 

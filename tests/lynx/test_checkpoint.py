@@ -1,6 +1,7 @@
 """Model folders: bit for bit there and back, found by the Auto classes, and refused when they are not whole."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,9 +111,49 @@ def test_truncated_weights_are_refused(folder):
         checkpoint.load(folder)
 
 
-def test_a_configuration_that_is_no_json_is_refused(folder):
-    (folder / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json is not JSON"):
+def test_a_new_model_replaces_the_old_one_whole(folder, model, processor, monkeypatch):
+    """Also where the new weights come in shards and the old ones did not; and a cut-off save leaves no mixture."""
+    with torch.no_grad():
+        model.resampler.latents += 1
+    save = model.save_pretrained
+    monkeypatch.setattr(model, "save_pretrained", lambda path: save(path, max_shard_size="20KB"))
+    checkpoint.save(folder, model, processor)
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    assert torch.equal(checkpoint.load(folder)[0].resampler.latents, model.resampler.latents)
+    assert not list(folder.glob(".saving-*"))
+
+    moved = iter(range(3))
+    move = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda *args: (next(moved), move(*args)))
+    with pytest.raises(StopIteration):
+        checkpoint.save(folder, model, processor)
+    monkeypatch.undo()
+    with pytest.raises(FileNotFoundError, match=r"lacks: config\.json"):
+        checkpoint.load(folder)
+
+
+@pytest.mark.parametrize("name", ["num_latents", "image_token_id", "max_frames", "tokens_per_frame"])
+def test_a_processor_of_another_model_is_refused(folder, name):
+    path = folder / "processor_config.json"
+    options = json.loads(path.read_text())
+    path.write_text(json.dumps({**options, name: options[name] + 1}))
+    with pytest.raises(ValueError, match=f"the processor has {name}="):
+        checkpoint.load(folder)
+
+
+def test_weights_outside_the_folder_are_refused(folder, tmp_path):
+    (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    index = {"metadata": {}, "weight_map": {"resampler.latents": "../outside.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(FileNotFoundError, match="no file of the folder"):
+        checkpoint.load(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", ["{", "", "[]"])
+def test_a_damaged_file_is_named(folder, name, content):
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=name.replace(".", r"\.")):
         checkpoint.load(folder)
 
 

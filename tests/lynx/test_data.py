@@ -65,10 +65,18 @@ def test_good_records(root):
         (image("../secret.png"), "leaves the root folder"),
         (image("/etc/passwd"), "leaves the root folder"),
         (image("link.png"), "leaves the root folder"),
+        (image("nul\0.png"), "cannot be followed"),
+        (image("x" * 5000), "cannot be followed"),
+        (image("loop.png"), "cannot be followed"),
+        (image("\ud800.png"), "cannot be followed"),
+        ("[" * 100_000, "not JSON"),
+        (record([{"type": "text"}]), "no text, image or video"),
+        (record([{"type": "text", "text": 5}]), "no text, image or video"),
     ],
 )
 def test_a_bad_record_is_skipped_counted_and_logged(root, caplog, bad, reason):
     os.symlink(root.parent / "secret.png", root / "link.png")
+    os.symlink(root / "loop.png", root / "loop.png")
     dataset = JsonlDataset(write(root, image("a.png"), bad))
     assert len(dataset) == 1
     [(line, why)] = dataset.skipped
@@ -102,7 +110,9 @@ def test_another_root(root, tmp_path):
 def test_collator_leaves_out_what_cannot_be_used(root, processor, caplog):
     whole = (root / "a.png").read_bytes()
     (root / "cut.png").write_bytes(whole[: len(whole) // 2])
-    dataset = JsonlDataset(write(root, image("a.png"), image("cut.png"), record("  "), record()))
+    path = write(root, image("a.png"), image("cut.png"), record("  "), record())
+    assert [line for line, _ in JsonlDataset(path).skipped] == [2]
+    dataset = JsonlDataset(path, check_pictures=False)
     collator = Collator(processor)
     batch = collator([dataset[index] for index in range(4)])
     assert collator.skipped == 2

@@ -55,8 +55,13 @@ def test_exif_orientation(orientation, upright):
     array = noise(12, 17)
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
-    image = load_image(encode(Image.fromarray(array), exif=exif))
+    file = encode(Image.fromarray(array), exif=exif)
+    image = load_image(file)
     np.testing.assert_array_equal(np.asarray(image), upright(array))
+    np.testing.assert_array_equal(np.asarray(load_image(image)), upright(array))  # once turned is turned enough
+    processor = LynxImageProcessor(size=28)
+    assert torch.equal(processor([image]).pixel_values, processor([np.ascontiguousarray(upright(array))]).pixel_values)
+    assert torch.equal(processor([file]).pixel_values, processor([image]).pixel_values)
 
 
 def test_transparency_lies_on_white():
@@ -190,6 +195,11 @@ def test_random_crops_are_the_generators():
     assert first == again != other
 
 
+def test_an_endless_strip_is_refused():
+    with pytest.raises(ImageError, match="32769 x 1 pixels have a side longer than the limit of 32768"):
+        load_image(encode(Image.new("RGB", (32769, 1))))
+
+
 def test_processor_equals_pack_frames(tmp_path):
     arrays = [noise(40, 60), noise(70, 33)]
     path = tmp_path / "picture.png"
@@ -212,24 +222,13 @@ def test_processor_equals_clip():
     torch.testing.assert_close(processor(images).pixel_values, expected, rtol=0, atol=0)
 
 
-def test_processor_augments_with_a_generator():
+def test_processor_crops_to_boxes():
     processor = LynxImageProcessor(size=28)
     images = [noise(60, 50), noise(44, 44)]
-    generator = np.random.default_rng(3)
-    boxes = [random_resized_crop_box(60, 50, generator), random_resized_crop_box(44, 44, generator)]
-    expected = pack_frames(
-        images,
-        size=28,
-        patch_size=14,
-        mean=processor.image_mean,
-        std=processor.image_std,
-        resize="exact",
-        crop_boxes=boxes,
-    )
-    assert torch.equal(processor(images, generator=np.random.default_rng(3)).pixel_values, expected)
+    boxes = [(3, 2, 50, 40), (0, 4, 44, 33)]
+    options = {"size": 28, "patch_size": 14, "mean": processor.image_mean, "std": processor.image_std}
+    expected = pack_frames(images, **options, resize="exact", crop_boxes=boxes)
     assert torch.equal(processor(images, crop_boxes=boxes).pixel_values, expected)
-    with pytest.raises(ValueError, match="not both"):
-        processor(images, crop_boxes=boxes, generator=generator)
 
 
 def test_a_call_overrides_attributes_but_only_known_ones():

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import CohereConfig, GraniteConfig, LlamaForCausalLM
 
 from lynx import LynxForConditionalGeneration, LynxProcessor
 from lynx.generation import answer
@@ -171,6 +171,29 @@ def test_generate(model, processor, options):
     assert all(isinstance(text, str) for text in texts)
 
 
+def test_beams_find_what_an_exhaustive_search_finds(model, processor):
+    """Two new tokens, more beams than the vocabulary has tokens: beam search is then exact."""
+    batch = processor(text="Which digit is this?", images=picture(0))
+    vocabulary = model.config.text_config.vocab_size
+    options = {"max_new_tokens": 2, "min_new_tokens": 2, "length_penalty": 0.0}
+    tokens = model.generate(**batch, **options, num_beams=vocabulary)[0, -2:]
+    ids = torch.cat([batch["input_ids"].repeat(vocabulary, 1), torch.arange(vocabulary)[:, None]], 1)
+    vision_tokens = model.encode_media(batch["pixel_values"]).repeat(vocabulary, 1)
+    with torch.no_grad():
+        scores = model(inputs_embeds=model.embed(ids, vision_tokens)).logits[:, -2:].log_softmax(-1)
+    scores[:, :, model.config.eos_token_id] = -torch.inf
+    total = scores[0, 0][:, None] + scores[:, 1]  # of every pair of tokens
+    total[model.config.eos_token_id] = -torch.inf
+    assert tokens.tolist() == list(divmod(int(total.argmax()), vocabulary))
+
+
+def test_pictures_are_encoded_once_however_many_beams(model, processor):
+    calls = []
+    model.resampler.register_forward_hook(lambda *args: calls.append(1))
+    model.generate(**processor(text="What?", images=picture(0)), max_new_tokens=4, num_beams=3)
+    assert len(calls) == 1
+
+
 def test_greedy_generation_is_the_argmax_of_forward(model, processor):
     """The cache, the left padding and the positions: each new token is what a forward pass over the row would give."""
     batch = processor(text=["Which digit is this?", "No"], images=[picture(0), None])
@@ -207,6 +230,8 @@ def test_bad_batches_say_what_is_wrong(model, processor, samples):
         ({**packed, "input_ids": packed["input_ids"].repeat(2, 1)[:1, :-1]}, "as its layout says"),
         ({**packed, "labels": torch.zeros(1, 3).long()}, "labels have shape"),
         ({}, "input_ids or inputs_embeds"),
+        ({**padded, "attention_mask": padded["attention_mask"][:, 1:]}, "attention_mask has shape"),
+        ({**packed, "frame_positions": torch.full((8,), 9)}, "below max_frames, 4"),
         ({**padded, "input_ids": None, "inputs_embeds": torch.zeros(1, 2, 32)}, "pixel_values beside input_ids"),
     ]
     for batch, message in cases:
@@ -220,9 +245,38 @@ def test_another_attention_refuses_packed_rows(config, processor, samples):
         make_model(config)(**inputs(processor.pack(samples)))
 
 
+def test_reentrant_checkpointing_is_refused(model):
+    with pytest.raises(ValueError, match="re-entrant checkpointing"):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+
+
+@pytest.mark.parametrize(
+    ("decoder_config", "message"),
+    [(CohereConfig(logit_scale=0.1), "logit_scale=0.1"), (GraniteConfig(logits_scaling=3.0), "logits_scaling=3.0")],
+)
+def test_decoders_with_more_than_a_projection_are_refused(tokenizer, decoder_config, message):
+    config = make_config(tokenizer)
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    for name in (*sizes, "num_key_value_heads", "pad_token_id"):
+        setattr(decoder_config, name, getattr(config.text_config, name))
+    config.text_config = decoder_config
+    with pytest.raises(ValueError, match=message):
+        LynxForConditionalGeneration(config)
+
+
+def test_a_projection_with_a_bias_is_refused(tokenizer):
+    config = make_config(tokenizer)
+    decoder = LlamaForCausalLM(config.text_config)
+    decoder.lm_head = nn.Linear(32, len(tokenizer))
+    with pytest.raises(ValueError, match="with a bias"):
+        LynxForConditionalGeneration(config, language_model=decoder)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"adapter_activation": "tanhh"}, "adapter_activation is 'tanhh'"),
+        ({"num_latents": "3"}, "num_latents is '3'"),
         ({"fusion": "telepathy"}, "fusion='telepathy'"),
         ({"adapter_frequency": 4}, "text_config has 3 layers"),
         ({"num_latents": 0}, "num_latents is 0"),

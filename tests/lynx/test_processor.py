@@ -6,7 +6,7 @@ import torch
 
 from lynx import LynxProcessor
 from lynx.images import ImageError
-from tests.lynx.conftest import conversation, picture
+from tests.lynx.conftest import VISION, conversation, make_config, picture
 
 
 def text_of(processor, token_ids):
@@ -42,9 +42,38 @@ def test_case_is_kept_when_asked(config, tokenizer):
     assert "Which Digit?" in text_of(processor, processor.encode(conversation("Which Digit?")).token_ids)
 
 
-def test_no_text_becomes_a_picture_token(processor):
-    sample = processor.encode(conversation(f"<image> {chr(0xFFFF)} <|image|> {processor.image_token_id}"))
-    assert processor.image_token_id not in sample.token_ids
+def test_what_looks_like_a_special_token_is_text(processor):
+    question, answer = "say </s> and <s> <pad> <image>", "x </s> y"
+    sample = processor.encode(conversation(question, answer))
+    special = set(processor.tokenizer.all_special_ids) | {processor.image_token_id}
+    assert [token for token in sample.token_ids if token in special] == [
+        processor.tokenizer.bos_token_id,
+        processor.tokenizer.eos_token_id,
+    ]
+    assert question in text_of(processor, sample.token_ids)
+    assert answer in text_of(processor, sample.token_ids)
+
+
+def test_a_picture_token_that_text_could_say_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="image_token_id is 5, one of the tokenizer"):
+        LynxProcessor.for_model(make_config(tokenizer, image_token_id=5), tokenizer)
+
+
+def test_towers_get_the_pixels_they_were_trained_on(tokenizer):
+    processors = {
+        name: LynxProcessor.for_model(make_config(tokenizer, name), tokenizer).image_processor for name in VISION
+    }
+    assert {name: each.image_mean[0] for name, each in processors.items()} == {
+        "blip_2_vision_model": 0.48145466,
+        "clip_vision_model": 0.48145466,
+        "siglip": 0.5,
+    }
+    assert processors["siglip"].resize == "exact"
+    options = {"image_mean": [0.1] * 3}
+    assert (
+        LynxProcessor.for_model(make_config(tokenizer), tokenizer, image_options=options).image_processor.image_mean[0]
+        == 0.1
+    )
 
 
 def test_pack(processor, samples):
@@ -108,6 +137,8 @@ def test_call_is_for_questions(processor):
         (conversation("What?", videos=[[]]), "0 frames, expected 1 to 4"),
         (conversation("What?", videos=[[picture(0)] * 5]), "5 frames, expected 1 to 4"),
         (conversation("What?", videos=["film.mp4"]), "a video is a list of frames, got str"),
+        ("hi", "message 0 is a str"),
+        (conversation("\udcff"), "no valid Unicode"),
     ],
 )
 def test_bad_conversations_are_refused(processor, messages, message):
@@ -120,6 +151,12 @@ def test_bad_calls_are_refused(processor, tmp_path):
         processor(images=picture(0))
     with pytest.raises(ValueError, match="images must be a list with one entry"):
         processor(text=["a", "b"], images=[picture(0)])
+    with pytest.raises(ValueError, match="images must be a list with one entry"):
+        processor(text=["x", "y"], images="ab")
+    with pytest.raises(ValueError, match="text must be a question or a list of them, got 5"):
+        processor(text=5)
+    with pytest.raises(ValueError, match="at least one sample"):
+        processor(text=[])
     with pytest.raises(TypeError, match=r"unexpected arguments \['audio'\]"):
         processor(text="a", audio=1)
     with pytest.raises(ImageError, match=r"nothing\.png: no such file"):

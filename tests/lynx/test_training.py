@@ -1,6 +1,7 @@
 """Training, evaluation and the command, end to end on a few pictures."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -129,6 +130,7 @@ def test_evaluate(data, trained, capsys, tmp_path):
         (["ask", "{model}", "{folder}/pictures/0000.png", " "], "empty text"),
         (["ask", "{folder}/none", "{folder}/pictures/0000.png", "What?"], "no such model folder"),
         (["ask", "{model}", *["{folder}/pictures/0000.png"] * 6, "What?"], "6 frames, expected 1 to 5"),
+        (["ask", "{model}", "{folder}/pictures/0000.png", "\udcff"], "no valid Unicode"),
         (["train", "{folder}/none.jsonl", "{folder}/out"], "none.jsonl"),
         (["evaluate", "{folder}", "{folder}/few.jsonl"], "not a whole model folder"),
     ],
@@ -141,9 +143,31 @@ def test_the_command_says_what_is_wrong(data, trained, capsys, arguments, messag
     assert message in printed
 
 
+@pytest.mark.parametrize("arguments", [["train", "a", "b", "--steps", "0"], ["ask", "a", "b", "c", "--beams", "-1"]])
+def test_counts_below_one_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(arguments)
+    assert "is not at least 1" in capsys.readouterr().err
+
+
+def test_demo(tmp_path, capsys, monkeypatch):
+    """The demo itself, cut short: every step of it runs, and it says that so short a training is not enough."""
+    monkeypatch.setattr("lynx.demo.STEPS", 2)
+    monkeypatch.setattr("lynx.demo.digits.write", partial(digits.write, rows=64, test_rows=16))
+    assert cli.main(["demo", "--folder", str(tmp_path)]) == 2
+    out, err = capsys.readouterr()
+    assert "which digit" in out
+    assert "learned less than it should have: which digit" in err
+    for name in ("answers.png", "loss.png"):
+        Image.open(tmp_path / name).load()
+    checkpoint.load(tmp_path / "model")
+
+
 def test_pictures_are_drawn(trained, tmp_path):
     messages = [{"role": "user", "content": "Two?"}, {"role": "assistant", "content": "2"}]
-    answered = [accuracy.Answered({"messages": messages}, "Two?", prediction, "2") for prediction in ("2", "", "3")]
+    answered = [
+        accuracy.Answered({"messages": messages}, "Two or $x $a_{$?", prediction, "2") for prediction in ("2", "", "3")
+    ]
     pictures.answer_sheet(answered, tmp_path / "answers.png", columns=2)
     pictures.loss_curve(trained[1].state.log_history, tmp_path / "loss.png")
     for name in ("answers.png", "loss.png"):

@@ -124,6 +124,11 @@ def test_which_and_impl(attend, name, shape):
             TypeError,
             "root_lengths is torch.int16, expected int32",
         ),
+        (lambda: decoded(branch_to_root=torch.tensor([0, 1, -1])), ValueError, "branch_to_root is .* expected 0 to 1"),
+        (lambda: decoded(branch_to_root=torch.tensor([0, 2, 1])), ValueError, "branch_to_root is .* expected 0 to 1"),
+        (lambda: decoded(root_lengths=torch.tensor([9, 0])), ValueError, r"root_lengths is \[9, 0\], expected 0 to 8"),
+        (lambda: decoded(branch_lengths=torch.tensor([1, 0, 9])), ValueError, "branch_lengths is .* expected 1 to 9"),
+        (lambda: packed(q=(5, 4, 0), k=(5, 2, 0), v=(5, 2, 0)), ValueError, "q has head dimension 0"),
         (
             lambda: decoded(branch_lengths=torch.zeros(2).int()),
             ValueError,

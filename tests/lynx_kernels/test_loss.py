@@ -265,6 +265,7 @@ def test_which_and_unknown_implementation():
         ({"label_smoothing": -0.1}, ValueError, "label_smoothing=-0.1, expected 0 to 1"),
         ({"reduction": "max"}, ValueError, "reduction='max', expected one of"),
         ({"reduction": "sum", "num_items": 3}, ValueError, "num_items is for reduction='mean', not 'sum'"),
+        ({"num_items": -3}, ValueError, "num_items=-3, expected at least 0"),
         ({"num_items": torch.ones(1)}, ValueError, "num_items has shape .1,., expected .. or a number"),
     ],
 )  # fmt: skip
