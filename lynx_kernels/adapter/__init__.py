@@ -5,6 +5,7 @@ from torch import Tensor
 
 from lynx_kernels import dispatch
 from lynx_kernels.adapter import reference
+from lynx_kernels.dtypes import wide
 from lynx_kernels.registration import define, lower
 
 _IMPLEMENTATIONS = dispatch.Operation(
@@ -93,11 +94,11 @@ def _check(x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias
 
 def _forward_fake(x, norm_weight, norm_bias, down_weight, *rest):
     statistics = (x.shape[0] if norm_weight is not None else 0,)
-    wide = reference.wide(x.dtype)
+    statistics_dtype = wide(x.dtype)
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format),
-        x.new_empty(statistics, dtype=wide),
-        x.new_empty(statistics, dtype=wide),
+        x.new_empty(statistics, dtype=statistics_dtype),
+        x.new_empty(statistics, dtype=statistics_dtype),
         down_weight.new_empty((x.shape[0], down_weight.shape[0])),
     )
 

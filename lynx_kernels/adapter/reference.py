@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lynx_kernels.dtypes import wide
+
 ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "silu": F.silu,
     "relu": F.relu,
@@ -24,11 +26,6 @@ _ACTIVATION_GRADIENTS: dict[str, Callable[..., Tensor]] = {
     "gelu": torch.ops.aten.gelu_backward,
     "gelu_tanh": lambda gradient, x: torch.ops.aten.gelu_backward(gradient, x, approximate="tanh"),
 }
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of statistics and sums: at least fp32, and never narrower than the input."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

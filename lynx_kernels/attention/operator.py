@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lynx_kernels import dispatch
-from lynx_kernels.attention.reference import wide
+from lynx_kernels.dtypes import wide
 from lynx_kernels.registration import define, lower
 
 

@@ -14,14 +14,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from lynx_kernels.dtypes import wide
 from lynx_kernels.layout import key_intervals
 
 _MAX_CELLS = 2**18  # pairs of query and key, a head, that are computed at once: bounds the memory
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype everything is computed in: at least fp32, and never narrower than the input."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _grouped(tensor: Tensor, num_kv_heads: int) -> Tensor:

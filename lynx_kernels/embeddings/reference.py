@@ -8,6 +8,8 @@ Shapes: T rows, V tokens in the table, M vision rows, width d.
 import torch
 from torch import Tensor
 
+from lynx_kernels.dtypes import wide
+
 
 def forward(
     token_ids: Tensor,  # (T,)
@@ -66,6 +68,6 @@ def _rows(table: Tensor, index: Tensor) -> Tensor:
 def _sum_rows(grad: Tensor, index: Tensor, used: Tensor, size: int) -> Tensor:
     # The sum, in at least fp32, of the rows of grad with each index: (size, d). The row past the end is the padding
     # that embedding's gradient skips. On a GPU it sorts instead of adding atomically, so the sums are reproducible.
-    wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+    wide_grad = grad.to(wide(grad.dtype))
     index = torch.where(used, index, size)
-    return torch.ops.aten.embedding_dense_backward(wide, index, size + 1, size, False)[:size]
+    return torch.ops.aten.embedding_dense_backward(wide_grad, index, size + 1, size, False)[:size]

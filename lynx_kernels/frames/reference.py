@@ -13,6 +13,8 @@ Shapes: frames of height h and width w, square outputs of side S, patches of sid
 import torch
 from torch import Tensor
 
+from lynx_kernels.dtypes import wide
+
 _ONE = 2**22  # 1.0 in Pillow's fixed-point weights
 
 
@@ -29,7 +31,7 @@ def forward(
     crop_rounding: str,
 ) -> None:
     """Fill ``out``; computed in fp32, for an fp64 output in fp64."""
-    compute = torch.promote_types(out.dtype, torch.float32)
+    compute = wide(out.dtype)
     channel_mean = torch.tensor(mean, dtype=compute, device=out.device)[:, None, None]  # (3, 1, 1)
     channel_std = torch.tensor(std, dtype=compute, device=out.device)[:, None, None]
     for index, frame in enumerate(frames):

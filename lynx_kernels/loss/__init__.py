@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from lynx_kernels import dispatch
+from lynx_kernels.dtypes import wide
 from lynx_kernels.loss import reference
 from lynx_kernels.registration import define, lower
 
@@ -101,7 +102,7 @@ def _check(hidden, weight, shift_labels, label_smoothing, reduction, num_items) 
 
 
 def _forward_fake(hidden, weight, shift_labels, *options):
-    dtype = reference.wide(reference.compute_dtype(hidden, weight))
+    dtype = wide(reference.compute_dtype(hidden, weight))
     return hidden.new_empty((hidden.shape[0],), dtype=dtype)
 
 

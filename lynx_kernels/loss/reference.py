@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lynx_kernels.dtypes import wide
+
 CHUNK = 1024  # rows; 131 MB of logits with 32000 tokens
 
 
@@ -65,11 +67,6 @@ def backward(
             grad_weight += _product(grad_logits.t(), x)
     gradients = (grad_hidden, grad_weight.to(weight.dtype))
     return [gradient for gradient, needed in zip(gradients, needs, strict=True) if needed]
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of logits and losses: at least fp32, and never narrower than the inputs."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
