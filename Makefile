@@ -5,8 +5,9 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 
 .PHONY: demo test lint format clean
 
+# Threads that wait sleep, not spin: spinning ones make training five times as slow where anything else runs beside it.
 demo: .venv/demo-installed
-	$(BIN)/lynx demo
+	OMP_WAIT_POLICY=passive $(BIN)/lynx demo
 
 # Two pytest processes of one thread each: more threads than cores make every one of them wait.
 test: .venv/test-installed lint

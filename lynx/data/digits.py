@@ -62,12 +62,13 @@ VIDEO_TYPES = ("digits in order", "how many frames", "last digit")
 TEXT_TYPES = ("addition",)
 
 
-def write(folder: str | Path, *, rows: int = 16000, test_rows: int = 1600, seed: int = 0) -> tuple[Path, Path]:
+def write(folder: str | Path, *, rows: int = 16000, test_rows: int = 2872, seed: int = 0) -> tuple[Path, Path]:
     """Write the pictures and two JSONL files, and return the paths of the files: training, held out.
 
     Args:
         folder: where to write; made if it is not there.
-        rows, test_rows: records in the two files, split evenly over the question types.
+        rows, test_rows: records in the two files, split evenly over the question types. Each type goes through all of
+            its file's pictures before any comes again: 2872 test rows ask every type about all 359 held-out pictures.
         seed: of the split and of the questions.
     """
     from sklearn.datasets import load_digits  # a demo extra, not needed to train on other data
@@ -99,14 +100,15 @@ class _Questions:
 
     def __init__(self, paths, labels, pictures, random: np.random.Generator):
         self.paths, self.labels, self.pictures, self.random = paths, labels, pictures, random
-        self.media: dict[str, Callable[[], tuple[list[dict], list[int]]]] = {
+        self.decks: dict[str, list[int]] = {kind: [] for kind in PHRASINGS}
+        self.media: dict[str, Callable[[str], tuple[list[dict], list[int]]]] = {
             **dict.fromkeys(PHRASINGS, self._picture),
             **dict.fromkeys(VIDEO_TYPES, self._video),
-            **dict.fromkeys(TEXT_TYPES, lambda: ([], [])),
+            **dict.fromkeys(TEXT_TYPES, lambda kind: ([], [])),
         }
 
     def record(self, kind: str) -> dict:
-        media, digits = self.media[kind]()
+        media, digits = self.media[kind](kind)
         question = PHRASINGS[kind][self.random.integers(len(PHRASINGS[kind]))]
         question, answer = self._fill(kind, question, digits)
         content = [*media, {"type": "text", "text": question}]
@@ -132,11 +134,16 @@ class _Questions:
         a, b = self.random.integers(0, 10, size=2)
         return question.format(a=a, b=b), str(a + b)
 
-    def _picture(self) -> tuple[list[dict], list[int]]:
-        picture = self.random.choice(self.pictures)
+    def _draw(self, kind: str) -> int:
+        if not self.decks[kind]:
+            self.decks[kind] = self.random.permutation(self.pictures).tolist()
+        return self.decks[kind].pop()
+
+    def _picture(self, kind: str) -> tuple[list[dict], list[int]]:
+        picture = self._draw(kind)
         return [{"type": "image", "path": self.paths[picture]}], [int(self.labels[picture])]
 
-    def _video(self) -> tuple[list[dict], list[int]]:
-        pictures = self.random.choice(self.pictures, size=self.random.integers(2, 5))
+    def _video(self, kind: str) -> tuple[list[dict], list[int]]:
+        pictures = [self._draw(kind) for _ in range(self.random.integers(2, 5))]
         path = [self.paths[picture] for picture in pictures]
         return [{"type": "video", "path": path}], [int(self.labels[picture]) for picture in pictures]

@@ -199,6 +199,16 @@ def test_digits_are_the_pictures_of_scikit_learn(digit_files):
     assert (stored[..., 0] == (load_digits().images[7] * 255 / 16).round()).all()
 
 
+def test_every_type_asks_about_every_held_out_picture_once(tmp_path):
+    _, test = digits.write(tmp_path, rows=8)
+    shown = {}
+    for each in JsonlDataset(test).records:
+        files = [part["image"] for part in each["messages"][0]["content"] if part["type"] == "image"]
+        shown.setdefault(each["type"], []).extend(files)
+    assert len(shown["which digit"]) == len(set(shown["which digit"])) == 359
+    assert set(shown["which digit"]) == set(shown["odd or even"])
+
+
 def test_digits_follow_their_seed(digit_files, tmp_path):
     again, _ = digits.write(tmp_path / "again", rows=400, test_rows=200)
     other, _ = digits.write(tmp_path / "other", rows=400, test_rows=200, seed=1)
