@@ -6,6 +6,7 @@ they are the floor. Inference is ``forward``; ``train`` is forward and backward 
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -57,15 +58,17 @@ def _case(mode: str, shape: str, inputs: list[Tensor], max_autotune: bool) -> Ca
     refused = which(adapter, *inputs).refused
     for impl in _IMPLEMENTATIONS.names:
         if impl not in refused:
-            functions[impl] = lambda *inputs, impl=impl: adapter(*inputs, impl=impl)
+            functions[impl] = partial(adapter, impl=impl)
 
     run = _forward if mode == "forward" else _train
     grad = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(inputs[0])
     wide = [each.detach().double().requires_grad_() for each in inputs]
     exact = run(eager, wide, grad.double())
-    # The gradient of the scale is one inner product of these two: as exact as they are long, however small it comes out.
+    # The gradient of the scale is one inner product of these two: as exact as they are long, however small it is.
     branch = (exact[0] - wide[0].detach()) / wide[-1].detach()
-    magnitudes = [0.0] * (len(exact) - 1) + [(grad.double().norm() * branch.norm()).item()]
+    magnitudes = [0.0] * len(exact)
+    if mode == "train":
+        magnitudes[-1] = (grad.double().norm() * branch.norm()).item()
 
     def check(name: str) -> None:
         if name == "matmuls":
@@ -78,8 +81,10 @@ def _case(mode: str, shape: str, inputs: list[Tensor], max_autotune: bool) -> Ca
             what = "output" if index == 0 else f"gradient {index - 1}"
             assert error <= allowed, f"{what}: error {error:.1e} exceeds {allowed:.1e}"
 
-    providers = {name: lambda function=function: run(function, inputs, grad) for name, function in functions.items()}
-    providers["matmuls"] = lambda: _matmuls(mode, inputs, grad)
+    providers: dict[str, Callable[[], object]] = {
+        name: partial(run, function, inputs, grad) for name, function in functions.items()
+    }
+    providers["matmuls"] = partial(_matmuls, mode, inputs, grad)
     return Case("adapter", mode, shape, providers, check)
 
 

@@ -158,8 +158,8 @@ def read(folder: Path = RESULTS) -> list[Row]:
     for path in sorted(folder.glob("*.csv")):
         with path.open(newline="") as file:
             for line in csv.DictReader(file):
-                numbers = {name: float(line.pop(name)) for name in ("p20", "p50", "p80")}
-                rows.append(Row(**line, **numbers))
+                p20, p50, p80 = (float(line.pop(name)) for name in ("p20", "p50", "p80"))
+                rows.append(Row(p20=p20, p50=p50, p80=p80, **line))
     return sorted(rows, key=lambda row: row.time)
 
 

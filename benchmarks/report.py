@@ -104,8 +104,9 @@ def _plot(rows: list[Row], path: Path) -> bool:
     figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3.2), sharey=True, squeeze=False)
     for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
         for provider, points in lines.items():
-            tokens, ratios = zip(*sorted(points), strict=True)
-            axis.plot(tokens, ratios, "--" if provider in _PEERS else "-", marker=".", label=provider)
+            axis.plot(
+                *zip(*sorted(points), strict=True), "--" if provider in _PEERS else "-", marker=".", label=provider
+            )
         axis.set(title=title, xscale="log", xlabel="tokens")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("times as fast as the first")
