@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint format clean
+.PHONY: demo test bench lint format clean
 
 # Threads that wait sleep, not spin: spinning ones make training five times as slow where anything else runs beside it.
 demo: .venv/demo-installed
@@ -12,6 +12,11 @@ demo: .venv/demo-installed
 # Two pytest processes of one thread each: more threads than cores make every one of them wait.
 test: .venv/test-installed lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
+
+# Everything that fits this machine into benchmarks/results/, then benchmarks/RESULTS.md from all that is stored.
+bench: .venv/test-installed
+	$(BIN)/python -m benchmarks all
+	$(BIN)/python -m benchmarks report
 
 lint: .venv/test-installed
 	$(BIN)/ruff check .

@@ -60,6 +60,11 @@ class Operation:
         self.name = name
         self._implementations = {each.name: each for each in implementations}
 
+    @property
+    def names(self) -> list[str]:
+        """What ``impl=`` can be, best first."""
+        return list(self._implementations)
+
     def forward(self, *args):
         """The registered forward kernel: run the implementation that the last argument names on the others."""
         *inputs, impl = args
@@ -78,9 +83,7 @@ class Operation:
             RuntimeError: the implementation ``impl`` names cannot run this call, or none can.
         """
         if impl is not None and impl not in self._implementations:
-            raise ValueError(
-                f"{self.name}: impl={impl!r} is not an implementation; there are {list(self._implementations)}"
-            )
+            raise ValueError(f"{self.name}: impl={impl!r} is not an implementation; there are {self.names}")
         refused: dict[str, str] = {}
         chosen = None
         for name, implementation in self._implementations.items():

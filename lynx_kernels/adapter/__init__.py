@@ -4,12 +4,14 @@ import torch
 from torch import Tensor
 
 from lynx_kernels import dispatch
-from lynx_kernels.adapter import reference
+from lynx_kernels.adapter import cpu, reference
+from lynx_kernels.adapter.activations import ACTIVATIONS
 from lynx_kernels.dtypes import wide
 from lynx_kernels.registration import define, lower
 
 _IMPLEMENTATIONS = dispatch.Operation(
     "adapter",
+    dispatch.Implementation("cpu", cpu.forward, cpu.backward, cpu.refusal),
     dispatch.Implementation("reference", reference.forward, reference.backward),
 )
 
@@ -88,8 +90,8 @@ def _check(x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias
         raise ValueError("adapter: norm_bias without norm_weight; pass both, the weight alone, or neither")
     if up_weight.dtype != down_weight.dtype:
         raise TypeError(f"adapter: up_weight is {up_weight.dtype}, down_weight {down_weight.dtype}; use one dtype")
-    if activation not in reference.ACTIVATIONS:
-        raise ValueError(f"adapter: activation={activation!r}, expected one of {sorted(reference.ACTIVATIONS)}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"adapter: activation={activation!r}, expected one of {sorted(ACTIVATIONS)}")
 
 
 def _forward_fake(x, norm_weight, norm_bias, down_weight, *rest):

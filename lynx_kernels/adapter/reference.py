@@ -6,26 +6,12 @@ Products run in the dtype of the weights, statistics and the residual sum in fp3
 output has the dtype of x. Shapes: T tokens, width d, bottleneck r.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lynx_kernels.adapter.activations import ACTIVATION_GRADIENTS, ACTIVATIONS
 from lynx_kernels.dtypes import wide
-
-ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
-    "silu": F.silu,
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-}
-_ACTIVATION_GRADIENTS: dict[str, Callable[..., Tensor]] = {
-    "silu": torch.ops.aten.silu_backward,
-    "relu": lambda gradient, x: torch.ops.aten.threshold_backward(gradient, x, 0),
-    "gelu": torch.ops.aten.gelu_backward,
-    "gelu_tanh": lambda gradient, x: torch.ops.aten.gelu_backward(gradient, x, approximate="tanh"),
-}
 
 
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -93,7 +79,7 @@ def backward(
     grad = grad.to(x.dtype)
     activated = ACTIVATIONS[activation](preactivation)  # (T, r)
     grad_up = (scale.to(grad.dtype) * grad).to(compute)  # (T, d), into the up-projection's output
-    grad_preactivation = _ACTIVATION_GRADIENTS[activation](grad_up @ up_weight, preactivation)  # (T, r)
+    grad_preactivation = ACTIVATION_GRADIENTS[activation](grad_up @ up_weight, preactivation)  # (T, r)
     gradients = {}
     if needs_scale:
         up = F.linear(activated, up_weight, _cast(up_bias, compute))

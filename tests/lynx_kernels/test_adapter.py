@@ -5,7 +5,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from lynx_kernels import dispatch
-from lynx_kernels.adapter import adapter
+from lynx_kernels.adapter import _IMPLEMENTATIONS, adapter, cpu
 from tests.lynx_kernels.helpers import check, count_compilations, dtensors, permuted, run
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -43,32 +43,58 @@ def make(shape=(37,), width=13, bottleneck=5, dtype=torch.float64, absent=()):
     return [None if name in absent else inputs[name].to(dtype) for name in NAMES], grad
 
 
+def runs(impl, dtype):
+    inputs, _ = make(dtype=dtype)
+    return impl not in dispatch.which(adapter, *inputs).refused
+
+
+# Whatever can run on this machine, in every dtype that it takes.
+CASES = [(impl, dtype) for impl in _IMPLEMENTATIONS.names for dtype in DTYPES if runs(impl, dtype)]
+FP32 = [impl for impl, dtype in CASES if dtype == torch.float32]
+
+
 def with_options(function, **options):
     return lambda *inputs: function(*inputs, **options)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(0,), (1,), (37,), (3, 11), (2, 3, 5)])
-def test_equals_the_composition(shape, dtype):
+def check_adapter(impl, inputs, grad=None, **options):
+    """Against the composition. The gradient of the scale is one inner product, of grad with the scaled branch, and is
+    as exact as its factors are long (Cauchy-Schwarz)."""
+    plain = with_options(naive, **options)
+    exact = [each if each is None else each.double() for each in inputs]
+    branch = (plain(*exact) - exact[0]) / exact[-1]
+    magnitude = (torch.ones_like(branch) if grad is None else grad).norm() * branch.norm()
+    check(with_options(adapter, impl=impl, **options), plain, inputs, grad, last_magnitude=magnitude.item())
+
+
+@pytest.mark.parametrize(("impl", "dtype"), CASES)
+@pytest.mark.parametrize("shape", [(0,), (1,), (37,), (3, 11), (2, 3, 5), (130,)])
+def test_equals_the_composition(shape, impl, dtype):
     inputs, grad = make(shape, dtype=dtype)
-    output = adapter(*inputs)
+    output = adapter(*inputs, impl=impl)
     assert output.dtype == dtype
     assert output.shape == (*shape, 13)
-    check(adapter, naive, inputs, grad)
-    check(adapter, naive, inputs)  # an expanded gradient
+    check_adapter(impl, inputs, grad)
+    check_adapter(impl, inputs)  # an expanded gradient
+
+
+@pytest.mark.parametrize(("impl", "dtype"), CASES)
+@pytest.mark.parametrize(("tokens", "width", "bottleneck"), [(3, 1024, 512), (70, 1024, 512), (50, 768, 64)])
+def test_real_widths(tokens, width, bottleneck, impl, dtype):
+    check_adapter(impl, *make((tokens,), width, bottleneck, dtype))
 
 
 @pytest.mark.parametrize("absent", OPTIONAL)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_optional_arguments(absent, dtype):
-    check(adapter, naive, *make(dtype=dtype, absent=absent))
+@pytest.mark.parametrize("tokens", [5, 70])
+@pytest.mark.parametrize(("impl", "dtype"), CASES)
+def test_optional_arguments(impl, dtype, tokens, absent):
+    check_adapter(impl, *make((tokens,), dtype=dtype, absent=absent))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_activations_and_eps(activation, dtype):
-    options = {"activation": activation, "eps": 0.3}
-    check(with_options(adapter, **options), with_options(naive, **options), *make(dtype=dtype))
+@pytest.mark.parametrize(("impl", "dtype"), CASES)
+def test_activations_and_eps(activation, impl, dtype):
+    check_adapter(impl, *make(dtype=dtype), activation=activation, eps=0.3)
 
 
 @pytest.mark.parametrize("absent", OPTIONAL)
@@ -79,11 +105,11 @@ def test_gradcheck(activation, absent):
     assert torch.autograd.gradcheck(with_options(adapter, activation=activation), leaves, fast_mode=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_mean_far_above_deviation(dtype):
-    inputs, grad = make(width=64, dtype=dtype)
+@pytest.mark.parametrize(("impl", "dtype"), [case for case in CASES if case[1] != torch.float64])
+def test_mean_far_above_deviation(impl, dtype):
+    inputs, grad = make((70,), width=64, dtype=dtype)
     inputs[0] = inputs[0] + 1000
-    check(adapter, naive, inputs, grad)
+    check_adapter(impl, inputs, grad)
 
 
 def test_constant_rows():
@@ -98,12 +124,17 @@ def test_one_element_scale_of_any_shape():
     assert run(adapter, inputs, grad)[-1].shape == (1, 1)
 
 
-def test_permuted_inputs_and_gradient():
-    inputs, grad = make((3, 11))
-    expected = run(adapter, inputs, grad)
-    actual = run(adapter, [permuted(each) for each in inputs], permuted(grad))
+@pytest.mark.parametrize("shape", [(3, 11), (7, 10)])
+@pytest.mark.parametrize(("impl", "dtype"), CASES)
+def test_permuted_inputs_and_gradient(impl, dtype, shape):
+    inputs, grad = make(shape, dtype=dtype)
+    function = with_options(adapter, impl=impl)
+    expected = run(function, inputs, grad)
+    actual = run(function, [permuted(each) for each in inputs], permuted(grad))
     for ours, theirs in zip(actual, expected, strict=True):
-        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(
+            ours, theirs, atol=1e-2 if dtype.itemsize == 2 else None, rtol=1e-2 if dtype.itemsize == 2 else None
+        )
         assert ours.is_contiguous()
 
 
@@ -114,11 +145,13 @@ def test_expanded_inputs():
     check(adapter, naive, inputs, grad)
 
 
-def test_trainable_weights_wider_than_the_stream():
+@pytest.mark.parametrize("tokens", [37, 70])
+@pytest.mark.parametrize("impl", FP32)
+def test_trainable_weights_wider_than_the_stream(impl, tokens):
     """bf16 stream, fp32 weights: only the output is rounded."""
-    inputs, grad = make(dtype=torch.float32)
+    inputs, grad = make((tokens,), dtype=torch.float32)
     inputs[0] = inputs[0].bfloat16()
-    output, *gradients = run(adapter, inputs, grad)
+    output, *gradients = run(with_options(adapter, impl=impl), inputs, grad)
     expected, *_ = run(naive, [inputs[0].float(), *inputs[1:]], grad)
     torch.testing.assert_close(output, expected.bfloat16(), rtol=0.01, atol=0)
     assert output.dtype == torch.bfloat16
@@ -127,30 +160,32 @@ def test_trainable_weights_wider_than_the_stream():
 
 @pytest.mark.parametrize("absent", [(), ("norm_weight", "norm_bias")])
 @pytest.mark.parametrize("trained", NAMES)
-def test_only_the_gradients_asked_for(trained, absent):
+@pytest.mark.parametrize("impl", FP32)
+def test_only_the_gradients_asked_for(impl, trained, absent):
     if trained in absent:
         pytest.skip("absent")
-    inputs, grad = make(absent=absent)
+    inputs, grad = make(dtype=torch.float32, absent=absent)
     names = [name for name in NAMES if name not in absent]
-    _, *expected = run(adapter, inputs, grad)
+    _, *expected = run(with_options(adapter, impl=impl), inputs, grad)
     leaf = inputs[NAMES.index(trained)].requires_grad_()
-    adapter(*inputs).backward(grad)
+    adapter(*inputs, impl=impl).backward(grad.float())
     torch.testing.assert_close(leaf.grad, expected[names.index(trained)])
     assert all(each is leaf or each is None or each.grad is None for each in inputs)
 
 
 @pytest.mark.parametrize("absent", [(), ("norm_weight", "norm_bias", "down_bias", "up_bias")])
 @pytest.mark.parametrize("layout", [lambda tensor: tensor, permuted])
-def test_opcheck(layout, absent):
+@pytest.mark.parametrize("impl", FP32)
+def test_opcheck(impl, layout, absent):
     inputs, grad = make((7,), dtype=torch.float32, absent=absent)
     inputs = [each if each is None else layout(each) for each in inputs]
-    _, *saved = FORWARD(*inputs, 1e-5, "silu", "reference")
+    _, *saved = FORWARD(*inputs, 1e-5, "silu", impl)
     needs = [each is not None for each in inputs]
-    torch.library.opcheck(BACKWARD, (layout(grad.float()), *inputs, *saved, "silu", needs, "reference"))
+    torch.library.opcheck(BACKWARD, (layout(grad.float()), *inputs, *saved, "silu", needs, impl))
     only_x = [True] + [False] * 7
-    torch.library.opcheck(BACKWARD, (layout(grad.float()), *inputs, *saved, "silu", only_x, "reference"))
+    torch.library.opcheck(BACKWARD, (layout(grad.float()), *inputs, *saved, "silu", only_x, impl))
     leaves = [each if each is None else each.requires_grad_() for each in inputs]
-    torch.library.opcheck(FORWARD, (*leaves, 1e-5, "silu", "reference"))
+    torch.library.opcheck(FORWARD, (*leaves, 1e-5, "silu", impl))
 
 
 def test_compiles_twice_at_most():
@@ -163,22 +198,27 @@ def test_compiles_twice_at_most():
     assert counts[-1] == counts[2] <= 3
 
 
-def test_compiled_equals_eager():
-    inputs, grad = make((3, 11))
-    compiled = torch.compile(adapter, backend="aot_eager", fullgraph=True)
-    for ours, theirs in zip(run(compiled, inputs, grad), run(adapter, inputs, grad), strict=True):
+@pytest.mark.parametrize("impl", FP32)
+def test_compiled_equals_eager(impl):
+    inputs, grad = make((3, 11), dtype=torch.float32)
+    function = with_options(adapter, impl=impl)
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    for ours, theirs in zip(run(compiled, inputs, grad), run(function, inputs, grad), strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_autocast(compiled):
+@pytest.mark.parametrize("impl", FP32)
+def test_autocast(impl, compiled):
     """The products are in bf16, the stream and the norm stay in fp32."""
     inputs, grad = make(dtype=torch.float32)
-    function = torch.compile(adapter, backend="aot_eager", fullgraph=True) if compiled else adapter
+    function = with_options(adapter, impl=impl)
+    if compiled:
+        function = torch.compile(function, backend="aot_eager", fullgraph=True)
     with torch.autocast("cpu", torch.bfloat16):
         actual = run(function, inputs, grad)
         plain = run(naive, inputs, grad)
-        *_, preactivation = FORWARD(*inputs, 1e-5, "silu", "reference")
+        *_, preactivation = FORWARD(*inputs, 1e-5, "silu", impl)
     assert preactivation.dtype == torch.bfloat16
     exact = run(naive, [each.double() for each in inputs], grad)
     for ours, theirs, truth in zip(actual, plain, exact, strict=True):
@@ -224,7 +264,10 @@ def test_a_second_derivative_is_refused():
 
 def test_which_and_unknown_implementation():
     inputs, _ = make()
-    assert str(dispatch.which(adapter, *inputs)) == "reference"
+    choice = dispatch.which(adapter, *inputs)
+    assert choice.name == "reference"
+    assert choice.refused["cpu"] == "computes in fp32 and bf16, x would be torch.float64"
+    assert dispatch.which(adapter, *make(dtype=torch.float32)[0]).name == "cpu"
     with pytest.raises(ValueError, match="impl='nonsense' is not an implementation"):
         adapter(*inputs, impl="nonsense")
 
@@ -259,3 +302,24 @@ def test_dtensor_is_refused(tmp_path):
     inputs, _ = make()
     with dtensors(tmp_path) as distribute, pytest.raises(TypeError, match="down_weight is a DTensor"):
         adapter(*inputs[:3], distribute(inputs[3]), *inputs[4:])
+
+
+def test_cpu_refuses(monkeypatch):
+    inputs, _ = make(dtype=torch.float32)
+
+    def reason(*given):
+        return dispatch.which(adapter, *given).refused["cpu"]
+
+    assert reason(*(each.to("meta") for each in inputs)) == "runs on CPUs, x is on meta"
+    empty = [*inputs[:3], torch.zeros(0, 13), None, torch.zeros(13, 0), *inputs[6:]]
+    assert reason(*empty) == "down_weight is empty: (0, 13)"
+    assert reason(*inputs[:3], inputs[3].half(), None, inputs[5].half(), *inputs[6:]).endswith("would be torch.float16")
+    with torch.autocast("cpu", torch.float16):
+        assert reason(*inputs).endswith("the products would be torch.float16")
+        assert adapter(*inputs).isfinite().all()
+    monkeypatch.setattr(cpu, "_HAS_BF16", False)
+    assert reason(*make(dtype=torch.bfloat16)[0]) == "oneDNN has no bf16 on this processor"
+    monkeypatch.setattr(cpu, "_HAS_ONEDNN", False)
+    assert "without oneDNN" in reason(*inputs)
+    with pytest.raises(RuntimeError, match="impl='cpu' cannot run this call: this PyTorch is built without oneDNN"):
+        adapter(*inputs, impl="cpu")
