@@ -3,12 +3,19 @@
 import torch
 from torch import Tensor
 
-from lynx_kernels import dispatch
+from lynx_kernels import dispatch, triton_runtime
 from lynx_kernels.adapter import reference
 from lynx_kernels.registration import define, lower
 
 _IMPLEMENTATIONS = dispatch.Operation(
     "adapter",
+    dispatch.Implementation(
+        "triton",
+        triton_runtime.lazy("lynx_kernels.adapter.triton", "forward"),
+        triton_runtime.lazy("lynx_kernels.adapter.triton", "backward"),
+        refusal=triton_runtime.refusal,
+        reluctance=triton_runtime.reluctance,
+    ),
     dispatch.Implementation("reference", reference.forward, reference.backward),
 )
 
@@ -50,7 +57,7 @@ def adapter(
         TypeError: an argument is not floating point, the two weights differ in dtype, or one is a DTensor.
     """
     _check(x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, scale, activation)
-    impl = _IMPLEMENTATIONS.choose(impl, x, norm_weight, down_weight, up_weight)
+    impl = _IMPLEMENTATIONS.choose(impl, x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, scale)
     out, _, _, _ = _FORWARD(
         x.reshape(-1, x.shape[-1]), norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, scale,
         eps, activation, impl,

@@ -224,7 +224,11 @@ def test_a_second_derivative_is_refused():
 
 def test_which_and_unknown_implementation():
     inputs, _ = make()
-    assert str(dispatch.which(adapter, *inputs)) == "reference"
+    assert dispatch.which(adapter, *inputs).name == "reference"
+    assert "fp64" in dispatch.which(adapter, *inputs).refused["triton"]
+    assert "the tensors are on cpu" in str(dispatch.which(adapter, *(each.float() for each in inputs)))
+    with pytest.raises(RuntimeError, match="impl='triton' cannot run this call: Triton kernels need a GPU"):
+        adapter(*(each.float() for each in inputs), impl="triton")
     with pytest.raises(ValueError, match="impl='nonsense' is not an implementation"):
         adapter(*inputs, impl="nonsense")
 
