@@ -30,30 +30,36 @@ class Launch:
 
 # None of these is measured: no GPU yet. The reasons are arithmetic and what the compiler reports (tests/compilation).
 
-# Many tokens. 128 x 128 outputs reuse every loaded value 128 times, so L2 keeps up with the tensor cores; on 8 warps
-# the fp32 sum takes 64 registers a thread and leaves room to normalise; three stages take 96 of sm_80's 163 KiB.
+# Many tokens. 128 x 128 outputs use every loaded value 128 times, so L2 keeps up with the tensor cores; on 8 warps the
+# fp32 sum takes 64 registers a thread and leaves room to normalise; three stages take 96 of sm_80's 163 KiB.
 LARGE = Launch(128, 128, 64, num_warps=8, num_stages=3)
-# Too few large tiles to occupy the GPU: a quarter of the tile on half the warps, with the same 64 of depth.
-MEDIUM = Launch(64, 64, 64, num_warps=4, num_stages=4)
+# Too few large tiles to occupy the GPU: half the rows on half the warps. Not half the columns: with 64 of them ptxas
+# serialises sm_90's products, whose left operand comes normalised from registers.
+MEDIUM = Launch(64, 128, 64, num_warps=4, num_stages=3)
+# Backward's epilogues hold up to four tiles at once (sum, pre-activation, activation, slope): 128 x 128 spills 1 KiB
+# on 8 warps and 0.5 KiB on 16, half the columns on 8 warps nothing, on 4 warps 1 KiB again.
+LARGE_BACKWARD = Launch(128, 64, 64, num_warps=8, num_stages=3)
+MEDIUM_BACKWARD = Launch(64, 64, 64, num_warps=4, num_stages=4)
 # A few tokens: 16 rows is the least a tensor core takes. The weights are read once and bound the time, so the step
 # along the sum is long and the stages many: loads in flight, not arithmetic.
 SMALL = Launch(16, 64, 128, num_warps=4, num_stages=4)
-# IEEE fp32 has no tensor cores: operands live in registers, and larger tiles spill.
+# IEEE fp32 has no tensor cores: operands live in registers, and a short step keeps them few.
 IEEE = Launch(64, 64, 16, num_warps=8, num_stages=3)
 
 _OCCUPYING = 132  # large tiles from which on they keep the GPU busy: the multiprocessors of an H100 (an A100 has 108)
 _GROUP = 8  # tiles of rows that go together; 8 of 128 rows times d = 4096 in bf16 are 8 MiB, well inside L2
-_BLOCK_WIDTH = 2048  # row kernels: one block of 4 warps reads 16 values a thread
+_BLOCK_WIDTH = 1024  # row kernels: one block of 4 warps reads 8 values a thread, one or two vector loads
 _ROW_WARPS = 4
 
 
-def choose_launch(rows: int, columns: int, compute: torch.dtype) -> Launch:
+def choose_launch(rows: int, columns: int, compute: torch.dtype, *, backward: bool = False) -> Launch:
     """The launch of a product with an output of (rows, columns) whose operands are ``compute``."""
     if compute == torch.float32:
         return IEEE
     if rows <= SMALL.block_rows:
         return SMALL
-    return LARGE if LARGE.programs(rows, columns) >= _OCCUPYING else MEDIUM
+    large, medium = (LARGE_BACKWARD, MEDIUM_BACKWARD) if backward else (LARGE, MEDIUM)
+    return large if large.programs(rows, columns) >= _OCCUPYING else medium
 
 
 def _with_dense_rows(tensor: Tensor) -> Tensor:
@@ -158,14 +164,15 @@ def backward(
         n_sums = 0
         below = needs_x or needs_norm or needs_norm_bias
         if below or needs_down or needs_down_bias or needs_up or needs_scale:
-            launch = choose_launch(tokens, bottleneck, compute)
+            launch = choose_launch(tokens, bottleneck, compute, backward=True)
+            n_sums = triton.cdiv(bottleneck, launch.block_columns)
             along = offset = scaled_activated = scale_sums = None
             if below or needs_down or needs_down_bias:
                 grad_preactivation = torch.empty_like(preactivation)
             if needs_up:
                 scaled_activated = torch.empty_like(preactivation)
             if needs_scale:
-                scale_sums = x.new_empty(launch.programs(tokens, bottleneck), dtype=torch.float32)
+                scale_sums = x.new_empty(n_sums, tokens, dtype=torch.float32)
             if needs_x and has_norm:
                 along = x.new_empty(bottleneck, dtype=torch.float32)
                 offset = torch.empty_like(along)
@@ -174,7 +181,6 @@ def backward(
                     down_weight.stride(0), width,
                     BD=_row_block(width), num_warps=_ROW_WARPS,
                 )  # fmt: skip
-                n_sums = triton.cdiv(bottleneck, launch.block_columns)
                 row_sums = x.new_empty(n_sums, 2, tokens, dtype=torch.float32)
             _product(
                 kernels.backward_bottleneck_kernel, launch, tokens, bottleneck,
@@ -191,7 +197,7 @@ def backward(
         if needs_down:
             normalized = x.new_empty(tokens, width, dtype=compute) if has_norm else x.to(compute)
         if needs_x or (has_norm and (below or needs_down)):
-            launch = choose_launch(tokens, width, compute)
+            launch = choose_launch(tokens, width, compute, backward=True)
             tiles = (triton.cdiv(tokens, launch.block_rows), width)
             grad_x = x.new_empty(tokens, width) if needs_x else None
             norm_weight_sums = x.new_empty(tiles, dtype=torch.float32) if needs_norm else None

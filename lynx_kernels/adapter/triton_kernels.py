@@ -231,7 +231,7 @@ def backward_bottleneck_kernel(
     p_grad_preactivation,  # (T, r) or None
     p_scaled_activated,  # (T, r) or None
     p_row_sums,  # (tiles of r, 2, T) or None: of the gradient into the standardised x, and of its product with it
-    p_scale_sums,  # (tiles,) or None
+    p_scale_sums,  # (tiles of r, T) or None
     stride_grad,
     stride_weight,
     T,
@@ -259,11 +259,6 @@ def backward_bottleneck_kernel(
     m_r = o_r < r
     o_out = o_t[:, None] * r + o_r[None, :]
     m_out = m_t[:, None] & m_r[None, :]
-    b_scale = tl.load(p_scale).to(tl.float32)
-    b_preactivation = tl.load(p_preactivation + o_out, mask=m_out, other=0.0).to(tl.float32)  # [BROWS, BCOLUMNS]
-    b_activated = _activate(b_preactivation, ACTIVATION)
-    if p_scaled_activated is not None:
-        tl.store(p_scaled_activated + o_out, (b_scale * b_activated).to(p_weight.dtype.element_ty), mask=m_out)
     if PRODUCT:
         p_grad_tile = p_grad + o_t[:, None] * stride_grad + o_d[None, :]
         p_weight_tile = p_weight + o_d.to(tl.int64)[:, None] * stride_weight + o_r[None, :]
@@ -274,20 +269,26 @@ def backward_bottleneck_kernel(
             b_weight = tl.load(p_weight_tile, mask=m_d[:, None] & m_r[None, :], other=0.0)  # [BINNER, BCOLUMNS]
             b_sum = tl.dot(b_grad.to(b_weight.dtype), b_weight, b_sum, input_precision="ieee")
             p_weight_tile += BINNER * stride_weight
+    # After the product: what is loaded before it would keep its registers all along.
+    b_scale = tl.load(p_scale).to(tl.float32)
+    b_preactivation = tl.load(p_preactivation + o_out, mask=m_out, other=0.0).to(tl.float32)  # [BROWS, BCOLUMNS]
+    b_activated = _activate(b_preactivation, ACTIVATION)
+    if p_scaled_activated is not None:
+        tl.store(p_scaled_activated + o_out, (b_scale * b_activated).to(p_weight.dtype.element_ty), mask=m_out)
+    if PRODUCT:
         if p_scale_sums is not None:
-            b_total = tl.sum(tl.sum(b_sum * b_activated, 1), 0)
-            tl.store(p_scale_sums + tl.program_id(0), b_total)
+            tl.store(p_scale_sums + i_r.to(tl.int64) * T + o_t, tl.sum(b_sum * b_activated, 1), mask=m_t)
         if p_grad_preactivation is not None:
-            b_slope = _slope(b_preactivation, ACTIVATION)
-            b_rounded = (b_scale * b_sum * b_slope).to(p_weight.dtype.element_ty)
+            b_sum *= b_scale * _slope(b_preactivation, ACTIVATION)
+            b_rounded = b_sum.to(p_weight.dtype.element_ty)
             tl.store(p_grad_preactivation + o_out, b_rounded, mask=m_out)
             if p_row_sums is not None:
                 b_along = tl.load(p_along + o_r, mask=m_r, other=0.0)[None, :]
                 b_offset = tl.load(p_offset + o_r, mask=m_r, other=0.0)[None, :]
-                b_grad = b_rounded.to(tl.float32)
+                b_sum = b_rounded.to(tl.float32)
                 p_row = p_row_sums + i_r.to(tl.int64) * 2 * T + o_t
-                tl.store(p_row, tl.sum(b_grad * b_along, 1), mask=m_t)
-                tl.store(p_row + T, tl.sum(b_grad * (b_preactivation - b_offset), 1), mask=m_t)
+                tl.store(p_row, tl.sum(b_sum * b_along, 1), mask=m_t)
+                tl.store(p_row + T, tl.sum(b_sum * (b_preactivation - b_offset), 1), mask=m_t)
 
 
 @triton.jit

@@ -16,7 +16,7 @@ interpreted = with_options(adapter, impl="triton")
 
 @pytest.fixture
 def _small_tiles(monkeypatch):
-    monkeypatch.setattr(implementation, "choose_launch", lambda *shape: LAUNCHES[0])
+    monkeypatch.setattr(implementation, "choose_launch", lambda *shape, **options: LAUNCHES[0])
     monkeypatch.setattr(implementation, "_BLOCK_WIDTH", 16)
 
 
@@ -38,7 +38,7 @@ def test_expanded_gradient():
 @pytest.mark.parametrize(("tokens", "width", "bottleneck"), [(37, 45, 77), (48, 64, 32)])
 def test_tiles(tokens, width, bottleneck, launch, dtype, monkeypatch):
     """Three tiles of rows with the smallest: two groups, the second not full."""
-    monkeypatch.setattr(implementation, "choose_launch", lambda *shape: launch)
+    monkeypatch.setattr(implementation, "choose_launch", lambda *shape, **options: launch)
     monkeypatch.setattr(implementation, "_GROUP", 2)
     monkeypatch.setattr(implementation, "_BLOCK_WIDTH", 32)
     check(interpreted, naive, *make((tokens,), width, bottleneck, dtype))
