@@ -43,8 +43,10 @@ MEDIUM_BACKWARD = Launch(64, 64, 64, num_warps=4, num_stages=4)
 # A few tokens: 16 rows is the least a tensor core takes. The weights are read once and bound the time, so the step
 # along the sum is long and the stages many: loads in flight, not arithmetic.
 SMALL = Launch(16, 64, 128, num_warps=4, num_stages=4)
-# IEEE fp32 has no tensor cores: operands live in registers, and a short step keeps them few.
-IEEE = Launch(64, 64, 16, num_warps=8, num_stages=3)
+# IEEE fp32 has no tensor cores: operands live in registers, and a short step keeps them few. Fewer than 64 rows:
+# from there on Triton 3.7 compiles an fp32 product of widened bf16 or fp16 values to TF32 on sm_100, whatever was asked
+# for (triton-lang/triton #10176).
+IEEE = Launch(32, 64, 16, num_warps=4, num_stages=3)
 
 _OCCUPYING = 132  # large tiles from which on they keep the GPU busy: the multiprocessors of an H100 (an A100 has 108)
 _GROUP = 8  # tiles of rows that go together; 8 of 128 rows times d = 4096 in bf16 are 8 MiB, well inside L2

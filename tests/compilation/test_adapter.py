@@ -54,12 +54,12 @@ def test_half_precision(tokens, dtype, arch):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("stream", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("stream", [FP32, BF16, FP16], ids=str)
 def test_single_precision(stream, arch):
     """IEEE: TF32 would show as an instruction of the tensor cores."""
     for kernel in compile_adapter(arch, 8192, stream, FP32):
         assert kernel.spilled == 0, kernel
-        assert not any(kernel.has(each) for each in ("mma.sync", "wgmma", "tcgen05.mma")), kernel
+        assert not any(kernel.has(each) for each in ("mma.sync", *TENSOR_CORES.values())), kernel
 
 
 @pytest.mark.parametrize("arch", ARCHS)
