@@ -9,9 +9,10 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 demo: .venv/demo-installed
 	OMP_WAIT_POLICY=passive $(BIN)/lynx demo
 
-# Two pytest processes of one thread each: more threads than cores make every one of them wait.
+# Triton's interpreter needs processes of its own. Two pytest processes of one thread each: more threads than cores make every one of them wait.
 test: .venv/test-installed lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 tests/interpreter
 
 # Everything that fits this machine into benchmarks/results/, then benchmarks/RESULTS.md from all that is stored.
 bench: .venv/test-installed

@@ -26,12 +26,14 @@ class Implementation:
         forward: computes the operation.
         backward: computes its gradients; absent where the operation has none.
         refusal: given the call's tensors, the reason why this implementation cannot run it, or None if it can.
+        reluctance: likewise, the reason why one that can run should not unless it is named.
     """
 
     name: str
     forward: Callable
     backward: Callable[..., Any] = _no_gradient
     refusal: Callable[..., str | None] = lambda *tensors: None
+    reluctance: Callable[..., str | None] = lambda *tensors: None
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,8 @@ class Operation:
         chosen = None
         for name, implementation in self._implementations.items():
             why = implementation.refusal(*tensors)
+            if why is None and name != impl:
+                why = implementation.reluctance(*tensors)
             if why is not None:
                 refused[name] = why
             elif chosen is None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lynx_kernels import dispatch
+from lynx_kernels import dispatch, triton_runtime
 from lynx_kernels.adapter import cpu, reference
 from lynx_kernels.adapter.activations import ACTIVATIONS
 from lynx_kernels.dtypes import wide
@@ -11,6 +11,13 @@ from lynx_kernels.registration import define, lower
 
 _IMPLEMENTATIONS = dispatch.Operation(
     "adapter",
+    dispatch.Implementation(
+        "triton",
+        triton_runtime.lazy("lynx_kernels.adapter.triton", "forward"),
+        triton_runtime.lazy("lynx_kernels.adapter.triton", "backward"),
+        refusal=triton_runtime.refusal,
+        reluctance=triton_runtime.reluctance,
+    ),
     dispatch.Implementation("cpu", cpu.forward, cpu.backward, cpu.refusal),
     dispatch.Implementation("reference", reference.forward, reference.backward),
 )
@@ -53,7 +60,7 @@ def adapter(
         TypeError: an argument is not floating point, the two weights differ in dtype, or one is a DTensor.
     """
     _check(x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, scale, activation)
-    impl = _IMPLEMENTATIONS.choose(impl, x, norm_weight, down_weight, up_weight)
+    impl = _IMPLEMENTATIONS.choose(impl, x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, scale)
     out, _, _, _ = _FORWARD(
         x.reshape(-1, x.shape[-1]), norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, scale,
         eps, activation, impl,

@@ -27,7 +27,7 @@ _FEW_TOKENS = 64
 _SMALL_WEIGHT = 2**17
 
 
-def refusal(x: Tensor, norm_weight: Tensor | None, down_weight: Tensor, up_weight: Tensor) -> str | None:
+def refusal(x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, down_weight: Tensor, *rest) -> str | None:
     """Why this implementation cannot run the call, or None."""
     if x.device.type != "cpu":
         return f"runs on CPUs, x is on {x.device}"

@@ -267,7 +267,11 @@ def test_which_and_unknown_implementation():
     choice = dispatch.which(adapter, *inputs)
     assert choice.name == "reference"
     assert choice.refused["cpu"] == "computes in fp32 and bf16, x would be torch.float64"
+    assert "fp64" in choice.refused["triton"]
     assert dispatch.which(adapter, *make(dtype=torch.float32)[0]).name == "cpu"
+    assert "the tensors are on cpu" in str(dispatch.which(adapter, *(each.float() for each in inputs)))
+    with pytest.raises(RuntimeError, match="impl='triton' cannot run this call: Triton kernels need a GPU"):
+        adapter(*(each.float() for each in inputs), impl="triton")
     with pytest.raises(ValueError, match="impl='nonsense' is not an implementation"):
         adapter(*inputs, impl="nonsense")
 

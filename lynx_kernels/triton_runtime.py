@@ -1,0 +1,47 @@
+"""Where Triton kernels can run. Triton itself is imported with the first kernel that runs, not with lynx_kernels."""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Both are fixed for the process: Triton decides when a kernel is decorated whether it will be interpreted. As constants
+# they also leave nothing for torch.compile to trace.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+def refusal(*tensors: Tensor | None) -> str | None:
+    """Why Triton kernels cannot take these tensors, or None if they can."""
+    if not INSTALLED:
+        return "triton is not installed"
+    present = [each for each in tensors if each is not None]
+    if any(each.dtype == torch.float64 for each in present):
+        return "Triton kernels add up in fp32, and an argument is fp64"
+    device = present[0].device
+    if device.type != "cuda":
+        if INTERPRETED and device.type == "cpu":
+            return None
+        return f"Triton kernels need a GPU, and the tensors are on {device.type}"
+    if INTERPRETED:
+        return "TRITON_INTERPRET=1: this process interprets kernels, on CPU tensors"
+    if torch.version.cuda is not None and torch.cuda.get_device_capability(device) < (8, 0):
+        return "Triton kernels need compute capability 8.0 (Ampere) or newer"
+    return None
+
+
+def reluctance(*tensors: Tensor | None) -> str | None:
+    """Why Triton kernels run only when named, or None: interpreting them serves tests."""
+    return "the Triton interpreter runs only when named" if INTERPRETED else None
+
+
+def lazy(module: str, function: str) -> Callable[..., Any]:
+    """``module.function``, imported when it is first called."""
+
+    def call(*args: Any) -> Any:
+        return getattr(importlib.import_module(module), function)(*args)
+
+    return call

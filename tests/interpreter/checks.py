@@ -1,0 +1,99 @@
+"""What the interpreter does not notice by itself, and a GPU punishes or not, as it pleases.
+
+- An access outside the tensors given to the launch.
+- Two programs that store to one address: the last one wins, whichever that is.
+- Operands of a product with a side under 16, which do not compile.
+"""
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+class _Launch:
+    """The memory that one launch may touch, and what its programs have stored."""
+
+    def __init__(self, arguments):
+        self.extents = sorted({_extent(each) for each in arguments if hasattr(each, "data_ptr") and each.numel()})
+        self.stored: dict[tuple, list[np.ndarray]] = {}
+
+    def check_bounds(self, addresses, size, what, program):
+        if addresses.size == 0:
+            return
+        first, last = addresses.min(), addresses.max() + size
+        if any(start <= first and last <= end for start, end in self.extents):  # nearly always, and much faster
+            return
+        inside = np.zeros(addresses.shape, dtype=bool)
+        for start, end in self.extents:
+            inside |= (addresses >= start) & (addresses + size <= end)
+        if not inside.all():
+            raise IndexError(
+                f"{what} of program {program}: {int((~inside).sum())} of {inside.size} lanes out of bounds"
+            )
+
+    def check_races(self):
+        # A program may store to an address again; two programs may not.
+        stores = [np.unique(np.concatenate(each)) for each in self.stored.values()]
+        addresses = np.concatenate(stores) if stores else np.empty(0)
+        shared = len(addresses) - len(np.unique(addresses))
+        if shared:
+            raise RuntimeError(f"{shared} addresses are stored to by more than one program")
+
+
+def _extent(tensor):
+    """The addresses from the first element to the last: of a view, not all of its storage."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+def install(monkeypatch):
+    """Check every launch until ``monkeypatch`` is undone."""
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    launches: list[_Launch] = []
+
+    run = executor.__call__
+
+    def checked_run(self, *args, **kwargs):
+        launches.append(_Launch([*args, *kwargs.values()]))
+        run(self, *args, **kwargs)
+        launches.pop().check_races()
+
+    monkeypatch.setattr(executor, "__call__", checked_run)
+
+    def active(pointers, mask):
+        return np.broadcast_to(pointers.data, mask.data.shape)[mask.data].ravel().astype(np.uint64)
+
+    def check(builder_self, pointers, mask, what):
+        addresses = active(pointers, mask)
+        size = np.uint64(max(pointers.get_element_ty().primitive_bitwidth // 8, 1))
+        launches[-1].check_bounds(addresses, size, what, builder_self.grid_idx)
+        return addresses
+
+    load, store = builder.create_masked_load, builder.create_masked_store
+    rmw, dot = builder.create_atomic_rmw, builder.create_dot
+
+    def checked_load(self, pointers, mask, *rest):
+        check(self, pointers, mask, "load")
+        return load(self, pointers, mask, *rest)
+
+    def checked_store(self, pointers, value, mask, *rest):
+        addresses = check(self, pointers, mask, "store")
+        launches[-1].stored.setdefault(tuple(self.grid_idx), []).append(addresses)
+        return store(self, pointers, value, mask, *rest)
+
+    def checked_rmw(self, operation, pointers, value, mask, *rest):
+        check(self, pointers, mask, "atomic")
+        return rmw(self, operation, pointers, value, mask, *rest)
+
+    def checked_dot(self, left, right, *rest):
+        sides = (*left.data.shape[-2:], right.data.shape[-1])
+        if min(sides) < 16:
+            raise ValueError(f"a product of sides {sides}: each must be at least 16")
+        if tl.bfloat16 in (left.dtype.scalar, right.dtype.scalar):
+            raise TypeError("the interpreter's products in bf16 are wrong: test in fp32 and fp16")
+        return dot(self, left, right, *rest)
+
+    monkeypatch.setattr(builder, "create_masked_load", checked_load)
+    monkeypatch.setattr(builder, "create_masked_store", checked_store)
+    monkeypatch.setattr(builder, "create_atomic_rmw", checked_rmw)
+    monkeypatch.setattr(builder, "create_dot", checked_dot)

@@ -1,0 +1,56 @@
+"""The bench itself: each fault it looks for, planted."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from triton.runtime.errors import InterpreterError
+
+
+@triton.jit
+def copy_kernel(p_from, p_to, n, shift, BLOCK: tl.constexpr, STEP: tl.constexpr):
+    o_n = tl.program_id(0) * STEP + tl.arange(0, BLOCK)
+    tl.store(p_to + o_n, tl.load(p_from + o_n + shift, mask=o_n < n), mask=o_n < n)
+
+
+@triton.jit
+def product_kernel(p_left, p_out, BLOCK: tl.constexpr):
+    o = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    b_left = tl.load(p_left + o)
+    tl.store(p_out + o, tl.dot(b_left, b_left))
+
+
+def copy(length=20, shift=0, source=None, step=16):
+    source = torch.arange(20.0) if source is None else source
+    target = torch.empty(20)
+    copy_kernel[(2,)](source, target, length, shift, BLOCK=16, STEP=step)
+    return target
+
+
+def test_nothing_to_complain_about():
+    torch.testing.assert_close(copy(), torch.arange(20.0))
+
+
+@pytest.mark.parametrize("fault", [{"shift": 1}, {"shift": -1}, {"length": 21}, {"source": torch.zeros(40)[:19]}])
+def test_out_of_bounds(fault):
+    with pytest.raises(InterpreterError, match=r"1 of \d+ lanes out of bounds"):
+        copy(**fault)
+
+
+def test_what_nobody_wrote_is_not_a_number():
+    assert copy(length=19).isnan().tolist() == [False] * 19 + [True]
+
+
+def test_programs_that_store_to_one_address():
+    with pytest.raises(RuntimeError, match="12 addresses are stored to by more than one program"):
+        copy(step=4)
+
+
+def test_products_that_do_not_compile():
+    with pytest.raises(InterpreterError, match="each must be at least 16"):
+        product_kernel[(1,)](torch.ones(8, 8), torch.empty(8, 8), BLOCK=8)
+
+
+def test_products_in_bf16():
+    with pytest.raises(InterpreterError, match="bf16 are wrong"):
+        product_kernel[(1,)](torch.ones(16, 16).bfloat16(), torch.empty(16, 16), BLOCK=16)
