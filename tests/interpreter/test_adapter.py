@@ -6,7 +6,7 @@ from lynx_kernels.adapter import adapter
 from lynx_kernels.adapter import triton as implementation
 from lynx_kernels.adapter.triton import Launch
 from tests.lynx_kernels.helpers import check, permuted, run
-from tests.lynx_kernels.test_adapter import ACTIVATIONS, NAMES, OPTIONAL, make, naive, with_options
+from tests.lynx_kernels.test_adapter import ACTIVATIONS, NAMES, OPTIONAL, check_adapter, make, naive, with_options
 
 DTYPES = [torch.float32, torch.float16]
 # One launch for all products, so that a few tokens make several tiles, and ragged ones.
@@ -26,11 +26,11 @@ def _small_tiles(monkeypatch):
 )
 def test_equals_the_composition(tokens, width, bottleneck, dtype):
     inputs, grad = make((tokens,), width, bottleneck, dtype)
-    check(interpreted, naive, inputs, grad)
+    check_adapter("triton", inputs, grad)
 
 
 def test_expanded_gradient():
-    check(interpreted, naive, make((19,), 35, 37, torch.float32)[0])
+    check_adapter("triton", make((19,), 35, 37, torch.float32)[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -41,7 +41,7 @@ def test_tiles(tokens, width, bottleneck, launch, dtype, monkeypatch):
     monkeypatch.setattr(implementation, "choose_launch", lambda *shape, **options: launch)
     monkeypatch.setattr(implementation, "_GROUP", 2)
     monkeypatch.setattr(implementation, "_BLOCK_WIDTH", 32)
-    check(interpreted, naive, *make((tokens,), width, bottleneck, dtype))
+    check_adapter("triton", *make((tokens,), width, bottleneck, dtype))
 
 
 @pytest.mark.usefixtures("_small_tiles")
@@ -50,14 +50,14 @@ def test_tiles(tokens, width, bottleneck, launch, dtype, monkeypatch):
 def test_activations_and_eps(activation, dtype):
     options = {"activation": activation, "eps": 0.3}
     inputs, grad = make((19,), 35, 37, dtype)
-    check(with_options(adapter, impl="triton", **options), with_options(naive, **options), inputs, grad)
+    check_adapter("triton", inputs, grad, **options)
 
 
 @pytest.mark.usefixtures("_small_tiles")
 @pytest.mark.parametrize("absent", OPTIONAL[1:])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_optional_arguments(absent, dtype):
-    check(interpreted, naive, *make((19,), 35, 37, dtype, absent))
+    check_adapter("triton", *make((19,), 35, 37, dtype, absent))
 
 
 @pytest.mark.usefixtures("_small_tiles")
@@ -79,13 +79,13 @@ def test_only_the_gradients_asked_for(trained, absent):
 def test_mean_far_above_deviation(dtype):
     inputs, grad = make((19,), 64, 37, dtype)
     inputs[0] = inputs[0] + 1000
-    check(interpreted, naive, inputs, grad)
+    check_adapter("triton", inputs, grad)
 
 
 def test_constant_rows():
     inputs, grad = make((19,), 64, 37, torch.float32)
     inputs[0] = torch.full_like(inputs[0], 0.1)
-    check(interpreted, naive, inputs, grad)
+    check_adapter("triton", inputs, grad)
 
 
 @pytest.mark.usefixtures("_small_tiles")
@@ -120,7 +120,7 @@ def test_expanded_inputs():
     inputs, grad = make((19,), 35, 37, torch.float32)
     inputs = [each[:1].expand_as(each) if each.dim() else each for each in inputs]
     inputs[0] = make((1,), 35, 37, torch.float32)[0][0].expand(19, 35)
-    check(interpreted, naive, inputs, grad)
+    check_adapter("triton", inputs, grad)
 
 
 @pytest.mark.usefixtures("_small_tiles")
@@ -166,6 +166,6 @@ def test_two_runs_agree_bit_by_bit():
 
 def test_the_interpreter_runs_only_when_named():
     inputs, _ = make(dtype=torch.float32)
-    assert dispatch.which(adapter, *inputs).name == "reference"
+    assert dispatch.which(adapter, *inputs).name == "cpu"
     assert dispatch.which(adapter, *inputs).refused == {"triton": "the Triton interpreter runs only when named"}
     assert dispatch.which(adapter, *inputs, impl="triton").name == "triton"
