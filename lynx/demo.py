@@ -12,7 +12,7 @@ from lynx.data.jsonl import JsonlDataset
 from lynx.eval import accuracy, pictures
 from lynx.train.run import train
 
-STEPS = 600
+STEPS = 540
 
 
 def demo(folder: str | Path, *, seed: int = 0) -> dict[str, accuracy.Score]:
