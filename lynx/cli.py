@@ -6,13 +6,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from transformers.utils import logging as transformers_logging
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 2 after an error a person can mend, with one line saying what."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
-    from transformers.utils import logging as transformers_logging  # slow to import: --help should not wait for it
-
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -57,4 +58,4 @@ class Collator:
         media: list[list[ImageSource]] = [
             [load_image(frame, max_pixels=limit) for frame in item] for item in sample.media
         ]
-        return Sample(media, sample.is_video, sample.token_ids, sample.labels)
+        return replace(sample, media=media)

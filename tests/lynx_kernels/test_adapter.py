@@ -163,7 +163,7 @@ def test_trainable_weights_wider_than_the_stream(impl, tokens):
 @pytest.mark.parametrize("impl", FP32)
 def test_only_the_gradients_asked_for(impl, trained, absent):
     if trained in absent:
-        pytest.skip("absent")
+        pytest.skip("an argument that is absent has no gradient")
     inputs, grad = make(dtype=torch.float32, absent=absent)
     names = [name for name in NAMES if name not in absent]
     _, *expected = run(with_options(adapter, impl=impl), inputs, grad)
