@@ -86,9 +86,12 @@ class Operation:
         """
         if impl is not None and impl not in self._implementations:
             raise ValueError(f"{self.name}: impl={impl!r} is not an implementation; there are {self.names}")
+        asking = not torch.compiler.is_compiling() and _asking.get()  # Dynamo cannot trace a context variable
         refused: dict[str, str] = {}
         chosen = None
         for name, implementation in self._implementations.items():
+            if impl is not None and name != impl and not asking:
+                continue
             why = implementation.refusal(*tensors)
             if why is None and name != impl:
                 why = implementation.reluctance(*tensors)
@@ -96,15 +99,15 @@ class Operation:
                 refused[name] = why
             elif chosen is None:
                 chosen = name
+                if not asking:
+                    return chosen
         if impl is not None:
             if impl in refused:
                 raise RuntimeError(f"{self.name}: impl={impl!r} cannot run this call: {refused[impl]}")
             chosen = impl
         if chosen is None:
             raise RuntimeError(f"{self.name}: no implementation can run this call: {refused}")
-        if not torch.compiler.is_compiling() and _asking.get():  # Dynamo cannot trace a context variable
-            raise _Answer(Choice(chosen, refused))
-        return chosen
+        raise _Answer(Choice(chosen, refused))
 
 
 def which(operation: Callable, *args: Any, **kwargs: Any) -> Choice:
@@ -126,7 +129,10 @@ def which(operation: Callable, *args: Any, **kwargs: Any) -> Choice:
 def refuse_dtensors(operation: str, **tensors: torch.Tensor | None) -> None:
     """Raise TypeError for a DTensor: our kernels would read one rank's shard as if it were the whole."""
     for name, tensor in tensors.items():
-        if tensor is not None and hasattr(tensor, "placements"):
+        # Looking in vain for an attribute takes a tensor longer than all our other checks.
+        if tensor is None or type(tensor) in (torch.Tensor, torch.nn.Parameter):
+            continue
+        if hasattr(tensor, "placements"):
             raise TypeError(
                 f"{operation}: {name} is a DTensor with placements {tensor.placements}; pass a plain tensor "
                 "(.full_tensor() or .to_local()), or let FSDP2 gather the parameter before the forward pass"

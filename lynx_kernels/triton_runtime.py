@@ -18,14 +18,13 @@ def refusal(*tensors: Tensor | None) -> str | None:
     """Why Triton kernels cannot take these tensors, or None if they can."""
     if not INSTALLED:
         return "triton is not installed"
-    present = [each for each in tensors if each is not None]
-    if any(each.dtype == torch.float64 for each in present):
-        return "Triton kernels add up in fp32, and an argument is fp64"
-    device = present[0].device
-    if device.type != "cuda":
-        if INTERPRETED and device.type == "cpu":
-            return None
+    device = next(each.device for each in tensors if each is not None)
+    if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
         return f"Triton kernels need a GPU, and the tensors are on {device.type}"
+    if any(each is not None and each.dtype == torch.float64 for each in tensors):
+        return "Triton kernels add up in fp32, and an argument is fp64"
+    if device.type == "cpu":
+        return None
     if INTERPRETED:
         return "TRITON_INTERPRET=1: this process interprets kernels, on CPU tensors"
     if torch.version.cuda is not None and torch.cuda.get_device_capability(device) < (8, 0):

@@ -86,7 +86,7 @@ def _check(x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias
         "up_weight": (d, r), "up_bias": (d,),
     }  # fmt: skip
     for name, shape in expected.items():
-        if tensors[name] is not None and tuple(tensors[name].shape) != shape:
+        if tensors[name] is not None and tensors[name].shape != shape:
             raise ValueError(
                 f"adapter: {name} has shape {tuple(tensors[name].shape)}, expected {shape} (d={d} from x, r={r} "
                 "from down_weight)"

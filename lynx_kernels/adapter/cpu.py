@@ -11,6 +11,8 @@ r=512, T=64, 512, 2048) that is 1.01, 1.00, 1.00 times as fast in fp32 and 1.07,
 for that.
 """
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -25,6 +27,8 @@ _DTYPES = (torch.float32, torch.bfloat16)
 # (d=1024, r=64, T=1: 0.3-0.4) and 1.1-3.9 above either; in bf16 it calls oneDNN itself and never wins.
 _FEW_TOKENS = 64
 _SMALL_WEIGHT = 2**17
+
+_T = TypeVar("_T", Tensor, Tensor | None)
 
 
 def refusal(x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, down_weight: Tensor, *rest) -> str | None:
@@ -56,8 +60,8 @@ def _linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, summand: Tensor)
     return torch.ops.mkldnn._linear_pointwise.binary(x, summand, weight, bias, "add")
 
 
-def _float(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.float()  # fp32 weights make LayerNorm keep its statistics in fp32
+def _cast(tensor: _T, dtype: torch.dtype) -> _T:
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)  # asking first spares 1 us
 
 
 def forward(
@@ -74,25 +78,25 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the output (T, d) and what backward needs: mean (T,), rstd (T,) and the pre-activation (T, r)."""
     compute = down_weight.dtype
-    stream = x.to(torch.promote_types(x.dtype, compute)).contiguous()
+    stream = _cast(x, torch.promote_types(x.dtype, compute)).contiguous()
     scale = scale.reshape(())  # without dimensions it multiplies a tensor of any dtype unrounded
     if norm_weight is None:
         normalized, mean, rstd = stream, x.new_empty(0, dtype=torch.float32), x.new_empty(0, dtype=torch.float32)
     else:
+        # Its weights in fp32 make LayerNorm keep its statistics in fp32.
         normalized, mean, rstd = torch.native_layer_norm(
-            stream, stream.shape[1:], _float(norm_weight), _float(norm_bias), eps
+            stream, stream.shape[1:], _cast(norm_weight, torch.float32), _cast(norm_bias, torch.float32), eps
         )  # (T, d), (T, 1), (T, 1)
-    down_bias = None if down_bias is None else down_bias.to(compute)
-    up_bias = None if up_bias is None else up_bias.to(compute)
-    preactivation = _linear(normalized.to(compute), down_weight, down_bias)  # (T, r)
+    up_bias = _cast(up_bias, compute)
+    preactivation = _linear(_cast(normalized, compute), down_weight, _cast(down_bias, compute))  # (T, r)
     activated = ACTIVATIONS[activation](preactivation)  # (T, r)
     if stream.dtype == compute and x.shape[0] >= _FEW_TOKENS:
         up_bias = None if up_bias is None else scale * up_bias
         out = _linear_add(activated.mul_(scale), up_weight, up_bias, stream)
     else:  # few tokens: one pass over the output is quicker than the two small operations before the product
-        up = _linear(activated, up_weight, up_bias).to(stream.dtype)  # (T, d)
+        up = _cast(_linear(activated, up_weight, up_bias), stream.dtype)  # (T, d)
         out = torch.addcmul(stream, up, scale, out=up)
-    return out.to(x.dtype), mean.view(-1), rstd.view(-1), preactivation
+    return _cast(out, x.dtype), mean.view(-1), rstd.view(-1), preactivation
 
 
 def backward(
@@ -147,7 +151,7 @@ def backward(
         grad_normalized = _linear(grad_preactivation, down_weight.t()).to(stream.dtype)  # (T, d)
         grad_x, gradients["norm_weight"], gradients["norm_bias"] = torch.ops.aten.native_layer_norm_backward(
             grad_normalized, stream, stream.shape[1:], mean[:, None], rstd[:, None],
-            _float(norm_weight), _float(norm_bias), [needs_x, needs_norm, needs_norm_bias],
+            _cast(norm_weight, torch.float32), _cast(norm_bias, torch.float32), [needs_x, needs_norm, needs_norm_bias],
         )  # fmt: skip
         if needs_x:
             gradients["x"] = grad_x.add_(grad)

@@ -1,5 +1,7 @@
 """What the three attentions share: their checks, and their registration as operators."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -10,8 +12,8 @@ from lynx_kernels.registration import define, lower
 
 def define_attention(
     operation: dispatch.Operation, floats: tuple[str, ...], offsets: tuple[str, ...], options: str
-) -> torch._ops.OpOverload:
-    """Register ``operation``, forward and backward, and return the forward operator.
+) -> Callable:
+    """Register ``operation``, forward and backward, and return what runs the forward operator.
 
     Its arguments are the ``floats`` (queries first, then keys and values, all differentiable), the integer ``offsets``
     that say who sees whom, the ``options`` as a schema, and the implementation's name; its results the output and the

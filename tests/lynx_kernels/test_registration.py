@@ -1,0 +1,72 @@
+"""An operator is passed by only where nothing would notice."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lynx_kernels import adapter
+from tests.lynx_kernels.test_adapter import make
+
+
+class Operators(TorchDispatchMode):
+    """Notes the operators that run inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def direct(monkeypatch):
+    """Whether the operator is passed by, asked by a function that runs ``call``."""
+    operator = torch.ops.lynx_kernels.adapter.default
+    calls = []
+    monkeypatch.setattr(type(operator), "__call__", _counting(type(operator).__call__, operator, calls))
+
+    def ask(call):
+        calls.clear()
+        call()
+        return not calls
+
+    return ask
+
+
+def _counting(original, operator, calls):
+    def call(self, *args, **kwargs):
+        if self is operator:
+            calls.append(self)
+        return original(self, *args, **kwargs)
+
+    return call
+
+
+def test_inference_calls_the_kernel_itself(direct):
+    inputs, _ = make(dtype=torch.float32)
+    assert direct(lambda: adapter(*inputs))
+    inputs[0].requires_grad_()
+    assert not direct(lambda: adapter(*inputs))
+    with torch.no_grad():
+        assert direct(lambda: adapter(*inputs))
+
+
+def test_modes_and_regions_see_the_operator(direct):
+    inputs, _ = make(dtype=torch.float32)
+    with Operators() as seen:
+        adapter(*inputs)
+    assert "lynx_kernels::adapter" in seen.names
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not direct(lambda: adapter(*inputs))
+    with FakeTensorMode() as fake:
+        fakes = [fake.from_tensor(each) for each in inputs]
+    assert not direct(lambda: adapter(*fakes, impl="reference"))
+
+
+def test_the_kernel_itself_gives_the_same():
+    inputs, _ = make(dtype=torch.float32)
+    expected = adapter(*inputs[:-1], inputs[-1].clone().requires_grad_())
+    torch.testing.assert_close(adapter(*inputs), expected, rtol=0, atol=0)
