@@ -1,56 +1,106 @@
 """Drop-in modules over the operations."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
 from lynx_kernels.adapter import adapter
+from lynx_kernels.adapter.activations import ACTIVATIONS
 from lynx_kernels.attention import cross_attention
 from lynx_kernels.layout import SpanLayout
 
 
 class Adapter(nn.Module):
-    """``x + scale * up(act(down(LayerNorm(x))))``, the bottleneck adapter of Lynx (arXiv 2307.02469, section 2.2).
+    """A bottleneck adapter: ``x + scale * up(act(down(LayerNorm(x))))``.
+
+    As it stands by default it is the adapter of Lynx (arXiv 2307.02469, section 2.2). With ``norm=None`` and
+    ``starts_as_identity`` it is that of Houlsby et al. (arXiv 1902.00751, section 2.1). With ``norm="post"`` the order
+    is that of a post-norm transformer: ``LayerNorm(x + scale * up(act(down(x))))``.
 
     Args:
         width: d, the width of x.
         bottleneck: r, the width between the projections.
         activation: ``"silu"``, ``"relu"``, ``"gelu"`` or ``"gelu_tanh"``.
+        norm: ``"pre"``, a LayerNorm before the projections; ``"post"``, one after the residual sum; or None.
+        bias: whether the projections have biases.
+        scale: the first value of the branch's weight.
+        trains_scale: whether that weight is a parameter, or a buffer that stays as it is.
+        starts_as_identity: up-projection and its bias start at 0, so that x comes out as it came in (``norm="post"``:
+            normalised) until training moves them. Otherwise both projections' weights start from N(0, 0.02), as in
+            Lynx, and biases at 0.
         eps: of the LayerNorm.
 
-    Weights start from N(0, 0.02), biases at 0, ``scale`` at 1, as in Lynx: it is not the identity at first.
+    Raises:
+        ValueError: ``activation`` or ``norm`` is none of those above.
     """
 
-    def __init__(self, width: int, bottleneck: int, *, activation: str = "silu", eps: float = 1e-5):
+    norm: nn.LayerNorm | None
+    scale: Tensor
+
+    def __init__(
+        self,
+        width: int,
+        bottleneck: int,
+        *,
+        activation: str = "silu",
+        norm: Literal["pre", "post"] | None = "pre",
+        bias: bool = True,
+        scale: float = 1.0,
+        trains_scale: bool = True,
+        starts_as_identity: bool = False,
+        eps: float = 1e-5,
+    ):
         super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"Adapter: activation={activation!r}, expected one of {sorted(ACTIVATIONS)}")
+        if norm not in ("pre", "post", None):
+            raise ValueError(f"Adapter: norm={norm!r}, expected 'pre', 'post' or None")
         self.activation = activation
-        self.norm = nn.LayerNorm(width, eps=eps)
-        self.down = nn.Linear(width, bottleneck)
-        self.up = nn.Linear(bottleneck, width)
-        self.scale = nn.Parameter(torch.ones(1))
+        self.is_post_norm = norm == "post"
+        self.initial_scale = scale
+        self.starts_as_identity = starts_as_identity
+        self.norm = None if norm is None else nn.LayerNorm(width, eps=eps)
+        self.down = nn.Linear(width, bottleneck, bias=bias)
+        self.up = nn.Linear(bottleneck, width, bias=bias)
+        if trains_scale:
+            self.scale = nn.Parameter(torch.empty(1))
+        else:
+            self.register_buffer("scale", torch.empty(1))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw the initial values anew."""
-        self.norm.reset_parameters()
+        if self.norm is not None:
+            self.norm.reset_parameters()
         for projection in (self.down, self.up):
             nn.init.normal_(projection.weight, std=0.02)
-            nn.init.zeros_(projection.bias)
-        nn.init.ones_(self.scale)
+            if projection.bias is not None:
+                nn.init.zeros_(projection.bias)
+        if self.starts_as_identity:
+            nn.init.zeros_(self.up.weight)
+        nn.init.constant_(self.scale, self.initial_scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., d)."""
-        return adapter(
+        pre_norm = None if self.is_post_norm else self.norm
+        out = adapter(
             x,
-            self.norm.weight,
-            self.norm.bias,
+            None if pre_norm is None else pre_norm.weight,
+            None if pre_norm is None else pre_norm.bias,
             self.down.weight,
             self.down.bias,
             self.up.weight,
             self.up.bias,
             self.scale,
-            eps=self.norm.eps,
+            eps=1e-5 if pre_norm is None else pre_norm.eps,
             activation=self.activation,
         )
+        return self.norm(out) if self.norm is not None and self.is_post_norm else out
+
+    def extra_repr(self) -> str:
+        """What the submodules do not show."""
+        return f"activation={self.activation!r}, is_post_norm={self.is_post_norm}"
 
 
 class PerceiverAttention(nn.Module):

@@ -93,3 +93,40 @@ def test_perceiver_attention_has_no_biases():
         "norm_media.weight": (5,), "norm_media.bias": (5,), "norm_latents.weight": (6,), "norm_latents.bias": (6,),
         "to_q.weight": (8, 6), "to_kv.weight": (16, 5), "to_out.weight": (6, 8),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("norm", ["pre", "post", None])
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"scale": 0.5, "trains_scale": False}], ids=str)
+def test_adapter_variants_equal_torch_modules(norm, options):
+    module = randomized(nn.Adapter(7, 3, norm=norm, activation="gelu", eps=1e-2, **options))
+    bottleneck = torch_nn.Sequential(module.down, ACTIVATIONS["gelu"], module.up)
+    compositions = {
+        "pre": lambda x: x + module.scale * bottleneck(module.norm(x)),
+        "post": lambda x: module.norm(x + module.scale * bottleneck(x)),
+        None: lambda x: x + module.scale * bottleneck(x),
+    }
+    assert_same(module, compositions[norm], list(module.parameters()), random(2, 3, 7))
+
+
+def test_adapter_that_starts_as_the_identity():
+    x = torch.randn(4, 12)
+    module = nn.Adapter(12, 5, norm=None, starts_as_identity=True)
+    assert torch.equal(module(x), x)
+    for parameter in module.parameters():
+        parameter.data.fill_(3)
+    module.reset_parameters()
+    assert torch.equal(module(x), x)
+    assert module.down.weight.std() > 0  # or nothing would ever train
+    assert module.scale.item() == 1
+
+
+def test_adapter_with_a_fixed_scale():
+    module = nn.Adapter(12, 5, scale=0.25, trains_scale=False, bias=False)
+    assert module.state_dict()["scale"].tolist() == [0.25]
+    assert [name for name, _ in module.named_parameters()] == ["norm.weight", "norm.bias", "down.weight", "up.weight"]
+
+
+@pytest.mark.parametrize(("options", "message"), [({"norm": "both"}, "norm='both'"), ({"activation": "tanh"}, "tanh")])
+def test_adapter_names_what_it_lacks(options, message):
+    with pytest.raises(ValueError, match=message):
+        nn.Adapter(12, 5, **options)
