@@ -99,6 +99,9 @@ def draw(figure: Figure, folder: Path) -> None:
         axis.set_ylabel(figure.label)
     for axis in axes[-1]:
         axis.set_xlabel(next(row.grows[0] for panel in figure.panels.values() for [(_, row), *_] in panel.values()))
+    if figure.label == _SPEED:  # one scale for all panels, at least wide enough for three ticks
+        ratios = [row.p50 for panel in figure.panels.values() for points in panel.values() for _, row in points]
+        axes[0][0].set_ylim(min(*ratios, 0.7) / 1.1, max(*ratios, 1.5) * 1.1)
     handles = {line.get_label(): line for each in canvas.axes for line in each.get_lines()}
     canvas.legend(
         [handles[line] for line in lines], lines, loc="outside lower center", ncols=min(len(lines), 1 + 2 * len(groups))
@@ -132,5 +135,3 @@ def _axes(axis: Any, label: str, values: list[int]) -> None:
         axis.set_yscale("log")
         axis.set_yticks(_TICKS, [f"{tick:g}" for tick in _TICKS])
         axis.minorticks_off()
-        low, high = axis.dataLim.intervaly
-        axis.set_ylim(min(low, 0.7) / 1.1, max(high, 1.5) * 1.1)
