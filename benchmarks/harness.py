@@ -1,177 +1,160 @@
-"""The frame of every benchmark: check, time in turns, store.
+"""The frame of every benchmark: check, time in turns, measure memory.
 
 Providers that answer the same question are checked first, and a wrong one is not timed. The others are timed in
 rounds, each provider once a round, so that whatever slows the machine for a while slows all of them, and a ratio is
-taken within a round. What comes out is one tidy row per provider, mode, shape and metric.
+taken within a round. A floor is a provider too: what no implementation can be faster than, timed in the same rounds.
 """
 
-import csv
-import platform
-import subprocess
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
-from datetime import UTC, datetime
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from statistics import quantiles
+from typing import Any
 
-import torch
-import triton
+from torch import Tensor
 
-RESULTS = Path(__file__).parent / "results"
+from benchmarks import memory
+from benchmarks.rows import OURS, RATIO, SHARE, Row, circumstances
+from benchmarks.timing import Batch, Timer, batches, copying, timer_of
+
+CALL_SECONDS = 2.0  # a case whose calls are expected to take longer is left out
 _ROUND_SECONDS = 0.01  # a provider's share of a round: enough calls that the clock does not matter
+_CASE_SECONDS = 10.0  # rounds are fewer where they would take longer together, but at least:
+_FEWEST_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A case ready to run.
+
+    Attributes:
+        providers: by name; a call with one of ``copies`` does the work once. The first is the baseline; the names of
+            our own begin with "lynx ", what ``impl=None`` takes before the others.
+        copies: inputs, several where they have to be cold (``timing.cold_copies``).
+        check: raises AssertionError for a provider (by name) whose numbers are wrong; its message is stored.
+        floors: which providers are floors. Where ``traffic`` is given, a copy of as many bytes is one more.
+        flops, traffic: the operation's own work in FLOP or in bytes from and to memory, whichever bounds it.
+        captured: on a GPU, time CUDA graphs: where calls are so short that launching them would be most of the time.
+        parameters: tensors of ``copies[0]`` that live on anyway; given, what else is saved for backward is measured.
+    """
+
+    providers: Mapping[str, Callable[[Any], object]]
+    copies: Sequence[Any] = (None,)
+    check: Callable[[str], None] = lambda name: None
+    floors: tuple[str, ...] = ()
+    flops: float = 0
+    traffic: float = 0
+    device: str = "cpu"
+    captured: bool = False
+    parameters: Sequence[Tensor] = ()
 
 
 @dataclass(frozen=True)
 class Case:
-    """One question: a mode ("forward", ...), a shape, and what answers it.
+    """One question, not yet built: building takes memory and a reference in fp64.
 
     Attributes:
-        providers: by name; each call does the work once. The first is the baseline of ``ratio``.
-        check: raises AssertionError for a provider (by name) whose numbers are wrong; its message is stored.
+        mode: "forward", "train" (forward and backward), ...
+        shape: as in ``Row``.
+        providers: names that may answer; one that cannot run is missing from what ``build`` returns.
+        seconds: what a call is expected to take.
     """
 
     kernel: str
     mode: str
     shape: str
-    providers: Mapping[str, Callable[[], object]]
-    check: Callable[[str], None] = lambda name: None
+    build: Callable[[], Setup]
+    providers: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.kernel} {self.mode} {self.shape}"
+
+    @property
+    def left_out(self) -> str | None:
+        """Why the case does not fit this machine, or None."""
+        if self.seconds <= CALL_SECONDS:
+            return None
+        return f"a call would take about {self.seconds:.1f} s, more than {CALL_SECONDS:g}"
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of results. ``metric`` is "time" (microseconds), "ratio" (the baseline's time over this provider's,
-    round by round: above 1 is faster than the baseline) or "wrong" (no numbers, ``note`` says why)."""
-
-    kernel: str
-    provider: str
-    mode: str
-    metric: str
-    shape: str
-    p20: float
-    p50: float
-    p80: float
-    device: str
-    versions: str
-    commit: str
-    time: str
-    note: str = ""
-
-
-def measure(case: Case, *, rounds: int, clock: Callable[[], float] = time.perf_counter) -> list[Row]:
-    """Check and time one case; rows in the order of its providers."""
-    about = {"kernel": case.kernel, "mode": case.mode, "shape": case.shape, **_circumstances()}
-    wrong: dict[str, str] = {}
-    for name in case.providers:
-        try:
-            case.check(name)
-        except AssertionError as error:
-            wrong[name] = str(error).splitlines()[0] if str(error) else "wrong"
-    right = {name: call for name, call in case.providers.items() if name not in wrong}
-    times = _time(right, rounds, clock)
-    baseline = next(iter(case.providers))
+def measure(case: Case, *, rounds: int, timer: Timer | None = None) -> list[Row]:
+    """Check one case, time it and measure its memory; rows in the order of its providers."""
+    setup = case.build()
+    about = {"kernel": case.kernel, "mode": case.mode, "shape": case.shape, **circumstances()}
+    refused = {name: why for name in setup.providers if (why := _refusal(setup, name))}
+    entrants = {name: (call, setup.copies) for name, call in setup.providers.items() if name not in refused}
+    floors = setup.floors
+    if setup.traffic:
+        floors = (*floors, "copy")
+        entrants["copy"] = copying(setup.traffic, setup.device)
+    made = batches(entrants, setup.captured and setup.device == "cuda")
+    times = _time(made, rounds, timer or timer_of(setup.device))
     rows = []
-    for name in case.providers:
-        if name in wrong:
-            rows.append(Row(provider=name, metric="wrong", p20=0, p50=0, p80=0, note=wrong[name], **about))
+    for name in dict.fromkeys([*setup.providers, *entrants]):
+        if name in refused:
+            metric, note = refused[name]
+            rows.append(Row(provider=name, metric=metric, p20=0, p50=0, p80=0, note=note, **about))
             continue
-        rows.append(_row(name, "time", [1e6 * each for each in times[name]], about))
-        if baseline in times:
-            ratios = [base / own for base, own in zip(times[baseline], times[name], strict=True)]
-            rows.append(_row(name, "ratio", ratios, about))
+        values = {"time": [1e6 * each for each in times[name]], **_comparisons(name, times, setup, floors)}
+        if setup.flops:
+            values["TFLOP/s"] = [1e-12 * setup.flops / each for each in times[name]]
+        if setup.traffic:
+            values["GB/s"] = [1e-9 * setup.traffic / each for each in times[name]]
+        if name not in floors:
+            call = partial(setup.providers[name], setup.copies[0])
+            values["peak memory"] = [memory.peak(call, setup.device) / 2**20] * 2
+            if setup.parameters:
+                values["saved memory"] = [memory.saved(call, setup.parameters) / 2**20] * 2
+        rows += [_row(name, metric, each, made[name].note, about) for metric, each in values.items()]
     return rows
 
 
-def _row(provider: str, metric: str, values: list[float], about: dict[str, str]) -> Row:
-    tenths = quantiles(values, n=10, method="inclusive")
-    return Row(provider=provider, metric=metric, p20=tenths[1], p50=tenths[4], p80=tenths[7], **about)
+def _refusal(setup: Setup, name: str) -> tuple[str, str] | None:
+    """Why a provider is not timed, as metric and note, or None."""
+    try:
+        setup.check(name)
+    except AssertionError as error:
+        return "wrong", _first_line(error)
+    except Exception as error:  # a peer that does not compile or does not fit is a result, not the end of the run
+        return "failed", f"{type(error).__name__}: {_first_line(error)}"
+    return None
 
 
-def _time(
-    providers: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float]
-) -> dict[str, list[float]]:
-    def seconds(call: Callable[[], object], repeats: int) -> float:
-        start = clock()
-        for _ in range(repeats):
-            call()
-        return (clock() - start) / repeats
-
-    repeats = {}
-    for name, call in providers.items():
-        seconds(call, 2)  # compiles, allocates
-        repeats[name] = max(1, min(1000, int(_ROUND_SECONDS / max(seconds(call, 1), 1e-9))))
-    times: dict[str, list[float]] = {name: [] for name in providers}
-    for _ in range(rounds):
-        for name, call in providers.items():
-            times[name].append(seconds(call, repeats[name]))
-    return times
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "no message")
 
 
-def _circumstances() -> dict[str, str]:
+def _comparisons(name: str, times: dict[str, list[float]], setup: Setup, floors: tuple[str, ...]) -> dict:
+    """Ratios to the baseline, of ours to every peer too, and shares of the floors: metric to a value each round."""
+    baseline = next(iter(setup.providers))
+    peers = [each for each in times if each not in floors and not each.startswith(OURS)]
+    asked = {RATIO + peer: peer for peer in peers if peer == baseline or name.startswith(OURS)}
+    if name not in floors:
+        asked |= {SHARE + floor: floor for floor in floors if floor in times}
     return {
-        "device": _device(),
-        "versions": f"torch {torch.__version__}, triton {triton.__version__}, python {platform.python_version()}",
-        "commit": _commit(),
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        metric: [theirs / own for theirs, own in zip(times[other], times[name], strict=True)]
+        for metric, other in asked.items()
     }
 
 
-def _device() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    said = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in info.splitlines())}
-    name = said.get("model name", platform.processor() or platform.machine())
-    family = f" family {said['cpu family']} model {said['model']}" if "cpu family" in said else ""
-    return f"{name}{family}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+def _row(provider: str, metric: str, values: list[float], note: str, about: dict[str, str]) -> Row:
+    tenths = quantiles(values, n=10, method="inclusive")
+    return Row(provider=provider, metric=metric, p20=tenths[1], p50=tenths[4], p80=tenths[7], note=note, **about)
 
 
-def _commit() -> str:
-    def git(*arguments: str) -> str:
-        root = Path(__file__).parent
-        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        # Results and reports change with every run; only a change of code makes a commit inexact.
-        changed = git("status", "--porcelain", "--", "..", ":!results", ":!RESULTS.md", ":!plots")
-        return git("rev-parse", "--short", "HEAD") + ("+changes" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def append(rows: list[Row], path: Path) -> None:
-    """Add rows to a CSV file, which gets a header when it is new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [each.name for each in fields(Row)], lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        for row in rows:
-            numbers = {name: f"{getattr(row, name):.5g}" for name in ("p20", "p50", "p80")}
-            writer.writerow({**asdict(row), **numbers})
-
-
-def read(folder: Path = RESULTS) -> list[Row]:
-    """All stored rows, of every file, oldest first."""
-    rows = []
-    for path in sorted(folder.glob("*.csv")):
-        with path.open(newline="") as file:
-            for line in csv.DictReader(file):
-                p20, p50, p80 = (float(line.pop(name)) for name in ("p20", "p50", "p80"))
-                rows.append(Row(p20=p20, p50=p50, p80=p80, **line))
-    return sorted(rows, key=lambda row: row.time)
-
-
-def table(rows: list[Row]) -> str:
-    """The rows of one case, a line a provider, the ratio first."""
-    ratios = {row.provider: row for row in rows if row.metric == "ratio"}
-    lines = []
-    for row in rows:
-        if row.metric == "wrong":
-            lines.append(f"  {'WRONG':>18}  {row.provider}: {row.note}")
-        elif row.metric == "time":
-            ratio = ratios.get(row.provider)
-            said = f"{ratio.p50:.2f} ({ratio.p20:.2f}-{ratio.p80:.2f})" if ratio else "-"
-            lines.append(f"  {said:>18}  {row.provider:<14} {row.p50:10.0f} us ({row.p20:.0f}-{row.p80:.0f})")
-    return "\n".join([f"{rows[0].kernel} {rows[0].mode} {rows[0].shape}", *lines])
+def _time(made: Mapping[str, Batch], rounds: int, timer: Timer) -> dict[str, list[float]]:
+    """Seconds a call, for each provider and round."""
+    repeats, expected = {}, 0.0
+    for name, batch in made.items():
+        timer(batch.run, 2)  # compiles, allocates
+        seconds = max(timer(batch.run, 1), 1e-9)
+        repeats[name] = max(1, min(1000, int(_ROUND_SECONDS / seconds)))
+        expected += repeats[name] * seconds
+    if expected * rounds > _CASE_SECONDS:
+        rounds = min(rounds, max(_FEWEST_ROUNDS, int(_CASE_SECONDS / expected)))
+    times: dict[str, list[float]] = {name: [] for name in made}
+    for _ in range(rounds):
+        for name, batch in made.items():
+            times[name].append(timer(batch.run, repeats[name]) / batch.calls)
+    return times

@@ -1,51 +1,82 @@
-"""benchmarks/RESULTS.md and its plots, from the stored rows alone.
+"""benchmarks/RESULTS.md, its plots and the README's table, from the stored rows alone.
 
 Ratios are those stored: they were taken within a round of one run on one machine, so rows of different machines never
 meet. Of several runs of a case on one machine the newest counts.
 """
 
-from collections import defaultdict
+import re
 from pathlib import Path
 
-from benchmarks.harness import RESULTS, Row, read
+from benchmarks import drawing
+from benchmarks.rows import RATIO, RESULTS, Row, newest, read
+from benchmarks.tables import as_markdown, by_case, details, fastest_peer, is_slower, summary
 
-_PEERS = ("eager", "compile", "max-autotune", "matmuls")  # the others are ours
+README = RESULTS.parents[1] / "README.md"
+_START, _END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
+_EMPTY = "Nothing is measured yet; `make bench` measures and fills this in."
 _HEAD = """# Results
 
-Written by `python -m benchmarks report` from `benchmarks/results/*.csv`; do not edit. Every number is a ratio to the
-first provider, median (20th-80th percentile) of rounds in which the providers took turns: above 1 is faster, **bold**
-is one of ours that is slower. `matmuls` is the floor, the bare products alone.
+Written by `python -m benchmarks report` from `benchmarks/results/*.csv`; do not edit.
+
+- Providers take turns, and every ratio is taken within a round on one machine: median (20th-80th percentile) over
+  rounds. Above 1 is faster; **bold** is one of ours that is slower.
+- Summaries compare what `impl=None` takes with the fastest peer of each case, and name that peer.
+- Floors: `matmuls`, the operation's bare products, and `copy`, moving as many bytes as the operation must. Shares say
+  how near to them a provider comes. Work that mostly reads can be faster than a copy, half of which is writing.
+- With few tokens reading the weights is the work: they are read from memory, not from a cache, and rates are in GB/s.
+- On GPUs, calls of up to some thousand tokens are captured in CUDA graphs: no launch from Python is timed.
+- Peak memory is what a call allocates at most at one time; saved memory stays alive between forward and backward.
 """
 
 
-def newest(rows: list[Row]) -> list[Row]:
-    """The rows of the newest run of every case (device, kernel, mode, shape); ``rows`` are oldest first."""
-    latest = {_case(row): row.time for row in rows}
-    return [row for row in rows if row.time == latest[_case(row)]]
+def write(results: Path = RESULTS) -> list[Path]:
+    """Write the report and its plots beside the folder of results, for the stored results also the README's table."""
+    rows, target = newest(read(results)), results.parent / "RESULTS.md"
+    for stale in re.findall(r"\(plots/([\w-]+\.png)\)", target.read_text()) if target.exists() else []:
+        (target.parent / "plots" / stale).unlink(missing_ok=True)
+    for mine in _by_device_and_kernel(rows).values():
+        for figure in drawing.figures(mine):
+            drawing.draw(figure, target.parent / "plots")
+    target.write_text(text(rows))
+    if results != RESULTS:
+        return [target]
+    README.write_text(with_table(README.read_text(), rows))
+    return [target, README]
 
 
-def write(results: Path = RESULTS, target: Path | None = None) -> Path:
-    """Write the report and its plots beside the folder of results; return its path."""
-    target = target or results.parent / "RESULTS.md"
-    by_device: dict[str, list[Row]] = defaultdict(list)
-    for row in newest(read(results)):
-        by_device[row.device].append(row)
-    parts = [_HEAD]
-    for number, (device, rows) in enumerate(sorted(by_device.items())):
-        parts.append(f"## {device}\n\n{_origin(rows)}\n")
-        for kernel, mode in sorted({(row.kernel, row.mode) for row in rows}):
-            chosen = [row for row in rows if (row.kernel, row.mode) == (kernel, mode)]
-            plot = target.parent / "plots" / f"{kernel}-{mode}-{number}.png"
-            parts.append(f"### {kernel}, {mode}\n\n{_table(chosen)}\n")
-            if _plot(chosen, plot):
-                parts.append(f"![{kernel}, {mode}: ratios](plots/{plot.name})\n")
-        parts.append(_losses(rows))
-    target.write_text("\n".join(parts))
-    return target
+def text(rows: list[Row]) -> str:
+    """The report of the newest rows."""
+    parts = [_HEAD, *([] if rows else [_EMPTY + "\n"])]
+    for (device, kernel), mine in _by_device_and_kernel(rows).items():
+        if f"## {device}\n" not in parts:
+            parts.append(f"## {device}\n")
+        parts.append(f"### {kernel}\n\n{_origin(mine)} {_count(mine)}\n\n{as_markdown(summary(mine))}\n")
+        parts += [f"![{figure.title}](plots/{figure.name})\n" for figure in drawing.figures(mine)]
+        for mode, dtype in dict.fromkeys((row.mode, row.shape.split()[0]) for row in mine):
+            chosen = [row for row in mine if row.mode == mode and row.shape.split()[0] == dtype]
+            title = f"<summary>{kernel} {mode} {dtype}: every provider</summary>"
+            parts.append(f"<details>{title}\n\n{as_markdown(details(chosen))}\n\n</details>\n")
+        parts.append(f"#### Losses of {kernel}\n\n{_losses(mine)}\n")
+    return "\n".join(parts)
 
 
-def _case(row: Row) -> tuple[str, ...]:
-    return row.device, row.kernel, row.mode, row.shape
+def with_table(readme: str, rows: list[Row]) -> str:
+    """The README's text with the table of the newest rows between its markers."""
+    parts = []
+    for (device, kernel), mine in _by_device_and_kernel(rows).items():
+        first = {row.shape.split()[0]: row.group for row in reversed(mine)}  # the first group of each dtype
+        shown = summary([row for row in mine if row.group in first.values()], columns=5)
+        parts.append(f"`{kernel}` on {device}. {_count(mine)}\n\n{as_markdown(shown)}")
+    before, _, rest = readme.partition(_START)
+    _, found, after = rest.partition(_END)
+    if not found:
+        raise ValueError(f"the README has no place for the table: no {_START} followed by {_END}")
+    return "\n\n".join([before + _START, *(parts or [_EMPTY]), _END + after])
+
+
+def _by_device_and_kernel(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
+    keys = sorted({(row.device, row.kernel) for row in rows})
+    return {key: [row for row in rows if (row.device, row.kernel) == key] for key in keys}
 
 
 def _origin(rows: list[Row]) -> str:
@@ -53,66 +84,29 @@ def _origin(rows: list[Row]) -> str:
     return f"Commit {', '.join(commits)}; {'; '.join(versions)}; {rows[0].time[:10]} to {rows[-1].time[:10]}."
 
 
-def _table(rows: list[Row]) -> str:
-    providers = list(dict.fromkeys(row.provider for row in rows))
-    cells = {(row.shape, row.provider): _cell(row) for row in rows if row.metric in ("ratio", "wrong")}
-    times = {row.shape: f"{row.p50:.0f}" for row in rows if row.metric == "time" and row.provider == providers[0]}
-    lines = [f"| shape | {providers[0]}, us | {' | '.join(providers[1:])} |", "|" + "---|" * (len(providers) + 1)]
-    for shape in dict.fromkeys(row.shape for row in rows):
-        said = [cells.get((shape, provider), "-") for provider in providers[1:]]
-        lines.append(f"| {shape} | {times.get(shape, '-')} | {' | '.join(said)} |")
-    return "\n".join(lines)
-
-
-def _cell(row: Row) -> str:
-    if row.metric == "wrong":
-        return "**wrong**"
-    said = f"{row.p50:.2f} ({row.p20:.2f}-{row.p80:.2f})"
-    return f"**{said}**" if row.p50 < 1 and row.provider not in _PEERS else said
+def _count(rows: list[Row]) -> str:
+    fastest = [found for mine in by_case(rows).values() if (found := fastest_peer(mine))]
+    slower = sorted((each for each in fastest if is_slower(each)), key=lambda row: row.p50)
+    unusable = len({row.case for row in rows if row.metric in ("wrong", "failed")})
+    said = f"Slower than the fastest peer in {len(slower)} of {len(fastest)} cases"
+    if slower:
+        said += f", at worst {slower[0].p50:.2f} times as fast ({slower[0].mode}, {slower[0].shape})"
+    return said + "." + (f" In {unusable} a provider was wrong or failed." if unusable else "")
 
 
 def _losses(rows: list[Row]) -> str:
-    """What we must not hide: for each case the best of ours, where a peer is faster or ours is wrong."""
+    """What we must not hide: where the one ``impl=None`` takes is slower than a peer, and whoever is wrong."""
     lines = []
-    for case in dict.fromkeys(_case(row) for row in rows):
-        mine = [row for row in rows if _case(row) == case]
-        where = f"{case[1]} {case[2]}, {case[3]}"
-        lines += [f"- {where}: {row.provider} is WRONG: {row.note}" for row in mine if row.metric == "wrong"]
-        times = {row.provider: row.p50 for row in mine if row.metric == "time"}
-        ours = {name: each for name, each in times.items() if name not in _PEERS}
-        peers = {name: each for name, each in times.items() if name in _PEERS and name != "matmuls"}
-        if ours and peers and min(ours.values()) > min(peers.values()):
-            best, peer = min(ours, key=ours.__getitem__), min(peers, key=peers.__getitem__)
-            lines.append(f"- {where}: {best} takes {ours[best] / peers[peer]:.2f} times the time of {peer}")
-    return "### Losses\n\n" + ("\n".join(lines) or "None: in every case one of ours is the fastest.") + "\n"
-
-
-def _plot(rows: list[Row], path: Path) -> bool:
-    """Ratio over tokens, a panel for each shape without its T; nothing where no shape has a T."""
-    panels: dict[str, dict[str, list[tuple[int, float]]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        rest, separator, tokens = row.shape.rpartition(" T=")
-        if row.metric == "ratio" and separator:
-            panels[rest][row.provider].append((int(tokens), row.p50))
-    if not panels:
-        return False
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3.2), sharey=True, squeeze=False)
-    for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
-        for provider, points in lines.items():
-            axis.plot(
-                *zip(*sorted(points), strict=True), "--" if provider in _PEERS else "-", marker=".", label=provider
-            )
-        axis.set(title=title, xscale="log", xlabel="tokens")
-        axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("times as fast as the first")
-    axes[0][-1].legend()
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=90)
-    pyplot.close(figure)
-    return True
+    for case, mine in by_case(rows).items():
+        where = f"- {case[2]}, {case[3]}:"
+        lines += [
+            f"{where} {row.provider} {'is WRONG' if row.metric == 'wrong' else 'FAILED'}: {row.note}"
+            for row in mine
+            if row.metric in ("wrong", "failed")
+        ]
+        fastest = fastest_peer(mine)
+        if fastest and is_slower(fastest):
+            spread = f"{1 / fastest.p50:.2f} ({1 / fastest.p80:.2f}-{1 / fastest.p20:.2f})"
+            peer = fastest.metric.removeprefix(RATIO)
+            lines.append(f"{where} {fastest.provider} takes {spread} times the time of {peer}")
+    return "\n".join(lines) or "None: in every case ours is at least as fast as the fastest peer."
