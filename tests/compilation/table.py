@@ -39,10 +39,9 @@ def heading(case: Case) -> str:
 
 def rows_in(text: str, case: Case, arch: Arch) -> list[str]:
     """The lines that a written table has for a case on one GPU."""
-    _, _, section = text.partition(f"{heading(case)}\n")
-    return [
-        line for line in section.partition("\n## ")[0].splitlines() if line.startswith(f"| {offline.name_of(arch)} |")
-    ]
+    _, _, rest = text.partition(f"{heading(case)}\n")
+    section, _, _ = rest.partition("\n## ")
+    return [line for line in section.splitlines() if line.startswith(f"| {offline.name_of(arch)} |")]
 
 
 def version_line() -> str:
@@ -54,9 +53,9 @@ def write() -> Path:
     lines = [
         "# Kernels as compiled",
         "",
-        "Written by `make kernel-table` from the launches that `tests/compilation` compiles; nothing here ran on a GPU.",
-        "Registers of a thread; bytes of shared memory of a block; bytes that a thread spills, stored and loaded (gfx942:",
-        "4 for each spilled register). sm_80, sm_90 and sm_100 give a block 163, 227 and 227 KiB, gfx942 64.",
+        "Written by `make kernel-table` from the launches that `tests/compilation` compiles; nothing ran on a GPU.",
+        "Registers of a thread; bytes of shared memory of a block; bytes that a thread spills, stored and loaded",
+        "(gfx942: 4 for each spilled register). sm_80 gives a block 163 KiB, sm_90 and sm_100 227, gfx942 64.",
         version_line(),
     ]
     for case in CASES:

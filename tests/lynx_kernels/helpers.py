@@ -17,7 +17,7 @@ Function = Callable[..., Tensor]
 
 def permuted(tensor: Tensor) -> Tensor:
     """The same values, spread over storage twice as large with the dimensions in reverse order."""
-    storage = torch.full((*reversed(tensor.shape), 2), -7, dtype=tensor.dtype)
+    storage = torch.full((*reversed(tensor.shape), 2), -7, dtype=tensor.dtype, device=tensor.device)
     return storage[..., 0].permute(tuple(reversed(range(tensor.dim())))).copy_(tensor.detach())
 
 
@@ -58,10 +58,10 @@ def check(
             assert_within_budget(ours, truth, theirs, "output" if index == 0 else f"gradient {index - 1}", magnitude)
 
 
-def count_compilations(function: Callable, calls: Sequence[tuple]) -> list[int]:
+def count_compilations(function: Callable, calls: Sequence[tuple], backend: str = "aot_eager") -> list[int]:
     """Compile ``function`` into one graph, run it forward and backward; the number of graphs after each call."""
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(function, backend=counter, fullgraph=True)
     counts = []
     for arguments in calls:
