@@ -46,9 +46,20 @@ def check(
 
     ``last_magnitude`` is the ``magnitude`` of the budget of the last gradient.
     """
+    check_results(run(operation, inputs, grad), naive, inputs, grad, last_magnitude=last_magnitude)
+
+
+def check_results(
+    actual: Sequence[Tensor],
+    naive: Function,
+    inputs: Sequence[Tensor | None],
+    grad: Tensor | None = None,
+    *,
+    last_magnitude: float = 0.0,
+) -> None:
+    """The same for what ``run`` gave, wherever it ran."""
     exact_inputs = [each.double() if each is not None and each.is_floating_point() else each for each in inputs]
-    exact = run(naive, exact_inputs, grad)
-    actual, plain = run(operation, inputs, grad), run(naive, inputs, grad)
+    exact, plain = run(naive, exact_inputs, grad), run(naive, inputs, grad)
     for index, (ours, truth, theirs) in enumerate(zip(actual, exact, plain, strict=True)):
         assert ours.dtype == theirs.dtype
         if ours.dtype == torch.float64:  # the budget has no meaning where plain is the truth itself

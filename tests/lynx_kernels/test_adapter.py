@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from lynx_kernels import dispatch
 from lynx_kernels.adapter import _IMPLEMENTATIONS, adapter, cpu
-from tests.lynx_kernels.helpers import check, count_compilations, dtensors, permuted, run
+from tests.lynx_kernels.helpers import check, check_results, count_compilations, dtensors, permuted, run
 from tests.numbers import assert_within_budget
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -62,13 +62,18 @@ def with_options(function, **options):
 
 
 def check_adapter(impl, inputs, grad=None, **options):
-    """Against the composition. The gradient of the scale is one inner product, of grad with the scaled branch, and is
-    as exact as its factors are long (Cauchy-Schwarz)."""
+    """Against the composition."""
+    check_adapter_results(run(with_options(adapter, impl=impl, **options), inputs, grad), inputs, grad, **options)
+
+
+def check_adapter_results(actual, inputs, grad=None, **options):
+    """The gradient of the scale is one inner product, of grad with the scaled branch, and is as exact as its factors
+    are long (Cauchy-Schwarz)."""
     plain = with_options(naive, **options)
     exact = [each if each is None else each.double() for each in inputs]
     branch = (plain(*exact) - exact[0]) / exact[-1]
     magnitude = (torch.ones_like(branch) if grad is None else grad).norm() * branch.norm()
-    check(with_options(adapter, impl=impl, **options), plain, inputs, grad, last_magnitude=magnitude.item())
+    check_results(actual, plain, inputs, grad, last_magnitude=magnitude.item())
 
 
 def check_permuted(impl, inputs, grad):
