@@ -50,7 +50,7 @@ def install(monkeypatch):
     )
 
     load, store, bitcast = builder.create_masked_load, builder.create_masked_store, builder.create_bitcast
-    cast, absolute = builder.cast_impl, builder.create_fabs
+    cast = builder.cast_impl
 
     def as_uint16(pointers):
         return TensorHandle(pointers.data, tl.pointer_type(tl.uint16))
@@ -74,9 +74,6 @@ def install(monkeypatch):
         value = _narrow(value) if _is_bf16(value.dtype) else value
         return _widen(bitcast(self, value, tl.uint16)) if _is_bf16(dtype) else bitcast(self, value, dtype)
 
-    def absolute_bf16(self, value):
-        return TensorHandle(np.abs(value.data), tl.bfloat16) if _is_bf16(value.dtype) else absolute(self, value)
-
     def bf16_constant(self, value):
         return TensorHandle(np.array([value], dtype=np.float32), tl.bfloat16)
 
@@ -84,7 +81,6 @@ def install(monkeypatch):
     monkeypatch.setattr(builder, "create_masked_store", store_bf16)
     monkeypatch.setattr(builder, "cast_impl", cast_bf16)
     monkeypatch.setattr(builder, "create_bitcast", bitcast_bf16)
-    monkeypatch.setattr(builder, "create_fabs", absolute_bf16)
     monkeypatch.setattr(builder, "get_bf16", bf16_constant, raising=False)
     for name in ("create_atomic_rmw", "create_atomic_cas", "create_fp_to_fp"):
         monkeypatch.setattr(builder, name, _refusing(name, getattr(builder, name)))
