@@ -20,21 +20,67 @@ from triton.runtime.jit import JITFunction
 
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # what one block may have, CUDA programming guide
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+GFX942 = "gfx942"  # CDNA 3: MI300
+GFX942_SHARED_MEMORY = 64 << 10  # LDS of a workgroup, CDNA 3 instruction set architecture
+GFX942_MATRIX_CORES = "v_mfma"
+
+Arch = int | str  # the compute capability of an NVIDIA GPU times ten, or the name of an AMD GPU
+
+
+def target_of(arch: Arch) -> GPUTarget:
+    return GPUTarget("cuda", arch, 32) if isinstance(arch, int) else GPUTarget("hip", arch, 64)
+
+
+def name_of(arch: Arch) -> str:
+    return f"sm_{arch}" if isinstance(arch, int) else arch
 
 
 @dataclass(repr=False)
 class Compiled:
-    """One kernel as compiled by one launch."""
+    """One kernel as compiled by one launch.
+
+    Attributes:
+        name: of the kernel.
+        arch: what it was compiled for.
+        launch: what the launcher gave by name: the kernel's constants, ``num_warps`` and ``num_stages``.
+        shared: bytes of shared memory.
+        assembly: PTX, or the assembler text of an AMD GPU.
+    """
 
     name: str
-    arch: int
+    arch: Arch
+    launch: dict
     shared: int
-    ptx: str
+    assembly: str
 
+    def _count(self, pattern: str, text: str) -> int:
+        found = re.search(pattern, text)
+        assert found, f"{self.name}: the compiler did not say {pattern!r}:\n{text[-2000:]}"
+        return int(found.group(1))
+
+    @property
+    def registers(self) -> int:
+        """Registers of a thread."""
+        raise NotImplementedError
+
+    @property
+    def spilled(self) -> int:
+        """Bytes a thread stores to and loads from local memory for want of registers."""
+        raise NotImplementedError
+
+    def has(self, instruction: str) -> bool:
+        return instruction in self.assembly
+
+    def __repr__(self) -> str:
+        numbers = f"{self.registers} registers, {self.shared} bytes shared, {self.spilled} bytes spilled"
+        return f"{self.name} {name_of(self.arch)}: {numbers}"
+
+
+class CompiledForNvidia(Compiled):
     @cached_property
     def _ptxas(self) -> str:
         with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-            file.write(self.ptx)
+            file.write(self.assembly)
             file.flush()
             command = [
                 get_ptxas(self.arch).path, "-v", "--regAllocOptLevel=2",  # as Triton calls it
@@ -42,42 +88,42 @@ class Compiled:
             ]  # fmt: skip
             return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
-    def _count(self, pattern: str) -> int:
-        found = re.search(pattern, self._ptxas)
-        assert found, f"{self.name}: ptxas did not say {pattern!r}:\n{self._ptxas}"
-        return int(found.group(1))
-
     @property
     def registers(self) -> int:
-        return self._count(r"Used (\d+) registers")
+        return self._count(r"Used (\d+) registers", self._ptxas)
 
     @property
     def spilled(self) -> int:
-        """Bytes stored to and loaded from local memory for want of registers."""
-        return self._count(r"(\d+) bytes spill stores") + self._count(r"(\d+) bytes spill loads")
+        stores, loads = (self._count(rf"(\d+) bytes spill {way}", self._ptxas) for way in ("stores", "loads"))
+        return stores + loads
 
     @property
     def serialized(self) -> bool:
         """Whether ptxas had to make asynchronous products wait for each other."""
         return "C7515" in self._ptxas
 
-    def has(self, instruction: str) -> bool:
-        return instruction in self.ptx
 
-    def __repr__(self) -> str:
-        numbers = f"{self.registers} registers, {self.shared} bytes shared, {self.spilled} bytes spilled"
-        return f"{self.name} sm_{self.arch}: {numbers}"
+class CompiledForAmd(Compiled):
+    @property
+    def registers(self) -> int:
+        """Vector registers, those of the matrix cores among them."""
+        return self._count(r"\.vgpr_count:\s+(\d+)", self.assembly)
+
+    @property
+    def spilled(self) -> int:
+        """Four bytes a spilled register: the assembler text counts registers, not how often each moves."""
+        return 4 * self._count(r"\.vgpr_spill_count:\s+(\d+)", self.assembly)
 
 
 class _Driver:
-    def __init__(self, arch: int):
+    def __init__(self, arch: Arch):
         self._arch = arch
 
     def get_current_target(self):
-        return GPUTarget("cuda", self._arch, 32)
+        return target_of(self._arch)
 
     def get_current_device(self):
-        return f"sm_{self._arch}"  # keys each kernel's cache: one for each target
+        return name_of(self._arch)  # keys each kernel's cache: one for each target
 
     def get_current_stream(self, device):
         return 0
@@ -87,14 +133,16 @@ class _Driver:
 
 
 @contextmanager
-def compiling_for(arch: int) -> Iterator[list[Compiled]]:
-    """Launches inside the block compile for ``sm_<arch>`` and are added to the list; none runs."""
+def compiling_for(arch: Arch) -> Iterator[list[Compiled]]:
+    """Launches inside the block compile for ``sm_<arch>`` or the AMD GPU of that name and are added to the list; none
+    runs."""
     compiled: list[Compiled] = []
     run, before = JITFunction.run, driver._active
+    make, assembly = (CompiledForNvidia, "ptx") if isinstance(arch, int) else (CompiledForAmd, "amdgcn")
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        compiled.append(Compiled(self.fn.__name__, arch, kernel.metadata.shared, kernel.asm["ptx"]))
+        compiled.append(make(self.fn.__name__, arch, kwargs, kernel.metadata.shared, kernel.asm[assembly]))
         return kernel
 
     JITFunction.run = compile_only

@@ -1,0 +1,5 @@
+"""``DTYPES`` are those in which every Triton kernel is interpreted."""
+
+import torch
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)

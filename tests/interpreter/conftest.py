@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lynx_kernels import triton_runtime
-from tests.interpreter import checks
+from tests.interpreter import bfloat16, checks
 
 
 def pytest_collection_modifyitems(items):
@@ -23,7 +23,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def _checked(monkeypatch):
-    """Every access inside its tensor, every result written: torch.empty and its kin give NaN."""
+    """bf16 as on a GPU; every access inside its tensor, every result written: torch.empty and its kin give NaN."""
+    bfloat16.install(monkeypatch)
     checks.install(monkeypatch)
     torch.use_deterministic_algorithms(True)  # with its default fill_uninitialized_memory
     yield

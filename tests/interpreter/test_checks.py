@@ -20,6 +20,13 @@ def product_kernel(p_left, p_out, BLOCK: tl.constexpr):
     tl.store(p_out + o, tl.dot(b_left, b_left))
 
 
+@triton.jit
+def sum_kernel(p_values, p_out, BLOCK: tl.constexpr, RUNNING: tl.constexpr):
+    o = tl.arange(0, BLOCK)
+    b_values = tl.load(p_values + o)
+    tl.store(p_out + o, tl.cumsum(b_values, 0) if RUNNING else tl.zeros_like(b_values) + tl.sum(b_values, 0))
+
+
 def copy(length=20, shift=0, source=None, step=16):
     source = torch.arange(20.0) if source is None else source
     target = torch.empty(20)
@@ -51,6 +58,10 @@ def test_products_that_do_not_compile():
         product_kernel[(1,)](torch.ones(8, 8), torch.empty(8, 8), BLOCK=8)
 
 
-def test_products_in_bf16():
-    with pytest.raises(InterpreterError, match="bf16 are wrong"):
-        product_kernel[(1,)](torch.ones(16, 16).bfloat16(), torch.empty(16, 16), BLOCK=16)
+# Triton itself adds up running sums of bf16 in fp32.
+@pytest.mark.parametrize(("dtype", "running"), [(torch.float16, False), (torch.bfloat16, False), (torch.float16, True)])
+def test_sums_in_half_precision(dtype, running):
+    with pytest.raises(InterpreterError, match=r"a sum of (fp|bf)16 values"):
+        sum_kernel[(1,)](torch.ones(16, dtype=dtype), torch.empty(16), BLOCK=16, RUNNING=running)
+    sum_kernel[(1,)](torch.ones(16), total := torch.empty(16), BLOCK=16, RUNNING=running)
+    assert total[-1] == 16

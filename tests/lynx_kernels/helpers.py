@@ -17,7 +17,7 @@ Function = Callable[..., Tensor]
 
 def permuted(tensor: Tensor) -> Tensor:
     """The same values, spread over storage twice as large with the dimensions in reverse order."""
-    storage = torch.full((*reversed(tensor.shape), 2), -7, dtype=tensor.dtype)
+    storage = torch.full((*reversed(tensor.shape), 2), -7, dtype=tensor.dtype, device=tensor.device)
     return storage[..., 0].permute(tuple(reversed(range(tensor.dim())))).copy_(tensor.detach())
 
 
@@ -46,9 +46,20 @@ def check(
 
     ``last_magnitude`` is the ``magnitude`` of the budget of the last gradient.
     """
+    check_results(run(operation, inputs, grad), naive, inputs, grad, last_magnitude=last_magnitude)
+
+
+def check_results(
+    actual: Sequence[Tensor],
+    naive: Function,
+    inputs: Sequence[Tensor | None],
+    grad: Tensor | None = None,
+    *,
+    last_magnitude: float = 0.0,
+) -> None:
+    """The same for what ``run`` gave, wherever it ran."""
     exact_inputs = [each.double() if each is not None and each.is_floating_point() else each for each in inputs]
-    exact = run(naive, exact_inputs, grad)
-    actual, plain = run(operation, inputs, grad), run(naive, inputs, grad)
+    exact, plain = run(naive, exact_inputs, grad), run(naive, inputs, grad)
     for index, (ours, truth, theirs) in enumerate(zip(actual, exact, plain, strict=True)):
         assert ours.dtype == theirs.dtype
         if ours.dtype == torch.float64:  # the budget has no meaning where plain is the truth itself
@@ -58,10 +69,10 @@ def check(
             assert_within_budget(ours, truth, theirs, "output" if index == 0 else f"gradient {index - 1}", magnitude)
 
 
-def count_compilations(function: Callable, calls: Sequence[tuple]) -> list[int]:
+def count_compilations(function: Callable, calls: Sequence[tuple], backend: str = "aot_eager") -> list[int]:
     """Compile ``function`` into one graph, run it forward and backward; the number of graphs after each call."""
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(function, backend=counter, fullgraph=True)
     counts = []
     for arguments in calls:

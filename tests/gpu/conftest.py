@@ -1,0 +1,31 @@
+"""What only a GPU can show: ``PYTHONPATH=. python -m pytest tests/gpu``, the package need not be installed.
+
+``LYNX_GPU_TESTS_ON=cpu`` runs here what needs no CUDA, at small sizes: to try out the tests, not the kernels.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from lynx_kernels import triton_runtime
+from tests.gpu import bench
+
+
+def _reason() -> str | None:
+    if triton_runtime.INTERPRETED:
+        return "TRITON_INTERPRET=1: this process interprets kernels"
+    return None if bench.PRESENT else f"no {bench.DEVICE} device"
+
+
+def pytest_collection_modifyitems(items):
+    if reason := _reason():
+        for item in items:
+            if Path(__file__).parent in item.path.parents:
+                item.add_marker(pytest.mark.skip(reason))
+
+
+@pytest.fixture
+def cuda():
+    """For what asks CUDA itself: its graphs, its synchronisations, its memory."""
+    if bench.DEVICE != "cuda":
+        pytest.skip(f"needs CUDA, these tests run on {bench.DEVICE}")
