@@ -13,6 +13,7 @@ from transformers import (
     MistralConfig,
     Qwen2Config,
     Qwen3Config,
+    masking_utils,
 )
 
 from lynx_kernels import PackedLayout
@@ -145,6 +146,41 @@ def test_padded_cross_attention_is_not_mistaken_for_self_attention():
     torch.testing.assert_close(*states)
 
 
+FULL_DECODER = LlamaConfig(**SIZES, is_causal=False)
+CAUSAL = {"mask_function": masking_utils.causal_mask_function, "config": LlamaConfig(**SIZES)}
+BIDIRECTIONAL = {
+    "mask_function": masking_utils.bidirectional_mask_function, "config": FULL_DECODER,
+    "allow_is_bidirectional_skip": True, "allow_is_causal_skip": False,
+}  # fmt: skip
+
+
+def make_mask(options, columns=4):
+    padding = torch.ones(2, columns, dtype=torch.bool)
+    padding[0, 0] = False
+    queries = {"q_length": 4, "cache_position": torch.arange(4), "device": "cpu"}  # of newer and of older releases
+    return integration.mask(batch_size=2, kv_length=4, attention_mask=padding, **queries, **options)
+
+
+@pytest.mark.parametrize("options", [CAUSAL, BIDIRECTIONAL])
+def test_plain_masks_are_tables(options):
+    table = make_mask(options)
+    assert (table.dtype, tuple(table.shape)) == (torch.int32, (1, 1, 3 * 2 + 1, 4))
+
+
+@pytest.mark.parametrize(
+    ("options", "columns"),
+    [
+        ({**CAUSAL, "allow_is_causal_skip": False}, 4),  # a model that goes on to change the mask
+        ({**BIDIRECTIONAL, "allow_is_bidirectional_skip": False}, 4),
+        ({**BIDIRECTIONAL, "config": LlamaConfig(**SIZES, is_causal=False, is_encoder_decoder=True)}, 4),
+        (CAUSAL, 6),  # of a cache longer than what is in it
+    ],
+)
+def test_other_masks_are_dense(options, columns):
+    dense = make_mask(options, columns)
+    assert (dense.dtype, tuple(dense.shape)) == (torch.bool, (2, 1, 4, 4))
+
+
 LAYOUTS = {
     "causal": PackedLayout.causal([3, 1, 4]),
     "causal roots": PackedLayout.from_groups([(3, [2, 2]), (2, [1])]),
@@ -234,8 +270,9 @@ def test_packed_layers_that_ask_for_what_we_lack_are_refused(feature):
 
 @pytest.mark.parametrize("feature", LOCAL)
 def test_local_masks_are_refused(feature):
-    model, refusal = lacking(feature)
-    with refusal:
+    """By the mask function, whatever a layer passes on: its message knows the window's size."""
+    model, _ = lacking(feature)
+    with pytest.raises(ValueError, match=rf"has no {feature} \(of 2\)"):
         model(torch.randint(50, (2, 4)))
 
 
