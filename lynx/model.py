@@ -16,8 +16,6 @@ from lynx_kernels import PackedLayout, SpanLayout, linear_cross_entropy, pack_em
 from lynx_kernels.integrations import transformers as attention_integration
 from lynx_kernels.layout import require
 
-attention_integration.register()
-
 
 class LynxForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """A vision tower, a resampler, and a decoder with adapters.

@@ -5,11 +5,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, Blip2VisionConfig, Blip2VisionModel, PreTrainedConfig, PreTrainedModel
 
+from lynx_kernels import PackedLayout
+from lynx_kernels.integrations import transformers as attention_integration
+
+attention_integration.register()
+
 
 def build(config: PreTrainedConfig) -> PreTrainedModel:
     """A fresh vision tower of this configuration."""
     if isinstance(config, Blip2VisionConfig):
-        return Blip2VisionModel._from_config(config)  # AutoModel does not know this configuration
+        implementation = config._attn_implementation or attention_integration.NAME
+        # AutoModel does not know this configuration.
+        return Blip2VisionModel._from_config(config, attn_implementation=implementation)
     return AutoModel.from_config(config)
 
 
@@ -50,7 +57,13 @@ def encode(tower: PreTrainedModel, pixel_values: Tensor) -> Tensor:
     patches = patches.unflatten(0, (-1, num_patches))  # (N, patches, width)
     class_token = embeddings.class_embedding.expand(patches.shape[0], -1, -1)
     hidden = torch.cat([class_token, patches], 1) + embeddings.position_embedding
-    return tower.encoder(inputs_embeds=hidden).last_hidden_state  # Lynx takes it before the tower's last LayerNorm
+    # Lynx takes the tokens before the tower's last LayerNorm.
+    if tower.config._attn_implementation != attention_integration.NAME:
+        return tower.encoder(inputs_embeds=hidden).last_hidden_state
+    frames, tokens = hidden.shape[:2]
+    layout = PackedLayout.full([tokens] * frames, device=hidden.device)
+    packed = tower.encoder(inputs_embeds=hidden.flatten(0, 1)[None], layout=layout).last_hidden_state
+    return packed.view_as(hidden)
 
 
 def drop_unused(tower: PreTrainedModel) -> PreTrainedModel:

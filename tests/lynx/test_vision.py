@@ -27,6 +27,21 @@ def test_tokens_are_those_of_transformers(tower):
     assert tokens.shape[1] == vision.tokens_per_frame(tower.config)
 
 
+@pytest.mark.parametrize("implementation", ["lynx", "eager"])
+def test_packed_frames_never_see_each_other(tokenizer, implementation):
+    """Another tower's attention takes a batch of frames, ours one packed row of them: both the same tokens."""
+    tower = make_model(make_config(tokenizer)).vision_tower.double()
+    assert tower.config._attn_implementation == "lynx"
+    patches = torch.randn(3 * 4, 3 * 4 * 4, dtype=torch.float64)
+    alone = torch.cat([vision.encode(tower, frame) for frame in patches.split(4)])
+    tower.set_attn_implementation(implementation)
+    tokens = vision.encode(tower, patches)
+    torch.testing.assert_close(tokens, alone, rtol=1e-5, atol=1e-6)  # eager computes its softmax in fp32
+    patches[5] += 1
+    changed = (vision.encode(tower, patches) != tokens).any(-1)
+    assert torch.equal(changed, torch.tensor([[False], [True], [False]]).expand(3, 5))
+
+
 def test_wrong_pixels_are_refused(tower):
     with pytest.raises(ValueError, match="pixel_values must be"):
         vision.encode(tower, torch.zeros(5, 7))

@@ -2,7 +2,19 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
+    Gemma2Config,
+    GptOssConfig,
+    Llama4TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    masking_utils,
+)
 
 from lynx_kernels import PackedLayout
 from lynx_kernels.integrations import transformers as integration
@@ -57,27 +69,232 @@ def test_branches_see_their_root_and_not_each_other():
     torch.testing.assert_close(packed[7:], alone[1][4:])
 
 
+@pytest.fixture
+def calls(monkeypatch):
+    """The layouts that reached prefix_attention, one a call."""
+    seen = []
+    function = integration.prefix_attention
+
+    def spy(q, k, v, layout, **options):
+        seen.append(layout)
+        return function(q, k, v, layout, **options)
+
+    monkeypatch.setattr(integration, "prefix_attention", spy)
+    return seen
+
+
+PADDINGS = {
+    "left": [[0, 0, 1, 1, 1, 1], [1] * 6],
+    "right": [[1, 1, 1, 0, 0, 0], [1] * 6],
+    "both sides, and an empty row": [[0, 1, 1, 0, 0, 0], [0] * 6],
+    "none": [[1] * 6, [1] * 6],
+}
+
+
+def check_padded(model, other, mask):
+    ids, weight = torch.randint(50, (2, 6)), torch.randn(2, 6, 50, dtype=torch.float64)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    is_token = mask.bool()
+    for each in (model, other):
+        each.out = each(ids, attention_mask=mask, position_ids=positions).logits[is_token]
+        (each.out * weight[is_token]).sum().backward()
+    torch.testing.assert_close(model.out, other.out)
+    for (name, parameter), its in zip(model.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, its.grad, msg=name)
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("config_class", DECODERS)
-def test_padded_rows_equal_sdpa(config_class):
-    ids = torch.randint(50, (2, 6))
-    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
-    logits = [decoder(config_class, name)(ids, attention_mask=mask).logits for name in ("lynx", "sdpa")]
-    torch.testing.assert_close(logits[0][mask.bool()], logits[1][mask.bool()])
+def test_padded_rows_equal_sdpa(config_class, padding, calls):
+    check_padded(decoder(config_class), decoder(config_class, "sdpa"), torch.tensor(PADDINGS[padding]))
+    assert len(calls) == SIZES["num_hidden_layers"]  # the layout made from the mask, not a dense mask
 
 
-def test_generation_equals_sdpa():
+@pytest.mark.parametrize("padding", ["left", "right", "both sides, and an empty row"])
+def test_padded_rows_of_a_full_decoder_equal_sdpa(padding, calls):
+    """Older releases of transformers do not look at ``is_causal``, and make these causal as well."""
+    models = [decoder(LlamaConfig, name, is_causal=False) for name in ("lynx", "sdpa")]
+    check_padded(*models, torch.tensor(PADDINGS[padding]))
+    assert len(calls) == SIZES["num_hidden_layers"]
+
+
+def test_rows_without_a_mask_equal_padded_ones(calls):
+    ids, model = torch.randint(50, (2, 6)), decoder(LlamaConfig)
+    torch.testing.assert_close(model(ids).logits, decoder(LlamaConfig, "sdpa")(ids).logits)
+    assert len(calls) == SIZES["num_hidden_layers"]
+
+
+def test_positions_that_restart_are_honoured():
+    """Transformers finds packed rows by their position_ids and makes a dense mask, which is no plain one."""
+    ids, positions = torch.randint(50, (1, 6)), torch.tensor([[0, 1, 0, 1, 2, 3]])
+    logits = [decoder(LlamaConfig, n)(ids, position_ids=positions, use_cache=False).logits for n in ("lynx", "sdpa")]
+    torch.testing.assert_close(*logits)
+    alone = decoder(LlamaConfig, "sdpa")(ids[:, 2:]).logits
+    torch.testing.assert_close(logits[0][:, 2:], alone)
+
+
+def test_padded_cross_attention_is_not_mistaken_for_self_attention():
+    """As many queries as keys, and a mask of the keys alone: the queries beside padded keys are no pads."""
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = BertConfig(**sizes, num_attention_heads=4, is_decoder=True, add_cross_attention=True)
+    memory, mask = torch.randn(2, 6, 32, dtype=torch.float64), torch.tensor(PADDINGS["left"])
+    ids, states = torch.randint(50, (2, 6)), []
+    for name in ("lynx", "sdpa"):
+        torch.manual_seed(0)
+        model = BertModel._from_config(config, attn_implementation=name).double().eval()
+        states.append(model(ids, encoder_hidden_states=memory, encoder_attention_mask=mask).last_hidden_state)
+    torch.testing.assert_close(*states)
+
+
+FULL_DECODER = LlamaConfig(**SIZES, is_causal=False)
+CAUSAL = {"mask_function": masking_utils.causal_mask_function, "config": LlamaConfig(**SIZES)}
+BIDIRECTIONAL = {
+    "mask_function": masking_utils.bidirectional_mask_function, "config": FULL_DECODER,
+    "allow_is_bidirectional_skip": True, "allow_is_causal_skip": False,
+}  # fmt: skip
+
+
+def make_mask(options, columns=4):
+    padding = torch.ones(2, columns, dtype=torch.bool)
+    padding[0, 0] = False
+    queries = {"q_length": 4, "cache_position": torch.arange(4), "device": "cpu"}  # of newer and of older releases
+    return integration.mask(batch_size=2, kv_length=4, attention_mask=padding, **queries, **options)
+
+
+@pytest.mark.parametrize("options", [CAUSAL, BIDIRECTIONAL])
+def test_plain_masks_are_tables(options):
+    table = make_mask(options)
+    assert (table.dtype, tuple(table.shape)) == (torch.int32, (1, 1, 3 * 2 + 1, 4))
+
+
+@pytest.mark.parametrize(
+    ("options", "columns"),
+    [
+        ({**CAUSAL, "allow_is_causal_skip": False}, 4),  # a model that goes on to change the mask
+        ({**BIDIRECTIONAL, "allow_is_bidirectional_skip": False}, 4),
+        ({**BIDIRECTIONAL, "config": LlamaConfig(**SIZES, is_causal=False, is_encoder_decoder=True)}, 4),
+        (CAUSAL, 6),  # of a cache longer than what is in it
+    ],
+)
+def test_other_masks_are_dense(options, columns):
+    dense = make_mask(options, columns)
+    assert (dense.dtype, tuple(dense.shape)) == (torch.bool, (2, 1, 4, 4))
+
+
+LAYOUTS = {
+    "causal": PackedLayout.causal([3, 1, 4]),
+    "causal roots": PackedLayout.from_groups([(3, [2, 2]), (2, [1])]),
+    "full roots": PackedLayout.from_groups([(3, [2, 2]), (2, [1])], root_is_causal=False),
+    "left": PackedLayout.from_padding_mask(torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])),
+    "right": PackedLayout.from_padding_mask(torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_information_never_leaks(layout):
+    """Perturb a token, and exactly the outputs that may see it change; the others stay bit for bit."""
+    visible, model = LAYOUTS[layout].visible(), decoder(LlamaConfig)
+    if layout in ("left", "right"):
+        mask = torch.tensor({"left": [[0, 0, 1, 1], [1, 1, 1, 1]], "right": [[1, 1, 1, 0], [1, 0, 0, 0]]}[layout])
+        is_token = mask.flatten().bool()
+
+        def run(embeddings):
+            return model(inputs_embeds=embeddings.view(2, 4, -1), attention_mask=mask).logits.flatten(0, 1)
+    else:
+        is_token = torch.ones(len(visible), dtype=torch.bool)
+
+        def run(embeddings):
+            packed = LAYOUTS[layout]
+            options = {"attention_mask": integration.packed_mask(packed), "position_ids": packed.position_ids[None]}
+            return model(inputs_embeds=embeddings[None], layout=packed, **options).logits[0]
+
+    with torch.no_grad():
+        embeddings = torch.randn(len(visible), SIZES["hidden_size"], dtype=torch.float64)
+        before = run(embeddings)
+        for token in range(len(visible)):
+            perturbed = embeddings.clone()
+            perturbed[token] += 1
+            changed = (run(perturbed) != before).any(-1)
+            assert torch.equal(changed[is_token], visible[is_token, token]), f"token {token}"
+
+
+def test_generation_equals_sdpa(calls):
     ids = torch.randint(50, (2, 6))
     options = {"attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6]), "max_new_tokens": 5, "num_beams": 2}
     tokens = [decoder(LlamaConfig, name).generate(ids, **options) for name in ("lynx", "sdpa")]
     assert torch.equal(*tokens)
+    assert len(calls) == SIZES["num_hidden_layers"]  # the prompt; then transformers' mask over the cache
 
 
-def test_what_packed_attention_lacks_is_refused():
+@pytest.mark.parametrize("cache", ["static", "dynamic"])
+def test_a_prompt_in_two_parts_equals_the_whole(cache):
+    """The second part's queries are fewer than its keys: no plain rows."""
+    ids, mask = torch.randint(50, (2, 6)), torch.tensor(PADDINGS["left"])
+    options = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False, "cache_implementation": cache}
+    tokens = [decoder(LlamaConfig, name).generate(ids, **options) for name in ("lynx", "sdpa")]
+    assert torch.equal(*tokens)
+    model, whole = decoder(LlamaConfig), decoder(LlamaConfig, "sdpa")(ids, attention_mask=mask).logits
+    first = model(ids[:, :4], attention_mask=mask[:, :4], use_cache=True)
+    second = model(ids[:, 4:], attention_mask=mask, past_key_values=first.past_key_values).logits
+    torch.testing.assert_close(second, whole[:, 4:])
+
+
+FULL = {"layer_types": ["full_attention"] * SIZES["num_hidden_layers"], "sliding_window": None}
+LOCAL = {
+    "sliding windows": (MistralConfig, {"sliding_window": 2}),
+    "chunked masks": (
+        Llama4TextConfig,
+        {"attention_chunk_size": 2, "num_local_experts": 2, "intermediate_size_mlp": 8},
+    ),
+}
+LACKING = {
+    **LOCAL,
+    "soft caps": (Gemma2Config, FULL),
+    "attention sinks": (GptOssConfig, {**FULL, "num_local_experts": 2}),
+}
+
+
+def lacking(feature):
+    config_class, options = LACKING[feature]
+    config = config_class(**SIZES, **options)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="lynx").eval()
+    return model, pytest.raises(ValueError, match=f"has no {feature}.*; take another one for {config.model_type}")
+
+
+@pytest.mark.parametrize("feature", LACKING)
+def test_packed_layers_that_ask_for_what_we_lack_are_refused(feature):
+    model, refusal = lacking(feature)
+    with refusal:
+        run_packed(model, torch.randint(50, (4,)), PackedLayout.causal([4]))
+
+
+@pytest.mark.parametrize("feature", LOCAL)
+def test_local_masks_are_refused(feature):
+    """By the mask function, whatever a layer passes on: its message knows the window's size."""
+    model, _ = lacking(feature)
+    with pytest.raises(ValueError, match=rf"has no {feature} \(of 2\)"):
+        model(torch.randint(50, (2, 4)))
+
+
+@pytest.mark.parametrize("name", ["sliding_window", "softcap", "s_aux", "position_bias"])
+def test_layers_that_ask_for_what_we_lack_are_refused(name):
+    """Without a layout too: scaled_dot_product_attention would leave out some of them without a word."""
+    q = torch.randn(1, 2, 4, 8)
+    with pytest.raises(ValueError, match=f"but the layer asks for {name}; take another one for this model"):
+        integration.attention(torch.nn.Module(), q, q, q, None, **{name: torch.ones(2)})
+
+
+def test_calls_that_contradict_themselves_are_refused():
     ids, layout = torch.randint(50, (4,)), PackedLayout.causal([4])
-    with pytest.raises(ValueError, match="no sliding_window, but the layer asks for it: 2"):
-        run_packed(decoder(MistralConfig, sliding_window=2), ids, layout)
-    with pytest.raises(ValueError, match=r"no dropout, but attention_dropout is 0\.5"):
+    mask, model = integration.packed_mask(layout), decoder(LlamaConfig)
+    with pytest.raises(ValueError, match=r"has no dropout, but attention_dropout is 0\.5"):
         run_packed(decoder(LlamaConfig, attention_dropout=0.5).train(), ids, layout)
-    mask = integration.packed_mask(layout)
     with pytest.raises(ValueError, match="the batch has 2 rows"):
-        decoder(LlamaConfig)(ids.repeat(2, 1), attention_mask=mask, layout=layout)
+        model(ids.repeat(2, 1), attention_mask=mask, layout=layout)
+    with pytest.raises(ValueError, match="no layout reached LlamaAttention"):
+        model(ids[None], attention_mask=mask)
+    for other in (None, torch.ones(1, 4, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="beside a layout stands attention_mask=packed_mask"):
+            model(ids[None], attention_mask=other, layout=layout)
+    with pytest.raises(ValueError, match="a row has a pad between tokens"):
+        model(ids[None], attention_mask=torch.tensor([[1, 0, 1, 1]]))
