@@ -31,7 +31,7 @@ from lynx_kernels.dispatch import which
 
 # Files and how many of their groups: all that the GPU has room for, and what two cores do in some tenths of a second.
 CPU = (
-    ("lynx", 64), ("llava", 4), ("llava-long", 4), ("video", 1), ("questions", 1), ("long", 4), ("long-4k", 1),
+    ("lynx", 64), ("llava", 2), ("llava-long", 2), ("video", 1), ("questions", 1), ("long", 4), ("long-4k", 1),
     ("resampler", 1), ("resampler", 64), ("resampler-video", 1), ("resampler-video", 8), ("decode", 1), ("decode", 8),
 )  # fmt: skip
 CUDA = (
@@ -46,6 +46,8 @@ _FLOP = {"forward": 4, "train": 14}
 # A score that is written to memory: in fp32 before and after the softmax, and its gradient. Such peers were seen to
 # take up to four times as long as the products alone.
 _HELD_BYTES, _HELD_SLOWNESS = 12, 4
+# Providers that are expected to take longer are left out: on two cores all cases together have some ten minutes.
+_MOST_SECONDS = {"cpu": 1.0, "cuda": CALL_SECONDS}
 _MOST_HELD_BYTES = {"cpu": 2 * 2**30, "cuda": 40 * 2**30}
 # Up to here launching from Python takes longer than running.
 _CAPTURED_TOKENS = 8192
@@ -222,7 +224,8 @@ def _too_large(peer: Peer, mode: str, dtype: torch.dtype, device: str, heads: in
     if held > _MOST_HELD_BYTES[device]:
         return f"its scores would take {held / 2**30:.0f} GiB, more than {_MOST_HELD_BYTES[device] / 2**30:.0f}"
     seconds = _FLOP[mode] * peer.pairs * heads * dim / matmul_rate(device, dtype) * (_HELD_SLOWNESS if held else 1)
-    return None if seconds <= CALL_SECONDS else f"a call would take about {seconds:.1f} s, more than {CALL_SECONDS:g}"
+    most = _MOST_SECONDS[device]
+    return None if seconds <= most else f"a call would take about {seconds:.1f} s, more than {most:g}"
 
 
 def _own_grad(peer: Peer, inputs: Sequence[Tensor], grad: Tensor) -> Tensor:

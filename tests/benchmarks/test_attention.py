@@ -1,6 +1,7 @@
 """The attention benchmark: its peers at tiny sizes, what their timed calls return, and how work is counted."""
 
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -12,11 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import attention, attention_peers
 from benchmarks.attention import _traffic, candidates, cases, inputs_of, operation, setup
-from benchmarks.attention_peers import BLOCKS, prefix_peers, two_calls
+from benchmarks.attention_peers import BLOCKS, Peer, prefix_peers, two_calls
 from benchmarks.attention_workloads import FOLDER, Workload, workloads
 from benchmarks.checks import assert_near, forward, train
 from benchmarks.harness import measure
 from benchmarks.tables import as_text
+from lynx_kernels import prefix_attention
 
 PREFIX, CROSS, DECODE = "prefix_attention", "cross_attention", "prefix_attention_decode"
 WORKLOADS = {
@@ -87,24 +89,23 @@ def doubled(inputs):
 
 
 @pytest.mark.parametrize("name", ["full", "causal", "full questions"])
-def test_a_wrong_provider_is_refused(name, monkeypatch):
-    real = attention.prefix_attention
-    wrong = {
-        "scale": lambda *args, impl=None, **options: real(*args, **options, scale=0.2),
-        "keys": lambda q, k, v, impl=None, **options: real(q, k.roll(1, 0), v, **options),
-        "gradient": lambda q, k, v, impl=None, **options: real(q, k.detach() + 0 * k, v, **options),
-    }
-    for how, function in wrong.items():
-        with monkeypatch.context() as patch:
-            case = tiny(WORKLOADS[name], "train")
-            case.check("sdpa padded")  # the truth is computed here, before anything is wrong
-            patch.setattr(attention, "prefix_attention", function)
-            peers = candidates(WORKLOADS[name], "train", "cpu", ["reference"], plain)
-            patch.setattr(attention, "candidates", lambda *args, peers=peers: peers)
-            patch.setattr(attention, "prefix_attention", real)
-            case = tiny(WORKLOADS[name], "train")
-        with pytest.raises(AssertionError, match="gradient 1: error" if how == "gradient" else "output: error"):
-            case.check("lynx reference")
+@pytest.mark.parametrize(
+    ("wrong", "where"),
+    [
+        (lambda q, k, v, layout: prefix_attention(q, k, v, layout, scale=0.2), "output"),
+        (lambda q, k, v, layout: prefix_attention(q, k.roll(1, 0), v, layout), "output"),
+        (lambda q, k, v, layout: prefix_attention(q, k.detach() + 0 * k, v, layout), "gradient 1"),
+    ],
+    ids=["scale", "keys", "gradient"],
+)
+def test_a_wrong_provider_is_refused(name, wrong, where, monkeypatch):
+    def ours(workload, impls, device):
+        return {"lynx wrong": Peer(partial(wrong, layout=workload.layout(device)), 1)}
+
+    monkeypatch.setattr(attention, "_ours", ours)
+    case = tiny(WORKLOADS[name], "train")
+    with pytest.raises(AssertionError, match=f"{where}: error"):
+        case.check("lynx wrong")
 
 
 @pytest.mark.parametrize("changed", ["full", "causal"])
@@ -178,18 +179,21 @@ def pretended(monkeypatch):
     windows = {(-1, 0): True, (-1, -1): False}
     varlen = with_offsets(lambda options: windows[options["window_size"]])
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
+    monkeypatch.setattr(attention_peers, "sdpa_kernel", lambda backend: nullcontext())
     for module in ("attention_peers", "attention_cache_peers"):
+        monkeypatch.setattr(f"benchmarks.{module}.only_on_gpus", lambda device: None)
         monkeypatch.setattr(f"benchmarks.{module}.missing", lambda name, device: None)
 
 
 @all_workloads
-def test_block_diagonal_peers_are_called_rightly(workload, pretended):
+def test_peers_that_need_a_gpu_are_called_rightly(workload, pretended):
     for mode in modes_of(workload):
         case = tiny(workload, mode)
         found = [name for name in case.providers for block in BLOCKS if block in name]
         assert len(found) == len(BLOCKS)
         for name in found:
             assert name.startswith("repeated ") == (workload.shares_roots and workload.operation == PREFIX)
+        for name in (*found, *(name for name in case.providers if "cudnn" in name)):
             case.check(name)
             case.providers[name](case.copies[0])
 
@@ -208,6 +212,14 @@ def test_two_calls_cover_full_prefixes_and_one_covers_causal_sequences():
         ([3, 3, 3], [3, 3, 3], False), ([4, 2, 1], [7, 5, 4], True),
         ([7, 5], [7, 5], True), ([7, 5], [7, 5], True),
     ]  # fmt: skip
+
+
+def test_causal_masks_of_both_devices_mean_the_same():
+    q, k, v = (torch.randn(1, 2, length, 16) for length in (3, 5, 5))
+    spelled_out, symbol = (attention_peers._causal_mask(3, 5, device) for device in ("cpu", "cuda"))
+    assert_near(
+        [attention_peers.sdpa(q, k, v, attn_mask=symbol)], [attention_peers.sdpa(q, k, v, attn_mask=spelled_out)]
+    )
 
 
 def test_flex_builds_its_mask_when_it_says_so_and_for_changing_lengths():
@@ -276,7 +288,6 @@ def test_traffic_counts_what_must_be_read_and_written():
 
 
 def test_who_does_not_fit_is_left_out_with_a_reason(monkeypatch):
-    monkeypatch.setitem(attention._MOST_HELD_BYTES, "cpu", 100)
     monkeypatch.setitem(attention._MOST_HELD_BYTES, "cpu", 0)
     case = tiny(WORKLOADS["full"], "train")
     assert case.left_out["eager"].startswith("its scores would take 0 GiB, more than 0")
@@ -284,7 +295,7 @@ def test_who_does_not_fit_is_left_out_with_a_reason(monkeypatch):
     assert case.left_out["xformers"] == "runs on GPUs only"
     assert case.left_out["flex"] == "FlexAttention has no backward on CPUs"
     assert not set(case.left_out) & set(case.providers)
-    monkeypatch.setattr(attention, "CALL_SECONDS", 1e-12)
+    monkeypatch.setitem(attention._MOST_SECONDS, "cpu", 1e-12)
     assert "a call would take about" in tiny(WORKLOADS["full"]).left_out["sdpa padded"]
     assert attention_peers.missing("flash-attn", "cuda") in (None, "flash_attn is not installed")
 
@@ -315,6 +326,7 @@ def test_cases_say_what_they_ask_and_what_does_not_fit(quick):
             assert "a call would take about" in case.left_out
     names = next(case for case in asked if "questions" in case.shape and case.mode == "forward").providers
     assert {"eager", "repeated sdpa padded", "repeated flex", "lynx reference", "matmuls"} <= set(names)
+    assert not {"repeated eager", "repeated flex and mask", "repeated flex changing"} & set(names)
     few = Workload("questions", PREFIX, ((5, (2, 3)),), False)
     assert {*tiny(few).providers, *tiny(few).left_out} == {*names}
 
