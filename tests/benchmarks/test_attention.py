@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import attention, attention_peers
+from benchmarks import attention, attention_peers, memory
 from benchmarks.attention import _traffic, candidates, cases, inputs_of, operation, setup
 from benchmarks.attention_peers import BLOCKS, Peer, prefix_peers, two_calls
 from benchmarks.attention_workloads import FOLDER, Workload, workloads
@@ -19,6 +19,7 @@ from benchmarks.checks import assert_near, forward, train
 from benchmarks.harness import measure
 from benchmarks.tables import as_text
 from lynx_kernels import prefix_attention
+from lynx_kernels.dispatch import Choice
 
 PREFIX, CROSS, DECODE = "prefix_attention", "cross_attention", "prefix_attention_decode"
 WORKLOADS = {
@@ -298,6 +299,28 @@ def test_who_does_not_fit_is_left_out_with_a_reason(monkeypatch):
     monkeypatch.setitem(attention._MOST_SECONDS, "cpu", 1e-12)
     assert "a call would take about" in tiny(WORKLOADS["full"]).left_out["sdpa padded"]
     assert attention_peers.missing("flash-attn", "cuda") in (None, "flash_attn is not installed")
+
+
+def test_who_writes_scores_is_expected_to_be_slower(monkeypatch):
+    workload = WORKLOADS["texts"]
+    padded = 4 * 2 * 7**2 * 4 * 16  # FLOP of two padded texts of at most 7 tokens, 4 heads of 16
+    monkeypatch.setattr(attention, "matmul_rate", lambda device, dtype: padded / 0.5)
+    case = tiny(workload)
+    assert case.left_out["eager"] == "a call would take about 2.0 s, more than 1"
+    assert "sdpa padded" in case.providers
+
+
+def test_setup_tells_the_frame_what_to_measure(monkeypatch):
+    case = tiny(WORKLOADS["full"], "train")
+    assert case.captured
+    assert not tiny(Workload("large", PREFIX, ((0, (8193,)),))).captured
+    assert tiny(WORKLOADS["resampler"]).captured
+    saved = memory.saved(partial(case.providers["lynx reference"], case.copies[0]), case.parameters)
+    rows = 16 * 4 * 4  # bytes of a number for each of 16 tokens and 4 heads
+    assert saved == 16 * rows + rows + WORKLOADS["full"].layout("cpu").segments.nbytes  # output and LSE, not q, k, v
+    assert tiny(WORKLOADS["full"]).parameters == ()
+    monkeypatch.setattr(attention, "which", lambda *args: Choice("other", {"reference": "not today"}))
+    assert not [name for name in tiny(WORKLOADS["full"]).providers if name.startswith("lynx ")]
 
 
 def test_left_out_is_stored_and_shown():
