@@ -16,7 +16,7 @@ test: .venv/test-installed lint
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 tests/interpreter
 
 # Everything that fits this machine into benchmarks/results/ (kept if stopped), then benchmarks/RESULTS.md and the README's
-# table from all that is stored. 10 minutes or so on 2 cores.
+# table from all that is stored. 20 minutes or so on 2 cores.
 bench: .venv/test-installed
 	$(BIN)/python -m benchmarks all
 	$(BIN)/python -m benchmarks report

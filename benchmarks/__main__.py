@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import adapter, report
+from benchmarks import adapter, attention, report
 from benchmarks.harness import Case, measure
 from benchmarks.rows import RESULTS, append
 from benchmarks.tables import as_text
 
-OPERATIONS: dict[str, Callable[..., Iterator[Case]]] = {"adapter": adapter.cases}
+OPERATIONS: dict[str, Callable[..., Iterator[Case]]] = {"adapter": adapter.cases, "attention": attention.cases}
 
 
 def device() -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.checks import assert_near, forward, train
 from benchmarks.harness import Case, Setup
 from benchmarks.rows import OURS
 from benchmarks.timing import cold_copies, matmul_rate
@@ -36,8 +37,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _FEW_TOKENS = 64
 # Up to here launching eager's ten kernels from Python takes longer than running them.
 _CAPTURED_TOKENS = 2048
-# Keeps a wrong provider from being timed, peers included; the tests hold ours to a tighter budget.
-_TOLERANCE = 16
 
 
 def eager(x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, scale) -> Tensor:
@@ -108,20 +107,14 @@ def setup(
         if impl not in refused:
             functions[OURS + impl] = partial(adapter, impl=impl)
 
-    run = _forward if mode == "forward" else _train
+    run = forward if mode == "forward" else train
     grad = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(inputs[0])
     exact, magnitudes = _exact(run, inputs, grad)
 
     def check(name: str) -> None:
         if name == "matmuls":
             return
-        for index, (value, truth, magnitude) in enumerate(
-            zip(run(functions[name], grad, inputs), exact, magnitudes, strict=True)
-        ):
-            error = (value.double() - truth).abs().max().item()
-            allowed = _TOLERANCE * torch.finfo(value.dtype).eps * max(truth.abs().max().item(), magnitude)
-            what = "output" if index == 0 else f"gradient {index - 1}"
-            assert error <= allowed, f"{what}: error {error:.1e} exceeds {allowed:.1e}"
+        assert_near(run(functions[name], grad, inputs), exact, magnitudes)
 
     is_few = tokens <= _FEW_TOKENS
     return Setup(
@@ -150,16 +143,6 @@ def _exact(run: Callable, inputs: list[Tensor], grad: Tensor) -> tuple[list[Tens
         branch = (exact[0] - wide[0].detach()) / wide[-1].detach()
         magnitudes[-1] = (grad.double().norm() * branch.norm()).item()
     return exact, magnitudes
-
-
-def _forward(function: Callable[..., Tensor], grad: Tensor, inputs: list[Tensor]) -> list[Tensor]:
-    with torch.no_grad():
-        return [function(*inputs)]
-
-
-def _train(function: Callable[..., Tensor], grad: Tensor, inputs: list[Tensor]) -> list[Tensor]:
-    output = function(*inputs)
-    return [output.detach(), *torch.autograd.grad(output, inputs, grad)]
 
 
 @torch.no_grad()

@@ -91,8 +91,9 @@ def draw(figure: Figure, folder: Path) -> None:
         for i, mode in enumerate(modes):
             panel = figure.panels.get((group, mode), {})
             for line, points in panel.items():
-                number = figure.providers.index(line) % len(_COLOURS)
-                _line(axes[i][j], points, line, _COLOURS[number], _MARKERS[number])
+                again, number = divmod(figure.providers.index(line), len(_COLOURS))
+                marker = _MARKERS[(number + again) % len(_MARKERS)]  # a colour comes again with another marker
+                _line(axes[i][j], points, line, _COLOURS[number], marker)
             _axes(axes[i][j], figure.label, sorted(values))
             axes[i][j].set_title(f"{mode}, {group}", fontsize=9)
     for axis in axes[:, 0]:

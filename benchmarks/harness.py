@@ -6,7 +6,7 @@ taken within a round. A floor is a provider too: what no implementation can be f
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from statistics import quantiles
 from typing import Any
@@ -36,6 +36,7 @@ class Setup:
         flops, traffic: the operation's own work in FLOP or in bytes from and to memory, whichever bounds it.
         captured: on a GPU, time CUDA graphs: where calls are so short that launching them would be most of the time.
         parameters: tensors of ``copies[0]`` that live on anyway; given, what else is saved for backward is measured.
+        left_out: why other providers, by name, do not answer; stored and shown.
     """
 
     providers: Mapping[str, Callable[[Any], object]]
@@ -47,6 +48,7 @@ class Setup:
     device: str = "cpu"
     captured: bool = False
     parameters: Sequence[Tensor] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -91,9 +93,10 @@ def measure(case: Case, *, rounds: int, timer: Timer | None = None) -> list[Row]
     made = batches(entrants, setup.captured and setup.device == "cuda")
     times = _time(made, rounds, timer or timer_of(setup.device))
     rows = []
-    for name in dict.fromkeys([*setup.providers, *entrants]):
-        if name in refused:
-            metric, note = refused[name]
+    absent = refused | {name: ("left out", why) for name, why in setup.left_out.items()}
+    for name in dict.fromkeys([*setup.providers, *entrants, *absent]):
+        if name in absent:
+            metric, note = absent[name]
             rows.append(Row(provider=name, metric=metric, p20=0, p50=0, p80=0, note=note, **about))
             continue
         values = {"time": [1e6 * each for each in times[name]], **_comparisons(name, times, setup, floors)}

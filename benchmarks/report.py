@@ -24,7 +24,10 @@ Written by `python -m benchmarks report` from `benchmarks/results/*.csv`; do not
 - Floors: `matmuls`, the operation's bare products, and `copy`, moving as many bytes as the operation must. Shares say
   how near to them a provider comes. Work that mostly reads can be faster than a copy, half of which is writing.
 - With few tokens reading the weights is the work: they are read from memory, not from a cache, and rates are in GB/s.
+- FLOP of attention are those of pairs that see each other: no pads, nothing that a mask hides, causal as causal.
 - On GPUs, calls of up to some thousand tokens are captured in CUDA graphs: no launch from Python is timed.
+- `bound` in a shape: repeating the root that branches share takes so many times the FLOP. Where FLOP decide, sharing it
+  cannot be faster by more than that than the same with `repeated` before its name.
 - Peak memory is what a call allocates at most at one time; saved memory stays alive between forward and backward.
 """
 

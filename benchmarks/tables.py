@@ -42,9 +42,10 @@ def details(rows: list[Row]) -> Table:
 
 
 def _cells(provider: str, found: dict[str, Row], baseline: str, shares: list[str]) -> list[str]:
-    for metric in ("wrong", "failed"):
+    for metric in ("wrong", "failed", "left out"):
         if metric in found:
-            return [f"**{metric}**", provider, found[metric].note, *["-"] * (len(shares) + 3)]
+            said = metric if metric == "left out" else f"**{metric}**"
+            return [said, provider, found[metric].note, *["-"] * (len(shares) + 3)]
     rate = next((f"{found[unit].p50:.3g} {unit}" for unit in ("TFLOP/s", "GB/s") if unit in found), "-")
     time = f"{_short(found['time'].p50)} ({_short(found['time'].p20)}-{_short(found['time'].p80)})"
     if found["time"].note.startswith("launched"):

@@ -1,0 +1,37 @@
+"""What a benchmark's check needs: a call with every gradient, and how near to the truth it must come."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+# Keeps a wrong provider from being timed, peers included; the tests hold ours to a tighter budget.
+_TOLERANCE = 16
+
+
+def forward(function: Callable[..., Tensor], grad: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The output."""
+    with torch.no_grad():
+        return [function(*inputs)]
+
+
+def train(function: Callable[..., Tensor], grad: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The output, and the gradient of every input."""
+    output = function(*inputs)
+    return [output.detach(), *torch.autograd.grad(output, inputs, grad)]
+
+
+def assert_near(values: Sequence[Tensor], exact: Sequence[Tensor], magnitudes: Sequence[float] | None = None) -> None:
+    """Raise AssertionError unless every value is within 16 eps of the largest number of its exact one.
+
+    Args:
+        values: the output, then gradients, in the dtype that is measured.
+        exact: what they should be, in fp64.
+        magnitudes: for each a number that takes the place of the largest where it is larger.
+    """
+    for index, (value, truth) in enumerate(zip(values, exact, strict=True)):
+        largest = max(truth.abs().max().item(), magnitudes[index] if magnitudes else 0.0)
+        error = (value.double() - truth).abs().max().item()
+        allowed = _TOLERANCE * torch.finfo(value.dtype).eps * largest
+        what = "output" if index == 0 else f"gradient {index - 1}"
+        assert error <= allowed, f"{what}: error {error:.1e} exceeds {allowed:.1e}"
