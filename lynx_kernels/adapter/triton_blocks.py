@@ -39,8 +39,10 @@ def slope(b_x, ACTIVATION: tl.constexpr):
         b_out = 0.5 * (1 + tl.erf(b_x * _ROOT_HALF)) + b_x * _ROOT_HALF_OVER_PI * tl.exp(-0.5 * b_x * b_x)
     else:
         b_square = b_x * b_x * _CUBIC
-        b_gate = tl.sigmoid(b_x * (1 + b_square) * _TWICE_ROOT_TWO_OVER_PI)
-        b_out = b_gate + b_x * b_gate * (1 - b_gate) * (1 + 3 * b_square) * _TWICE_ROOT_TWO_OVER_PI
+        b_twice_u = b_x * (1 + b_square) * _TWICE_ROOT_TWO_OVER_PI
+        b_gate = tl.sigmoid(b_twice_u)
+        # sigmoid(-2u), not 1 - sigmoid(2u): at x = 3 the cancellation would come out 10 times as large.
+        b_out = b_gate + b_x * b_gate * tl.sigmoid(-b_twice_u) * (1 + 3 * b_square) * _TWICE_ROOT_TWO_OVER_PI
     return b_out
 
 
