@@ -1,9 +1,9 @@
 """The adapter in Triton. Three forms, chosen in triton_launches.py by shape:
 
-- tiled: three launches. Statistics; normalise, down-projection, bias, activation; up-projection, bias, scale, residual.
+- tiled: three launches. Statistics; normalise, down-projection, bias, activation; up-projection, bias, scale, sum.
 - fused, for small bottlenecks: one launch, in which a block of rows keeps its bottleneck on the chip.
-- few, for a few tokens: three launches, the down-projection in parts, put together by the second, then the up-projection
-  in narrow tiles. Each byte of the weights is read once, by as many programs as occupy the GPU.
+- few, for a few tokens: three launches. The down-projection in parts; these put together; the up-projection in narrow
+  tiles. Each byte of the weights is read once, by as many programs as occupy the GPU.
 
 Besides the output only r-wide tensors are written. Backward is tiled or fused, in at most three launches and two; it
 recomputes the activation and, where the down-projection trains, LayerNorm's output; the weights' gradients are products
@@ -36,21 +36,20 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-@cache
-def _gpu(device: torch.device) -> dict[str, str | int]:
-    properties = torch.cuda.get_device_properties(device)
-    return {"device": properties.name, "multiprocessors": properties.multi_processor_count}
-
-
 def describe(direction: str, x: Tensor, down_weight: Tensor, *others: Tensor) -> Call:
     """The call as plans know it, given every tensor of two dimensions that its kernels read."""
     (tokens, width), bottleneck = x.shape, down_weight.shape[0]
     distances = [width, bottleneck, *(each.stride(0) for each in (x, down_weight, *others))]
     return Call(
         direction, tokens, width, bottleneck, x.dtype, down_weight.dtype,
-        aligned=all(each % 16 == 0 for each in distances),
-        **(_gpu(x.device) if x.is_cuda else {}),
+        all(each % 16 == 0 for each in distances), *(_gpu(x.device) if x.is_cuda else ()),
     )  # fmt: skip
+
+
+@cache
+def _gpu(device: torch.device) -> tuple[str, int]:
+    properties = torch.cuda.get_device_properties(device)
+    return properties.name, properties.multi_processor_count
 
 
 def _tile(launch: Launch) -> dict[str, int]:
@@ -185,7 +184,7 @@ def backward(
     inward = below or needs_down or needs_down_bias  # ... of the pre-activation
     plan = choose_plan(describe("backward" if below else "weights", x, down_weight, up_weight, grad))
     fused = plan.form == "fused"
-    row_tiles = triton.cdiv(tokens, (plan.inward if fused else plan.outward).block_rows)
+    row_tiles = triton.cdiv(tokens, plan.outward.block_rows)
     n_sums = 1 if fused else triton.cdiv(bottleneck, plan.inward.block_columns)
     factor = _overflow_guard(scale) if compute == torch.float16 and grad.dtype != compute else None
     grad_preactivation = empty(
@@ -236,14 +235,17 @@ def backward(
         gradients["norm_weight"] = norm_weight_sums.sum(0)
     if norm_bias_sums is not None:
         gradients["norm_bias"] = norm_bias_sums.sum(0)
-    if needs_down:
-        gradients["down_weight"] = grad_preactivation.t() @ (normalized if has_norm else x.to(compute))
-    if needs_down_bias:
-        gradients["down_bias"] = grad_preactivation.sum(0, dtype=torch.float32)
-    if needs_up:
-        narrow = grad.to(compute) if factor is None else torch.mul(grad, factor, out=torch.empty_like(grad, dtype=compute))
+    if grad_preactivation is not None:
+        if needs_down:
+            gradients["down_weight"] = grad_preactivation.t() @ (x.to(compute) if normalized is None else normalized)
+        if needs_down_bias:
+            gradients["down_bias"] = grad_preactivation.sum(0, dtype=torch.float32)
+    if scaled_activated is not None:
+        narrow = (
+            grad.to(compute) if factor is None else torch.mul(grad, factor, out=torch.empty_like(grad, dtype=compute))
+        )
         gradients["up_weight"] = narrow.t() @ scaled_activated
-    if needs_scale:
+    if scale_sums is not None:
         gradients["scale"] = scale_sums.sum().reshape(scale.shape)
     if up_bias is not None and (needs_up_bias or needs_scale):
         grad_sums = grad.sum(0, dtype=torch.float32)

@@ -204,7 +204,6 @@ def fused_kernel(
     )  # fmt: skip
     b_preactivation = b_sum.to(p_preactivation.dtype.element_ty)  # [BROWS, BCOLUMNS]
     tl.store(p_preactivation + o_t[:, None] * r + o_r[None, :], b_preactivation, mask=m_t[:, None] & m_r[None, :])
-    # Beyond r, where the activation of 0 is 0 too, the weights are masked as well: a NaN in neither would reach the sum.
     b_activated = activate(b_preactivation.to(tl.float32), ACTIVATION).to(p_up_weight.dtype.element_ty)
     b_scale = tl.load(p_scale).to(tl.float32)
     p_up_tile = p_up_weight + o_d.to(tl.int64)[None, :] * stride_up + o_r[:, None]

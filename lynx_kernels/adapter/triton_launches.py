@@ -43,12 +43,12 @@ class Launch:
 class Plan:
     """A form, ``"tiled"``, ``"fused"`` or ``"few"`` (``triton.py`` says what they are), and the launches it takes.
 
-    ``inward`` cuts the product into the bottleneck (the only one of the fused form), ``outward`` the one out of it.
+    ``inward`` cuts the product into the bottleneck, ``outward`` the one out of it; in the fused form they are one.
     """
 
     form: str
     inward: Launch
-    outward: Launch | None = None
+    outward: Launch
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Call:
     stream: torch.dtype
     compute: torch.dtype  # of the weights
     aligned: bool  # whether every row starts at a multiple of 16 values, which Triton must know to load vectors
-    device: str = ""  # the name of the GPU
+    gpu: str = ""
     multiprocessors: int = 132  # of an H100; an A100 has 108
 
     @property
@@ -74,7 +74,7 @@ class Call:
         """Names the calls that share a tuned plan: shapes as they are, tokens up to the next power of two."""
         tokens = triton.next_power_of_2(max(self.tokens, 1))
         dtypes = f"{self.stream}/{self.compute}".replace("torch.", "")
-        return f"{self.device} {self.direction} T<={tokens} d={self.width} r={self.bottleneck} {dtypes}"
+        return f"{self.gpu} {self.direction} T<={tokens} d={self.width} r={self.bottleneck} {dtypes}"
 
 
 # Tiled, many tokens. 128 x 128 outputs use every loaded value 128 times, so L2 keeps up with the tensor cores; on 8
@@ -90,8 +90,8 @@ MEDIUM_WIDE = Launch(64, 128, 64, num_warps=8, num_stages=3)
 # on 8 warps and 0.5 KiB on 16, half the columns on 8 warps nothing, on 4 warps 1 KiB again.
 LARGE_BACKWARD = Launch(128, 64, 64, num_warps=8, num_stages=3)
 MEDIUM_BACKWARD = Launch(64, 64, 64, num_warps=4, num_stages=4)
-# Rows that start anywhere: values are loaded one by one, past the asynchronous copies, and wait in registers. 32 x 64 in
-# steps of 32 is what spills nothing; the larger tiles spill up to 2 KiB.
+# Rows that start anywhere: values are loaded one by one, past the asynchronous copies, and wait in registers. 32 x 64
+# in steps of 32 is what spills nothing; the larger tiles spill up to 2 KiB.
 UNALIGNED = Launch(32, 64, 32, num_warps=4, num_stages=2)
 # IEEE fp32 has no tensor cores: operands live in registers, and a short step keeps them few. Fewer than 64 rows:
 # from there on Triton 3.7 compiles an fp32 product of widened bf16 or fp16 values to TF32 on sm_100, whatever was asked
@@ -100,12 +100,12 @@ IEEE = Launch(32, 64, 16, num_warps=4, num_stages=3)
 
 # Few tokens, by rows of a tile: 16 is the least a tensor core takes. The floor is the time to read both weights once,
 # 2 * d * r values: 33.5 MB in bf16 at d = 4096, r = 2048, 10 us at an H100's 3.35 TB/s. To come near it a
-# multiprocessor must have some 32 KB of loads in flight, so steps are long and stages many: 24 KiB of weights in
-# flight a program, and two to four programs fit side by side. A tile is about as wide as it is high, which keeps what
+# multiprocessor must have some 32 KB of loads in flight, so steps are long and stages many: 12 to 24 KiB of weights in
+# flight a program, and two to four programs side by side. A tile is about as wide as it is high, which keeps what
 # is read of x from L2 at what is read of the weights; for the same reason the up-projection of 64 rows stops at 32
 # columns, where d = 4096 still makes 128 programs.
 FEW_INWARD = {
-    16: Launch(16, 16, 256, num_warps=4, num_stages=4),
+    16: Launch(16, 16, 128, num_warps=4, num_stages=4),  # steps of 256 spill 20 bytes on sm_100
     32: Launch(32, 32, 128, num_warps=4, num_stages=4),
     64: Launch(64, 64, 64, num_warps=4, num_stages=4),
 }
@@ -165,20 +165,24 @@ def _few_launch(call: Call, by_rows: dict[int, Launch]) -> Launch:
 
 def fused_plan(call: Call) -> Plan:
     """All of the bottleneck in one tile, 16 columns at least, and as many rows as registers and programs allow."""
-    columns = max(16, triton.next_power_of_2(call.bottleneck))
+    launch = _fused_launch(call, max(16, triton.next_power_of_2(call.bottleneck)))
+    return Plan("fused", launch, launch)
+
+
+def _fused_launch(call: Call, columns: int) -> Launch:
     warps = 4 if columns <= 64 else 8
     if call.compute == torch.float32:
-        return Plan("fused", Launch(32 if columns <= 64 else 16, columns, 16, num_warps=4, num_stages=2))
+        return Launch(32 if columns <= 64 else 16, columns, 16, num_warps=4, num_stages=2)
     if not call.aligned:
-        return Plan("fused", Launch(16, columns, 32, num_warps=warps, num_stages=2))
+        return Launch(16, columns, 32, num_warps=warps, num_stages=2)
     if call.wide:  # 64 rows: ptxas serialises sm_90's products, or spills
-        return Plan("fused", Launch(32, columns, 64, num_warps=warps, num_stages=2))
+        return Launch(32, columns, 64, num_warps=warps, num_stages=2)
     # Every block of rows reads all of both weights from L2: 64 rows, what spills nothing, as soon as they occupy a
     # third of the GPU; else 16.
     many = Launch(64, columns, 64, num_warps=warps, num_stages=2)
     if 3 * many.programs(call.tokens, 1) >= call.multiprocessors:
-        return Plan("fused", many)
-    return Plan("fused", Launch(16, columns, 64, num_warps=4, num_stages=3))
+        return many
+    return Launch(16, columns, 64, num_warps=4, num_stages=3)
 
 
 def tiled_plan(call: Call) -> Plan:
@@ -206,9 +210,16 @@ def tuned_plans() -> dict[str, Plan]:
     """What ``tuned.json`` holds, by ``Call.key``; nothing where there is no such file."""
     if not TUNED.exists():
         return {}
-    return {key: plan_from_json(each) for key, each in json.loads(TUNED.read_text()).items()}
+    return {key: _plan(**each) for key, each in json.loads(TUNED.read_text()).items()}
 
 
-def plan_from_json(each: dict) -> Plan:
-    outward = None if each["outward"] is None else Launch(**each["outward"])
-    return Plan(each["form"], Launch(**each["inward"]), outward)
+def _plan(form: str, inward: dict, outward: dict) -> Plan:
+    return Plan(form, Launch(**inward), Launch(**outward))
+
+
+def use_plan(call: Call, plan: Plan | None) -> None:
+    """Give calls with the key of ``call`` this plan, in this process; None gives them back to the rules."""
+    tuned_plans().pop(call.key(), None)
+    if plan is not None:
+        tuned_plans()[call.key()] = plan
+    choose_plan.cache_clear()

@@ -16,7 +16,7 @@ DTYPES = [torch.float32, torch.float16]
 SMALL, FLAT, LARGE = (16, 32, 16, 4, 2), (32, 16, 64, 4, 2), (64, 64, 32, 4, 2)
 TILED = {tile: Plan("tiled", Launch(*tile), Launch(*tile)) for tile in (SMALL, FLAT, LARGE)}
 # All of a bottleneck of up to 64 in one tile.
-FUSED = {tile: Plan("fused", Launch(tile[0], 64, *tile[2:])) for tile in (SMALL, FLAT)}
+FUSED = {tile: Plan("fused", *[Launch(tile[0], 64, *tile[2:])] * 2) for tile in (SMALL, FLAT)}
 # The second is a single part, the last more parts than there are steps.
 FEW = {
     (*tile, parts): Plan("few", Launch(*tile, parts=parts), Launch(*tile))
