@@ -1,67 +1,29 @@
-"""The adapter in Triton, for bottlenecks too wide for one kernel: three launches forward, at most three backward.
+"""The adapter in Triton. Three forms, chosen in triton_launches.py by shape:
 
-Forward: statistics; normalise, down-projection, bias, activation; up-projection, bias, scale, residual. Besides the
-output only r-wide tensors are written. Backward recomputes the activation and, where the down-projection trains,
-LayerNorm's output; the weights' gradients are products that cuBLAS does best. No atomics: two runs agree bit by bit.
+- tiled: three launches. Statistics; normalise, down-projection, bias, activation; up-projection, bias, scale, sum.
+- fused, for small bottlenecks: one launch, in which a block of rows keeps its bottleneck on the chip.
+- few, for a few tokens: three launches. The down-projection in parts; these put together; the up-projection in narrow
+  tiles. Each byte of the weights is read once, by as many programs as occupy the GPU.
+
+Besides the output only r-wide tensors are written. Backward is tiled or fused, in at most three launches and two; it
+recomputes the activation and, where the down-projection trains, LayerNorm's output; the weights' gradients are products
+that cuBLAS does best. No atomics: two runs agree bit by bit. Nothing is read back from the device.
 """
 
-from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
 from torch import Tensor
 
-from lynx_kernels.adapter import triton_kernels as kernels
+from lynx_kernels.adapter import triton_backward, triton_few, triton_forward
+from lynx_kernels.adapter.triton_launches import Call, Launch, choose_plan
 
-
-@dataclass(frozen=True)
-class Launch:
-    """How one product is cut: the output's tile, the step along the sum, and what Triton makes of it."""
-
-    block_rows: int
-    block_columns: int
-    block_inner: int
-    num_warps: int
-    num_stages: int
-
-    def programs(self, rows: int, columns: int) -> int:
-        return triton.cdiv(rows, self.block_rows) * triton.cdiv(columns, self.block_columns)
-
-
-# None of these is measured: no GPU yet. The reasons are arithmetic and what the compiler reports (tests/compilation).
-
-# Many tokens. 128 x 128 outputs use every loaded value 128 times, so L2 keeps up with the tensor cores; on 8 warps the
-# fp32 sum takes 64 registers a thread and leaves room to normalise; three stages take 96 of sm_80's 163 KiB.
-LARGE = Launch(128, 128, 64, num_warps=8, num_stages=3)
-# Too few large tiles to occupy the GPU: half the rows on half the warps. Not half the columns: with 64 of them ptxas
-# serialises sm_90's products, whose left operand comes normalised from registers.
-MEDIUM = Launch(64, 128, 64, num_warps=4, num_stages=3)
-# Backward's epilogues hold up to four tiles at once (sum, pre-activation, activation, slope): 128 x 128 spills 1 KiB
-# on 8 warps and 0.5 KiB on 16, half the columns on 8 warps nothing, on 4 warps 1 KiB again.
-LARGE_BACKWARD = Launch(128, 64, 64, num_warps=8, num_stages=3)
-MEDIUM_BACKWARD = Launch(64, 64, 64, num_warps=4, num_stages=4)
-# A few tokens: 16 rows is the least a tensor core takes. The weights are read once and bound the time, so the step
-# along the sum is long and the stages many: loads in flight, not arithmetic.
-SMALL = Launch(16, 64, 128, num_warps=4, num_stages=4)
-# IEEE fp32 has no tensor cores: operands live in registers, and a short step keeps them few. Fewer than 64 rows:
-# from there on Triton 3.7 compiles an fp32 product of widened bf16 or fp16 values to TF32 on sm_100, whatever was asked
-# for (triton-lang/triton #10176).
-IEEE = Launch(32, 64, 16, num_warps=4, num_stages=3)
-
-_OCCUPYING = 132  # large tiles from which on they keep the GPU busy: the multiprocessors of an H100 (an A100 has 108)
 _GROUP = 8  # tiles of rows that go together; 8 of 128 rows times d = 4096 in bf16 are 8 MiB, well inside L2
 _BLOCK_WIDTH = 1024  # row kernels: one block of 4 warps reads 8 values a thread, one or two vector loads
 _ROW_WARPS = 4
-
-
-def choose_launch(rows: int, columns: int, compute: torch.dtype, *, backward: bool = False) -> Launch:
-    """The launch of a product with an output of (rows, columns) whose operands are ``compute``."""
-    if compute == torch.float32:
-        return IEEE
-    if rows <= SMALL.block_rows:
-        return SMALL
-    large, medium = (LARGE_BACKWARD, MEDIUM_BACKWARD) if backward else (LARGE, MEDIUM)
-    return large if large.programs(rows, columns) >= _OCCUPYING else medium
+_JOIN_ROWS, _JOIN_COLUMNS = 16, 64  # putting parts together: 64 tokens and r = 2048 make 128 programs
+_LEAST_FACTOR = 2.0**-6
 
 
 def _with_dense_rows(tensor: Tensor) -> Tensor:
@@ -74,17 +36,31 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
+def describe(direction: str, x: Tensor, down_weight: Tensor, *others: Tensor) -> Call:
+    """The call as plans know it, given every tensor of two dimensions that its kernels read."""
+    (tokens, width), bottleneck = x.shape, down_weight.shape[0]
+    distances = [width, bottleneck, *(each.stride(0) for each in (x, down_weight, *others))]
+    return Call(
+        direction, tokens, width, bottleneck, x.dtype, down_weight.dtype,
+        all(each % 16 == 0 for each in distances), *(_gpu(x.device) if x.is_cuda else ()),
+    )  # fmt: skip
+
+
+@cache
+def _gpu(device: torch.device) -> tuple[str, int]:
+    properties = torch.cuda.get_device_properties(device)
+    return properties.name, properties.multi_processor_count
+
+
+def _tile(launch: Launch) -> dict[str, int]:
+    return {
+        "BROWS": launch.block_rows, "BCOLUMNS": launch.block_columns, "BINNER": launch.block_inner,
+        "num_warps": launch.num_warps, "num_stages": launch.num_stages,
+    }  # fmt: skip
+
+
 def _product(kernel, launch: Launch, rows: int, columns: int, *args, **constants) -> None:
-    kernel[(launch.programs(rows, columns),)](
-        *args,
-        **constants,
-        BROWS=launch.block_rows,
-        BCOLUMNS=launch.block_columns,
-        BINNER=launch.block_inner,
-        GROUP=_GROUP,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
-    )
+    kernel[(launch.programs(rows, columns),)](*args, **constants, **_tile(launch), GROUP=_GROUP)
 
 
 def _row_block(width: int) -> int:
@@ -105,31 +81,71 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the output (T, d) and what backward needs: mean (T,), rstd (T,) and the pre-activation (T, r)."""
     (tokens, width), bottleneck = x.shape, down_weight.shape[0]
-    compute = down_weight.dtype
+    eps, has_norm = float(eps), norm_weight is not None
     x, down_weight, up_weight = map(_with_dense_rows, (x, down_weight, up_weight))
     norm_weight, norm_bias, down_bias, up_bias = map(_dense, (norm_weight, norm_bias, down_bias, up_bias))
-    mean = x.new_empty(0 if norm_weight is None else tokens, dtype=torch.float32)
+    mean = x.new_empty(tokens if has_norm else 0, dtype=torch.float32)
     rstd = torch.empty_like(mean)
-    preactivation = x.new_empty(tokens, bottleneck, dtype=compute)
-    activated = torch.empty_like(preactivation)
+    preactivation = x.new_empty(tokens, bottleneck, dtype=down_weight.dtype)
     out = x.new_empty(tokens, width)
+    plan = choose_plan(describe("forward", x, down_weight, up_weight))
     with torch.cuda.device_of(x):  # Triton launches on the current device, whatever its arguments are on
-        if norm_weight is not None:
-            kernels.statistics_kernel[(tokens,)](
-                x, mean, rstd, x.stride(0), width, float(eps), BD=_row_block(width), num_warps=_ROW_WARPS
-            )
+        if plan.form == "fused":
+            triton_forward.fused_kernel[(plan.inward.programs(tokens, 1),)](
+                x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, scale,
+                mean, rstd, preactivation, out,
+                x.stride(0), down_weight.stride(0), up_weight.stride(0), tokens, width, bottleneck, eps,
+                ACTIVATION=activation, **_tile(plan.inward),
+            )  # fmt: skip
+            return out, mean, rstd, preactivation
+        activated = torch.empty_like(preactivation)
+        if plan.form == "few":
+            _down_in_parts(
+                plan.inward, x, norm_weight, norm_bias, down_weight, down_bias, eps, activation,
+                mean, rstd, preactivation, activated,
+            )  # fmt: skip
+        else:
+            if has_norm:
+                triton_forward.statistics_kernel[(tokens,)](
+                    x, mean, rstd, x.stride(0), tokens, width, eps,
+                    BROWS=1, BINNER=_row_block(width), num_warps=_ROW_WARPS,
+                )  # fmt: skip
+            _product(
+                triton_forward.down_kernel, plan.inward, tokens, bottleneck,
+                x, norm_weight, norm_bias, mean, rstd, down_weight, down_bias, preactivation, activated,
+                x.stride(0), down_weight.stride(0), tokens, width, bottleneck,
+                ACTIVATION=activation,
+            )  # fmt: skip
         _product(
-            kernels.down_kernel, choose_launch(tokens, bottleneck, compute), tokens, bottleneck,
-            x, norm_weight, norm_bias, mean, rstd, down_weight, down_bias, preactivation, activated,
-            x.stride(0), down_weight.stride(0), tokens, width, bottleneck,
-            ACTIVATION=activation,
-        )  # fmt: skip
-        _product(
-            kernels.up_kernel, choose_launch(tokens, width, compute), tokens, width,
+            triton_forward.up_kernel, plan.outward, tokens, width,
             activated, up_weight, up_bias, scale, x, out,
             x.stride(0), up_weight.stride(0), tokens, width, bottleneck,
         )  # fmt: skip
     return out, mean, rstd, preactivation
+
+
+def _down_in_parts(
+    launch, x, norm_weight, norm_bias, down_weight, down_bias, eps, activation, mean, rstd, preactivation, activated
+) -> None:
+    (tokens, width), bottleneck = x.shape, down_weight.shape[0]
+    # Whole steps, so that no part is left without columns.
+    part = triton.cdiv(triton.cdiv(width, launch.parts), launch.block_inner) * launch.block_inner
+    parts = triton.cdiv(width, part)
+    sums = x.new_empty(parts, tokens, bottleneck, dtype=torch.float32)
+    statistics = weight_rows = None
+    if norm_weight is not None:
+        statistics = x.new_empty(parts, 2, tokens, dtype=torch.float32)
+        weight_rows = x.new_empty(parts, 2, bottleneck, dtype=torch.float32)
+    triton_few.part_kernel[(launch.programs(tokens, bottleneck) // launch.parts * parts,)](
+        x, norm_weight, norm_bias, down_weight, sums, statistics, weight_rows,
+        x.stride(0), down_weight.stride(0), tokens, width, bottleneck, part, eps,
+        **_tile(launch),
+    )  # fmt: skip
+    triton_few.join_kernel[(triton.cdiv(tokens, _JOIN_ROWS) * triton.cdiv(bottleneck, _JOIN_COLUMNS),)](
+        sums, statistics, weight_rows, down_bias, mean, rstd, preactivation, activated,
+        tokens, width, bottleneck, part, parts, eps,
+        ACTIVATION=activation, BROWS=_JOIN_ROWS, BCOLUMNS=_JOIN_COLUMNS,
+    )  # fmt: skip
 
 
 def backward(
@@ -160,68 +176,77 @@ def backward(
     grad, x, down_weight, up_weight = map(_with_dense_rows, (grad, x, down_weight, up_weight))
     norm_weight, norm_bias, down_bias = map(_dense, (norm_weight, norm_bias, down_bias))
     preactivation = preactivation.contiguous()
-    gradients: dict[str, Tensor] = {}
+
+    def empty(wanted: bool, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
+        return x.new_empty(shape, dtype=dtype) if wanted else None
+
+    below = needs_x or needs_norm or needs_norm_bias  # something needs the gradient of LayerNorm's output
+    inward = below or needs_down or needs_down_bias  # ... of the pre-activation
+    plan = choose_plan(describe("backward" if below else "weights", x, down_weight, up_weight, grad))
+    fused = plan.form == "fused"
+    row_tiles = triton.cdiv(tokens, plan.outward.block_rows)
+    n_sums = 1 if fused else triton.cdiv(bottleneck, plan.inward.block_columns)
+    factor = _overflow_guard(scale) if compute == torch.float16 and grad.dtype != compute else None
+    grad_preactivation = empty(
+        needs_down or needs_down_bias or (below and not fused), tokens, bottleneck, dtype=compute
+    )
+    scaled_activated = empty(needs_up, tokens, bottleneck, dtype=compute)
+    scale_sums = empty(needs_scale, n_sums, tokens)
+    along, offset = empty(needs_x and has_norm, bottleneck), empty(needs_x and has_norm, bottleneck)
+    row_sums = empty(needs_x and has_norm and not fused, n_sums, 2, tokens)
+    grad_x = empty(needs_x, tokens, width, dtype=x.dtype)
+    norm_weight_sums, norm_bias_sums = empty(needs_norm, row_tiles, width), empty(needs_norm_bias, row_tiles, width)
+    normalized = empty(needs_down and has_norm, tokens, width, dtype=compute)
     with torch.cuda.device_of(x):
-        grad_preactivation = row_sums = None
-        n_sums = 0
-        below = needs_x or needs_norm or needs_norm_bias
-        if below or needs_down or needs_down_bias or needs_up or needs_scale:
-            launch = choose_launch(tokens, bottleneck, compute, backward=True)
-            n_sums = triton.cdiv(bottleneck, launch.block_columns)
-            along = offset = scaled_activated = scale_sums = None
-            if below or needs_down or needs_down_bias:
-                grad_preactivation = torch.empty_like(preactivation)
-            if needs_up:
-                scaled_activated = torch.empty_like(preactivation)
-            if needs_scale:
-                scale_sums = x.new_empty(n_sums, tokens, dtype=torch.float32)
-            if needs_x and has_norm:
-                along = x.new_empty(bottleneck, dtype=torch.float32)
-                offset = torch.empty_like(along)
-                kernels.weight_rows_kernel[(bottleneck,)](
-                    down_weight, norm_weight, norm_bias, down_bias, along, offset,
-                    down_weight.stride(0), width,
-                    BD=_row_block(width), num_warps=_ROW_WARPS,
-                )  # fmt: skip
-                row_sums = x.new_empty(n_sums, 2, tokens, dtype=torch.float32)
+        if along is not None:
+            triton_backward.weight_rows_kernel[(bottleneck,)](
+                down_weight, norm_weight, norm_bias, down_bias, along, offset,
+                down_weight.stride(0), width,
+                BD=_row_block(width), num_warps=_ROW_WARPS,
+            )  # fmt: skip
+        if fused:
+            triton_backward.backward_fused_kernel[(row_tiles,)](
+                grad, x, norm_weight, norm_bias, mean, rstd, down_weight, up_weight, scale, factor, preactivation,
+                along, offset, grad_preactivation, scaled_activated, scale_sums,
+                grad_x, normalized, norm_weight_sums, norm_bias_sums,
+                grad.stride(0), x.stride(0), down_weight.stride(0), up_weight.stride(0), tokens, width, bottleneck,
+                ACTIVATION=activation, **_tile(plan.inward),
+            )  # fmt: skip
+        elif inward or needs_up or needs_scale:
             _product(
-                kernels.backward_bottleneck_kernel, launch, tokens, bottleneck,
-                grad, up_weight, scale, preactivation, along, offset,
+                triton_backward.backward_bottleneck_kernel, plan.inward, tokens, bottleneck,
+                grad, up_weight, scale, factor, preactivation, along, offset,
                 grad_preactivation, scaled_activated, row_sums, scale_sums,
                 grad.stride(0), up_weight.stride(0), tokens, width, bottleneck,
-                ACTIVATION=activation, PRODUCT=grad_preactivation is not None or needs_scale,
+                ACTIVATION=activation, PRODUCT=inward or needs_scale,
             )  # fmt: skip
-            if scaled_activated is not None:
-                gradients["up_weight"] = grad.to(compute).t() @ scaled_activated
-            if scale_sums is not None:
-                gradients["scale"] = scale_sums.sum().reshape(scale.shape)
-        normalized = None
-        if needs_down:
-            normalized = x.new_empty(tokens, width, dtype=compute) if has_norm else x.to(compute)
-        if needs_x or (has_norm and (below or needs_down)):
-            launch = choose_launch(tokens, width, compute, backward=True)
-            tiles = (triton.cdiv(tokens, launch.block_rows), width)
-            grad_x = x.new_empty(tokens, width) if needs_x else None
-            norm_weight_sums = x.new_empty(tiles, dtype=torch.float32) if needs_norm else None
-            norm_bias_sums = x.new_empty(tiles, dtype=torch.float32) if needs_norm_bias else None
+        if not fused and (needs_x or (has_norm and (below or needs_down))):
             _product(
-                kernels.backward_input_kernel, launch, tokens, width,
+                triton_backward.backward_input_kernel, plan.outward, tokens, width,
                 grad, x, norm_weight, norm_bias, mean, rstd, grad_preactivation, down_weight, row_sums,
-                grad_x, normalized if has_norm else None, norm_weight_sums, norm_bias_sums,
+                grad_x, normalized, norm_weight_sums, norm_bias_sums,
                 grad.stride(0), x.stride(0), down_weight.stride(0), n_sums, tokens, width, bottleneck,
                 PRODUCT=below,
             )  # fmt: skip
-            if grad_x is not None:
-                gradients["x"] = grad_x
-            if norm_weight_sums is not None:
-                gradients["norm_weight"] = norm_weight_sums.sum(0)
-            if norm_bias_sums is not None:
-                gradients["norm_bias"] = norm_bias_sums.sum(0)
-        if grad_preactivation is not None:
-            if normalized is not None:
-                gradients["down_weight"] = grad_preactivation.t() @ normalized
-            if needs_down_bias:
-                gradients["down_bias"] = grad_preactivation.sum(0, dtype=torch.float32)
+    gradients: dict[str, Tensor] = {}
+    if grad_x is not None:
+        gradients["x"] = grad_x
+    if norm_weight_sums is not None:
+        gradients["norm_weight"] = norm_weight_sums.sum(0)
+    if norm_bias_sums is not None:
+        gradients["norm_bias"] = norm_bias_sums.sum(0)
+    if grad_preactivation is not None:
+        if needs_down:
+            gradients["down_weight"] = grad_preactivation.t() @ (x.to(compute) if normalized is None else normalized)
+        if needs_down_bias:
+            gradients["down_bias"] = grad_preactivation.sum(0, dtype=torch.float32)
+    if scaled_activated is not None:
+        narrow = (
+            grad.to(compute) if factor is None else torch.mul(grad, factor, out=torch.empty_like(grad, dtype=compute))
+        )
+        gradients["up_weight"] = narrow.t() @ scaled_activated
+    if scale_sums is not None:
+        gradients["scale"] = scale_sums.sum().reshape(scale.shape)
     if up_bias is not None and (needs_up_bias or needs_scale):
         grad_sums = grad.sum(0, dtype=torch.float32)
         if needs_up_bias:
@@ -233,3 +258,11 @@ def backward(
         for (name, tensor), needed in zip(inputs.items(), needs, strict=True)
         if needed and tensor is not None
     ]
+
+
+def _overflow_guard(scale: Tensor) -> Tensor:
+    """What to multiply a wider gradient with before it becomes fp16: |scale|, as the definition does, within bounds.
+
+    Not below 2^-6, for the gradient of scale divides by it again; not above 1, for nothing is won there.
+    """
+    return scale.detach().float().reshape(()).abs().clamp(_LEAST_FACTOR, 1.0)

@@ -1,0 +1,89 @@
+"""What the adapter's Triton kernels share. Shapes everywhere: T tokens, width d, bottleneck r.
+
+Dialect of flash-linear-attention: ``b_`` a block's values, ``p_`` a pointer, ``o_`` offsets, ``m_`` a mask, ``i_`` an
+index. An absent pointer is None and takes its code with it. Products run in the dtype of the weights and add up in
+fp32; "ieee" keeps TF32 out of fp32 products. Row offsets are int64: T * d passes 2^31.
+"""
+
+import triton
+import triton.language as tl
+
+_ROOT_HALF = tl.constexpr(0.7071067811865476)
+_TWICE_ROOT_TWO_OVER_PI = tl.constexpr(1.5957691216057308)
+_ROOT_HALF_OVER_PI = tl.constexpr(0.3989422804014327)
+_CUBIC = tl.constexpr(0.044715)
+
+
+@triton.jit
+def activate(b_x, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "silu":
+        b_out = b_x * tl.sigmoid(b_x)
+    elif ACTIVATION == "relu":
+        b_out = tl.where(b_x < 0, 0.0, b_x)  # not maximum, which would swallow a NaN
+    elif ACTIVATION == "gelu":
+        b_out = 0.5 * b_x * (1 + tl.erf(b_x * _ROOT_HALF))
+    else:  # gelu_tanh: (1 + tanh(u)) / 2 is sigmoid(2u)
+        b_out = b_x * tl.sigmoid(b_x * (1 + b_x * b_x * _CUBIC) * _TWICE_ROOT_TWO_OVER_PI)
+    return b_out
+
+
+@triton.jit
+def slope(b_x, ACTIVATION: tl.constexpr):
+    """The activation's derivative at b_x."""
+    if ACTIVATION == "silu":
+        b_gate = tl.sigmoid(b_x)
+        b_out = b_gate * (1 + b_x * (1 - b_gate))
+    elif ACTIVATION == "relu":
+        b_out = tl.where(b_x <= 0, 0.0, 1.0)
+    elif ACTIVATION == "gelu":
+        b_out = 0.5 * (1 + tl.erf(b_x * _ROOT_HALF)) + b_x * _ROOT_HALF_OVER_PI * tl.exp(-0.5 * b_x * b_x)
+    else:
+        b_square = b_x * b_x * _CUBIC
+        b_twice_u = b_x * (1 + b_square) * _TWICE_ROOT_TWO_OVER_PI
+        b_gate = tl.sigmoid(b_twice_u)
+        # sigmoid(-2u), not 1 - sigmoid(2u): at x = 3 the cancellation would come out 10 times as large.
+        b_out = b_gate + b_x * b_gate * tl.sigmoid(-b_twice_u) * (1 + 3 * b_square) * _TWICE_ROOT_TWO_OVER_PI
+    return b_out
+
+
+@triton.jit
+def own_tile(rows, columns, BROWS: tl.constexpr, BCOLUMNS: tl.constexpr, GROUP: tl.constexpr):
+    """This program's tile. GROUP tiles of rows go together over all columns, so that both operands stay in L2."""
+    i_program = tl.program_id(0)
+    n_rows = tl.cdiv(rows, BROWS)
+    n_columns = tl.cdiv(columns, BCOLUMNS)
+    i_group = i_program // (GROUP * n_columns)
+    i_within = i_program % (GROUP * n_columns)
+    n_group = tl.minimum(n_rows - i_group * GROUP, GROUP)
+    return i_group * GROUP + i_within % n_group, i_within // n_group
+
+
+@triton.jit
+def mean_and_squares(p_x_rows, m_t, i_from, i_to, BROWS: tl.constexpr, BINNER: tl.constexpr):
+    """Of the columns i_from..i_to of some rows: their mean, and the sum of squares around it; each [BROWS].
+
+    One pass, around the mean of the first BINNER columns. Sums of plain squares would lose everything where
+    |mean| >> deviation; these cannot: that mean is at most sqrt(columns / BINNER) deviations from the true one, so
+    that at most a factor of columns / BINNER cancels (64 of the 1.7e7 that fp32 has), and usually none.
+    """
+    o_d = tl.arange(0, BINNER)
+    p_tile = p_x_rows + i_from
+    m_first = m_t[:, None] & (i_from + o_d < i_to)[None, :]
+    b_first = tl.load(p_tile + o_d[None, :], mask=m_first, other=0.0).to(tl.float32)  # [BROWS, BINNER]
+    b_shift = tl.sum(b_first, 1) / tl.minimum(BINNER, i_to - i_from)
+    b_sums = tl.zeros([BROWS, BINNER], dtype=tl.float32)
+    b_squares = tl.zeros([BROWS, BINNER], dtype=tl.float32)
+    for i_d in range(i_from, i_to, BINNER):
+        m_x = m_t[:, None] & (i_d + o_d < i_to)[None, :]
+        b_x = tl.load(p_x_rows + i_d + o_d[None, :], mask=m_x, other=0.0).to(tl.float32)
+        b_centred = tl.where(m_x, b_x - b_shift[:, None], 0.0)
+        b_sums += b_centred
+        b_squares += b_centred * b_centred
+    b_sum = tl.sum(b_sums, 1)
+    b_rest = b_sum / (i_to - i_from)  # of the mean, beyond the shift
+    return b_shift + b_rest, tl.maximum(tl.sum(b_squares, 1) - b_sum * b_rest, 0.0)
+
+
+@triton.jit
+def inverse_deviation(b_squares, n, eps):
+    return tl.rsqrt(b_squares / n + tl.cast(eps, tl.float32))  # a cast, for torch.compile hands floats over as fp64

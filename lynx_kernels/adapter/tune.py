@@ -1,0 +1,198 @@
+"""Time the launches of the adapter's Triton kernels on this GPU and store the best, for the shapes one asks for.
+
+    python -m lynx_kernels.adapter.tune 8192x4096x2048 64x4096x2048 --dtype bf16
+
+From the plan that the rules give each form, forward and backward, one number after another is changed for as long as
+that is faster. A plan must give right numbers before it is timed. ``tuned.json`` beside ``triton_launches.py`` keeps
+the winners, and every later process uses them. Nothing else starts any of this.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.errors import TritonError
+
+from lynx_kernels.adapter import reference
+from lynx_kernels.adapter import triton as implementation
+from lynx_kernels.adapter import triton_launches as launches
+from lynx_kernels.adapter.triton_launches import Call, Launch, Plan
+
+_LEAST = {"block_rows": 16, "block_columns": 16, "block_inner": 16, "num_warps": 1, "num_stages": 1, "parts": 1}
+_MOST = {"block_rows": 256, "block_columns": 256, "block_inner": 512, "num_warps": 16, "num_stages": 8, "parts": 64}
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+Clock = Callable[[Callable[[], object]], float]  # how long a call takes, in ms
+
+
+def make_inputs(
+    tokens: int, width: int, bottleneck: int, stream: torch.dtype, compute: torch.dtype, device: str
+) -> list[Tensor]:
+    """Arguments of the adapter as ``forward`` takes them."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int, dtype: torch.dtype = compute, deviation: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=generator) * deviation).to(device, dtype)
+
+    return [
+        random(tokens, width, dtype=stream), random(width), random(width),
+        random(bottleneck, width, deviation=width**-0.5), random(bottleneck),
+        random(width, bottleneck, deviation=bottleneck**-0.5), random(width),
+        torch.tensor(0.7, device=device),
+    ]  # fmt: skip
+
+
+def neighbours(plan: Plan, compute: torch.dtype) -> Iterator[Plan]:
+    """The plans one number away: stages and parts by one, the rest doubled or halved."""
+    for names in (("inward", "outward"),) if plan.form == "fused" else (("inward",), ("outward",)):
+        launch = getattr(plan, names[0])
+        for field, value in asdict(launch).items():
+            if field == "parts" and (plan.form != "few" or "outward" in names):
+                continue
+            if field == "block_columns" and plan.form == "fused":  # all of the bottleneck, no more and no less
+                continue
+            changed = (value - 1, value + 1) if field in ("num_stages", "parts") else (value // 2, value * 2)
+            for other in changed:
+                near = replace(launch, **{field: other})
+                if _LEAST[field] <= other <= _MOST[field] and _is_ieee(near, compute):
+                    yield replace(plan, **dict.fromkeys(names, near))
+
+
+def _is_ieee(launch: Launch, compute: torch.dtype) -> bool:
+    return compute != torch.float32 or launch.block_rows < 64  # triton_launches.IEEE says why
+
+
+def starts(call: Call) -> list[Plan]:
+    """Where the search begins: what the rules give, and the other forms that can take the call."""
+    plans = [launches.plan_by_rule(call), launches.tiled_plan(call)]
+    if call.direction == "forward":
+        plans.append(launches.few_plan(call))
+    if call.bottleneck <= launches.SMALL_BOTTLENECK:
+        plans.append(launches.fused_plan(call))
+    return list(dict.fromkeys(plans))
+
+
+def tune(inputs: list[Tensor], clock: Clock) -> dict[Call, dict[Plan, float]]:
+    """Search plans for forward and backward of these arguments; the winners serve from now on.
+
+    Returns:
+        What each plan took, in ms, infinite where it does not run or gives wrong numbers. By call: forward, backward.
+
+    Raises:
+        ValueError: rows do not start at multiples of 16 values; no plan is looked up for such a call.
+    """
+    x, down_weight, up_weight = inputs[0], inputs[3], inputs[5]
+    grad = x.flip(0).contiguous()
+    forward: Any = implementation.forward  # mypy does not follow a list of arguments
+    backward: Any = implementation.backward
+    saved = forward(*inputs, 1e-5, "silu")[1:]
+    runs: dict[str, Callable[[], Sequence[Tensor]]] = {
+        "forward": lambda: forward(*inputs, 1e-5, "silu")[:1],
+        "backward": lambda: backward(grad, *inputs, *saved, "silu", [True] * 8),
+    }
+    results = {}
+    for direction, run in runs.items():
+        call = implementation.describe(direction, x, down_weight, up_weight)
+        if not call.aligned:
+            raise ValueError(f"tune: d={call.width}, r={call.bottleneck} and row strides must be multiples of 16")
+        results[call] = _search(call, run, _allowed(direction, inputs, grad), clock)
+    return results
+
+
+def _allowed(direction: str, inputs: list[Tensor], grad: Tensor) -> list[tuple[Tensor, float]]:
+    """The exact results in fp64, and how far off each may be: four times what the definition is, or eps."""
+
+    forward: Any = reference.forward
+    backward: Any = reference.backward
+
+    def define(*tensors: Tensor) -> list[Tensor]:
+        *arguments, grad = tensors
+        out, *saved = forward(*arguments, 1e-5, "silu")
+        return [out] if direction == "forward" else backward(grad, *arguments, *saved, "silu", [True] * 8)
+
+    exact, plain = define(*(each.double() for each in (*inputs, grad))), define(*inputs, grad)
+    allowed = []
+    for truth, other in zip(exact, plain, strict=True):
+        # The gradient of scale sums over everything: its terms may cancel, their rounding errors do not.
+        magnitude = truth.abs().max() if truth.dim() else math.sqrt(grad.numel()) * 4
+        error = (other.double() - truth).abs().max()
+        allowed.append((truth, float(4 * (error + torch.finfo(inputs[3].dtype).eps * magnitude))))
+    return allowed
+
+
+def _search(
+    call: Call, run: Callable[[], Sequence[Tensor]], allowed: list[tuple[Tensor, float]], clock: Clock
+) -> dict[Plan, float]:
+    before = launches.choose_plan(call)
+    times: dict[Plan, float] = {}
+
+    def measure(plan: Plan) -> float:
+        if plan not in times:
+            launches.use_plan(call, plan)
+            try:
+                times[plan] = clock(run) if _is_right(run(), allowed) else math.inf
+            except TritonError:  # more shared memory or registers than there are, or a tile that does not compile
+                times[plan] = math.inf
+        return times[plan]
+
+    try:
+        for plan in dict.fromkeys([before, *starts(call)]):
+            measure(plan)  # first: among equals the first stays
+            while measure(better := min(neighbours(plan, call.compute), key=measure)) < measure(plan):
+                plan = better
+    finally:
+        launches.use_plan(call, min(times, key=times.__getitem__, default=before))
+    return times
+
+
+def _is_right(results: Sequence[Tensor], allowed: list[tuple[Tensor, float]]) -> bool:
+    pairs = zip(results, allowed, strict=True)
+    return all(bool((ours.double() - truth).abs().max() <= most) for ours, (truth, most) in pairs)
+
+
+def store(results: dict[Call, dict[Plan, float]], path: Path) -> None:
+    """Add the best plan of every call to the file, which keeps what else it holds."""
+    content = json.loads(path.read_text()) if path.exists() else {}
+    for call, times in results.items():
+        content[call.key()] = asdict(min(times, key=times.__getitem__))
+    path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+
+def table(results: dict[Call, dict[Plan, float]]) -> str:
+    """Every call, what the rules give it, and the five best plans."""
+    lines = []
+    for call, times in results.items():
+        rule = launches.plan_by_rule(call)
+        lines.append(f"{call.key()}\n  {times[rule]:9.4f} ms by rule: {rule}")
+        lines += [f"  {times[plan]:9.4f} ms {plan}" for plan in sorted(times, key=times.__getitem__)[:5]]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shapes", nargs="+", metavar="TxDxR", help="tokens, width and bottleneck, as in 8192x4096x2048")
+    parser.add_argument("--dtype", choices=_DTYPES, default="bf16", help="of the weights (default: %(default)s)")
+    parser.add_argument("--stream", choices=_DTYPES, help="dtype of x (default: that of the weights)")
+    parser.add_argument("--output", type=Path, default=launches.TUNED, help="default: where the kernels look")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("launches are timed on a GPU, and this machine has none that PyTorch can use")
+    for shape in options.shapes:
+        tokens, width, bottleneck = map(int, shape.split("x"))
+        compute, stream = _DTYPES[options.dtype], _DTYPES[options.stream or options.dtype]
+        inputs = make_inputs(tokens, width, bottleneck, stream, compute, "cuda")
+        results = tune(inputs, partial(triton.testing.do_bench, return_mode="median"))
+        print(table(results), flush=True)
+        store(results, options.output)
+
+
+if __name__ == "__main__":
+    main()

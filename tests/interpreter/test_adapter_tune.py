@@ -1,0 +1,111 @@
+"""The search for launches, with a clock that knows what it wants to hear."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from triton.runtime.errors import OutOfResources
+
+from lynx_kernels.adapter import triton as implementation
+from lynx_kernels.adapter import triton_launches as launches
+from lynx_kernels.adapter import tune
+from lynx_kernels.adapter.triton_launches import Launch, Plan
+
+START = Plan("fused", Launch(16, 32, 16, 4, 2), Launch(16, 32, 16, 4, 2))
+
+
+@pytest.fixture
+def clock(monkeypatch, tmp_path):
+    """Four stages are best, two steps from START, where the only search begins; no tuned plans before."""
+    monkeypatch.setattr(launches, "TUNED", tmp_path / "tuned.json")
+    monkeypatch.setattr(launches, "plan_by_rule", lambda call: START)
+    monkeypatch.setattr(tune, "starts", lambda call: [START])
+    current = []
+    use = launches.use_plan
+    monkeypatch.setattr(launches, "use_plan", lambda call, plan: (current.append(plan), use(call, plan)))
+    _forget()
+    yield lambda run: 1 + abs(current[-1].inward.num_stages - 4)
+    _forget()
+
+
+def _forget():
+    launches.tuned_plans.cache_clear()
+    launches.choose_plan.cache_clear()
+
+
+def inputs(tokens=20, width=64, bottleneck=32, dtype=torch.float16):
+    return tune.make_inputs(tokens, width, bottleneck, dtype, dtype, "cpu")
+
+
+def test_the_best_plan_is_used_and_stored(clock, tmp_path):
+    results = tune.tune(inputs(), clock)
+    forward, backward = results
+    assert (forward.direction, backward.direction) == ("forward", "backward")
+    best = min(results[forward], key=results[forward].get)
+    assert best == Plan("fused", Launch(16, 32, 16, 4, 4), Launch(16, 32, 16, 4, 4))
+    assert math.inf not in results[forward].values()
+    assert launches.choose_plan(forward) == best
+
+    tune.store(results, tmp_path / "tuned.json")
+    assert set(json.loads((tmp_path / "tuned.json").read_text())) == {forward.key(), backward.key()}
+    _forget()
+    assert launches.choose_plan(forward) == best
+    assert launches.choose_plan(implementation.describe("forward", *(inputs(30)[i] for i in (0, 3, 5)))) == best
+    for other in (inputs(33), inputs(20, 32), inputs(dtype=torch.float32)):  # another bucket, shape, dtype
+        call = implementation.describe("forward", *(other[i] for i in (0, 3, 5)))
+        assert launches.choose_plan(call) == launches.plan_by_rule(call)
+    assert "by rule" in tune.table(results)
+
+    tune.store({}, tmp_path / "tuned.json")
+    assert len(json.loads((tmp_path / "tuned.json").read_text())) == 2
+
+
+def test_what_is_wrong_or_does_not_run_never_wins(clock, monkeypatch):
+    def broken(*args, forward=implementation.forward):
+        inward = launches.choose_plan(implementation.describe("forward", args[0], args[3], args[5])).inward
+        if inward.num_stages == 3:
+            raise OutOfResources(1, 2, "shared memory")
+        out, *saved = forward(*args)
+        return (out + 0.1 if inward.num_warps == 8 else out), *saved
+
+    monkeypatch.setattr(implementation, "forward", broken)
+    forward, _ = results = tune.tune(inputs(), lambda run: 1.0)
+    times = results[forward]
+    assert launches.choose_plan(forward) == START
+    assert [plan.inward.num_stages for plan, time in times.items() if time == math.inf] == [3, 2]
+    assert {plan.inward.num_warps for plan, time in times.items() if time == math.inf} == {4, 8}
+
+
+def test_odd_shapes_are_refused(clock):
+    with pytest.raises(ValueError, match="d=40, r=32 and row strides must be multiples of 16"):
+        tune.tune(inputs(width=40), clock)
+
+
+def test_neighbours():
+    fused = Plan("fused", Launch(32, 64, 16, 4, 1), Launch(32, 64, 16, 4, 1))
+    near = list(tune.neighbours(fused, torch.float32))
+    assert all(each.inward.block_columns == 64 and each.inward.parts == 1 for each in near)
+    assert max(each.inward.block_rows for each in near) == 32  # 64 would be TF32
+    assert max(each.inward.block_rows for each in tune.neighbours(fused, torch.float16)) == 64
+    assert min(each.inward.num_stages for each in near) == 1
+    assert len(near) == len(set(near)) == 5
+
+
+def test_every_form_that_can_take_a_call_is_tried():
+    def forms(direction, bottleneck):
+        call = implementation.describe(direction, *(inputs(bottleneck=bottleneck)[i] for i in (0, 3, 5)))
+        return {plan.form for plan in tune.starts(call)}
+
+    assert forms("forward", 256) == {"tiled", "few", "fused"}
+    assert forms("forward", 272) == {"tiled", "few"}
+    assert forms("backward", 256) == {"tiled", "fused"}
+
+
+def test_without_a_gpu():
+    command = [sys.executable, "-m", "lynx_kernels.adapter.tune", "8x64x32"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "launches are timed on a GPU" in done.stderr
