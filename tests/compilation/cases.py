@@ -44,14 +44,16 @@ def adapter(tokens, stream, weights=None, *, width=4096, bottleneck=2048, activa
     assert [each.dtype for each in gradients] == [each.dtype for each in inputs]
 
 
-def _adapter_case(tokens, dtype, stream, weights=None):
-    return Case("adapter", f"T={tokens} d=4096 r=2048", dtype, partial(adapter, tokens, stream, weights))
+def _adapter_case(tokens, bottleneck, dtype, stream, weights=None):
+    launch = partial(adapter, tokens, stream, weights, bottleneck=bottleneck)
+    return Case("adapter", f"T={tokens} d=4096 r={bottleneck}", dtype, launch)
 
 
 CASES = [
-    *(_adapter_case(tokens, "bf16", BF16) for tokens in (8192, 512, 8)),
-    _adapter_case(8192, "fp16", FP16),
-    _adapter_case(8192, "fp32", FP32),
-    _adapter_case(8192, "fp32 through bf16", FP32, BF16),  # autocast: the stream stays wide
-    _adapter_case(8192, "bf16 through fp32", BF16, FP32),  # trainable weights wider than the stream
+    *(_adapter_case(tokens, 2048, "bf16", BF16) for tokens in (8192, 512, 64)),
+    *(_adapter_case(8192, bottleneck, "bf16", BF16) for bottleneck in (256, 64)),
+    _adapter_case(8192, 2048, "fp16", FP16),
+    _adapter_case(8192, 2048, "fp32", FP32),
+    _adapter_case(8192, 2048, "fp32 through bf16", FP32, BF16),  # autocast: the stream stays wide
+    _adapter_case(8192, 2048, "bf16 through fp32", BF16, FP32),  # trainable weights wider than the stream
 ]
