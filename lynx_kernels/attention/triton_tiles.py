@@ -2,7 +2,7 @@
 
 Dialect of flash-linear-attention: ``b_`` a block's values, ``p_`` a pointer, ``o_`` offsets, ``m_`` a mask, ``i_`` an
 index. A head dimension D that is no power of two is two tiles side by side, D = 88 the 64 columns ``b_x`` and the 24
-of 32 columns ``b_x_rest``: 96 columns of work instead of 128. REST is 0, and the rest never read, where one tile holds D.
+of 32 columns ``b_x_rest``: 96 columns of work instead of 128. Where one tile holds D, REST is 0 and the rest not read.
 Strides come in units of UNIT elements: Triton then knows that rows start at multiples of it, and loads vectors.
 """
 
@@ -104,10 +104,9 @@ def load_rows(
 ):  # fmt: skip
     """[ROWS, BD] and [ROWS, REST] of a (T, H, D) tensor, p_first at the first row and the head."""
     b_tile = load_columns(p_first, stride, n_rows, MASKED, D, 0, BD, ROWS)
+    b_rest = b_tile  # not read without a rest; functions return no None
     if REST > 0:
         b_rest = load_columns(p_first, stride, n_rows, MASKED, D, BD, REST, ROWS)
-    else:
-        b_rest = b_tile  # never read; functions return no None
     return b_tile, b_rest
 
 
