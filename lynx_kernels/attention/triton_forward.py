@@ -1,4 +1,4 @@
-"""The forward kernels of prefix and cross attention in Triton, and the merging of parts. Dialect: triton_tiles.
+"""The forward kernel of prefix and cross attention in Triton. Dialect: triton_tiles.
 
 One program computes the outputs of one tile of queries and one head. It visits tiles of keys that all its queries see,
 then, under a mask, those at the edges of what they see: at most one of the root's, and those of the diagonal.
@@ -21,7 +21,7 @@ _LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _attend(
+def attend(
     b_q, b_q_rest, b_sum, b_sum_rest, b_max, b_weight,
     p_k, p_v, stride_k, stride_v, n_keys, o_seen, scale,
     MASKED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, REST: tl.constexpr, BK: tl.constexpr,
@@ -99,7 +99,7 @@ def forward_kernel(
     )
     for i in range(n_full + n_causal):
         i_key = tl.where(i < n_full, i_full + i * BK, i_causal + (i - n_full) * BK).to(tl.int64)
-        b_sum, b_sum_rest, b_max, b_weight = _attend(
+        b_sum, b_sum_rest, b_max, b_weight = attend(
             b_q, b_q_rest, b_sum, b_sum_rest, b_max, b_weight,
             p_k + i_key * stride_k, p_v + i_key * stride_v, stride_k, stride_v, BK, o_q, scale,
             False, D, BD, REST, BK,
@@ -110,7 +110,7 @@ def forward_kernel(
         n_keys = tl.where(is_full, i_full_end, i_causal_end) - i_key
         o_seen = tl.where(is_full, n_keys, o_q + 1 - i_key)
         i_key = i_key.to(tl.int64)
-        b_sum, b_sum_rest, b_max, b_weight = _attend(
+        b_sum, b_sum_rest, b_max, b_weight = attend(
             b_q, b_q_rest, b_sum, b_sum_rest, b_max, b_weight,
             p_k + i_key * stride_k, p_v + i_key * stride_v, stride_k, stride_v, n_keys, o_seen, scale,
             True, D, BD, REST, BK,
@@ -124,41 +124,3 @@ def forward_kernel(
     )
     b_lse = (b_max + tl.log2(b_weight)) * _LN2
     tl.store(p_lse + i_row + tl.arange(0, BQ) * n_heads, b_lse, mask=o_q < i_end)
-
-
-@triton.jit
-def merge_kernel(
-    p_parts,  # (parts, rows, D) fp32
-    p_part_lse,  # (parts, rows)
-    p_out,  # (rows, D)
-    p_lse,  # (rows,)
-    n_parts,
-    n_rows,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    BROWS: tl.constexpr,
-):
-    """The result over all keys from the results over parts of them: outputs weighted by exp(their LSE - the LSE)."""
-    o_row = tl.program_id(0).to(tl.int64) * BROWS + tl.arange(0, BROWS)
-    m_row = o_row < n_rows
-    o_d = tl.arange(0, BD)
-    m_tile = m_row[:, None] & (o_d[None, :] < D)
-    b_max = tl.full([BROWS], float("-inf"), dtype=tl.float32)
-    p_part = p_part_lse + o_row
-    for _ in range(n_parts):
-        b_max = tl.maximum(b_max, tl.load(p_part, mask=m_row, other=float("-inf")))
-        p_part += n_rows
-    b_max = tl.where(b_max == float("-inf"), 0.0, b_max)  # no part has a key
-    b_weight = tl.zeros([BROWS], dtype=tl.float32)
-    b_sum = tl.zeros([BROWS, BD], dtype=tl.float32)
-    p_part = p_part_lse + o_row
-    p_tile = p_parts + o_row[:, None] * D + o_d[None, :]
-    for _ in range(n_parts):
-        b_part = tl.exp(tl.load(p_part, mask=m_row, other=float("-inf")) - b_max)
-        b_weight += b_part
-        b_sum += b_part[:, None] * tl.load(p_tile, mask=m_tile, other=0.0)
-        p_part += n_rows
-        p_tile += n_rows * D
-    b_sum = b_sum / tl.where(b_weight == 0, 1.0, b_weight)[:, None]
-    tl.store(p_out + o_row[:, None] * D + o_d[None, :], b_sum.to(p_out.dtype.element_ty), mask=m_tile)
-    tl.store(p_lse + o_row, b_max + tl.log(b_weight), mask=m_row)
