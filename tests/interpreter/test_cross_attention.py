@@ -12,10 +12,13 @@ from tests.lynx_kernels.attention_cases import assert_case_within_budget, grads_
 from tests.lynx_kernels.attention_helpers import run
 from tests.lynx_kernels.helpers import permuted
 
+# The LSE of no keys is log 0; what a query does not see may overflow before it is hidden.
+pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|overflow):RuntimeWarning")
+
 # Spans that start and end inside tiles, span whole ones, overlap, are shared, are empty; no query sees the key 99, and
 # segment 4 shares a tile of the inverse with others but no key.
 SEVERAL_TILES = [35, 3, 0, 18, 1, 5], [(0, 70), (33, 99), (5, 9), (70, 70), (0, 2), (0, 70)], 102
-LAUNCHES = [Launch(16, 32, 4, 1), Launch(32, 16, 4, 1)]
+SMALL = Launch(16, 32, 4, 1)
 
 
 def case_of(batch=SEVERAL_TILES, heads=2, kv_heads=1, dim=24, dtype=torch.float32, **options):
@@ -33,11 +36,12 @@ def cut(monkeypatch):
     return choose
 
 
-@pytest.mark.parametrize("parts", [1, 3])
-@pytest.mark.parametrize("launch", LAUNCHES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_tiles(dtype, launch, parts, cut):
-    cut(launch, parts)
+@pytest.mark.parametrize(
+    ("dtype", "rows", "parts"),
+    [(torch.float32, 16, 3), (torch.float32, 32, 1), (torch.float16, 16, 1), (torch.float16, 32, 3)],
+)
+def test_tiles(dtype, rows, parts, cut):
+    cut(Launch(rows, 48 - rows, 4, 1), parts)
     assert_case_within_budget(case_of(dtype=dtype))
 
 
@@ -50,17 +54,17 @@ def test_heads_and_scales(heads, kv_heads, dim, scale):
 
 def test_many_segments(cut):
     """As texts between pictures: segments of a few tokens, each sees the picture before it."""
-    cut(LAUNCHES[0])
-    assert_case_within_budget(case_of(([2, 5, 1, 17] * 3, [(i * 9, i * 9 + 9) for i in range(12)], 108), 1))
+    cut(SMALL)
+    assert_case_within_budget(case_of(([2, 5, 1, 17] * 2, [(i * 9, i * 9 + 9) for i in range(8)], 72), 1))
 
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_runs_agree_bit_by_bit_whatever_the_strides(parts, cut):
-    cut(LAUNCHES[0], parts)
-    case = case_of(([20, 3], [(0, 40), (30, 45)], 50))
+    cut(SMALL, parts)
+    case = case_of(([20, 3], [(0, 36), (30, 40)], 40), 1)
     grads = grads_of(case.operation(*case.inputs))
     expected = run(case.operation, case.inputs, grads)
-    for spread in (torch.clone, permuted, lambda each: torch.cat([each + 1, each], -2)[..., each.shape[-2] :, :]):
+    for spread in (permuted, lambda each: torch.cat([each + 1, each], -2)[..., each.shape[-2] :, :]):
         actual = run(case.operation, [spread(each) for each in case.inputs], [spread(grad) for grad in grads])
         for ours, theirs in zip(actual, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
@@ -92,13 +96,10 @@ def test_dtypes_that_differ():
     "batch", [([], [], 0), ([], [], 3), ([0], [(0, 2)], 3), ([2], [(0, 0)], 0), ([2, 1], [(1, 1), (0, 0)], 3)]
 )
 def test_nothing_to_attend(batch, parts, cut):
-    cut(LAUNCHES[0], parts)
+    cut(SMALL, parts)
     case = case_of(batch)
-    out, lse, *gradients = run(
-        case.operation,
-        case.inputs,
-        [torch.ones(()).expand(len(case.inputs[0]), 2, 24), torch.ones(len(case.inputs[0]), 2)],
-    )
+    grads = [torch.ones(case.inputs[0].shape), torch.ones(case.inputs[0].shape[:2])]
+    out, lse, *gradients = run(case.operation, case.inputs, grads)
     assert (out == 0).all()
     assert lse.isneginf().all()
     assert all((gradient == 0).all() for gradient in gradients)
@@ -106,7 +107,7 @@ def test_nothing_to_attend(batch, parts, cut):
 
 @pytest.mark.parametrize("parts", [1, 3])
 def test_not_a_number_where_nobody_looks(parts, cut):
-    cut(LAUNCHES[0], parts)
+    cut(SMALL, parts)
     case = case_of(([20, 3], [(7, 40), (30, 45)], 70))
     expected = case.operation(*case.inputs)
     seen = torch.arange(70)[:, None, None].sub(26).abs() <= 19  # 7 to 45, the last by nobody

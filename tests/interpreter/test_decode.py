@@ -9,8 +9,10 @@ from lynx_kernels.attention.triton import Launch
 from tests.lynx_kernels.attention_cases import assert_case_within_budget, decode_case
 from tests.lynx_kernels.helpers import permuted
 
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # the LSE of no keys is log 0
+
 # Roots with several branches, one and none, of several tiles of keys and without any; the branches in no order.
-SEVERAL_TILES = [2, 0, 0, 1, 2, 0, 3, 0, 0], [37, 0, 70, 16, 5], [5, 40, 33, 17, 16, 7, 32, 18, 34]
+SEVERAL_TILES = [2, 0, 0, 1, 2, 0], [37, 0, 50, 5], [5, 40, 33, 17, 16, 18]
 
 
 def case_of(queries, batch=SEVERAL_TILES, heads=2, kv_heads=1, dim=24, dtype=torch.float32, **options):
@@ -34,34 +36,47 @@ def cut(monkeypatch):
     return choose
 
 
-@pytest.mark.parametrize("parts", [1, 3])
-@pytest.mark.parametrize("queries", [1, 3, 5])
-@pytest.mark.parametrize("launch", [Launch(16, 16, 4, 1), Launch(32, 32, 4, 1)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_tiles(dtype, launch, queries, parts, cut):
-    """Of 16 rows: 8 branches a tile, 2 of the 5 that share a root, 1."""
-    cut(launch, parts)
+@pytest.mark.parametrize(
+    ("queries", "rows", "parts", "dtype"),
+    [
+        (1, 16, 1, torch.float16),
+        (1, 16, 3, torch.float32),
+        (3, 16, 1, torch.float32),
+        (3, 16, 3, torch.float16),
+        (5, 32, 2, torch.float32),
+        (5, 16, 2, torch.float16),
+    ],
+)
+def test_tiles(queries, rows, parts, dtype, cut):
+    """In 16 rows, all 3 branches of a root, 2 of them, 1."""
+    cut(Launch(rows, 16, 4, 1), parts)
     assert_case_within_budget(case_of(queries, dtype=dtype), gradients=False)
 
 
-@pytest.mark.parametrize("parts", [1, 3])
-def test_more_rows_than_a_tile(parts, cut):
-    cut(Launch(16, 16, 4, 1), parts)
-    assert_case_within_budget(case_of(5, heads=7), gradients=False)
+def test_more_rows_than_a_tile(cut):
+    cut(Launch(16, 16, 4, 1), 2)
+    assert_case_within_budget(case_of(5, ([0, 1, 0], [20, 3], [5, 19, 33]), heads=7), gradients=False)
 
 
-@pytest.mark.parametrize("queries", [1, 3])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "scale"), [(4, 2, 7, -0.3), (3, 3, 88, None), (2, 2, 33, 0.0)])
-def test_heads_and_scales(heads, kv_heads, dim, scale, queries):
+def test_heads_and_scales(heads, kv_heads, dim, scale):
     """As launched."""
-    case = case_of(queries, heads=heads, kv_heads=kv_heads, dim=dim, scale=scale, index_dtype=torch.int64)
+    case = case_of(
+        2,
+        ([2, 0, 1, 0], [40, 0, 3], [5, 33, 2, 4]),
+        heads=heads,
+        kv_heads=kv_heads,
+        dim=dim,
+        scale=scale,
+        index_dtype=torch.int64,
+    )
     assert_case_within_budget(case, gradients=False)
 
 
 def test_strides(cut):
     """Caches with the heads outside, as transformers keeps them, and others: the same numbers."""
     cut(Launch(16, 16, 4, 1), 2)
-    case = case_of(2)
+    case = case_of(2, ([0, 1, 0], [20, 3], [5, 2, 19]))
     expected = case.operation(*case.inputs)
     heads_outside = [case.inputs[0], *(each.transpose(1, 2).contiguous().transpose(1, 2) for each in case.inputs[1:])]
     mixed = [permuted(each) if i % 2 else each for i, each in enumerate(case.inputs)]
@@ -105,7 +120,7 @@ def test_gradients_are_refused():
         tensor.requires_grad_()
         reason = which(call, *case.inputs, *indices).refused["triton"]
         assert reason == "the Triton kernels of decoding have no gradient, and an argument requires one"
-        with pytest.raises(RuntimeError, match="impl='triton' cannot run this call: .* have no gradient"):
+        with pytest.raises(RuntimeError, match=r"impl='triton' cannot run this call: .* have no gradient"):
             case.operation(*case.inputs)
         with torch.no_grad():
             assert which(call, *case.inputs, *indices, impl="triton").name == "triton"
