@@ -26,16 +26,24 @@ class Launch:
     num_stages: int
 
 
-# None of these is measured: no GPU yet. What is known is what the compiler reports for bf16 at head_dim 128 or less.
+# None of these is measured: no GPU yet. They follow what the compiler reports, with heads that share keys, which costs
+# registers: bf16 at a head_dim of up to 128 spills nothing, but for tens of bytes that tests/compilation names.
 
-# 128 x 64 on 8 warps: 64 fp32 sums and 32 scores a thread; no spills on sm_90.
+# 128 x 64 on 8 warps: 64 fp32 sums and 32 scores a thread.
 FORWARD = Launch(128, 64, num_warps=8, num_stages=3)
-QUERY_GRADIENT = Launch(128, 64, num_warps=8, num_stages=2)
-# Two sums and two tiles of scores: 128 keys spill on sm_90 (204 bytes) and sm_80 (172); 64 on as many warps do not.
-KEY_GRADIENT = Launch(64, 64, num_warps=8, num_stages=2)
-# IEEE fp32 has no tensor cores; fewer than 64 rows, or Triton 3.7 compiles TF32 on sm_100. At head_dim 128 it still
-# spills 3 to 4 KiB on sm_90.
-IEEE = Launch(32, 32, num_warps=4, num_stages=1)
+# Three operands beside the sums: 64 keys spill on sm_80 (96 bytes), 32 do not.
+QUERY_GRADIENT = Launch(128, 32, num_warps=8, num_stages=2)
+# Two sums and two tiles of scores: 64 queries spill 140 bytes on sm_90, and two stages 928 on sm_100.
+KEY_GRADIENT = Launch(32, 64, num_warps=8, num_stages=1)
+# Half the queries on half the warps, for segments that would leave most of 128 rows empty.
+SHORT_FORWARD = Launch(64, 64, num_warps=4, num_stages=3)
+SHORT_QUERY_GRADIENT = Launch(64, 64, num_warps=4, num_stages=2)
+# Beyond a head_dim of 128 three stages of 128 x 64 take 256 KiB, more than a block may have.
+WIDE_FORWARD = Launch(128, 32, num_warps=8, num_stages=2)
+WIDE_QUERY_GRADIENT = Launch(64, 32, num_warps=8, num_stages=1)
+# IEEE fp32 has no tensor cores: operands live in registers, spread over 8 warps. Fewer than 64 rows, or Triton 3.7
+# compiles TF32 on sm_100.
+IEEE = Launch(32, 32, num_warps=8, num_stages=1)
 _STATISTICS_ROWS = 32
 
 
@@ -47,9 +55,15 @@ def columns(head_dim: int) -> tuple[int, int]:
     return (half, rest) if half >= 16 and half + rest < whole else (whole, 0)
 
 
-def choose_launches(head_dim: int, compute: torch.dtype) -> tuple[Launch, Launch, Launch]:
+def choose_launches(head_dim: int, compute: torch.dtype, rows: int, n_segments: int) -> tuple[Launch, Launch, Launch]:
     """The launches of the forward, of the gradient of queries and of that of keys."""
-    return (IEEE,) * 3 if compute == torch.float32 else (FORWARD, QUERY_GRADIENT, KEY_GRADIENT)
+    if compute == torch.float32:
+        return (IEEE,) * 3
+    if head_dim > 128:
+        return WIDE_FORWARD, WIDE_QUERY_GRADIENT, KEY_GRADIENT
+    if rows <= SHORT_FORWARD.block_queries * n_segments:  # the mean segment fits the smaller tile
+        return SHORT_FORWARD, SHORT_QUERY_GRADIENT, KEY_GRADIENT
+    return FORWARD, QUERY_GRADIENT, KEY_GRADIENT
 
 
 def _readable(tensor: Tensor, compute: torch.dtype) -> Tensor:
@@ -99,7 +113,7 @@ def prefix_forward(
     q, k, v, segments = *(_readable(each, compute) for each in (q, k, v)), segments.contiguous()
     strides, unit = _strides(q, k, v)
     n_segments = segments.shape[0] - 1
-    launch, _, _ = choose_launches(head_dim, compute)
+    launch, _, _ = choose_launches(head_dim, compute, tokens, n_segments)
     with torch.cuda.device_of(q):  # Triton launches on the current device, whatever its arguments are on
         triton_forward.forward_kernel[(tokens // launch.block_queries + n_segments, heads, 1)](
             q, k, v, segments, out, lse, *strides, n_segments, tokens, shared, _exponent(scale),
@@ -139,7 +153,7 @@ def prefix_backward(
     strides, unit = _strides(grad, q, k, v)
     n_segments, head = segments.shape[0] - 1, _head(head_dim, unit)
     table = {"SPANS": False, "ROOT_IS_CAUSAL": root_is_causal}
-    _, query_launch, key_launch = choose_launches(head_dim, compute)
+    _, query_launch, key_launch = choose_launches(head_dim, compute, tokens, n_segments)
     with torch.cuda.device_of(q):
         triton_backward.statistics_kernel[(triton.cdiv(tokens, _STATISTICS_ROWS), heads)](
             grad, out, lse, grad_lse, statistics, *strides[:2], tokens,
