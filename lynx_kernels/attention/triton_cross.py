@@ -11,10 +11,7 @@ from torch import Tensor
 from lynx_kernels.attention import triton_backward, triton_forward
 from lynx_kernels.attention.triton import (
     _STATISTICS_ROWS,
-    FORWARD,
-    IEEE,
     KEY_GRADIENT,
-    QUERY_GRADIENT,
     Launch,
     _compute_dtype,
     _cut,
@@ -23,22 +20,22 @@ from lynx_kernels.attention.triton import (
     _readable,
     _strides,
 )
+from lynx_kernels.attention.triton import choose_launches as choose_prefix_launches
 from lynx_kernels.attention.triton_parts import count_parts, merge
 from lynx_kernels.layout import KEY_TILE
 
-# Not measured either. For segments shorter than 64 queries, as the 32 latents of a resampler.
+# For segments of at most 32 queries, as the latents of a resampler. Not measured: no GPU yet.
 FEW_FORWARD = Launch(32, 64, num_warps=4, num_stages=3)
 FEW_QUERY_GRADIENT = Launch(32, 64, num_warps=4, num_stages=2)
-FEW_KEY_GRADIENT = Launch(32, 64, num_warps=4, num_stages=2)
 
 
-def choose_launches(queries_per_segment: int, compute: torch.dtype) -> tuple[Launch, Launch, Launch]:
+def choose_launches(
+    head_dim: int, compute: torch.dtype, queries: int, n_segments: int
+) -> tuple[Launch, Launch, Launch]:
     """The launches of the forward, of the gradient of queries and of that of keys."""
-    if compute == torch.float32:
-        return IEEE, IEEE, IEEE
-    if queries_per_segment < 64:
-        return FEW_FORWARD, FEW_QUERY_GRADIENT, FEW_KEY_GRADIENT
-    return FORWARD, QUERY_GRADIENT, KEY_GRADIENT
+    if compute != torch.float32 and head_dim <= 128 and queries <= FEW_FORWARD.block_queries * n_segments:
+        return FEW_FORWARD, FEW_QUERY_GRADIENT, KEY_GRADIENT
+    return choose_prefix_launches(head_dim, compute, queries, n_segments)
 
 
 def _grid(q: Tensor, k: Tensor, segments: Tensor, launch: Launch) -> tuple[int, int, int]:
@@ -66,7 +63,7 @@ def forward(
     q, k, v, segments = *(_readable(each, compute) for each in (q, k, v)), segments.contiguous()
     strides, unit = _strides(q, k, v)
     n_segments = segments.shape[0] - 1
-    launch, _, _ = choose_launches(queries // n_segments, compute)
+    launch, _, _ = choose_launches(head_dim, compute, queries, n_segments)
     grid = *_, parts = _grid(q, k, segments, launch)
     outs, lses = out, lse
     if parts > 1:
@@ -108,7 +105,7 @@ def backward(
     strides, unit = _strides(grad, q, k, v)
     n_segments, head = segments.shape[0] - 1, _head(head_dim, unit)
     table = {"SPANS": True, "ROOT_IS_CAUSAL": False}
-    _, query_launch, key_launch = choose_launches(queries // n_segments, compute)
+    _, query_launch, key_launch = choose_launches(head_dim, compute, queries, n_segments)
     grid = *_, parts = _grid(q, k, segments, query_launch)
     grads_q = grad_q.new_empty(parts, *grad_q.shape, dtype=torch.float32) if parts > 1 else grad_q
     with torch.cuda.device_of(q):

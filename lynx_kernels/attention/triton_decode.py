@@ -157,12 +157,13 @@ def decode_kernel(
     tl.store(p_lse + o_out, (b_max + tl.log2(b_weight)) * _LN2, mask=m_row)
 
 
-def choose_launch(rows: int, compute: torch.dtype) -> Launch:
+def choose_launch(head_dim: int, compute: torch.dtype, rows: int) -> Launch:
     """The launch for ``rows`` rows that read the same keys. Not measured: no GPU yet."""
     block_rows = max(16, triton.next_power_of_2(rows))
     if compute == torch.float32:
         return Launch(min(block_rows, 32), 32, num_warps=4, num_stages=1)
-    return Launch(min(block_rows, 64), 64, num_warps=4, num_stages=3)
+    # Three stages of 64 keys take 192 KiB beyond a head_dim of 128; a block has 163 on sm_80.
+    return Launch(min(block_rows, 64), 64 if head_dim <= 128 else 32, num_warps=4, num_stages=3)
 
 
 def _alike(k: Tensor, v: Tensor, compute: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -195,7 +196,7 @@ def forward(
     strides = [*root[0].stride()[:3], *branch[0].stride()[:3]]
     unit = 8 if all(stride % 8 == 0 for stride in strides) else 1
     rows = queries * (heads // kv_heads)
-    launch = choose_launch(rows * triton.cdiv(branches, roots), compute)
+    launch = choose_launch(head_dim, compute, rows * triton.cdiv(branches, roots))
     slots, tiles = max(1, launch.block_queries // rows), triton.cdiv(rows, launch.block_queries)
     # Programs that work on a part: over roots at least one for each of their groups of branches.
     root_programs = min(branches, max(roots, triton.cdiv(branches, slots))) * tiles * kv_heads

@@ -44,3 +44,7 @@ def test_single_precision():
     """IEEE: TF32 would show as an instruction of the tensor cores."""
     for kernel in compile_cross(100, 64, FEW, torch.float32):
         assert not any(kernel.has(each) for each in ("mma.sync", *TENSOR_CORES.values())), kernel
+
+
+def test_wide_heads():
+    compile_cross(80, 256, FEW)

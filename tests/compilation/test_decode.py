@@ -16,11 +16,8 @@ def compile_decode(arch, head_dim, size, dtype=torch.bfloat16):
     def meta(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    q, root, branch = (
-        meta(branches, 1, heads, head_dim),
-        meta(1, kv_heads, 901, head_dim),
-        meta(5, kv_heads, 64, head_dim),
-    )
+    q = meta(branches, 1, heads, head_dim)
+    root, branch = meta(1, kv_heads, 901, head_dim), meta(branches, kv_heads, 64, head_dim)
     indices = [meta(length, dtype=torch.int32) for length in (branches, 1, branches)]
     with compiling_for(arch) as compiled:
         root, branch = root.transpose(1, 2), branch.transpose(1, 2)  # heads outside, as transformers keeps them
@@ -47,3 +44,7 @@ def test_single_precision():
     """IEEE: TF32 would show as an instruction of the tensor cores."""
     decode, _ = compile_decode(100, 64, BEAMS, torch.float32)
     assert not any(decode.has(each) for each in ("mma.sync", *TENSOR_CORES.values())), decode
+
+
+def test_wide_heads():
+    compile_decode(80, 256, GROUPED)
