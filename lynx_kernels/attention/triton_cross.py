@@ -24,9 +24,10 @@ from lynx_kernels.attention.triton import choose_launches as choose_prefix_launc
 from lynx_kernels.attention.triton_parts import count_parts, merge
 from lynx_kernels.layout import KEY_TILE
 
-# For segments of at most 32 queries, as the latents of a resampler. Not measured: no GPU yet.
-FEW_FORWARD = Launch(32, 64, num_warps=4, num_stages=3)
-FEW_QUERY_GRADIENT = Launch(32, 64, num_warps=4, num_stages=2)
+# For segments of at most 32 queries, as the latents of a resampler. Not measured: no GPU yet. 64 keys spill on sm_100
+# at a head_dim of 88, 124 bytes forward and 244 backward; 32 do not.
+FEW_FORWARD = Launch(32, 32, num_warps=4, num_stages=3)
+FEW_QUERY_GRADIENT = Launch(32, 32, num_warps=4, num_stages=2)
 
 
 def choose_launches(
