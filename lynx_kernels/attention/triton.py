@@ -61,7 +61,7 @@ def choose_launches(head_dim: int, compute: torch.dtype, rows: int, n_segments: 
         return (IEEE,) * 3
     if head_dim > 128:
         return WIDE_FORWARD, WIDE_QUERY_GRADIENT, KEY_GRADIENT
-    if rows <= SHORT_FORWARD.block_queries * n_segments:  # the mean segment fits the smaller tile
+    if rows <= SHORT_FORWARD.block_queries * n_segments:  # on average; empty segments count
         return SHORT_FORWARD, SHORT_QUERY_GRADIENT, KEY_GRADIENT
     return FORWARD, QUERY_GRADIENT, KEY_GRADIENT
 

@@ -35,7 +35,7 @@ def _small_tiles(monkeypatch):
     use_launch(monkeypatch, Launch(16, 16, 4, 1))
 
 
-def make(groups, root_is_causal, dtype=FP32, heads=2, kv_heads=1, dim=16, scale=None, impl="triton"):
+def make(groups, root_is_causal, dtype=FP32, heads=1, kv_heads=1, dim=16, scale=None, impl="triton"):
     """The operation and plain attention over ``groups``, inputs, and gradients of output and LSE."""
     layout = PackedLayout.from_groups(groups, root_is_causal=root_is_causal)
     operation = partial(prefix_attention, layout=layout, scale=scale, return_lse=True, impl=impl)
@@ -44,7 +44,7 @@ def make(groups, root_is_causal, dtype=FP32, heads=2, kv_heads=1, dim=16, scale=
     return operation, naive, inputs, [grad.to(dtype) for grad in grads_of([inputs[0], inputs[0][..., 0]])]
 
 
-def check_prefix(*case, **options):
+def check_prefix(*case, magnitude=0.0, **options):
     """Output, LSE and gradients through both are within the budget."""
     operation, naive, inputs, grads = make(*case, **options)
     exact_inputs = [each.double() for each in inputs]
@@ -52,7 +52,7 @@ def check_prefix(*case, **options):
     plain[1] = naive(*(each.float() for each in inputs))[1]  # the LSE promises fp32
     for name, value, truth, theirs in zip(NAMES, actual, exact, plain, strict=True):
         assert value.dtype == (FP32 if name == "lse" else inputs[0].dtype)
-        assert_within_budget(value, truth, theirs, name)
+        assert_within_budget(value, truth, theirs, name, magnitude)
 
 
 @both_roots
@@ -60,13 +60,13 @@ def check_prefix(*case, **options):
 @pytest.mark.parametrize("dtype", [FP32, FP16])
 def test_tiles(dtype, launch, root_is_causal, monkeypatch):
     use_launch(monkeypatch, launch)
-    check_prefix(SEVERAL_TILES, root_is_causal, dtype)
+    check_prefix(SEVERAL_TILES, root_is_causal, dtype, heads=2 if dtype == FP32 else 1)
 
 
 @both_roots
 @pytest.mark.parametrize("groups", [[(150, [70])], [(40, [70])] + [(0, [1])] * 3], ids=["long", "short"])
 def test_shipped_launches(groups, root_is_causal):
-    check_prefix(groups, root_is_causal, FP16, heads=1)
+    check_prefix(groups, root_is_causal, FP16)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_heads_and_scales(heads, kv_heads, dim, scale, root_is_causal):
 
 @both_roots
 def test_empty_roots_branches_and_groups(root_is_causal):
-    check_prefix(GROUPS_OF_A_BATCH, root_is_causal, heads=1)
+    check_prefix(GROUPS_OF_A_BATCH, root_is_causal)
 
 
 def test_no_tokens():
@@ -98,18 +98,19 @@ FEW_GROUPS = st.lists(st.tuples(LENGTHS, st.lists(LENGTHS, max_size=2)), max_siz
 
 
 @pytest.mark.usefixtures("_small_tiles")
-@settings(EXAMPLES, max_examples=6)
+@settings(EXAMPLES, max_examples=5)
 @given(FEW_GROUPS, st.booleans())
 def test_any_layout(groups, root_is_causal):
-    check_prefix(groups, root_is_causal, heads=1)
+    # Of a token that sees only itself the gradient of q cancels: its rounding errors are those of numbers near 1.
+    check_prefix(groups, root_is_causal, magnitude=1.0)
 
 
 @pytest.mark.usefixtures("_small_tiles")
 @both_roots
-@pytest.mark.parametrize("token", [0, 36, 37, 55, 60])
+@pytest.mark.parametrize("token", [36, 37, 61])
 def test_information_goes_where_it_may_and_nowhere_else(token, root_is_causal):
     """Forward from a token to those that see it, backward from it to those that it sees."""
-    operation, _, inputs, grads = make(SEVERAL_TILES, root_is_causal, heads=1)
+    operation, _, inputs, grads = make(SEVERAL_TILES, root_is_causal)
     visible = packed_visible(SEVERAL_TILES, root_is_causal)
     leaves = [each.requires_grad_() for each in inputs]
     outputs = operation(*leaves)
@@ -218,7 +219,7 @@ def test_nan_in_a_branch_stays_out_of_root_and_other_branches(root_is_causal):
 
 @pytest.mark.usefixtures("_small_tiles")
 def test_two_runs_agree_bit_by_bit():
-    operation, _, inputs, grads = make(SEVERAL_TILES, True, FP16, heads=1)
+    operation, _, inputs, grads = make(SEVERAL_TILES, True, FP16)
     for ours, theirs in zip(run(operation, inputs, grads), run(operation, inputs, grads), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
@@ -250,9 +251,10 @@ def test_one_launch_forward_and_three_backward(monkeypatch):
 
 
 def test_the_interpreter_runs_only_when_named():
-    _, _, inputs, _ = make(ONE_TILE_EACH, True)
-    choice = dispatch.which(prefix_attention, *inputs)
+    layout = PackedLayout.causal([3])
+    inputs = [random(3, 1, 16, dtype=FP32)] * 3
+    choice = dispatch.which(prefix_attention, *inputs, layout)
     assert (choice.name, choice.refused) == ("reference", {"triton": "the Triton interpreter runs only when named"})
-    assert dispatch.which(prefix_attention, *inputs, impl="triton").name == "triton"
-    with pytest.raises(ValueError, match="head_dim is 257"):
-        dispatch.which(prefix_attention, *(random(1, 1, 257, dtype=FP32) for _ in range(3)), impl="triton")
+    assert dispatch.which(prefix_attention, *inputs, layout, impl="triton").name == "triton"
+    with pytest.raises(RuntimeError, match="head_dim is 257"):
+        dispatch.which(prefix_attention, *[random(3, 1, 257, dtype=FP32)] * 3, layout, impl="triton")
