@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|overflow):Runtim
 
 # Spans that start and end inside tiles, span whole ones, overlap, are shared, are empty; no query sees the key 99, and
 # segment 4 shares a tile of the inverse with others but no key.
-SEVERAL_TILES = [35, 3, 0, 18, 1, 5], [(0, 70), (33, 99), (5, 9), (70, 70), (0, 2), (0, 70)], 102
+SEVERAL_TILES = [35, 3, 0, 18, 1, 5], [(0, 63), (33, 99), (5, 9), (70, 70), (0, 2), (0, 63)], 102
 SMALL = Launch(16, 32, 4, 1)
 
 
