@@ -4,13 +4,20 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from lynx_kernels import dispatch
+from lynx_kernels import dispatch, triton_runtime
 from lynx_kernels.attention import reference
-from lynx_kernels.attention.operator import check_heads, check_rows, define_attention, resolve_scale
+from lynx_kernels.attention.operator import check_heads, check_rows, define_attention, resolve_scale, triton_refusal
 from lynx_kernels.layout import SpanLayout
 
 _IMPLEMENTATIONS = dispatch.Operation(
     "cross_attention",
+    dispatch.Implementation(
+        "triton",
+        triton_runtime.lazy("lynx_kernels.attention.triton_cross", "forward"),
+        triton_runtime.lazy("lynx_kernels.attention.triton_cross", "backward"),
+        refusal=triton_refusal,
+        reluctance=triton_runtime.reluctance,
+    ),
     dispatch.Implementation("reference", reference.cross_attention, reference.cross_attention_backward),
 )
 
@@ -70,8 +77,11 @@ def cross_attention(
     queries, keys = layout.num_queries, layout.num_keys
     check_rows("cross_attention", layout.segments, q=(q, queries), k=(k, keys), v=(v, keys))
     impl = _IMPLEMENTATIONS.choose(impl, q, k, v)
-    out, lse = _OPERATOR(q, k, v, layout.segments, resolve_scale(scale, q), impl)
+    table = layout.segments, layout.tile_offsets, layout.tile_segments
+    out, lse = _OPERATOR(q, k, v, *table, resolve_scale(scale, q), impl)
     return (out, lse) if return_lse else out
 
 
-_OPERATOR = define_attention(_IMPLEMENTATIONS, ("q", "k", "v"), ("segments",), "float scale")
+_OPERATOR = define_attention(
+    _IMPLEMENTATIONS, ("q", "k", "v"), ("segments", "tile_offsets", "tile_segments"), "float scale"
+)

@@ -3,12 +3,25 @@
 import torch
 from torch import Tensor
 
-from lynx_kernels import dispatch
+from lynx_kernels import dispatch, triton_runtime
 from lynx_kernels.attention import reference
-from lynx_kernels.attention.operator import check_heads, define_attention, resolve_scale
+from lynx_kernels.attention.operator import check_heads, define_attention, resolve_scale, triton_refusal
+
+
+def _triton_refusal(*tensors: Tensor) -> str | None:
+    if torch.is_grad_enabled() and any(each.requires_grad for each in tensors):
+        return "the Triton kernels of decoding have no gradient, and an argument requires one"
+    return triton_refusal(*tensors)
+
 
 _IMPLEMENTATIONS = dispatch.Operation(
     "prefix_attention_decode",
+    dispatch.Implementation(
+        "triton",
+        triton_runtime.lazy("lynx_kernels.attention.triton_decode", "forward"),
+        refusal=_triton_refusal,
+        reluctance=triton_runtime.reluctance,
+    ),
     dispatch.Implementation("reference", reference.prefix_attention_decode, reference.prefix_attention_decode_backward),
 )
 
@@ -42,7 +55,8 @@ def prefix_attention_decode(
         branch_lengths: (B,) int32 or int64, Q to Lb, the queries' own keys counted.
         scale: of the scores before the softmax, 1 / sqrt(D) by default.
         return_lse: also return the log of each query's softmax denominator.
-        impl: an implementation by name; None takes the best that can run.
+        impl: an implementation by name; None takes the best that can run. Only the reference has gradients: the others
+            want ``torch.no_grad()`` or inputs that require none.
 
     Returns:
         (B, Q, H, D) in the dtype of q; with ``return_lse`` also (B, Q, H) in fp32 (fp64 for fp64).
@@ -79,7 +93,7 @@ def prefix_attention_decode(
         _check_range("branch_to_root", branch_to_root, 0, num_roots - 1)
         _check_range("root_lengths", root_lengths, 0, root_k.shape[1])
         _check_range("branch_lengths", branch_lengths, q.shape[1], branch_k.shape[1])
-    impl = _IMPLEMENTATIONS.choose(impl, q, root_k, branch_k)
+    impl = _IMPLEMENTATIONS.choose(impl, q, *caches.values())
     out, lse = _OPERATOR(q, *caches.values(), *indices.values(), resolve_scale(scale, q), impl)
     return (out, lse) if return_lse else out
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lynx_kernels import dispatch
+from lynx_kernels import dispatch, triton_runtime
 from lynx_kernels.dtypes import wide
 from lynx_kernels.registration import define, lower
 
@@ -102,3 +102,10 @@ def check_rows(operation: str, layout: Tensor, **rows: tuple[Tensor, int]) -> No
 def resolve_scale(scale: float | None, q: Tensor) -> float:
     """``scale``, or 1 / sqrt(D) where it is None."""
     return q.shape[-1] ** -0.5 if scale is None else float(scale)
+
+
+def triton_refusal(q: Tensor, *keys_and_values: Tensor) -> str | None:
+    """Why the Triton kernels cannot take these tensors, or None if they can."""
+    if q.shape[-1] > 256:
+        return f"Triton attention holds a head in one tile of at most 256 columns, and head_dim is {q.shape[-1]}"
+    return triton_runtime.refusal(q, *keys_and_values)

@@ -4,13 +4,20 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from lynx_kernels import dispatch
+from lynx_kernels import dispatch, triton_runtime
 from lynx_kernels.attention import reference
-from lynx_kernels.attention.operator import check_heads, check_rows, define_attention, resolve_scale
+from lynx_kernels.attention.operator import check_heads, check_rows, define_attention, resolve_scale, triton_refusal
 from lynx_kernels.layout import PackedLayout
 
 _IMPLEMENTATIONS = dispatch.Operation(
     "prefix_attention",
+    dispatch.Implementation(
+        "triton",
+        triton_runtime.lazy("lynx_kernels.attention.triton", "prefix_forward"),
+        triton_runtime.lazy("lynx_kernels.attention.triton", "prefix_backward"),
+        refusal=triton_refusal,
+        reluctance=triton_runtime.reluctance,
+    ),
     dispatch.Implementation("reference", reference.prefix_attention, reference.prefix_attention_backward),
 )
 

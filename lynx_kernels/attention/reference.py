@@ -153,6 +153,8 @@ def cross_attention(
     k: Tensor,  # (K, Hkv, D)
     v: Tensor,  # (K, Hkv, D)
     segments: Tensor,  # SpanLayout.segments
+    tile_offsets: Tensor,  # not needed here: SpanLayout's inverse, for gradients of keys
+    tile_segments: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Return the output (Q, H, D) and the LSE (Q, H)."""
@@ -171,6 +173,8 @@ def cross_attention_backward(
     k: Tensor,
     v: Tensor,
     segments: Tensor,
+    tile_offsets: Tensor,
+    tile_segments: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v; keys seen by several segments sum theirs, keys seen by none get 0."""

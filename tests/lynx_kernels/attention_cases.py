@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from lynx_kernels import PackedLayout, SpanLayout, cross_attention, prefix_attention, prefix_attention_decode
-from tests.lynx_kernels.attention_helpers import dense_attention, dense_decode, packed_visible, random, span_visible
+from tests.lynx_kernels.attention_helpers import (
+    dense_attention,
+    dense_decode,
+    packed_visible,
+    random,
+    run,
+    span_visible,
+)
+from tests.numbers import assert_within_budget
 
 GROUPS_OF_A_BATCH = [(3, [2, 0, 4]), (0, []), (0, [5]), (4, []), (2, [1]), (0, [2, 1]), (1, [0])]
 SPANS_OF_A_BATCH = [3, 2, 0, 4, 1, 2], [(0, 6), (4, 9), (1, 3), (5, 5), (8, 9), (0, 6)], 10  # key 9 is seen by none
@@ -35,24 +43,36 @@ def packed_case(root_is_causal, groups=GROUPS_OF_A_BATCH, heads=4, kv_heads=2, d
     )
 
 
-def span_case(batch=SPANS_OF_A_BATCH, heads=4, kv_heads=2, dim=7, dtype=torch.float64, scale=None):
+def span_case(batch=SPANS_OF_A_BATCH, heads=4, kv_heads=2, dim=7, dtype=torch.float64, scale=None, impl=None):
     layout, visible = SpanLayout.from_spans(*batch), span_visible(*batch)
     shapes = [(layout.num_queries, heads), (layout.num_keys, kv_heads), (layout.num_keys, kv_heads)]
     inputs = [random(*shape, dim, dtype=dtype, seed=i) for i, shape in enumerate(shapes)]
     return Case(
-        lambda q, k, v: cross_attention(q, k, v, layout, scale=scale, return_lse=True),
+        lambda q, k, v: cross_attention(q, k, v, layout, scale=scale, return_lse=True, impl=impl),
         lambda q, k, v: dense_attention(q, k, v, visible, scale),
         inputs,
     )
 
 
-def decode_case(queries, heads=4, kv_heads=2, dim=7, dtype=torch.float64, scale=None, index_dtype=torch.int32):
-    indices = [torch.tensor(each, dtype=index_dtype) for each in (BRANCH_TO_ROOT, ROOT_LENGTHS, BRANCH_LENGTHS)]
-    root, branch = (len(ROOT_LENGTHS), 8, kv_heads, dim), (len(BRANCH_TO_ROOT), 6, kv_heads, dim)
-    shapes = [(len(BRANCH_TO_ROOT), queries, heads, dim), root, root, branch, branch]
+def decode_case(
+    queries,
+    heads=4,
+    kv_heads=2,
+    dim=7,
+    dtype=torch.float64,
+    scale=None,
+    index_dtype=torch.int32,
+    batch=(BRANCH_TO_ROOT, ROOT_LENGTHS, BRANCH_LENGTHS),
+    impl=None,
+):
+    branch_to_root, root_lengths, branch_lengths = batch
+    indices = [torch.tensor(each, dtype=index_dtype) for each in batch]
+    root = len(root_lengths), max(root_lengths) + 1, kv_heads, dim
+    branch = len(branch_to_root), max(branch_lengths), kv_heads, dim
+    shapes = [(len(branch_to_root), queries, heads, dim), root, root, branch, branch]
     inputs = [random(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes)]
     return Case(
-        lambda *floats: prefix_attention_decode(*floats, *indices, scale=scale, return_lse=True),
+        lambda *floats: prefix_attention_decode(*floats, *indices, scale=scale, return_lse=True, impl=impl),
         lambda *floats: dense_decode(*floats, *indices, scale=scale),
         inputs,
     )
@@ -71,3 +91,25 @@ all_cases = pytest.mark.parametrize("make", CASES.values(), ids=CASES)
 def grads_of(outputs):
     """Gradients for an output and its LSE."""
     return [random(*output.shape, seed=10 + i) for i, output in enumerate(outputs)]
+
+
+def assert_case_within_budget(case, *, gradients=True):
+    """Output and LSE of a case are within the budget, and the gradients through both; -inf is where it should be."""
+    dtype = case.inputs[0].dtype
+    exact_inputs = [each.double() for each in case.inputs]
+    grads = [grad.to(dtype) for grad in grads_of(case.naive(*exact_inputs))]
+
+    def results(function, inputs):
+        return run(function, inputs, grads) if gradients else list(function(*inputs))
+
+    exact, actual = results(case.naive, exact_inputs), results(case.operation, case.inputs)
+    plain = results(case.naive, case.inputs)
+    plain[1] = case.naive(*(each.float() for each in case.inputs))[1]  # the LSE promises fp32
+    seen = exact[1].isfinite()
+    assert torch.equal(actual[1].isneginf(), ~seen)
+    for each in (actual, exact, plain):
+        each[1] = each[1][seen]
+    names = ["output", "lse", *(f"gradient {i}" for i in range(len(case.inputs)))]
+    for name, ours, truth, theirs in zip(names, actual, exact, plain, strict=gradients):
+        assert ours.dtype == (torch.float32 if name == "lse" else dtype)
+        assert_within_budget(ours, truth, theirs, name)

@@ -14,6 +14,7 @@ from tests.lynx_kernels.attention_cases import (
     ROOT_LENGTHS,
     SPANS_OF_A_BATCH,
     all_cases,
+    assert_case_within_budget,
     decode_case,
     grads_of,
     packed_case,
@@ -29,7 +30,6 @@ from tests.lynx_kernels.attention_helpers import (
     spans,
 )
 from tests.lynx_kernels.helpers import permuted
-from tests.numbers import assert_within_budget
 
 
 @pytest.fixture(autouse=True)
@@ -84,20 +84,7 @@ def test_gradcheck(make):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dim", [16, 72])
 def test_within_budget(make, dtype, dim):
-    case = make(dim=dim, dtype=dtype)
-    exact_inputs = [each.double() for each in case.inputs]
-    grads = [grad.to(dtype) for grad in grads_of(case.naive(*exact_inputs))]
-    exact, actual = run(case.naive, exact_inputs, grads), run(case.operation, case.inputs, grads)
-    plain = run(case.naive, case.inputs, grads)
-    plain[1] = case.naive(*(each.float() for each in case.inputs))[1]  # the LSE promises fp32
-    names = ["output", "lse", *(f"gradient {i}" for i in range(len(case.inputs)))]
-    seen = exact[1].isfinite()
-    assert torch.equal(actual[1].isfinite(), seen)
-    for results in (actual, exact, plain):
-        results[1] = results[1][seen]
-    for name, ours, truth, theirs in zip(names, actual, exact, plain, strict=True):
-        assert ours.dtype == (torch.float32 if name == "lse" else dtype)
-        assert_within_budget(ours, truth, theirs, name)
+    assert_case_within_budget(make(dim=dim, dtype=dtype))
 
 
 @all_cases

@@ -19,9 +19,10 @@ from tests.lynx_kernels.attention_cases import (
 from tests.lynx_kernels.attention_helpers import random, run
 from tests.lynx_kernels.helpers import count_compilations, permuted
 
+_SPANS = SpanLayout.from_spans(*SPANS_OF_A_BATCH)
 OPERATORS = {
     "prefix_attention": (packed_case(True), [PackedLayout.from_groups(GROUPS_OF_A_BATCH).segments], [True, 0.4]),
-    "cross_attention": (span_case(), [SpanLayout.from_spans(*SPANS_OF_A_BATCH).segments], [0.4]),
+    "cross_attention": (span_case(), [_SPANS.segments, _SPANS.tile_offsets, _SPANS.tile_segments], [0.4]),
     "prefix_attention_decode": (
         decode_case(2),
         [torch.tensor(each, dtype=torch.int32) for each in (BRANCH_TO_ROOT, ROOT_LENGTHS, BRANCH_LENGTHS)],

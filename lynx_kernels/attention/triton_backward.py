@@ -1,0 +1,324 @@
+"""The backward kernels of prefix and cross attention in Triton. Dialect: triton_tiles.
+
+    P = exp(S - LSE)    dV = P^T dO    dS = P * (dO V^T - delta)    dQ = scale dS K    dK = scale dS^T Q
+
+delta is rowsum(dO * O) - dLSE. Gradients of queries visit keys as the forward does; those of keys visit the queries
+that see them, with all scores computed transposed, S^T = K Q^T: a transposed accumulator as an operand of a product is
+miscompiled for Hopper by Triton before 3.7.1. Nobody shares an output: no atomics, two runs agree bit by bit.
+"""
+
+import triton
+import triton.language as tl
+
+from lynx_kernels.attention.triton_tiles import (
+    add_weighted_rows,
+    count_key_tiles,
+    find_segment,
+    load_rows,
+    products_of_rows,
+    store_rows,
+    tile_of_queries,
+    zero_rows,
+)
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def statistics_kernel(
+    p_grad,  # (T, H, D)
+    p_out,  # (T, H, D)
+    p_lse,  # (T, H)
+    p_grad_lse,  # (T, H) or None
+    p_statistics,  # (2, H, T): LSE times log2(e), and delta
+    stride_grad,
+    stride_grad_head,
+    n_queries,
+    UNIT: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BQ: tl.constexpr,
+):
+    """What backward reads of each query, for tokens side by side."""
+    i_first = tl.program_id(0).to(tl.int64) * BQ
+    i_h = tl.program_id(1)
+    n_heads = tl.num_programs(1)
+    o_q = i_first + tl.arange(0, BQ)
+    o_d = tl.arange(0, BD)
+    m_q = o_q < n_queries
+    m_tile = m_q[:, None] & (o_d[None, :] < D)
+    o_row = o_q * n_heads + i_h
+    p_grad += i_h.to(tl.int64) * (stride_grad_head * UNIT)
+    b_grad = tl.load(p_grad + o_q[:, None] * (stride_grad * UNIT) + o_d[None, :], mask=m_tile, other=0.0)
+    b_out = tl.load(p_out + o_row[:, None] * D + o_d[None, :], mask=m_tile, other=0.0)
+    b_delta = tl.sum(b_grad.to(tl.float32) * b_out.to(tl.float32), 1)
+    if p_grad_lse is not None:
+        b_delta -= tl.load(p_grad_lse + o_row, mask=m_q, other=0.0).to(tl.float32)
+    b_lse = tl.load(p_lse + o_row, mask=m_q, other=0.0)
+    p_statistics += i_h.to(tl.int64) * n_queries + o_q
+    tl.store(p_statistics, b_lse * _LOG2E, mask=m_q)
+    tl.store(p_statistics + n_heads.to(tl.int64) * n_queries, b_delta, mask=m_q)
+
+
+@triton.jit
+def _query_gradients(
+    b_q, b_q_rest, b_grad, b_grad_rest, b_lse, b_delta, b_sum, b_sum_rest,
+    p_k, p_v, stride_k, stride_v, n_keys, o_seen, scale,
+    MASKED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, REST: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """What one tile of keys adds to dQ / scale; its arguments as the forward's."""
+    b_k, b_k_rest = load_rows(p_k, stride_k, n_keys, MASKED, D, BD, REST, BK)
+    b_weights = tl.exp2(products_of_rows(b_q, b_q_rest, b_k, b_k_rest, REST) * scale - b_lse[:, None])  # [BQ, BK]
+    if MASKED:
+        b_weights = tl.where(tl.arange(0, BK)[None, :] < o_seen[:, None], b_weights, 0.0)
+    b_v, b_v_rest = load_rows(p_v, stride_v, n_keys, MASKED, D, BD, REST, BK)
+    b_grad_scores = b_weights * (products_of_rows(b_grad, b_grad_rest, b_v, b_v_rest, REST) - b_delta[:, None])
+    return add_weighted_rows(b_sum, b_sum_rest, b_grad_scores, b_k, b_k_rest, REST)
+
+
+@triton.jit
+def query_gradient_kernel(
+    p_grad,  # (T, H, D)
+    p_q,  # (T, H, D)
+    p_k,  # (K, Hkv, D)
+    p_v,  # (K, Hkv, D)
+    p_statistics,  # (2, H, T)
+    p_segments,  # the layout's table
+    p_grad_q,  # (parts, T, H, D), one part but for spans
+    stride_grad,
+    stride_grad_head,
+    stride_q,
+    stride_q_head,
+    stride_k,
+    stride_k_head,
+    stride_v,
+    stride_v_head,
+    n_segments,
+    n_queries,
+    n_shared,  # H / Hkv
+    scale,
+    SPANS: tl.constexpr,
+    ROOT_IS_CAUSAL: tl.constexpr,
+    UNIT: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    REST: tl.constexpr,
+    BQ: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """One tile of queries and one head, as in the forward."""
+    i_first, i_end, i_full, i_full_end, i_causal, i_causal_end = tile_of_queries(
+        p_segments, n_segments, SPANS, ROOT_IS_CAUSAL, BQ, BK
+    )
+    if i_first >= i_end:
+        return
+    i_h = tl.program_id(1).to(tl.int64)
+    n_heads = tl.num_programs(1)
+    n_rows = i_end - i_first
+    p_grad += i_first.to(tl.int64) * (stride_grad * UNIT) + i_h * (stride_grad_head * UNIT)
+    p_q += i_first.to(tl.int64) * (stride_q * UNIT) + i_h * (stride_q_head * UNIT)
+    p_k += i_h // n_shared * (stride_k_head * UNIT)
+    p_v += i_h // n_shared * (stride_v_head * UNIT)
+    stride_k = stride_k * UNIT
+    stride_v = stride_v * UNIT
+    o_q = i_first + tl.arange(0, BQ)
+    p_statistics += i_h * n_queries + o_q
+
+    b_q, b_q_rest = load_rows(p_q, stride_q * UNIT, n_rows, True, D, BD, REST, BQ)
+    b_grad, b_grad_rest = load_rows(p_grad, stride_grad * UNIT, n_rows, True, D, BD, REST, BQ)
+    b_lse = tl.load(p_statistics, mask=o_q < i_end, other=0.0)
+    b_delta = tl.load(p_statistics + n_heads.to(tl.int64) * n_queries, mask=o_q < i_end, other=0.0)
+    b_sum, b_sum_rest = zero_rows(BD, REST, BQ)
+    scale_log2 = scale * _LOG2E
+    n_full, n_causal, n_full_edges, n_causal_edges = count_key_tiles(
+        i_first, i_full, i_full_end, i_causal, i_causal_end, BK
+    )
+    for i in range(n_full + n_causal):
+        i_key = tl.where(i < n_full, i_full + i * BK, i_causal + (i - n_full) * BK).to(tl.int64)
+        b_sum, b_sum_rest = _query_gradients(
+            b_q, b_q_rest, b_grad, b_grad_rest, b_lse, b_delta, b_sum, b_sum_rest,
+            p_k + i_key * stride_k, p_v + i_key * stride_v, stride_k, stride_v, BK, o_q, scale_log2,
+            False, D, BD, REST, BK,
+        )  # fmt: skip
+    for i in range(n_full_edges + n_causal_edges):
+        is_full = i < n_full_edges
+        i_key = tl.where(is_full, i_full + n_full * BK, i_causal + (n_causal + i - n_full_edges) * BK)
+        n_keys = tl.where(is_full, i_full_end, i_causal_end) - i_key
+        o_seen = tl.where(is_full, n_keys, o_q + 1 - i_key)
+        i_key = i_key.to(tl.int64)
+        b_sum, b_sum_rest = _query_gradients(
+            b_q, b_q_rest, b_grad, b_grad_rest, b_lse, b_delta, b_sum, b_sum_rest,
+            p_k + i_key * stride_k, p_v + i_key * stride_v, stride_k, stride_v, n_keys, o_seen, scale_log2,
+            True, D, BD, REST, BK,
+        )  # fmt: skip
+    i_row = (tl.program_id(2).to(tl.int64) * n_queries + i_first) * n_heads + i_h
+    store_rows(p_grad_q + i_row * D, n_heads * D, n_rows, b_sum * scale, b_sum_rest * scale, D, BD, REST, BQ)
+
+
+@triton.jit
+def _key_gradients(
+    b_k, b_k_rest, b_v, b_v_rest, b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest,
+    p_q, p_grad, p_lse, p_delta, stride_q, stride_grad, n_queries, o_blind, scale,
+    MASKED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, REST: tl.constexpr, BQ: tl.constexpr,
+):  # fmt: skip
+    """What one tile of queries adds to dK / scale and dV; of the n_queries there the first o_blind miss a key.
+
+    Queries beyond n_queries add nothing by themselves: q, dO, LSE and delta are 0, so P^T is 1 and dS^T is 0.
+    """
+    o_q = tl.arange(0, BQ)
+    b_q, b_q_rest = load_rows(p_q, stride_q, n_queries, MASKED, D, BD, REST, BQ)
+    if MASKED:
+        b_lse = tl.load(p_lse + o_q, mask=o_q < n_queries, other=0.0)
+        b_delta = tl.load(p_delta + o_q, mask=o_q < n_queries, other=0.0)
+    else:
+        b_lse = tl.load(p_lse + o_q)
+        b_delta = tl.load(p_delta + o_q)
+    b_weights = tl.exp2(products_of_rows(b_k, b_k_rest, b_q, b_q_rest, REST) * scale - b_lse[None, :])  # [BK, BQ]
+    if MASKED:
+        b_weights = tl.where(o_q[None, :] >= o_blind[:, None], b_weights, 0.0)
+    b_grad, b_grad_rest = load_rows(p_grad, stride_grad, n_queries, MASKED, D, BD, REST, BQ)
+    b_grad_v, b_grad_v_rest = add_weighted_rows(b_grad_v, b_grad_v_rest, b_weights, b_grad, b_grad_rest, REST)
+    b_grad_scores = b_weights * (products_of_rows(b_v, b_v_rest, b_grad, b_grad_rest, REST) - b_delta[None, :])
+    b_grad_k, b_grad_k_rest = add_weighted_rows(b_grad_k, b_grad_k_rest, b_grad_scores, b_q, b_q_rest, REST)
+    return b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest
+
+
+@triton.jit
+def _key_gradients_of_range(
+    b_k, b_k_rest, b_v, b_v_rest, b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest,
+    p_q, p_grad, p_statistics, stride_q, stride_q_head, stride_grad, stride_grad_head,
+    i_first, i_last, n_masked, o_first, i_kv_head, n_shared, n_heads, n_queries, scale,
+    D: tl.constexpr, BD: tl.constexpr, REST: tl.constexpr, BQ: tl.constexpr,
+):  # fmt: skip
+    """What the queries i_first <= q < i_last of all heads that share the keys add.
+
+    A key misses the queries before o_first, all of which are in the first n_masked tiles.
+    """
+    n_whole = (i_last - i_first) // BQ
+    n_tiles = tl.cdiv(i_last - i_first, BQ)
+    n_masked = tl.minimum(n_masked, n_tiles)
+    n_inner = tl.maximum(n_whole, n_masked)  # tiles from n_masked to here need no mask
+    for i_shared in range(n_shared):
+        i_h = i_kv_head * n_shared + i_shared
+        p_q_head = p_q + i_h * stride_q_head
+        p_grad_head = p_grad + i_h * stride_grad_head
+        p_lse = p_statistics + i_h * n_queries
+        p_delta = p_lse + n_heads.to(tl.int64) * n_queries
+        for i in range(n_masked, n_inner):
+            i_q = (i_first + i * BQ).to(tl.int64)
+            b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest = _key_gradients(
+                b_k, b_k_rest, b_v, b_v_rest, b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest,
+                p_q_head + i_q * stride_q, p_grad_head + i_q * stride_grad, p_lse + i_q, p_delta + i_q,
+                stride_q, stride_grad, BQ, o_first, scale, False, D, BD, REST, BQ,
+            )  # fmt: skip
+        for i in range(n_masked + n_tiles - n_inner):
+            i_q = i_first + tl.where(i < n_masked, i, i - n_masked + n_inner) * BQ
+            n_left = i_last - i_q
+            o_blind = o_first - i_q
+            i_q = i_q.to(tl.int64)
+            b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest = _key_gradients(
+                b_k, b_k_rest, b_v, b_v_rest, b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest,
+                p_q_head + i_q * stride_q, p_grad_head + i_q * stride_grad, p_lse + i_q, p_delta + i_q,
+                stride_q, stride_grad, n_left, o_blind, scale, True, D, BD, REST, BQ,
+            )  # fmt: skip
+    return b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest
+
+
+@triton.jit
+def key_gradient_kernel(
+    p_grad,  # (T, H, D)
+    p_q,  # (T, H, D)
+    p_k,  # (K, Hkv, D)
+    p_v,  # (K, Hkv, D)
+    p_statistics,  # (2, H, T)
+    p_segments,  # the layout's table
+    p_tile_offsets,  # SpanLayout's inverse, or None
+    p_tile_segments,
+    p_grad_k,  # (K, Hkv, D)
+    p_grad_v,  # (K, Hkv, D)
+    stride_grad,
+    stride_grad_head,
+    stride_q,
+    stride_q_head,
+    stride_k,
+    stride_k_head,
+    stride_v,
+    stride_v_head,
+    n_segments,
+    n_queries,
+    n_keys,
+    n_shared,  # H / Hkv
+    scale,
+    SPANS: tl.constexpr,
+    ROOT_IS_CAUSAL: tl.constexpr,
+    KEY_TILE: tl.constexpr,  # keys a tile of the inverse
+    UNIT: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    REST: tl.constexpr,
+    BQ: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """One tile of keys and one of their heads.
+
+    Packed rows: the queries that see a key are one range, whose first tiles hold the diagonal. Spans: a range for each
+    segment that sees a key of the tile.
+    """
+    i_kv_head = tl.program_id(1).to(tl.int64)
+    n_kv_heads = tl.num_programs(1)
+    if SPANS:
+        i_first = tl.program_id(0) * BK
+        i_end = n_keys
+    else:
+        i_segment, i_block = find_segment(p_segments, n_segments, tl.program_id(0), 4, BK)
+        i_start = tl.load(p_segments + i_segment * 4)
+        i_end = tl.load(p_segments + i_segment * 4 + 4)
+        i_first = i_start + i_block * BK
+        if i_first >= i_end:
+            return
+    p_k += i_first.to(tl.int64) * (stride_k * UNIT) + i_kv_head * (stride_k_head * UNIT)
+    p_v += i_first.to(tl.int64) * (stride_v * UNIT) + i_kv_head * (stride_v_head * UNIT)
+    stride_q = stride_q * UNIT
+    stride_q_head = stride_q_head * UNIT
+    stride_grad = stride_grad * UNIT
+    stride_grad_head = stride_grad_head * UNIT
+    b_k, b_k_rest = load_rows(p_k, stride_k * UNIT, i_end - i_first, True, D, BD, REST, BK)
+    b_v, b_v_rest = load_rows(p_v, stride_v * UNIT, i_end - i_first, True, D, BD, REST, BK)
+    b_grad_k, b_grad_k_rest = zero_rows(BD, REST, BK)
+    b_grad_v, b_grad_v_rest = zero_rows(BD, REST, BK)
+    o_k = i_first + tl.arange(0, BK)
+    scale_log2 = scale * _LOG2E
+    n_heads = n_kv_heads * n_shared
+    if SPANS:
+        i_tile = i_first // KEY_TILE
+        for i in range(tl.load(p_tile_offsets + i_tile), tl.load(p_tile_offsets + i_tile + 1)):
+            p_row = p_segments + tl.load(p_tile_segments + i) * 3
+            i_q_first = tl.load(p_row)
+            i_q_last = tl.load(p_row + 3)
+            i_seen = tl.load(p_row + 1)
+            i_seen_end = tl.load(p_row + 2)
+            o_first = tl.where((i_seen <= o_k) & (o_k < i_seen_end), i_q_first, i_q_last)
+            is_whole = (i_seen <= i_first) & (i_first + BK <= i_seen_end)
+            b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest = _key_gradients_of_range(
+                b_k, b_k_rest, b_v, b_v_rest, b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest,
+                p_q, p_grad, p_statistics, stride_q, stride_q_head, stride_grad, stride_grad_head,
+                i_q_first, i_q_last, tl.where(is_whole, 0, tl.cdiv(i_q_last - i_q_first, BQ)), o_first,
+                i_kv_head, n_shared, n_heads, n_queries, scale_log2, D, BD, REST, BQ,
+            )  # fmt: skip
+    else:
+        i_root_end = tl.load(p_segments + i_segment * 4 + 2)
+        i_q_last = tl.where(i_start < i_root_end, tl.load(p_segments + i_segment * 4 + 3), i_end)
+        is_full = False if ROOT_IS_CAUSAL else i_start < i_root_end
+        i_q_first = tl.where(is_full, i_start, i_first)
+        b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest = _key_gradients_of_range(
+            b_k, b_k_rest, b_v, b_v_rest, b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest,
+            p_q, p_grad, p_statistics, stride_q, stride_q_head, stride_grad, stride_grad_head,
+            i_q_first, i_q_last, tl.where(is_full, 0, tl.cdiv(BK, BQ)), tl.where(is_full, i_start, o_k),
+            i_kv_head, n_shared, n_heads, n_queries, scale_log2, D, BD, REST, BQ,
+        )  # fmt: skip
+    i_row = i_first.to(tl.int64) * n_kv_heads + i_kv_head
+    n_rows = i_end - i_first
+    b_grad_k *= scale
+    b_grad_k_rest *= scale
+    store_rows(p_grad_k + i_row * D, n_kv_heads * D, n_rows, b_grad_k, b_grad_k_rest, D, BD, REST, BK)
+    store_rows(p_grad_v + i_row * D, n_kv_heads * D, n_rows, b_grad_v, b_grad_v_rest, D, BD, REST, BK)

@@ -1,0 +1,126 @@
+"""The forward kernel of prefix and cross attention in Triton. Dialect: triton_tiles.
+
+One program computes the outputs of one tile of queries and one head. It visits tiles of keys that all its queries see,
+then, under a mask, those at the edges of what they see: at most one of the root's, and those of the diagonal.
+"""
+
+import triton
+import triton.language as tl
+
+from lynx_kernels.attention.triton_tiles import (
+    add_weighted_rows,
+    count_key_tiles,
+    load_rows,
+    products_of_rows,
+    store_rows,
+    tile_of_queries,
+    zero_rows,
+)
+
+_LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def attend(
+    b_q, b_q_rest, b_sum, b_sum_rest, b_max, b_weight,
+    p_k, p_v, stride_k, stride_v, n_keys, o_seen, scale,
+    MASKED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, REST: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys, of which n_keys are there and each query sees the first o_seen; scores are powers of 2."""
+    b_k, b_k_rest = load_rows(p_k, stride_k, n_keys, MASKED, D, BD, REST, BK)
+    b_scores = products_of_rows(b_q, b_q_rest, b_k, b_k_rest, REST)  # [BQ, BK]
+    if MASKED:
+        b_scores = tl.where(tl.arange(0, BK)[None, :] < o_seen[:, None], b_scores, float("-inf"))
+    # Every query sees the first key of the first tile it meets, so from there on the maximum is finite.
+    b_new_max = tl.maximum(b_max, tl.max(b_scores, 1) * scale)
+    b_weights = tl.exp2(b_scores * scale - b_new_max[:, None])
+    b_shrink = tl.exp2(b_max - b_new_max)
+    b_weight = b_weight * b_shrink + tl.sum(b_weights, 1)
+    b_sum = b_sum * b_shrink[:, None]
+    b_sum_rest = b_sum_rest * b_shrink[:, None]
+    b_v, b_v_rest = load_rows(p_v, stride_v, n_keys, MASKED, D, BD, REST, BK)
+    b_sum, b_sum_rest = add_weighted_rows(b_sum, b_sum_rest, b_weights, b_v, b_v_rest, REST)
+    return b_sum, b_sum_rest, b_new_max, b_weight
+
+
+@triton.jit
+def forward_kernel(
+    p_q,  # (T, H, D)
+    p_k,  # (K, Hkv, D)
+    p_v,  # (K, Hkv, D)
+    p_segments,  # the layout's table
+    p_out,  # (parts, T, H, D), one part but for spans
+    p_lse,  # (parts, T, H)
+    stride_q,
+    stride_q_head,
+    stride_k,
+    stride_k_head,
+    stride_v,
+    stride_v_head,
+    n_segments,
+    n_queries,
+    n_shared,  # H / Hkv
+    scale,  # times log2(e), > 0
+    NEGATIVE: tl.constexpr,  # whether the true scale is
+    SPANS: tl.constexpr,  # a SpanLayout's table, or a PackedLayout's
+    ROOT_IS_CAUSAL: tl.constexpr,
+    UNIT: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    REST: tl.constexpr,
+    BQ: tl.constexpr,
+    BK: tl.constexpr,
+):
+    i_first, i_end, i_full, i_full_end, i_causal, i_causal_end = tile_of_queries(
+        p_segments, n_segments, SPANS, ROOT_IS_CAUSAL, BQ, BK
+    )
+    if i_first >= i_end:
+        return
+    i_h = tl.program_id(1)
+    n_heads = tl.num_programs(1)
+    p_q += i_first.to(tl.int64) * (stride_q * UNIT) + i_h.to(tl.int64) * (stride_q_head * UNIT)
+    i_kv_head = (i_h // n_shared).to(tl.int64)
+    p_k += i_kv_head * (stride_k_head * UNIT)
+    p_v += i_kv_head * (stride_v_head * UNIT)
+    stride_k = stride_k * UNIT
+    stride_v = stride_v * UNIT
+
+    b_q, b_q_rest = load_rows(p_q, stride_q * UNIT, i_end - i_first, True, D, BD, REST, BQ)
+    if NEGATIVE:  # the maximum of the scores is then the maximum of the products
+        b_q = -b_q
+        if REST > 0:
+            b_q_rest = -b_q_rest
+    b_sum, b_sum_rest = zero_rows(BD, REST, BQ)
+    b_max = tl.full([BQ], float("-inf"), dtype=tl.float32)
+    b_weight = tl.zeros([BQ], dtype=tl.float32)
+    o_q = i_first + tl.arange(0, BQ)
+    n_full, n_causal, n_full_edges, n_causal_edges = count_key_tiles(
+        i_first, i_full, i_full_end, i_causal, i_causal_end, BK
+    )
+    for i in range(n_full + n_causal):
+        i_key = tl.where(i < n_full, i_full + i * BK, i_causal + (i - n_full) * BK).to(tl.int64)
+        b_sum, b_sum_rest, b_max, b_weight = attend(
+            b_q, b_q_rest, b_sum, b_sum_rest, b_max, b_weight,
+            p_k + i_key * stride_k, p_v + i_key * stride_v, stride_k, stride_v, BK, o_q, scale,
+            False, D, BD, REST, BK,
+        )  # fmt: skip
+    for i in range(n_full_edges + n_causal_edges):
+        is_full = i < n_full_edges
+        i_key = tl.where(is_full, i_full + n_full * BK, i_causal + (n_causal + i - n_full_edges) * BK)
+        n_keys = tl.where(is_full, i_full_end, i_causal_end) - i_key
+        o_seen = tl.where(is_full, n_keys, o_q + 1 - i_key)
+        i_key = i_key.to(tl.int64)
+        b_sum, b_sum_rest, b_max, b_weight = attend(
+            b_q, b_q_rest, b_sum, b_sum_rest, b_max, b_weight,
+            p_k + i_key * stride_k, p_v + i_key * stride_v, stride_k, stride_v, n_keys, o_seen, scale,
+            True, D, BD, REST, BK,
+        )  # fmt: skip
+
+    # Without keys the weight is 0 and the maximum -inf: output 0, LSE -inf.
+    b_inverse = 1 / tl.where(b_weight == 0, 1.0, b_weight)[:, None]
+    i_row = (tl.program_id(2).to(tl.int64) * n_queries + i_first) * n_heads + i_h
+    store_rows(
+        p_out + i_row * D, n_heads * D, i_end - i_first, b_sum * b_inverse, b_sum_rest * b_inverse, D, BD, REST, BQ
+    )
+    b_lse = (b_max + tl.log2(b_weight)) * _LN2
+    tl.store(p_lse + i_row + tl.arange(0, BQ) * n_heads, b_lse, mask=o_q < i_end)

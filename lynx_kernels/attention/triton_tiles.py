@@ -1,0 +1,152 @@
+"""What the Triton attention kernels share: where a program's tile lies, and how tiles are read, multiplied, written.
+
+Dialect of flash-linear-attention: ``b_`` a block's values, ``p_`` a pointer, ``o_`` offsets, ``m_`` a mask, ``i_`` an
+index. A head dimension D that is no power of two is two tiles side by side, D = 88 the 64 columns ``b_x`` and the 24
+of 32 columns ``b_x_rest``: 96 columns of work instead of 128. Where one tile holds D, REST is 0 and the rest not read.
+Strides come in units of UNIT elements: Triton then knows that rows start at multiples of it, and loads vectors.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def find_segment(p_segments, n_segments, i_tile, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """The segment that tile i_tile belongs to, and the tile's place in it.
+
+    Segment s owns the tiles from ``start(s) // BLOCK + s`` up to its successor's: at least as many as it has blocks,
+    at most one too many. So a grid of ``T // BLOCK + S`` programs is enough, whatever the lengths, and no plan is made.
+    """
+    i_low = i_tile * 0
+    i_high = i_low + n_segments
+    while i_high - i_low > 1:
+        i_middle = (i_low + i_high) // 2
+        i_first = tl.load(p_segments + i_middle * WIDTH) // BLOCK + i_middle
+        is_after = i_first > i_tile
+        i_low = tl.where(is_after, i_low, i_middle)
+        i_high = tl.where(is_after, i_middle, i_high)
+    return i_low, i_tile - tl.load(p_segments + i_low * WIDTH) // BLOCK - i_low
+
+
+@triton.jit
+def tile_of_queries(
+    p_segments, n_segments, SPANS: tl.constexpr, ROOT_IS_CAUSAL: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr
+):
+    """This program's queries, and the two ranges of keys they see: all of one, the other up to themselves.
+
+    Returns the first query, the end of its segment (not after the first where there is nothing to do), and start and
+    end of both ranges. A segment's last tiles, which see the most keys where it is causal, start first.
+    """
+    WIDTH: tl.constexpr = 3 if SPANS else 4
+    i_segment, i_block = find_segment(p_segments, n_segments, tl.program_id(0), WIDTH, BQ)
+    p_row = p_segments + i_segment * WIDTH
+    i_start = tl.load(p_row)
+    i_end = tl.load(p_row + WIDTH)
+    i_first = i_start + (tl.cdiv(i_end - i_start, BQ) - 1 - i_block) * BQ
+    i_first = tl.where(i_first < i_start, i_end, i_first)
+    if SPANS:
+        # The program's part of the span, one of as many as the grid is deep.
+        i_key_start = tl.load(p_row + 1)
+        i_key_end = tl.load(p_row + 2)
+        part = tl.cdiv(tl.cdiv(i_key_end - i_key_start, BK), tl.num_programs(2)) * BK
+        i_full = tl.minimum(i_key_start + tl.program_id(2) * part, i_key_end)
+        i_full_end = tl.minimum(i_full + part, i_key_end)
+        i_causal = i_first + 1
+        i_causal_end = i_causal
+    else:
+        i_root = tl.load(p_row + 1)
+        i_root_end = tl.load(p_row + 2)
+        i_last = tl.minimum(i_first + BQ, i_end)
+        is_root = i_start < i_root_end
+        # A branch right behind its root sees one causal range, and so does a causal root; a full root sees only itself.
+        is_joined = i_start == i_root_end
+        if ROOT_IS_CAUSAL:
+            is_joined = is_joined | is_root
+        i_full = i_root
+        i_full_end = tl.where(is_joined, i_root, i_root_end)
+        i_causal = tl.where(is_joined, i_root, tl.where(is_root, i_last, i_start))
+        i_causal_end = i_last
+    return i_first, i_end, i_full, i_full_end, i_causal, i_causal_end
+
+
+@triton.jit
+def count_key_tiles(i_first, i_full, i_full_end, i_causal, i_causal_end, BK: tl.constexpr):
+    """Tiles of keys that every query of a tile sees whole, in both ranges, and the tiles at the edges of both."""
+    n_full = (i_full_end - i_full) // BK
+    n_causal = tl.maximum(i_first + 1 - i_causal, 0) // BK
+    return n_full, n_causal, tl.cdiv(i_full_end - i_full, BK) - n_full, tl.cdiv(i_causal_end - i_causal, BK) - n_causal
+
+
+@triton.jit
+def load_columns(
+    p_first, stride, n_rows, MASKED: tl.constexpr,
+    D: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """[ROWS, WIDTH]: columns FIRST and on of the rows from p_first on; 0 beyond D and, if MASKED, beyond n_rows."""
+    o_row = tl.arange(0, ROWS)
+    o_d = FIRST + tl.arange(0, WIDTH)
+    p_tile = p_first + o_row[:, None] * stride + o_d[None, :]
+    if MASKED and FIRST + WIDTH > D:
+        b_tile = tl.load(p_tile, mask=(o_row[:, None] < n_rows) & (o_d[None, :] < D), other=0.0)
+    elif MASKED:
+        b_tile = tl.load(p_tile, mask=o_row[:, None] < n_rows, other=0.0)
+    elif FIRST + WIDTH > D:
+        b_tile = tl.load(p_tile, mask=o_d[None, :] < D, other=0.0)
+    else:
+        b_tile = tl.load(p_tile)
+    return b_tile
+
+
+@triton.jit
+def load_rows(
+    p_first, stride, n_rows, MASKED: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """[ROWS, BD] and [ROWS, REST] of a (T, H, D) tensor, p_first at the first row and the head."""
+    b_tile = load_columns(p_first, stride, n_rows, MASKED, D, 0, BD, ROWS)
+    b_rest = b_tile  # not read without a rest; functions return no None
+    if REST > 0:
+        b_rest = load_columns(p_first, stride, n_rows, MASKED, D, BD, REST, ROWS)
+    return b_tile, b_rest
+
+
+@triton.jit
+def store_rows(
+    p_first, stride, n_rows, b_tile, b_rest,
+    D: tl.constexpr, BD: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The opposite of load_rows."""
+    o_row = tl.arange(0, ROWS)
+    o_d = tl.arange(0, BD)
+    p_tile = p_first + o_row[:, None] * stride
+    m_row = o_row[:, None] < n_rows
+    element = p_first.dtype.element_ty
+    tl.store(p_tile + o_d[None, :], b_tile.to(element), mask=m_row & (o_d[None, :] < D))
+    if REST > 0:
+        o_rest = BD + tl.arange(0, REST)
+        tl.store(p_tile + o_rest[None, :], b_rest.to(element), mask=m_row & (o_rest[None, :] < D))
+
+
+@triton.jit
+def zero_rows(BD: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr):
+    """Sums to begin with; without a rest one number stands for it, since loops carry no None."""
+    return tl.zeros([ROWS, BD], dtype=tl.float32), tl.zeros([ROWS, REST if REST > 0 else 1], dtype=tl.float32)
+
+
+@triton.jit
+def products_of_rows(b_left, b_left_rest, b_right, b_right_rest, REST: tl.constexpr):
+    """[left rows, right rows] fp32: the product of every row with every row."""
+    b_out = tl.dot(b_left, tl.trans(b_right), input_precision="ieee")
+    if REST > 0:
+        b_out = tl.dot(b_left_rest, tl.trans(b_right_rest), b_out, input_precision="ieee")
+    return b_out
+
+
+@triton.jit
+def add_weighted_rows(b_sum, b_sum_rest, b_weights, b_rows, b_rows_rest, REST: tl.constexpr):
+    """The sums plus b_weights times rows, the weights rounded to the dtype of the rows."""
+    b_weights = b_weights.to(b_rows.dtype)
+    b_sum = tl.dot(b_weights, b_rows, b_sum, input_precision="ieee")
+    if REST > 0:
+        b_sum_rest = tl.dot(b_weights, b_rows_rest, b_sum_rest, input_precision="ieee")
+    return b_sum, b_sum_rest

@@ -1,0 +1,141 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lynx_kernels import SpanLayout, cross_attention, which
+from lynx_kernels.attention import triton_cross as implementation
+from lynx_kernels.attention import triton_parts
+from lynx_kernels.attention.triton import Launch
+from lynx_kernels.attention.triton_parts import count_parts
+from tests.lynx_kernels.attention_cases import assert_case_within_budget, grads_of, span_case
+from tests.lynx_kernels.attention_helpers import run
+from tests.lynx_kernels.helpers import permuted
+
+# The LSE of no keys is log 0; what a query does not see may overflow before it is hidden.
+pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|overflow):RuntimeWarning")
+
+# Spans that start and end inside tiles, span whole ones, overlap, are shared, are empty; no query sees the key 99, and
+# segment 4 shares a tile of the inverse with others but no key.
+SEVERAL_TILES = [35, 3, 0, 18, 1, 5], [(0, 63), (33, 99), (5, 9), (70, 70), (0, 2), (0, 63)], 102
+SMALL = Launch(16, 32, 4, 1)
+
+
+def case_of(batch=SEVERAL_TILES, heads=2, kv_heads=1, dim=24, dtype=torch.float32, **options):
+    return span_case(batch, heads, kv_heads, dim, dtype, impl="triton", **options)
+
+
+@pytest.fixture
+def cut(monkeypatch):
+    """Choose the launch, and into how many parts the keys are cut."""
+
+    def choose(launch, parts=1):
+        monkeypatch.setattr(implementation, "choose_launches", lambda *shape: (launch,) * 3)
+        monkeypatch.setattr(implementation, "count_parts", lambda *shape: parts)
+
+    return choose
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rows", "parts"),
+    [(torch.float32, 16, 3), (torch.float32, 32, 1), (torch.float16, 16, 1), (torch.float16, 32, 3)],
+)
+def test_tiles(dtype, rows, parts, cut):
+    cut(Launch(rows, 48 - rows, 4, 1), parts)
+    assert_case_within_budget(case_of(dtype=dtype))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "scale"), [(3, 1, 7, -0.3), (1, 1, 88, None), (2, 2, 33, 0.0)])
+def test_heads_and_scales(heads, kv_heads, dim, scale):
+    """As launched: parts of one tile."""
+    batch = [3, 2, 0, 4, 1], [(0, 36), (30, 40), (1, 3), (5, 5), (38, 39)], 40
+    assert_case_within_budget(case_of(batch, heads, kv_heads, dim, scale=scale))
+
+
+def test_many_segments(cut):
+    """As texts between pictures: segments of a few tokens, each sees the picture before it."""
+    cut(SMALL)
+    assert_case_within_budget(case_of(([2, 5, 1, 17] * 2, [(i * 9, i * 9 + 9) for i in range(8)], 72), 1))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_runs_agree_bit_by_bit_whatever_the_strides(parts, cut):
+    cut(SMALL, parts)
+    case = case_of(([20, 3], [(0, 36), (30, 40)], 40), 1)
+    grads = grads_of(case.operation(*case.inputs))
+    expected = run(case.operation, case.inputs, grads)
+    for spread in (permuted, lambda each: torch.cat([each + 1, each], -2)[..., each.shape[-2] :, :]):
+        actual = run(case.operation, [spread(each) for each in case.inputs], [spread(grad) for grad in grads])
+        for ours, theirs in zip(actual, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+            assert ours.is_contiguous()
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_absent_and_expanded_gradients(index):
+    case = case_of(([4], [(1, 9)], 9))
+    leaves = [each.requires_grad_() for each in case.inputs]
+    actual = torch.autograd.grad(case.operation(*leaves)[index].sum(), leaves, materialize_grads=True)
+    expected = torch.autograd.grad(case.naive(*leaves)[index].sum(), leaves, materialize_grads=True)
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_dtypes_that_differ():
+    case = case_of(([4], [(1, 9)], 9))
+    inputs = [case.inputs[0].half(), *case.inputs[1:]]
+    grads = grads_of(case.operation(*case.inputs))
+    wide = run(case.operation, [each.float() for each in inputs], [grads[0].half().float(), grads[1]])
+    for ours, theirs in zip(run(case.operation, inputs, grads), wide, strict=True):
+        torch.testing.assert_close(ours.float(), theirs, rtol=2e-3, atol=2e-3)
+    assert [each.dtype for each in run(case.operation, inputs, grads)[2:]] == [each.dtype for each in inputs]
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize(
+    "batch", [([], [], 0), ([], [], 3), ([0], [(0, 2)], 3), ([2], [(0, 0)], 0), ([2, 1], [(1, 1), (0, 0)], 3)]
+)
+def test_nothing_to_attend(batch, parts, cut):
+    cut(SMALL, parts)
+    case = case_of(batch)
+    grads = [torch.ones(case.inputs[0].shape), torch.ones(case.inputs[0].shape[:2])]
+    out, lse, *gradients = run(case.operation, case.inputs, grads)
+    assert (out == 0).all()
+    assert lse.isneginf().all()
+    assert all((gradient == 0).all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_not_a_number_where_nobody_looks(parts, cut):
+    cut(SMALL, parts)
+    case = case_of(([20, 3], [(7, 40), (30, 45)], 70))
+    expected = case.operation(*case.inputs)
+    seen = torch.arange(70)[:, None, None].sub(26).abs() <= 19  # 7 to 45, the last by nobody
+    seen[45] = False
+    hidden = [case.inputs[0], *(each.where(seen, torch.nan) for each in case.inputs[1:])]
+    for ours, theirs in zip(case.operation(*hidden), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_large_scores():
+    case = case_of(([4, 2], [(0, 40), (38, 40)], 40))
+    case = replace(case, inputs=[case.inputs[0] * 1e4, *case.inputs[1:]])
+    out, lse, *gradients = run(case.operation, case.inputs, grads_of(case.operation(*case.inputs)))
+    exact_out, exact_lse = case.naive(*(each.double() for each in case.inputs))
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-2)
+    torch.testing.assert_close(out.double(), exact_out, rtol=1e-2, atol=1e-2)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("keys", [901, 4505])
+def test_few_queries_fill_a_gpu(keys):
+    """32 latents and 16 heads over one picture, or one video: as many programs as 132 multiprocessors, or more."""
+    assert 132 <= 16 * count_parts(16, keys, 64) <= 2 * triton_parts._PROGRAMS
+    assert count_parts(500, keys, 64) == 1
+
+
+def test_the_interpreter_runs_only_when_named():
+    case, layout = case_of(), SpanLayout.from_spans(*SEVERAL_TILES)
+    assert which(cross_attention, *case.inputs, layout).refused == {
+        "triton": "the Triton interpreter runs only when named"
+    }

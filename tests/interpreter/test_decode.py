@@ -1,0 +1,128 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lynx_kernels import prefix_attention_decode, which
+from lynx_kernels.attention import triton_decode as implementation
+from lynx_kernels.attention.triton import Launch
+from tests.lynx_kernels.attention_cases import assert_case_within_budget, decode_case
+from tests.lynx_kernels.helpers import permuted
+
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # the LSE of no keys is log 0
+
+# Roots with several branches, one and none, of several tiles of keys and without any; the branches in no order.
+SEVERAL_TILES = [2, 0, 0, 1, 2, 0], [37, 0, 50, 5], [5, 40, 33, 17, 16, 18]
+
+
+def case_of(queries, batch=SEVERAL_TILES, heads=2, kv_heads=1, dim=24, dtype=torch.float32, **options):
+    """A case whose caches hold NaN behind the lengths."""
+    case = decode_case(queries, heads, kv_heads, dim, dtype, batch=batch, impl="triton", **options)
+    for cache, lengths in zip(case.inputs[1:], [batch[1]] * 2 + [batch[2]] * 2, strict=True):
+        for row, length in zip(cache, lengths, strict=True):
+            row[length:] = float("nan")
+    return case
+
+
+@pytest.fixture
+def cut(monkeypatch):
+    """Choose the launch, into how many parts keys are cut, and how many branches are looked at at once."""
+
+    def choose(launch, parts=1):
+        monkeypatch.setattr(implementation, "choose_launch", lambda *shape: launch)
+        monkeypatch.setattr(implementation, "count_parts", lambda *shape: parts)
+        monkeypatch.setattr(implementation, "_SCAN", 4)
+
+    return choose
+
+
+@pytest.mark.parametrize(
+    ("queries", "rows", "parts", "dtype"),
+    [
+        (1, 16, 1, torch.float16),
+        (1, 16, 3, torch.float32),
+        (3, 16, 1, torch.float32),
+        (3, 16, 3, torch.float16),
+        (5, 32, 2, torch.float32),
+        (5, 16, 2, torch.float16),
+    ],
+)
+def test_tiles(queries, rows, parts, dtype, cut):
+    """In 16 rows, all 3 branches of a root, 2 of them, 1."""
+    cut(Launch(rows, 16, 4, 1), parts)
+    assert_case_within_budget(case_of(queries, dtype=dtype), gradients=False)
+
+
+def test_more_rows_than_a_tile(cut):
+    cut(Launch(16, 16, 4, 1), 2)
+    assert_case_within_budget(case_of(5, ([0, 1, 0], [20, 3], [5, 19, 33]), heads=7), gradients=False)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "scale"), [(4, 2, 7, -0.3), (3, 3, 88, None), (2, 2, 33, 0.0)])
+def test_heads_and_scales(heads, kv_heads, dim, scale):
+    """As launched."""
+    case = case_of(
+        2,
+        ([2, 0, 1, 0], [40, 0, 3], [5, 33, 2, 4]),
+        heads=heads,
+        kv_heads=kv_heads,
+        dim=dim,
+        scale=scale,
+        index_dtype=torch.int64,
+    )
+    assert_case_within_budget(case, gradients=False)
+
+
+def test_strides(cut):
+    """Caches with the heads outside, as transformers keeps them, and others: the same numbers."""
+    cut(Launch(16, 16, 4, 1), 2)
+    case = case_of(2, ([0, 1, 0], [20, 3], [5, 2, 19]))
+    expected = case.operation(*case.inputs)
+    heads_outside = [case.inputs[0], *(each.transpose(1, 2).contiguous().transpose(1, 2) for each in case.inputs[1:])]
+    mixed = [permuted(each) if i % 2 else each for i, each in enumerate(case.inputs)]
+    padded = [torch.cat([each + 1, each], -1)[..., each.shape[-1] :] for each in case.inputs]
+    for inputs in (case.inputs, heads_outside, mixed, padded):
+        for ours, theirs in zip(case.operation(*inputs), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+            assert ours.is_contiguous()
+
+
+def test_caches_of_other_dtypes():
+    case = case_of(1, ([0, 0], [20], [3, 9]))
+    inputs = [case.inputs[0].half(), *case.inputs[1:]]
+    wide = case.operation(*(each.float() for each in inputs))
+    out, lse = case.operation(*inputs)
+    assert out.dtype == torch.float16
+    torch.testing.assert_close(out, wide[0].half(), rtol=0, atol=0)
+    torch.testing.assert_close(lse, wide[1], rtol=0, atol=0)
+
+
+def test_roots_without_keys():
+    case = case_of(2, ([0, 1], [0, 0], [3, 2]))
+    without_room = [each[:, :0] if i in (1, 2) else each for i, each in enumerate(case.inputs)]
+    for inputs in (case.inputs, without_room):
+        assert_case_within_budget(replace(case, inputs=inputs), gradients=False)
+
+
+@pytest.mark.parametrize(("branches", "queries"), [(0, 1), (2, 0)])
+def test_nothing_to_decode(branches, queries):
+    root, branch, q = torch.ones(1, 3, 1, 16), torch.ones(branches, 2, 1, 16), torch.ones(branches, queries, 1, 16)
+    indices = [torch.zeros(branches, dtype=torch.int32), torch.ones(1, dtype=torch.int32)]
+    indices.append(torch.ones(branches, dtype=torch.int32))
+    assert prefix_attention_decode(q, root, root, branch, branch, *indices, impl="triton").shape == q.shape
+
+
+def test_gradients_are_refused():
+    case = case_of(1)
+    call = prefix_attention_decode
+    indices = [torch.tensor(each, dtype=torch.int32) for each in SEVERAL_TILES]
+    for tensor in case.inputs:
+        tensor.requires_grad_()
+        reason = which(call, *case.inputs, *indices).refused["triton"]
+        assert reason == "the Triton kernels of decoding have no gradient, and an argument requires one"
+        with pytest.raises(RuntimeError, match=r"impl='triton' cannot run this call: .* have no gradient"):
+            case.operation(*case.inputs)
+        with torch.no_grad():
+            assert which(call, *case.inputs, *indices, impl="triton").name == "triton"
+        tensor.requires_grad_(False)
+    assert which(call, *case.inputs, *indices).refused["triton"] == "the Triton interpreter runs only when named"
