@@ -5,12 +5,13 @@ from typing import Literal, overload
 from torch import Tensor
 
 from lynx_kernels import dispatch
-from lynx_kernels.attention import reference
+from lynx_kernels.attention import cpu, reference
 from lynx_kernels.attention.operator import check_heads, check_rows, define_attention, resolve_scale
 from lynx_kernels.layout import SpanLayout
 
 _IMPLEMENTATIONS = dispatch.Operation(
     "cross_attention",
+    dispatch.Implementation("cpu", cpu.cross_attention, cpu.cross_attention_backward, cpu.refusal),
     dispatch.Implementation("reference", reference.cross_attention, reference.cross_attention_backward),
 )
 

@@ -5,12 +5,13 @@ from typing import Literal, overload
 from torch import Tensor
 
 from lynx_kernels import dispatch
-from lynx_kernels.attention import reference
+from lynx_kernels.attention import cpu, reference
 from lynx_kernels.attention.operator import check_heads, check_rows, define_attention, resolve_scale
 from lynx_kernels.layout import PackedLayout
 
 _IMPLEMENTATIONS = dispatch.Operation(
     "prefix_attention",
+    dispatch.Implementation("cpu", cpu.prefix_attention, cpu.prefix_attention_backward, cpu.refusal),
     dispatch.Implementation("reference", reference.prefix_attention, reference.prefix_attention_backward),
 )
 
