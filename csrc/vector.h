@@ -157,18 +157,20 @@ LYNX_INLINE void transpose(Words (&rows)[kWidth]) { transpose_blocks<kWidth / 2>
 
 // ---- functions
 
-// 2^x for x <= 120: relative error below 1.3e-7; 2^-125 for everything smaller. The polynomial is the minimax one of
-// degree 5 for the relative error of 2^f, |f| <= 1/2 (Remez), 7.5e-8.
-LYNX_INLINE Floats exp2(Floats x) {
-    x = maximum(broadcast(-125.0f), x);
-    const Floats shifter = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
-    Floats shifted = x + shifter;
-    Floats f = x - (shifted - shifter);
-    Floats power = f * 0.001327647263f + 0.009675541343f;
-    power = power * f + 0.05550713272f;
-    power = power * f + 0.2402211972f;
-    power = power * f + 0.6931469671f;
-    power = power * f + 1.000000072f;
+// e^x for x <= 80: relative error about 1e-7; 2^-124 for everything below -86. With x log2(e) = n + f, |f| <= 1/2, it is
+// 2^n 2^f; the polynomial is the minimax one of degree 6 for the relative error of 2^f (Remez), 1.9e-9.
+LYNX_INLINE Floats exp(Floats x) {
+    const float log2_e = 1.44269504f;
+    x = maximum(broadcast(-86.0f), x);
+    const float shifter = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
+    Floats shifted = x * log2_e + shifter;
+    Floats f = x * log2_e - (shifted - shifter);
+    Floats power = f * 0.0001534581216f + 0.001339993118f;
+    power = power * f + 0.009618488956f;
+    power = power * f + 0.05550328777f;
+    power = power * f + 0.2402264689f;
+    power = power * f + 0.6931472057f;
+    power = power * f + 1.000000001f;
     return (Floats)((Words)power + ((Words)shifted << 23));
 }
 

@@ -28,7 +28,7 @@ struct BackwardScratch {
     Word* grads;              // (rows, left_stride): dO likewise
     Word* query_steps;        // (steps over rows, stride): q as right operand
     Word* grad_steps;         // (steps over rows, stride): dO likewise
-    float* lse;               // (rows,) in units of log 2
+    float* lse;               // (rows,)
     float* delta;             // (rows,) rowsum(dO * O) - dLSE
     float* grad_q;            // (rows, stride)
     float* grad_k;            // (keys of the unit, stride)
@@ -89,7 +89,7 @@ LYNX_INLINE void differentiate(const BackwardScratch<Compute>& scratch, int64_t 
         Floats weights[kRows], grads[kRows];
         for (int i = 0; i < kRows; i++) {
             const int64_t at = cell + i * lynx::kBackwardTile + key;
-            weights[i] = exp2(load(scratch.weights + at) * scale - scratch.lse[row + i]);
+            weights[i] = exp(load(scratch.weights + at) * scale - scratch.lse[row + i]);
             if (keys_seen[i] < key + kWidth)
                 weights[i] = lane_numbers() < (int32_t)(keys_seen[i] - key) ? weights[i] : Floats{};
             grads[i] = weights[i] * (load(scratch.grad_weights + at) - scratch.delta[row + i]);
@@ -178,7 +178,7 @@ void pack_run(const lynx::Problem& problem, const BackwardScratch<Compute>& scra
             Floats sum = {};
             for (int64_t column = 0; column < dim; column += kWidth)
                 sum += load_first(grad + column, dim - column) * load_first(out + column, dim - column);
-            lse = problem.lse[at] * kLog2E;
+            lse = problem.lse[at];
             delta = sum_of_lanes(sum) - (problem.grad_lse == nullptr ? 0 : problem.grad_lse[at]);
         }
         scratch.lse[first_row + row] = lse;
@@ -221,7 +221,7 @@ void backward(const lynx::Problem& problem, const lynx::Unit& unit, int64_t kv_h
             pack_right<Compute>(k, scratch.keys, sizes.stride);
             for (int64_t i = unit.first_run, row = 0; i < unit.last_run; row += rows_of<Compute>(problem.runs[i++]))
                 differentiate_tile(scratch, sizes, problem.runs[i], view_of(problem.runs[i], tile), row,
-                                   tile.begin - first_key, problem.scale * kLog2E, dim);
+                                   tile.begin - first_key, problem.scale, dim);
         }
         for (int64_t i = unit.first_run, row = 0; i < unit.last_run; row += rows_of<Compute>(problem.runs[i++])) {
             const int64_t query = problem.runs[i].first_query, count = problem.runs[i].last_query - query;

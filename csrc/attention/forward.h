@@ -1,7 +1,7 @@
 // Forward: out = softmax(scale q k^T) v and the log of the softmax's denominator, one key tile after another.
 //
-// The running maximum of a row (of scores in units of log 2) is only roughly one: it is raised, and what was summed
-// scaled down, where a score exceeds it by more than 8. Weights then reach 2^8 at most, which costs no precision, and
+// The running maximum of a row is only roughly one: it is raised, and what was summed scaled down, where a score
+// exceeds it by more than 6. Weights then reach e^6 at most, which costs no precision, and
 // after a row's first tile hardly any pays for the maximum across lanes.
 #pragma once
 
@@ -13,8 +13,7 @@ namespace {
 
 constexpr int64_t kForwardRows = 48;           // queries a block: 8 register tiles
 constexpr int64_t kForwardDiagonalRows = 12;   // where queries see different keys: what none of a block sees is skipped
-constexpr float kLog2E = 1.44269504f;
-constexpr float kSlack = 8;
+constexpr float kSlack = 6;
 
 template <class Compute>
 struct ForwardScratch {
@@ -67,7 +66,7 @@ LYNX_INLINE void weigh(const float* scores, typename Compute::Word* weights, int
     if (has_last) highest = maximum(highest, in_last ? load(scores + whole) * scale : minus_infinity);
     if (any_greater(highest, broadcast(row_maximum + kSlack))) {
         const float raised = largest(highest);
-        const Floats factor = exp2(broadcast(row_maximum - raised));  // from minus infinity: of sums that are 0
+        const Floats factor = exp(broadcast(row_maximum - raised));  // from minus infinity: of sums that are 0
         store(total, load(total) * factor);
         for (int64_t column = 0; column < dim; column += kWidth) store(sums + column, load(sums + column) * factor);
         row_maximum = raised;
@@ -81,10 +80,10 @@ LYNX_INLINE void weigh(const float* scores, typename Compute::Word* weights, int
         else
             store(reinterpret_cast<BFloat16*>(weights) + key, weight);
     };
-    for (int64_t key = 0; key < whole; key += kWidth) put(key, exp2(load(scores + key) * scale - shift));
+    for (int64_t key = 0; key < whole; key += kWidth) put(key, exp(load(scores + key) * scale - shift));
     int64_t key = whole;
     if (has_last) {
-        put(key, in_last ? exp2(load(scores + key) * scale - shift) : Floats{});
+        put(key, in_last ? exp(load(scores + key) * scale - shift) : Floats{});
         key += kWidth;
     }
     store(total, sum);
@@ -136,9 +135,10 @@ void finish(const lynx::Problem& problem, const ForwardScratch<Compute>& scratch
     for (int64_t row = 0; row < rows; row += kWidth) {
         const Floats denominator = load_first(denominators + row, rows - row);
         const Floats maximum = load_first(scratch.maximum + first_row + row, rows - row);
-        const Floats lse = maximum * 0.693147182f + log(denominator);
+        const Floats lse = maximum + log(denominator);
         float values[kWidth];
-        store(values, denominator == 0.0f ? broadcast(-__builtin_inff()) : lse);
+        const Floats nothing_seen = broadcast(-__builtin_inff());
+        store(values, denominator == denominator ? (denominator == 0.0f ? nothing_seen : lse) : denominator);
         for (int64_t i = 0; i < smaller(kWidth, rows - row); i++)
             problem.lse[(run.first_query + row + i) * problem.num_heads + head] = values[i];
     }
@@ -151,7 +151,7 @@ void forward(const lynx::Problem& problem, const lynx::Unit& unit, int64_t kv_he
     const int64_t first_head = kv_head * group_heads;
     const Sizes<Compute> sizes(dim);
     const ForwardScratch<Compute> scratch(block, rows, sizes);
-    const float scale = problem.scale * kLog2E;
+    const float scale = problem.scale;
     memset(scratch.sums, 0, rows * sizes.stride * sizeof(float));
     memset(scratch.total, 0, rows * kWidth * sizeof(float));
     for (int64_t row = 0; row < rows; row++) scratch.maximum[row] = -__builtin_inff();
