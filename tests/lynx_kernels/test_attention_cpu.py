@@ -123,9 +123,7 @@ def test_expanded_and_absent_gradients(dtype):
     leaves = [each.requires_grad_() for each in case.inputs]
     for index in (0, 1):
         outputs = case.operation(*leaves)
-        expanded = torch.autograd.grad(
-            outputs[index].sum(), leaves, retain_graph=True, materialize_grads=True
-        )
+        expanded = torch.autograd.grad(outputs[index].sum(), leaves, retain_graph=True, materialize_grads=True)
         written = torch.autograd.grad(outputs[index], leaves, torch.ones_like(outputs[index]), retain_graph=True)
         zeros = [torch.zeros_like(each) for each in outputs]
         zeros[index] = torch.ones_like(outputs[index])
@@ -231,7 +229,7 @@ def test_which_and_refusals(monkeypatch):
 
 def test_instruction_sets():
     assert host.instruction_sets()[-1] == "plain"
-    with pytest.raises(ValueError, match="instruction set 'mmx' is not available here; there are:.* plain"):
+    with pytest.raises(ValueError, match=r"instruction set 'mmx' is not available here; there are:.* plain"):
         host.force_instruction_set("mmx")
 
 
