@@ -125,11 +125,11 @@ void finish(const lynx::Problem& problem, const ForwardScratch<Compute>& scratch
     float* denominators = scratch.denominator;
     for (int64_t row = 0; row < rows; row++) {
         const float denominator = sum_of_lanes(load(scratch.total + (first_row + row) * kWidth));
-        const Floats factor = broadcast(denominator == 0 ? 0 : 1 / denominator);  // 0 where no key is seen
+        const Floats divisor = broadcast(denominator == 0 ? 1 : denominator);  // where no key is seen, the sums are 0
         const float* sums = scratch.sums + (first_row + row) * sizes.stride;
         Element* out = head_of<Element>(problem.out, run.first_query + row, head);
         for (int64_t column = 0; column < dim; column += kWidth)
-            store_first(out + column, load(sums + column) * factor, dim - column);
+            store_first(out + column, load(sums + column) / divisor, dim - column);
         denominators[row] = denominator;
     }
     for (int64_t row = 0; row < rows; row += kWidth) {

@@ -42,8 +42,7 @@ void multiply_tile(const Product<typename Compute::Word>& product) {
     const auto [left, left_stride, right, right_stride, out, out_stride, steps, accumulate] = product;
     Floats sums[kRows][kVectors];
     for (int row = 0; row < kRows; row++)
-        for (int i = 0; i < kVectors; i++)
-            sums[row][i] = accumulate ? load(out + row * out_stride + i * kWidth) : Floats{};
+        for (int i = 0; i < kVectors; i++) sums[row][i] = Floats{};
     for (int64_t step = 0; step < steps; step++) {
         Words columns[kVectors];
         for (int i = 0; i < kVectors; i++)
@@ -53,8 +52,12 @@ void multiply_tile(const Product<typename Compute::Word>& product) {
             for (int i = 0; i < kVectors; i++) Compute::multiply_add(sums[row][i], word, columns[i]);
         }
     }
+    // What is there is added last: one chain over all blocks of a long sum would lose a digit.
     for (int row = 0; row < kRows; row++)
-        for (int i = 0; i < kVectors; i++) store(out + row * out_stride + i * kWidth, sums[row][i]);
+        for (int i = 0; i < kVectors; i++) {
+            float* to = out + row * out_stride + i * kWidth;
+            store(to, accumulate ? load(to) + sums[row][i] : sums[row][i]);
+        }
 }
 
 template <class Compute, bool kLeftIsTransposed, int kRows>
