@@ -24,35 +24,46 @@ class Case:
     inputs: list
 
 
-def packed_case(root_is_causal, groups=GROUPS_OF_A_BATCH, heads=4, kv_heads=2, dim=7, dtype=torch.float64, scale=None):
+def packed_case(
+    root_is_causal,
+    groups=GROUPS_OF_A_BATCH,
+    heads=4,
+    kv_heads=2,
+    dim=7,
+    dtype=torch.float64,
+    scale=None,
+    impl=None,
+):
     layout = PackedLayout.from_groups(groups, root_is_causal=root_is_causal)
     visible, tokens = packed_visible(groups, root_is_causal), layout.num_tokens
     inputs = [random(tokens, h, dim, dtype=dtype, seed=i) for i, h in enumerate([heads, kv_heads, kv_heads])]
     return Case(
-        lambda q, k, v: prefix_attention(q, k, v, layout, scale=scale, return_lse=True),
+        lambda q, k, v: prefix_attention(q, k, v, layout, scale=scale, return_lse=True, impl=impl),
         lambda q, k, v: dense_attention(q, k, v, visible, scale),
         inputs,
     )
 
 
-def span_case(batch=SPANS_OF_A_BATCH, heads=4, kv_heads=2, dim=7, dtype=torch.float64, scale=None):
+def span_case(batch=SPANS_OF_A_BATCH, heads=4, kv_heads=2, dim=7, dtype=torch.float64, scale=None, impl=None):
     layout, visible = SpanLayout.from_spans(*batch), span_visible(*batch)
     shapes = [(layout.num_queries, heads), (layout.num_keys, kv_heads), (layout.num_keys, kv_heads)]
     inputs = [random(*shape, dim, dtype=dtype, seed=i) for i, shape in enumerate(shapes)]
     return Case(
-        lambda q, k, v: cross_attention(q, k, v, layout, scale=scale, return_lse=True),
+        lambda q, k, v: cross_attention(q, k, v, layout, scale=scale, return_lse=True, impl=impl),
         lambda q, k, v: dense_attention(q, k, v, visible, scale),
         inputs,
     )
 
 
-def decode_case(queries, heads=4, kv_heads=2, dim=7, dtype=torch.float64, scale=None, index_dtype=torch.int32):
+def decode_case(
+    queries, heads=4, kv_heads=2, dim=7, dtype=torch.float64, scale=None, index_dtype=torch.int32, impl=None
+):
     indices = [torch.tensor(each, dtype=index_dtype) for each in (BRANCH_TO_ROOT, ROOT_LENGTHS, BRANCH_LENGTHS)]
     root, branch = (len(ROOT_LENGTHS), 8, kv_heads, dim), (len(BRANCH_TO_ROOT), 6, kv_heads, dim)
     shapes = [(len(BRANCH_TO_ROOT), queries, heads, dim), root, root, branch, branch]
     inputs = [random(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes)]
     return Case(
-        lambda *floats: prefix_attention_decode(*floats, *indices, scale=scale, return_lse=True),
+        lambda *floats: prefix_attention_decode(*floats, *indices, scale=scale, return_lse=True, impl=impl),
         lambda *floats: dense_decode(*floats, *indices, scale=scale),
         inputs,
     )

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -10,13 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lynx_kernels import PackedLayout, SpanLayout, cross_attention, host, prefix_attention, which
-from tests.lynx_kernels.attention_cases import GROUPS_OF_A_BATCH, SPANS_OF_A_BATCH, grads_of, packed_case, span_case
+from tests.lynx_kernels import attention_cases
+from tests.lynx_kernels.attention_cases import GROUPS_OF_A_BATCH, SPANS_OF_A_BATCH, grads_of
 from tests.lynx_kernels.attention_helpers import FEW_EXAMPLES, GROUPS, dense_attention, random, run, spans
 from tests.lynx_kernels.helpers import permuted
 from tests.numbers import assert_within_budget
 
 if host.MISSING is not None:
     pytest.skip(host.MISSING, allow_module_level=True)
+
+packed_case = partial(attention_cases.packed_case, impl="cpu")
+span_case = partial(attention_cases.span_case, impl="cpu")
 
 # Several blocks and tiles of queries and keys, with parts left over; one group, and one with many branches.
 LONG_GROUPS = [(150, [70]), (0, [131]), (40, [1, 37, 90]), (129, [])]
@@ -47,7 +52,12 @@ def restore_threads():
     torch.set_num_threads(threads)
 
 
-def assert_case_within_budget(case, spread=lambda each: each):
+def assert_case_within_budget(case, spread=lambda each: each, cancels=False):
+    """``cancels``: dq and dk may be as wrong as a sum as large as what they are the rest of.
+
+    They are scale * sum P dP k, and q likewise, less what the sums of dO * O give. With a head dimension of 1 the two
+    are much alike, and the LSE, rounded to fp32, makes P wrong by up to 4 eps where it is near 12.
+    """
     dtype = case.inputs[0].dtype
     exact_inputs = [each.double() for each in case.inputs]
     grads = [grad.to(dtype) for grad in grads_of(case.naive(*exact_inputs))]
@@ -55,12 +65,17 @@ def assert_case_within_budget(case, spread=lambda each: each):
     exact, plain = run(case.naive, exact_inputs, grads), run(case.naive, case.inputs, grads)
     plain[1] = case.naive(*(each.float() for each in case.inputs))[1]  # the LSE promises fp32
     actual = run(case.operation, [spread(each) for each in case.inputs], [spread(grad) for grad in grads])
+    magnitudes = [0.0] * len(exact)
+    if cancels:
+        uncancelled = run(case.naive, exact_inputs, [grads[0], (grads[0].double() * exact[0]).sum(-1)])
+        magnitudes[2:4] = [each.abs().max().item() for each in uncancelled[2:4]]
     seen = exact[1].isfinite()
     assert torch.equal(actual[1].isfinite(), seen)
     for results in (actual, exact, plain):
         results[1] = results[1][seen]
-    for name, ours, truth, theirs in zip(["output", "lse", "dq", "dk", "dv"], actual, exact, plain, strict=True):
-        assert_within_budget(ours, truth, theirs, name)
+    names = ["output", "lse", "dq", "dk", "dv"]
+    for name, ours, truth, theirs, magnitude in zip(names, actual, exact, plain, magnitudes, strict=True):
+        assert_within_budget(ours, truth, theirs, name, magnitude)
 
 
 def cases(dtype, dim, heads=2, kv_heads=1, **options):
@@ -74,7 +89,7 @@ def split_case(root_is_causal, **options):
     """The mask comes from the layout here: spelled out in Python it would take seconds."""
     case = packed_case(root_is_causal, [], **options)
     layout = PackedLayout.from_groups(SPLIT_GROUPS, root_is_causal=root_is_causal)
-    case.operation = lambda q, k, v: prefix_attention(q, k, v, layout, return_lse=True)
+    case.operation = lambda q, k, v: prefix_attention(q, k, v, layout, return_lse=True, impl="cpu")
     case.naive = lambda q, k, v: dense_attention(q, k, v, layout.visible())
     case.inputs = [
         random(layout.num_tokens, *each.shape[1:], dtype=each.dtype, seed=i) for i, each in enumerate(case.inputs)
@@ -86,7 +101,7 @@ def split_case(root_is_causal, **options):
 @pytest.mark.parametrize("dim", [1, 7, 16, 33, 64, 88, 128, 256])
 def test_every_instruction_set(instruction_set, dtype, dim):
     for case in cases(dtype, dim):
-        assert_case_within_budget(case)
+        assert_case_within_budget(case, cancels=dim == 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
