@@ -11,6 +11,8 @@ namespace {
 struct Single {
     typedef float Word;
     static constexpr int64_t kNumbers = 1;  // a word
+    // Steps that are summed up in one chain. A chain of a whole tile, 128, loses 5 last places of the output.
+    static constexpr int64_t kChain = 32;
     static LYNX_INLINE void multiply_add(Floats& sum, Word left, Words right) { sum += left * (Floats)right; }
 };
 
@@ -18,6 +20,7 @@ struct Single {
 struct Pairs {
     typedef uint32_t Word;
     static constexpr int64_t kNumbers = 2;
+    static constexpr int64_t kChain = 64;
     static LYNX_INLINE void multiply_add(Floats& sum, Word left, Words right) {
         sum = (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)left), (__m512bh)right);
     }
@@ -40,24 +43,24 @@ struct Product {
 template <class Compute, bool kLeftIsTransposed, int kRows, int kVectors>
 void multiply_tile(const Product<typename Compute::Word>& product) {
     const auto [left, left_stride, right, right_stride, out, out_stride, steps, accumulate] = product;
-    Floats sums[kRows][kVectors];
-    for (int row = 0; row < kRows; row++)
-        for (int i = 0; i < kVectors; i++) sums[row][i] = Floats{};
-    for (int64_t step = 0; step < steps; step++) {
-        Words columns[kVectors];
-        for (int i = 0; i < kVectors; i++)
-            columns[i] = load_vector<Words>(right + step * right_stride + i * kWidth);
-        for (int row = 0; row < kRows; row++) {
-            auto word = kLeftIsTransposed ? left[step * left_stride + row] : left[row * left_stride + step];
-            for (int i = 0; i < kVectors; i++) Compute::multiply_add(sums[row][i], word, columns[i]);
+    for (int64_t begin = 0; begin == 0 || begin < steps; begin += Compute::kChain) {
+        const int64_t end = steps < begin + Compute::kChain ? steps : begin + Compute::kChain;
+        Floats sums[kRows][kVectors] = {};
+        for (int64_t step = begin; step < end; step++) {
+            Words columns[kVectors];
+            for (int i = 0; i < kVectors; i++)
+                columns[i] = load_vector<Words>(right + step * right_stride + i * kWidth);
+            for (int row = 0; row < kRows; row++) {
+                auto word = kLeftIsTransposed ? left[step * left_stride + row] : left[row * left_stride + step];
+                for (int i = 0; i < kVectors; i++) Compute::multiply_add(sums[row][i], word, columns[i]);
+            }
         }
+        for (int row = 0; row < kRows; row++)
+            for (int i = 0; i < kVectors; i++) {
+                float* to = out + row * out_stride + i * kWidth;
+                store(to, accumulate || begin > 0 ? load(to) + sums[row][i] : sums[row][i]);
+            }
     }
-    // What is there is added last: one chain over all blocks of a long sum would lose a digit.
-    for (int row = 0; row < kRows; row++)
-        for (int i = 0; i < kVectors; i++) {
-            float* to = out + row * out_stride + i * kWidth;
-            store(to, accumulate ? load(to) + sums[row][i] : sums[row][i]);
-        }
 }
 
 template <class Compute, bool kLeftIsTransposed, int kRows>
