@@ -53,10 +53,10 @@ def restore_threads():
 
 
 def assert_case_within_budget(case, spread=lambda each: each, cancels=False):
-    """``cancels``: dq and dk may be as wrong as a sum as large as what they are the rest of.
+    """``cancels``: measure dq and dk by what the sums of dO * O are taken from: scale * sum P dP k, and q likewise.
 
-    They are scale * sum P dP k, and q likewise, less what the sums of dO * O give. With a head dimension of 1 the two
-    are much alike, and the LSE, rounded to fp32, makes P wrong by up to 4 eps where it is near 12.
+    The two are alike with a head dimension of 1. The LSE is given in fp32, and where it is near 12, the rounding alone
+    makes P wrong by up to 4 eps, differently for every query, which plain PyTorch, that keeps P, does not meet.
     """
     dtype = case.inputs[0].dtype
     exact_inputs = [each.double() for each in case.inputs]
