@@ -5,7 +5,7 @@ from typing import Literal, overload
 from torch import Tensor
 
 from lynx_kernels import dispatch, triton_runtime
-from lynx_kernels.attention import reference
+from lynx_kernels.attention import cpu, reference
 from lynx_kernels.attention.operator import check_heads, check_rows, define_attention, resolve_scale, triton_refusal
 from lynx_kernels.layout import SpanLayout
 
@@ -18,6 +18,7 @@ _IMPLEMENTATIONS = dispatch.Operation(
         refusal=triton_refusal,
         reluctance=triton_runtime.reluctance,
     ),
+    dispatch.Implementation("cpu", cpu.cross_attention, cpu.cross_attention_backward, cpu.refusal),
     dispatch.Implementation("reference", reference.cross_attention, reference.cross_attention_backward),
 )
 

@@ -32,12 +32,21 @@ class Case:
     inputs: list
 
 
-def packed_case(root_is_causal, groups=GROUPS_OF_A_BATCH, heads=4, kv_heads=2, dim=7, dtype=torch.float64, scale=None):
+def packed_case(
+    root_is_causal,
+    groups=GROUPS_OF_A_BATCH,
+    heads=4,
+    kv_heads=2,
+    dim=7,
+    dtype=torch.float64,
+    scale=None,
+    impl=None,
+):
     layout = PackedLayout.from_groups(groups, root_is_causal=root_is_causal)
     visible, tokens = packed_visible(groups, root_is_causal), layout.num_tokens
     inputs = [random(tokens, h, dim, dtype=dtype, seed=i) for i, h in enumerate([heads, kv_heads, kv_heads])]
     return Case(
-        lambda q, k, v: prefix_attention(q, k, v, layout, scale=scale, return_lse=True),
+        lambda q, k, v: prefix_attention(q, k, v, layout, scale=scale, return_lse=True, impl=impl),
         lambda q, k, v: dense_attention(q, k, v, visible, scale),
         inputs,
     )

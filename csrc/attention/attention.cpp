@@ -1,0 +1,120 @@
+#include "attention.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "../instruction_sets.h"
+#include "../threads.h"
+
+namespace lynx {
+
+#define X(constant, name) extern const Kernels attention_##name;
+LYNX_INSTRUCTION_SETS
+#undef X
+
+namespace {
+
+const Kernels& kernels() {
+    static const Kernels* const all[] = {
+#define X(constant, name) &attention_##name,
+        LYNX_INSTRUCTION_SETS
+#undef X
+    };
+    return *all[static_cast<int>(instruction_set())];
+}
+
+struct Free {
+    void operator()(void* block) const { free(block); }
+};
+
+// Run `kernel` on every unit of the plan for every key head.
+template <class ScratchBytes, class Kernel>
+void run_units(const Plan& plan, Problem& problem, int threads, ScratchBytes scratch_bytes, Kernel kernel) {
+    problem.runs = plan.runs.data();
+    problem.tiles = plan.tiles.data();
+    size_t bytes = 64;
+    for (const Unit& unit : plan.units) bytes = std::max(bytes, scratch_bytes(problem, unit));
+    const int64_t count = plan.units.size() * problem.num_kv_heads;
+    threads = static_cast<int>(std::min<int64_t>(usable_threads(threads), count));
+    if (count == 0) return;
+    // Before the threads start: no exception may leave them.
+    std::vector<std::unique_ptr<void, Free>> scratches;
+    for (int i = 0; i < threads; i++) {
+        scratches.emplace_back(aligned_alloc(64, bytes));
+        if (scratches.back() == nullptr) throw std::bad_alloc();
+    }
+    std::vector<std::unique_ptr<void, Free>>* all = &scratches;
+    int next_scratch = 0;
+#pragma omp parallel num_threads(threads)
+    {
+        int mine;
+#pragma omp atomic capture
+        mine = next_scratch++;
+        void* scratch = (*all)[mine].get();
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < count; i++)
+            kernel(problem, plan.units[i / problem.num_kv_heads], i % problem.num_kv_heads, scratch);
+    }
+}
+
+void store(float* to, float value) { *to = value; }
+
+void store(uint16_t* to, float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    *to = value == value ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : bits >> 16 | 0x40;
+}
+
+// The gradients of the queries of split groups: the sums of their parts, always in the same order.
+template <class Element>
+void add_parts(const Plan& plan, const Problem& problem, int threads) {
+    struct Split {
+        Run run;
+        int64_t parts;
+    };
+    std::vector<Split> splits;
+    for (const Unit& unit : plan.units) {
+        if (!unit.is_split || unit.part != 0) continue;
+        int64_t parts = 0;
+        for (const Unit& other : plan.units) parts += other.is_split && other.first_run == unit.first_run;
+        for (int64_t i = unit.first_run; i < unit.last_run; i++) splits.push_back({plan.runs[i], parts});
+    }
+    const int64_t dim = problem.head_dim, width = problem.num_heads * dim;
+    for (const Split& split : splits) {
+#pragma omp parallel for num_threads(usable_threads(threads))
+        for (int64_t query = split.run.first_query; query < split.run.last_query; query++)
+            for (int64_t head = 0; head < problem.num_heads; head++)
+                for (int64_t column = 0; column < dim; column++) {
+                    const float* part = problem.partial_grad_q + query * width + head * dim + column;
+                    float sum = 0;
+                    for (int64_t i = 0; i < split.parts; i++) sum += part[i * problem.num_queries * width];
+                    store(static_cast<Element*>(problem.grad_q.data) + query * problem.grad_q.row_stride +
+                              head * problem.grad_q.head_stride + column,
+                          sum);
+                }
+    }
+}
+
+}  // namespace
+
+void attention_forward(const Layout& layout, Problem problem, int threads) {
+    const Plan plan = plan_forward(layout, problem.num_heads / problem.num_kv_heads);
+    run_units(plan, problem, threads, kernels().forward_scratch_bytes, kernels().forward);
+}
+
+void attention_backward(const Layout& layout, Problem problem, int threads) {
+    const Plan plan = plan_backward(layout);
+    std::unique_ptr<float[]> parts(
+        new float[plan.parts * problem.num_queries * problem.num_heads * problem.head_dim]);
+    problem.partial_grad_q = parts.get();
+    run_units(plan, problem, threads, kernels().backward_scratch_bytes, kernels().backward);
+    if (problem.is_bfloat16)
+        add_parts<uint16_t>(plan, problem, threads);
+    else
+        add_parts<float>(plan, problem, threads);
+}
+
+}  // namespace lynx

@@ -1,0 +1,207 @@
+// Forward: out = softmax(scale q k^T) v and the log of the softmax's denominator, one key tile after another.
+//
+// The running maximum of a row is only roughly one: it is raised, and what was summed scaled down, where a score
+// exceeds it by more than 6. Weights then reach e^6 at most, which costs no precision, and
+// after a row's first tile hardly any pays for the maximum across lanes.
+#pragma once
+
+#include "problem.h"
+#include "scratch.h"
+#include "visibility.h"
+
+namespace {
+
+constexpr int64_t kForwardRows = 48;           // queries a block: 8 register tiles
+constexpr int64_t kForwardDiagonalRows = 12;   // where queries see different keys: what none of a block sees is skipped
+constexpr float kSlack = 6;
+
+template <class Compute>
+struct ForwardScratch {
+    typedef typename Compute::Word Word;
+    Word* keys;       // (steps, kForwardTile): k^T of a tile
+    Word* values;     // (steps over kForwardTile, stride)
+    Word* weights;    // (kForwardRows, weights_stride)
+    float* scores;    // (kForwardRows, kForwardTile)
+    Word* queries;    // (rows, left_stride)
+    float* sums;      // (rows, stride): the output, not yet divided
+    float* total;     // (rows, kWidth): the denominator, its lanes not yet added up
+    float* maximum;   // (rows,)
+    float* denominator;  // (rows,) rounded up to vectors
+    size_t bytes;
+
+    ForwardScratch(void* block, int64_t rows, const Sizes<Compute>& sizes) {
+        Cutter cutter(block);
+        keys = cutter.take<Word>(sizes.steps * lynx::kForwardTile);
+        values = cutter.take<Word>(sizes.steps_over(lynx::kForwardTile) * sizes.stride);
+        scores = cutter.take<float>(kForwardRows * lynx::kForwardTile);
+        // fp32 weights take the place of their scores
+        weights = Compute::kNumbers == 1 ? reinterpret_cast<Word*>(scores)
+                                         : cutter.take<Word>(kForwardRows * lynx::kForwardTile / Compute::kNumbers);
+        queries = cutter.take<Word>(rows * sizes.left_stride);
+        sums = cutter.take<float>(rows * sizes.stride);
+        total = cutter.take<float>(rows * kWidth);
+        maximum = cutter.take<float>(round_up(rows, kWidth));
+        denominator = cutter.take<float>(round_up(rows, kWidth));
+        bytes = cutter.used();
+    }
+};
+
+inline int64_t queries_of(const lynx::Problem& problem, const lynx::Unit& unit) {
+    int64_t queries = 0;
+    for (int64_t i = unit.first_run; i < unit.last_run; i++)
+        queries += problem.runs[i].last_query - problem.runs[i].first_query;
+    return queries;
+}
+
+// Scores of one row become weights; what the row sums up is kept in `total`, and `sums` follows a raised maximum.
+template <class Compute>
+LYNX_INLINE void weigh(const float* scores, typename Compute::Word* weights, int64_t keys_seen, int64_t keys_computed,
+                       float scale, float& row_maximum, float* total, float* sums, int64_t dim) {
+    const Floats minus_infinity = broadcast(-__builtin_inff());
+    const int64_t whole = keys_seen / kWidth * kWidth;
+    const Ints in_last = lane_numbers() < (int32_t)(keys_seen - whole);
+    const bool has_last = keys_seen > whole;
+    Floats highest = minus_infinity;
+    for (int64_t key = 0; key < whole; key += kWidth) highest = maximum(highest, load(scores + key) * scale);
+    if (has_last) highest = maximum(highest, in_last ? load(scores + whole) * scale : minus_infinity);
+    if (any_greater(highest, broadcast(row_maximum + kSlack))) {
+        const float raised = largest(highest);
+        const Floats factor = exp(broadcast(row_maximum - raised));  // from minus infinity: of sums that are 0
+        store(total, load(total) * factor);
+        for (int64_t column = 0; column < dim; column += kWidth) store(sums + column, load(sums + column) * factor);
+        row_maximum = raised;
+    }
+    const Floats shift = broadcast(row_maximum);
+    Floats sum = load(total);
+    auto put = [&](int64_t key, Floats weight) {
+        sum += weight;
+        if constexpr (Compute::kNumbers == 1)
+            store(weights + key, weight);
+        else
+            store(reinterpret_cast<BFloat16*>(weights) + key, weight);
+    };
+    for (int64_t key = 0; key < whole; key += kWidth) put(key, exp(load(scores + key) * scale - shift));
+    int64_t key = whole;
+    if (has_last) {
+        put(key, in_last ? exp(load(scores + key) * scale - shift) : Floats{});
+        key += kWidth;
+    }
+    store(total, sum);
+    for (; key < keys_computed; key += kWidth) put(key, Floats{});
+}
+
+// One tile's part of a run's queries, for one query head. Rows of the scratch arguments are the run's queries.
+template <class Compute>
+void attend_to_tile(const ForwardScratch<Compute>& scratch, const Sizes<Compute>& sizes, const lynx::Run& run,
+                    const View& view, int64_t row_of_run, float scale, int64_t dim) {
+    typedef typename Compute::Word Word;
+    const int64_t weights_stride = lynx::kForwardTile / Compute::kNumbers;
+    for (int64_t query = view.first_query; query < run.last_query;) {
+        const bool is_whole = view.keys_seen(query) == view.size;
+        const int64_t rows = smaller(is_whole ? kForwardRows : kForwardDiagonalRows, run.last_query - query);
+        const int64_t row = row_of_run + query - run.first_query;
+        const int64_t keys = view.keys_seen(query + rows - 1);
+        float* sums = scratch.sums + row * sizes.stride;
+        multiply<Compute, false>(
+            rows, keys,
+            {scratch.queries + row * sizes.left_stride, sizes.left_stride, scratch.keys, lynx::kForwardTile,
+             scratch.scores, lynx::kForwardTile, sizes.steps, false});
+        for (int64_t i = 0; i < rows; i++)
+            weigh<Compute>(scratch.scores + i * lynx::kForwardTile, scratch.weights + i * weights_stride,
+                           view.keys_seen(query + i), keys, scale, scratch.maximum[row + i],
+                           scratch.total + (row + i) * kWidth, sums + i * sizes.stride, dim);
+        multiply<Compute, false>(rows, dim,
+                                 Product<Word>{scratch.weights, weights_stride, scratch.values, sizes.stride, sums,
+                                               sizes.stride, sizes.steps_over(keys), true});
+        query += rows;
+    }
+}
+
+// Divide by the denominators and write what the queries of `run` have, for one query head.
+template <class Compute, class Element>
+void finish(const lynx::Problem& problem, const ForwardScratch<Compute>& scratch, const Sizes<Compute>& sizes,
+            const lynx::Run& run, int64_t first_row, int64_t head) {
+    const int64_t rows = run.last_query - run.first_query, dim = problem.head_dim;
+    float* denominators = scratch.denominator;
+    for (int64_t row = 0; row < rows; row++) {
+        const float denominator = sum_of_lanes(load(scratch.total + (first_row + row) * kWidth));
+        const Floats divisor = broadcast(denominator == 0 ? 1 : denominator);  // where no key is seen, the sums are 0
+        const float* sums = scratch.sums + (first_row + row) * sizes.stride;
+        Element* out = head_of<Element>(problem.out, run.first_query + row, head);
+        for (int64_t column = 0; column < dim; column += kWidth)
+            store_first(out + column, load(sums + column) / divisor, dim - column);
+        denominators[row] = denominator;
+    }
+    for (int64_t row = 0; row < rows; row += kWidth) {
+        const Floats denominator = load_first(denominators + row, rows - row);
+        const Floats maximum = load_first(scratch.maximum + first_row + row, rows - row);
+        const Floats lse = maximum + log(denominator);
+        float values[kWidth];
+        const Floats nothing_seen = broadcast(-__builtin_inff());
+        store(values, denominator == denominator ? (denominator == 0.0f ? nothing_seen : lse) : denominator);
+        for (int64_t i = 0; i < smaller(kWidth, rows - row); i++)
+            problem.lse[(run.first_query + row + i) * problem.num_heads + head] = values[i];
+    }
+}
+
+template <class Compute, class Element>
+void forward(const lynx::Problem& problem, const lynx::Unit& unit, int64_t kv_head, void* block) {
+    const int64_t dim = problem.head_dim, group_heads = problem.num_heads / problem.num_kv_heads;
+    const int64_t queries = queries_of(problem, unit), rows = queries * group_heads;
+    const int64_t first_head = kv_head * group_heads;
+    const Sizes<Compute> sizes(dim);
+    const ForwardScratch<Compute> scratch(block, rows, sizes);
+    const float scale = problem.scale;
+    memset(scratch.sums, 0, rows * sizes.stride * sizeof(float));
+    memset(scratch.total, 0, rows * kWidth * sizeof(float));
+    for (int64_t row = 0; row < rows; row++) scratch.maximum[row] = -__builtin_inff();
+
+    // Rows: query head after query head, each all queries of the unit.
+    for (int64_t head = 0; head < group_heads; head++) {
+        int64_t row = head * queries;
+        for (int64_t i = unit.first_run; i < unit.last_run; i++) {
+            const lynx::Run& run = problem.runs[i];
+            const Rows<Element> part = {head_of<Element>(problem.q, run.first_query, first_head + head),
+                                        problem.q.row_stride, run.last_query - run.first_query, dim};
+            pack_left<Compute>(part, scratch.queries + row * sizes.left_stride, sizes.left_stride);
+            row += part.count;
+        }
+    }
+    for (int64_t t = unit.first_tile; t < unit.last_tile; t++) {
+        const lynx::Tile& tile = problem.tiles[t];
+        bool is_packed = false;
+        int64_t row = 0;
+        for (int64_t i = unit.first_run; i < unit.last_run; i++) {
+            const lynx::Run& run = problem.runs[i];
+            const View view = view_of(run, tile);
+            if (view.first_query < run.last_query && !is_packed) {
+                const int64_t count = tile.end - tile.begin;
+                const Rows<Element> k = {head_of<Element>(problem.k, tile.begin, kv_head), problem.k.row_stride, count,
+                                         dim};
+                const Rows<Element> v = {head_of<Element>(problem.v, tile.begin, kv_head), problem.v.row_stride, count,
+                                         dim};
+                pack_transposed<Compute>(k, scratch.keys, lynx::kForwardTile);
+                pack_right<Compute>(v, scratch.values, sizes.stride);
+                is_packed = true;
+            }
+            for (int64_t head = 0; head < group_heads; head++)
+                attend_to_tile(scratch, sizes, run, view, head * queries + row, scale, dim);
+            row += run.last_query - run.first_query;
+        }
+    }
+    for (int64_t head = 0; head < group_heads; head++) {
+        int64_t row = head * queries;
+        for (int64_t i = unit.first_run; i < unit.last_run; i++) {
+            finish<Compute, Element>(problem, scratch, sizes, problem.runs[i], row, first_head + head);
+            row += problem.runs[i].last_query - problem.runs[i].first_query;
+        }
+    }
+}
+
+template <class Compute>
+size_t forward_scratch_bytes(const lynx::Problem& problem, const lynx::Unit& unit) {
+    const int64_t rows = queries_of(problem, unit) * (problem.num_heads / problem.num_kv_heads);
+    return ForwardScratch<Compute>(nullptr, rows, Sizes<Compute>(problem.head_dim)).bytes;
+}
+
+}  // namespace

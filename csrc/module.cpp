@@ -1,0 +1,78 @@
+// lynx_kernels._host: what runs on the host, for Python. It knows no tensors, only their addresses and strides; the
+// modules in lynx_kernels that call it check shapes, dtypes and devices.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "attention/attention.h"
+#include "instruction_sets.h"
+#include "threads.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// (address, row stride, head stride), strides in elements.
+using View = std::tuple<uintptr_t, int64_t, int64_t>;
+
+lynx::Matrix matrix(const View& view) {
+    const auto [address, row_stride, head_stride] = view;
+    return {reinterpret_cast<void*>(address), row_stride, head_stride};
+}
+
+template <class Number>
+Number* pointer(uintptr_t address) {
+    return reinterpret_cast<Number*>(address);
+}
+
+lynx::Problem problem_of(const lynx::Layout& layout, const std::tuple<int64_t, int64_t, int64_t>& sizes, float scale,
+                         bool is_bfloat16) {
+    lynx::Problem problem = {};
+    problem.num_queries = layout.num_queries;
+    problem.num_keys = layout.num_keys;
+    std::tie(problem.num_heads, problem.num_kv_heads, problem.head_dim) = sizes;
+    problem.scale = scale;
+    problem.is_bfloat16 = is_bfloat16;
+    return problem;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_host, module) {
+    lynx::watch_forks();
+    module.def("instruction_sets", lynx::instruction_sets);
+    module.def("instruction_set", lynx::instruction_set_name);
+    module.def("force_instruction_set", lynx::force_instruction_set);
+
+    py::class_<lynx::Layout>(module, "Layout");
+    module.def("packed_layout", [](uintptr_t table, int64_t rows, int64_t num_tokens, bool root_is_causal) {
+        return lynx::read_packed_layout(pointer<int32_t>(table), rows, num_tokens, root_is_causal);
+    });
+    module.def("span_layout", [](uintptr_t table, int64_t rows, int64_t num_queries, int64_t num_keys) {
+        return lynx::read_span_layout(pointer<int32_t>(table), rows, num_queries, num_keys);
+    });
+    // `sizes` are the query heads, the key heads and the head dimension; dtypes are bf16 or fp32, LSEs fp32.
+    module.def("attention_forward",
+               [](const lynx::Layout& layout, const std::tuple<int64_t, int64_t, int64_t>& sizes, float scale,
+                  bool is_bfloat16, const View& q, const View& k, const View& v, const View& out, uintptr_t lse,
+                  int threads) {
+                   lynx::Problem problem = problem_of(layout, sizes, scale, is_bfloat16);
+                   problem.q = matrix(q), problem.k = matrix(k), problem.v = matrix(v);
+                   problem.out = matrix(out), problem.lse = pointer<float>(lse);
+                   py::gil_scoped_release release;
+                   lynx::attention_forward(layout, problem, threads);
+               });
+    module.def("attention_backward",
+               [](const lynx::Layout& layout, const std::tuple<int64_t, int64_t, int64_t>& sizes, float scale,
+                  bool is_bfloat16, const View& grad, uintptr_t grad_lse, const View& out, uintptr_t lse,
+                  const View& q, const View& k, const View& v, const View& grad_q, const View& grad_k,
+                  const View& grad_v, int threads) {
+                   lynx::Problem problem = problem_of(layout, sizes, scale, is_bfloat16);
+                   problem.q = matrix(q), problem.k = matrix(k), problem.v = matrix(v);
+                   problem.out = matrix(out), problem.lse = pointer<float>(lse);
+                   problem.grad = matrix(grad), problem.grad_lse = pointer<float>(grad_lse);
+                   problem.grad_q = matrix(grad_q), problem.grad_k = matrix(grad_k);
+                   problem.grad_v = matrix(grad_v);
+                   py::gil_scoped_release release;
+                   lynx::attention_backward(layout, problem, threads);
+               });
+}

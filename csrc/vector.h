@@ -1,0 +1,193 @@
+// One vector of 32-bit lanes, as wide as the instruction set of the translation unit that includes this header.
+//
+// A file that includes it is compiled once per instruction set. Everything here is in an unnamed namespace, and those
+// files use no template or inline function of the standard library that could be emitted: the linker merges such
+// functions by name, and a processor without AVX-512 could then meet the copy that was compiled with it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define LYNX_INLINE inline __attribute__((always_inline))
+
+namespace {
+
+// A register tile of kTileRows x kTileVectors sums, its row of the right operand and one broadcast value of the left
+// fit the 32 registers of AVX-512 (6 * 4 + 4 + 1) and the 16 of AVX2 and SSE (6 * 2 + 2 + 1).
+constexpr int kTileRows = 6;
+#if defined(__AVX512F__)
+constexpr int kWidth = 16, kTileVectors = 4;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8, kTileVectors = 2;
+#else
+constexpr int kWidth = 4, kTileVectors = 2;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * kWidth)));
+typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
+typedef uint32_t Words __attribute__((vector_size(4 * kWidth)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kWidth)));
+
+struct BFloat16 {
+    uint16_t bits;
+};
+
+template <class Vector>
+LYNX_INLINE Vector load_vector(const void* from) {
+    Vector vector;
+    memcpy(&vector, from, sizeof vector);
+    return vector;
+}
+
+template <class Vector>
+LYNX_INLINE void store_vector(void* to, Vector vector) {
+    memcpy(to, &vector, sizeof vector);
+}
+
+LYNX_INLINE Floats broadcast(float value) { return value - Floats{}; }
+
+LYNX_INLINE Ints lane_numbers() {
+    Ints lanes;
+    for (int lane = 0; lane < kWidth; lane++) lanes[lane] = lane;
+    return lanes;
+}
+
+// ---- fp32 and bf16 in memory, fp32 in registers
+
+LYNX_INLINE Floats widen(Halves bits) { return (Floats)(__builtin_convertvector(bits, Words) << 16); }
+
+// bf16, rounded to nearest even, in the low half of every lane.
+LYNX_INLINE Words to_bfloat16(Floats x) {
+#if defined(__AVX512BF16__)
+    return __builtin_convertvector((Halves)_mm512_cvtneps_pbh((__m512)x), Words);
+#else
+    Words bits = (Words)x;
+    Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return x == x ? rounded : (bits >> 16 | 0x40);  // a NaN stays one
+#endif
+}
+
+LYNX_INLINE Halves narrow(Floats x) { return __builtin_convertvector(to_bfloat16(x), Halves); }
+
+LYNX_INLINE Floats load(const float* from) { return load_vector<Floats>(from); }
+LYNX_INLINE Floats load(const BFloat16* from) { return widen(load_vector<Halves>(from)); }
+LYNX_INLINE void store(float* to, Floats x) { store_vector(to, x); }
+LYNX_INLINE void store(BFloat16* to, Floats x) { store_vector(to, narrow(x)); }
+
+// The first `count` elements, at most a vector of them; zeros behind. Nothing behind them is read.
+template <class Element>
+LYNX_INLINE Floats load_first(const Element* from, int64_t count) {
+    if (count >= kWidth) return load(from);
+    Element staged[kWidth] = {};
+    memcpy(staged, from, count * sizeof(Element));
+    return load(staged);
+}
+
+template <class Element>
+LYNX_INLINE void store_first(Element* to, Floats x, int64_t count) {
+    if (count >= kWidth) return store(to, x);
+    Element staged[kWidth];
+    store(staged, x);
+    memcpy(to, staged, count * sizeof(Element));
+}
+
+// ---- across lanes
+
+// A NaN in x stays a NaN, whichever it is compared with.
+LYNX_INLINE Floats maximum(Floats bound, Floats x) { return bound > x ? bound : x; }
+
+LYNX_INLINE bool any_greater(Floats a, Floats b) {
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0;
+#elif defined(__AVX2__)
+    return _mm256_movemask_ps((__m256)(a > b)) != 0;
+#else
+    Ints greater = a > b;
+    int32_t any = 0;
+    for (int lane = 0; lane < kWidth; lane++) any |= greater[lane];
+    return any != 0;
+#endif
+}
+
+LYNX_INLINE float largest(Floats x) {
+    float result = x[0];
+    for (int lane = 1; lane < kWidth; lane++) result = result > x[lane] ? result : x[lane];
+    return result;
+}
+
+LYNX_INLINE float sum_of_lanes(Floats x) {
+    float parts[kWidth];
+    store(parts, x);
+    for (int half = kWidth / 2; half > 0; half /= 2)
+        for (int lane = 0; lane < half; lane++) parts[lane] += parts[lane + half];
+    return parts[0];
+}
+
+template <int... kLanes>
+struct Lanes {};
+template <int kCount, int... kLanes>
+struct MakeLanes : MakeLanes<kCount - 1, kCount - 1, kLanes...> {};
+template <int... kLanes>
+struct MakeLanes<0, kLanes...> {
+    typedef Lanes<kLanes...> Type;
+};
+
+// Of two rows that are kBlock apart, swap the blocks of kBlock lanes that a transpose swaps.
+template <int kBlock, int... kLanes>
+LYNX_INLINE void swap_blocks(Words& upper, Words& lower, Lanes<kLanes...>) {
+    Words first = upper, second = lower;
+    upper = __builtin_shufflevector(first, second, (kLanes & kBlock ? kWidth + kLanes - kBlock : kLanes)...);
+    lower = __builtin_shufflevector(first, second, (kLanes & kBlock ? kWidth + kLanes : kLanes + kBlock)...);
+}
+
+template <int kBlock>
+LYNX_INLINE void transpose_blocks(Words (&rows)[kWidth]) {
+    for (int row = 0; row < kWidth; row++)
+        if (!(row & kBlock)) swap_blocks<kBlock>(rows[row], rows[row + kBlock], typename MakeLanes<kWidth>::Type());
+    if constexpr (kBlock > 1) transpose_blocks<kBlock / 2>(rows);
+}
+
+// Rows become columns.
+LYNX_INLINE void transpose(Words (&rows)[kWidth]) { transpose_blocks<kWidth / 2>(rows); }
+
+// ---- functions
+
+// e^x for x <= 80, to 0.6 of a last place; about 2^-124 for everything below -86. x = n log 2 + r with |r| <= log(2) / 2,
+// and log 2 in two parts, the first of 12 bits, so that n times it is exact. e^r is 1 + r + r^2 times the polynomial of
+// degree 4 that makes the largest relative error of e^r smallest (Remez): 3.1e-9.
+LYNX_INLINE Floats exp(Floats x) {
+    x = maximum(broadcast(-86.0f), x);
+    const float shifter = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
+    const Floats shifted = x * 1.44269504f + shifter;
+    const Floats n = shifted - shifter;
+    const Floats r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+    Floats power = r * 0.001381461326f + 0.008368709824f;
+    power = power * r + 0.04166838736f;
+    power = power * r + 0.1666652069f;
+    power = power * r + 0.4999999345f;
+    power = power * (r * r) + r + 1.0f;
+    return (Floats)((Words)power + ((Words)shifted << 23));
+}
+
+// The natural logarithm of a normal positive x: with x = 2^n m and s = (m - 1) / (m + 1), log m = 2 artanh s, whose
+// series is cut where it falls below 2e-9 of the result for m between sqrt(1/2) and sqrt(2).
+LYNX_INLINE Floats log(Floats x) {
+    const uint32_t sqrt_half = 0x3f3504f3;
+    Words offset = (Words)x - sqrt_half;
+    Ints n = (Ints)offset >> 23;
+    Floats m = (Floats)((offset & 0x7fffff) + sqrt_half);
+    Floats s = (m - 1.0f) / (m + 1.0f);
+    Floats square = s * s;
+    Floats series = square * (1.0f / 9) + (1.0f / 7);
+    series = series * square + (1.0f / 5);
+    series = series * square + (1.0f / 3);
+    Floats log_m = 2.0f * s + 2.0f * s * square * series;
+    return __builtin_convertvector(n, Floats) * 0.693147182f + log_m;
+}
+
+}  // namespace
