@@ -165,11 +165,13 @@ def setup(
     packed = inputs_of(workload, dtype, device, heads, dim, trains=trains)
     function = operation(workload, device)
     refused = which(function, *packed).refused
-    impls = [impl for impl in _IMPLEMENTATIONS[workload.operation].names if impl not in refused]
+    impls = _IMPLEMENTATIONS[workload.operation].names
     peers: dict[str, Peer] = {}
     left_out: dict[str, str] = {}
     for name, peer in candidates(workload, mode, device, impls, compiler).items():
-        why = peer if isinstance(peer, str) else _too_large(peer, mode, dtype, device, heads, dim)
+        why = peer if isinstance(peer, str) else refused.get(name.rpartition(OURS)[2])
+        if isinstance(peer, Peer) and why is None:
+            why = _too_large(peer, mode, dtype, device, heads, dim)
         if isinstance(peer, Peer) and why is None:
             peers[name] = peer
         else:

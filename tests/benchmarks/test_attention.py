@@ -319,7 +319,9 @@ def test_setup_tells_the_frame_what_to_measure(monkeypatch):
     rows = 16 * 4 * 4  # bytes of a number for each of 16 tokens and 4 heads
     assert saved == 16 * rows + rows + WORKLOADS["full"].layout("cpu").segments.nbytes  # output and LSE, not q, k, v
     assert tiny(WORKLOADS["full"]).parameters == ()
-    monkeypatch.setattr(attention, "which", lambda *args: Choice("other", {"reference": "not today"}))
+    refused = dict.fromkeys(["triton", "cpu", "reference"], "not today")
+    monkeypatch.setattr(attention, "which", lambda *args: Choice("other", refused))
+    assert tiny(WORKLOADS["full"]).left_out["lynx reference"] == "not today"
     assert not [name for name in tiny(WORKLOADS["full"]).providers if name.startswith("lynx ")]
 
 
@@ -328,7 +330,13 @@ def test_left_out_is_stored_and_shown():
     some = replace(some, build=partial(tiny, WORKLOADS["beams"]))
     rows = measure(some, rounds=2)
     left_out = {row.provider: row.note for row in rows if row.metric == "left out"}
-    assert set(left_out) == {"cudnn repeated", "varlen repeated", "flash-attn repeated", "xformers repeated"}
+    assert set(left_out) == {
+        "cudnn repeated",
+        "varlen repeated",
+        "flash-attn repeated",
+        "xformers repeated",
+        "lynx triton",
+    }
     assert "left out" in as_text(rows)
     assert "runs on GPUs only" in as_text(rows)
     assert {row.provider for row in rows if row.metric == "GB/s"} >= {"sdpa repeated", "lynx reference", "copy"}

@@ -253,20 +253,21 @@ def test_instruction_sets():
 def test_tables_that_do_not_fit_are_refused():
     q = torch.zeros(5, 1, 4)
     operators = torch.ops.lynx_kernels
-    packed, spanned = PackedLayout.from_groups([(3, [2])]).segments, SpanLayout.from_spans([5], [(0, 5)], 5).segments
+    packed, spans = PackedLayout.from_groups([(3, [2])]).segments, SpanLayout.from_spans([5], [(0, 5)], 5)
+    inverse = spans.tile_offsets, spans.tile_segments
     for table, column, value in ((packed, 3, 9), (packed, 1, -1), (packed, 2, 9)):
         broken = table.clone()
         broken[1, column] = value
         with pytest.raises(ValueError, match="row 1 of the layout's segments is no segment"):
             operators.prefix_attention(q, q, q, broken, True, 1.0, "cpu")
-    broken = spanned.clone()
+    broken = spans.segments.clone()
     broken[0, 2] = 6
     with pytest.raises(ValueError, match="row 0 of the layout's segments sees keys outside 0 to 5"):
-        operators.cross_attention(q, q, q, broken, 1.0, "cpu")
+        operators.cross_attention(q, q, q, broken, *inverse, 1.0, "cpu")
     with pytest.raises(ValueError, match="do not run from 0 to 4"):
         operators.prefix_attention(q[:4], q[:4], q[:4], packed, True, 1.0, "cpu")
     with pytest.raises(ValueError, match="do not run from 0 to 4"):
-        operators.cross_attention(q[:4], q, q, spanned, 1.0, "cpu")
+        operators.cross_attention(q[:4], q, q, spans.segments, *inverse, 1.0, "cpu")
 
 
 def test_small_batches_of_the_shared_cases(instruction_set):
