@@ -75,6 +75,12 @@ def test_tiles(plan, dtype, monkeypatch):
     check_adapter("triton", *make((37,), 90, 45, dtype))
 
 
+def test_more_row_sums_than_are_read_at_once(monkeypatch):
+    """One for each tile of the bottleneck: 19."""
+    use(TILED[FLAT], monkeypatch)
+    check_adapter("triton", *make((5,), 20, 300, torch.float32))
+
+
 @pytest.mark.usefixtures("form")
 def test_tiles_that_are_all_full():
     check_adapter("triton", *make((32,), 64, 64, torch.float16))
@@ -111,9 +117,10 @@ def test_only_the_gradients_asked_for(trained, absent):
 
 
 @pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("width", [64, 10])  # several steps, and not even one
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_mean_far_above_deviation(dtype):
-    inputs, grad = make((19,), 64, 37, dtype)
+def test_mean_far_above_deviation(dtype, width):
+    inputs, grad = make((19,), width, 37, dtype)
     inputs[0] = inputs[0] + 1000
     check_adapter("triton", inputs, grad)
 
