@@ -134,15 +134,19 @@ def test_half_precision(case, arch):
         assert all(kernel.has(TENSOR_CORES[arch]) for kernel in compiled if kernel.name not in WITHOUT_PRODUCTS)
 
 
-@pytest.mark.parametrize("arch", [80, 90])  # where they spill, and where they serialise
-@pytest.mark.parametrize("case", AUTOCAST)
+@pytest.mark.parametrize(
+    ("case", "arch"),  # sm_80 is where they spill, sm_90 where ptxas serialises them
+    [*((case, 80) for case in AUTOCAST), *((case, 90) for case in ("large", "fused 64", "fused 256"))],
+)
 def test_stream_wider_than_the_weights(case, arch):
     """Autocast: an fp32 residual stream through half-precision products."""
     assert_tensor_cores(compile_adapter(arch, *AUTOCAST[case]), arch)
 
 
-@pytest.mark.parametrize("arch", [80, 100])  # the oldest, and the one that compiled some of these to TF32
-@pytest.mark.parametrize("case", SINGLE)
+@pytest.mark.parametrize(
+    ("case", "arch"),  # sm_100 is where a widened stream was compiled to TF32
+    [("tiled", 80), ("tiled", 90), ("tiled, bf16 stream", 100), ("fused 64", 80), ("fused 64", 100), ("few", 100)],
+)
 def test_single_precision(case, arch):
     """IEEE: TF32 would show as an instruction of the tensor cores."""
     for kernel in compile_adapter(arch, *SINGLE[case]):

@@ -68,31 +68,40 @@ def test_expanded_gradient():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("plan", PLANS, ids=str)
-@pytest.mark.parametrize(("tokens", "width", "bottleneck"), [(37, 90, 45), (48, 64, 32)])
-def test_tiles(tokens, width, bottleneck, plan, dtype, monkeypatch):
+def test_tiles(plan, dtype, monkeypatch):
     """Three tiles of rows with the smallest: two groups, the second not full."""
     use(plan, monkeypatch)
     monkeypatch.setattr(implementation, "_GROUP", 2)
-    check_adapter("triton", *make((tokens,), width, bottleneck, dtype))
+    check_adapter("triton", *make((37,), 90, 45, dtype))
+
+
+def test_more_row_sums_than_are_read_at_once(monkeypatch):
+    """One for each tile of the bottleneck: 19."""
+    use(TILED[FLAT], monkeypatch)
+    check_adapter("triton", *make((5,), 20, 300, torch.float32))
+
+
+@pytest.mark.usefixtures("form")
+def test_tiles_that_are_all_full():
+    check_adapter("triton", *make((32,), 64, 64, torch.float16))
 
 
 @pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_activations_and_eps(activation, dtype):
+def test_activations_and_eps(activation):
     options = {"activation": activation, "eps": 0.3}
-    inputs, grad = make((19,), 35, 37, dtype)
+    inputs, grad = make((19,), 35, 37, torch.float32)
     check_adapter("triton", inputs, grad, **options)
 
 
 @pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("absent", OPTIONAL[1:])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_optional_arguments(absent, dtype):
-    check_adapter("triton", *make((19,), 35, 37, dtype, absent))
+def test_optional_arguments(absent):
+    check_adapter("triton", *make((19,), 35, 37, torch.float32, absent))
 
 
 @pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("form", ["tiled", "fused"], indirect=True)  # the forms of backward
 @pytest.mark.parametrize("absent", [(), ("norm_weight", "norm_bias")])
 @pytest.mark.parametrize("trained", NAMES)
 def test_only_the_gradients_asked_for(trained, absent):
@@ -108,9 +117,10 @@ def test_only_the_gradients_asked_for(trained, absent):
 
 
 @pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("width", [64, 10])  # several steps, and not even one
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_mean_far_above_deviation(dtype):
-    inputs, grad = make((19,), 64, 37, dtype)
+def test_mean_far_above_deviation(dtype, width):
+    inputs, grad = make((19,), width, 37, dtype)
     inputs[0] = inputs[0] + 1000
     check_adapter("triton", inputs, grad)
 
@@ -126,6 +136,7 @@ def test_variance_all_in_the_first_columns():
 
 @pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("eps", [1e-5, 0.0])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # numpy's, about the rows and parts that a mask discards
 def test_rows_that_are_constant_in_part(eps):
     """Where eps is 0 a constant row has no LayerNorm, but one of which only a part is constant has."""
     inputs, grad = make((19,), 64, 37, torch.float32)
@@ -211,10 +222,10 @@ def _assert_twice_the_reference(inputs, grad):
     exact = run(naive, [each.double() for each in inputs], grad)
     actual = run(interpreted, inputs, grad)
     plain = run(with_options(adapter, impl="reference"), inputs, grad)
-    *not_scale, (ours, _, theirs) = zip(actual, exact, plain, strict=True)
+    *not_scale, (ours, truth, theirs) = zip(actual, exact, plain, strict=True)
     assert ours.dtype == theirs.dtype
-    assert ours.isfinite()
-    for ours, truth, theirs in not_scale:  # one number's error says little, and test_tiles has it
+    torch.testing.assert_close(ours.double(), truth, rtol=0.05, atol=0)  # one number's error says little more
+    for ours, truth, theirs in not_scale:
         assert ours.dtype == theirs.dtype
         if theirs.isfinite().all():
             rounding = torch.finfo(ours.dtype).eps * truth.abs().max()
@@ -248,7 +259,7 @@ def test_launches(form, monkeypatch):
 
 @pytest.mark.usefixtures("form")
 def test_two_runs_agree_bit_by_bit():
-    inputs, grad = make((33,), 35, 37, torch.float16)
+    inputs, grad = make((19,), 35, 37, torch.float16)
     for ours, theirs in zip(run(interpreted, inputs, grad), run(interpreted, inputs, grad), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
