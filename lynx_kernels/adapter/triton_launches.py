@@ -182,7 +182,7 @@ def _fused_launch(call: Call, columns: int) -> Launch:
     many = Launch(64, columns, 64, num_warps=warps, num_stages=2)
     if 3 * many.programs(call.tokens, 1) >= call.multiprocessors:
         return many
-    return Launch(16, columns, 64, num_warps=4, num_stages=3)
+    return Launch(16, columns, 64, num_warps=warps, num_stages=3)
 
 
 def tiled_plan(call: Call) -> Plan:
