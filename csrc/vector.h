@@ -114,20 +114,6 @@ LYNX_INLINE bool any_greater(Floats a, Floats b) {
 #endif
 }
 
-LYNX_INLINE float largest(Floats x) {
-    float result = x[0];
-    for (int lane = 1; lane < kWidth; lane++) result = result > x[lane] ? result : x[lane];
-    return result;
-}
-
-LYNX_INLINE float sum_of_lanes(Floats x) {
-    float parts[kWidth];
-    store(parts, x);
-    for (int half = kWidth / 2; half > 0; half /= 2)
-        for (int lane = 0; lane < half; lane++) parts[lane] += parts[lane + half];
-    return parts[0];
-}
-
 template <int... kLanes>
 struct Lanes {};
 template <int kCount, int... kLanes>
@@ -136,6 +122,25 @@ template <int... kLanes>
 struct MakeLanes<0, kLanes...> {
     typedef Lanes<kLanes...> Type;
 };
+
+// In every lane what `combine` makes of all lanes.
+template <int kBlock, int... kLanes>
+LYNX_INLINE Floats exchange_blocks(Floats x, Lanes<kLanes...>) {
+    return __builtin_shufflevector(x, x, (kLanes ^ kBlock)...);
+}
+
+template <int kBlock = kWidth / 2, class Combine>
+LYNX_INLINE Floats over_lanes(Floats x, Combine combine) {
+    x = combine(x, exchange_blocks<kBlock>(x, typename MakeLanes<kWidth>::Type()));
+    if constexpr (kBlock > 1) return over_lanes<kBlock / 2>(x, combine);
+    return x;
+}
+
+LYNX_INLINE float largest(Floats x) { return over_lanes(x, maximum)[0]; }
+
+LYNX_INLINE float sum_of_lanes(Floats x) {
+    return over_lanes(x, [](Floats a, Floats b) __attribute__((always_inline)) { return a + b; })[0];
+}
 
 // Of two rows that are kBlock apart, swap the blocks of kBlock lanes that a transpose swaps.
 template <int kBlock, int... kLanes>
@@ -154,6 +159,16 @@ LYNX_INLINE void transpose_blocks(Words (&rows)[kWidth]) {
 
 // Rows become columns.
 LYNX_INLINE void transpose(Words (&rows)[kWidth]) { transpose_blocks<kWidth / 2>(rows); }
+
+// The sums of the lanes of kWidth rows, a lane each; four times as quick as sum_of_lanes for each.
+LYNX_INLINE Floats sums_of_rows(const float* rows) {
+    Words columns[kWidth];
+    for (int row = 0; row < kWidth; row++) columns[row] = load_vector<Words>(rows + row * kWidth);
+    transpose(columns);
+    Floats sum = {};
+    for (int lane = 0; lane < kWidth; lane++) sum += (Floats)columns[lane];
+    return sum;
+}
 
 // ---- functions
 

@@ -40,6 +40,8 @@ void run_units(const Plan& plan, Problem& problem, int threads, ScratchBytes scr
     const int64_t count = plan.units.size() * problem.num_kv_heads;
     threads = static_cast<int>(std::min<int64_t>(usable_threads(threads), count));
     if (count == 0) return;
+    // Heads of a unit in a row, where units are many, since each prefetches what the next one reads.
+    const int64_t heads = std::clamp<int64_t>(count / (8 * threads), 1, problem.num_kv_heads);
     // Before the threads start: no exception may leave them.
     std::vector<std::unique_ptr<void, Free>> scratches;
     for (int i = 0; i < threads; i++) {
@@ -54,7 +56,7 @@ void run_units(const Plan& plan, Problem& problem, int threads, ScratchBytes scr
 #pragma omp atomic capture
         mine = next_scratch++;
         void* scratch = (*all)[mine].get();
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, heads)
         for (int64_t i = 0; i < count; i++)
             kernel(problem, plan.units[i / problem.num_kv_heads], i % problem.num_kv_heads, scratch);
     }

@@ -24,9 +24,8 @@ struct ForwardScratch {
     float* scores;    // (kForwardRows, kForwardTile)
     Word* queries;    // (rows, left_stride)
     float* sums;      // (rows, stride): the output, not yet divided
-    float* total;     // (rows, kWidth): the denominator, its lanes not yet added up
-    float* maximum;   // (rows,)
-    float* denominator;  // (rows,) rounded up to vectors
+    float* total;     // (rows and a vector of them, kWidth): the denominator, its lanes not yet added up
+    float* maximum;   // (rows and a vector of them,)
     size_t bytes;
 
     ForwardScratch(void* block, int64_t rows, const Sizes<Compute>& sizes) {
@@ -39,9 +38,8 @@ struct ForwardScratch {
                                          : cutter.take<Word>(kForwardRows * lynx::kForwardTile / Compute::kNumbers);
         queries = cutter.take<Word>(rows * sizes.left_stride);
         sums = cutter.take<float>(rows * sizes.stride);
-        total = cutter.take<float>(rows * kWidth);
-        maximum = cutter.take<float>(round_up(rows, kWidth));
-        denominator = cutter.take<float>(round_up(rows, kWidth));
+        total = cutter.take<float>((rows + kWidth) * kWidth);
+        maximum = cutter.take<float>(rows + kWidth);
         bytes = cutter.used();
     }
 };
@@ -52,6 +50,56 @@ inline int64_t queries_of(const lynx::Problem& problem, const lynx::Unit& unit) 
         queries += problem.runs[i].last_query - problem.runs[i].first_query;
     return queries;
 }
+
+// What the unit will read of the next key head, asked for in steps while this one is computed. Short samples spent a
+// quarter of their time on waiting for memory.
+template <class Element>
+class Ahead {
+   public:
+    Ahead(const lynx::Problem& problem, const lynx::Unit& unit, int64_t kv_head, int64_t queries) {
+        const int64_t group_heads = problem.num_heads / problem.num_kv_heads;
+        const int64_t first_query = problem.runs[unit.first_run].first_query;
+        const int64_t first_key = unit.first_tile < unit.last_tile ? problem.tiles[unit.first_tile].begin : 0;
+        const int64_t keys = unit.first_tile < unit.last_tile ? problem.tiles[unit.last_tile - 1].end - first_key : 0;
+        const int64_t row_bytes = problem.head_dim * sizeof(Element);
+        const bool is_contiguous = problem.runs[unit.last_run - 1].last_query - first_query == queries;
+        if (kv_head + 1 == problem.num_kv_heads || !is_contiguous ||
+            (queries * group_heads + 2 * keys) * row_bytes > kMostBytes)
+            return;
+        parts_[0] = part(problem.q, first_query, (kv_head + 1) * group_heads, queries, group_heads * row_bytes);
+        parts_[1] = part(problem.k, first_key, kv_head + 1, keys, row_bytes);
+        parts_[2] = part(problem.v, first_key, kv_head + 1, keys, row_bytes);
+        queries_ = queries;
+    }
+
+    // To be called with all queries, some at a time; further calls do nothing.
+    void ask(int64_t queries) {
+        if (asked_ >= queries_) return;
+        for (const Part& part : parts_) {
+            const int64_t last = smaller(asked_ + queries, queries_) * part.rows / queries_;
+            for (int64_t row = asked_ * part.rows / queries_; row < last; row++)
+                for (int64_t byte = 0; byte < part.row_bytes; byte += 64)
+                    __builtin_prefetch(part.first + row * part.stride + byte, 0, 2);
+        }
+        asked_ += queries;
+    }
+
+   private:
+    static constexpr int64_t kMostBytes = 1 << 18;  // a part of the cache that this head does not need
+
+    struct Part {
+        const char* first;
+        int64_t rows, stride, row_bytes;
+    };
+
+    static Part part(const lynx::Matrix& matrix, int64_t row, int64_t head, int64_t rows, int64_t row_bytes) {
+        return {reinterpret_cast<const char*>(head_of<Element>(matrix, row, head)), rows,
+                matrix.row_stride * static_cast<int64_t>(sizeof(Element)), row_bytes};
+    }
+
+    Part parts_[3] = {};
+    int64_t queries_ = 0, asked_ = 0;
+};
 
 // Scores of one row become weights; what the row sums up is kept in `total`, and `sums` follows a raised maximum.
 template <class Compute>
@@ -66,9 +114,11 @@ LYNX_INLINE void weigh(const float* scores, typename Compute::Word* weights, int
     if (has_last) highest = maximum(highest, in_last ? load(scores + whole) * scale : minus_infinity);
     if (any_greater(highest, broadcast(row_maximum + kSlack))) {
         const float raised = largest(highest);
-        const Floats factor = exp(broadcast(row_maximum - raised));  // from minus infinity: of sums that are 0
-        store(total, load(total) * factor);
-        for (int64_t column = 0; column < dim; column += kWidth) store(sums + column, load(sums + column) * factor);
+        if (row_maximum != -__builtin_inff()) {  // until then the sums are 0
+            const Floats factor = exp(broadcast(row_maximum - raised));
+            store(total, load(total) * factor);
+            for (int64_t column = 0; column < dim; column += kWidth) store(sums + column, load(sums + column) * factor);
+        }
         row_maximum = raised;
     }
     const Floats shift = broadcast(row_maximum);
@@ -91,9 +141,9 @@ LYNX_INLINE void weigh(const float* scores, typename Compute::Word* weights, int
 }
 
 // One tile's part of a run's queries, for one query head. Rows of the scratch arguments are the run's queries.
-template <class Compute>
+template <class Compute, class Element>
 void attend_to_tile(const ForwardScratch<Compute>& scratch, const Sizes<Compute>& sizes, const lynx::Run& run,
-                    const View& view, int64_t row_of_run, float scale, int64_t dim) {
+                    const View& view, int64_t row_of_run, float scale, int64_t dim, Ahead<Element>& ahead) {
     typedef typename Compute::Word Word;
     const int64_t weights_stride = lynx::kForwardTile / Compute::kNumbers;
     for (int64_t query = view.first_query; query < run.last_query;) {
@@ -106,6 +156,7 @@ void attend_to_tile(const ForwardScratch<Compute>& scratch, const Sizes<Compute>
             rows, keys,
             {scratch.queries + row * sizes.left_stride, sizes.left_stride, scratch.keys, lynx::kForwardTile,
              scratch.scores, lynx::kForwardTile, sizes.steps, false});
+        ahead.ask(rows);
         for (int64_t i = 0; i < rows; i++)
             weigh<Compute>(scratch.scores + i * lynx::kForwardTile, scratch.weights + i * weights_stride,
                            view.keys_seen(query + i), keys, scale, scratch.maximum[row + i],
@@ -122,25 +173,20 @@ template <class Compute, class Element>
 void finish(const lynx::Problem& problem, const ForwardScratch<Compute>& scratch, const Sizes<Compute>& sizes,
             const lynx::Run& run, int64_t first_row, int64_t head) {
     const int64_t rows = run.last_query - run.first_query, dim = problem.head_dim;
-    float* denominators = scratch.denominator;
-    for (int64_t row = 0; row < rows; row++) {
-        const float denominator = sum_of_lanes(load(scratch.total + (first_row + row) * kWidth));
-        const Floats divisor = broadcast(denominator == 0 ? 1 : denominator);  // where no key is seen, the sums are 0
-        const float* sums = scratch.sums + (first_row + row) * sizes.stride;
-        Element* out = head_of<Element>(problem.out, run.first_query + row, head);
-        for (int64_t column = 0; column < dim; column += kWidth)
-            store_first(out + column, load(sums + column) / divisor, dim - column);
-        denominators[row] = denominator;
-    }
-    for (int64_t row = 0; row < rows; row += kWidth) {
-        const Floats denominator = load_first(denominators + row, rows - row);
-        const Floats maximum = load_first(scratch.maximum + first_row + row, rows - row);
-        const Floats lse = maximum + log(denominator);
-        float values[kWidth];
+    for (int64_t begin = 0; begin < rows; begin += kWidth) {
+        const Floats denominator = sums_of_rows(scratch.total + (first_row + begin) * kWidth);
+        const Floats divisors = denominator == 0.0f ? broadcast(1.0f) : denominator;  // no key is seen: the sums are 0
+        const Floats lse = load(scratch.maximum + first_row + begin) + log(denominator);
         const Floats nothing_seen = broadcast(-__builtin_inff());
-        store(values, denominator == denominator ? (denominator == 0.0f ? nothing_seen : lse) : denominator);
-        for (int64_t i = 0; i < smaller(kWidth, rows - row); i++)
-            problem.lse[(run.first_query + row + i) * problem.num_heads + head] = values[i];
+        const Floats values = denominator == denominator ? (denominator == 0.0f ? nothing_seen : lse) : denominator;
+        for (int64_t i = 0; i < smaller(kWidth, rows - begin); i++) {
+            const int64_t query = run.first_query + begin + i;
+            const float* sums = scratch.sums + (first_row + begin + i) * sizes.stride;
+            Element* out = head_of<Element>(problem.out, query, head);
+            for (int64_t column = 0; column < dim; column += kWidth)
+                store_first(out + column, load(sums + column) / divisors[i], dim - column);
+            problem.lse[query * problem.num_heads + head] = values[i];
+        }
     }
 }
 
@@ -152,6 +198,7 @@ void forward(const lynx::Problem& problem, const lynx::Unit& unit, int64_t kv_he
     const Sizes<Compute> sizes(dim);
     const ForwardScratch<Compute> scratch(block, rows, sizes);
     const float scale = problem.scale;
+    Ahead<Element> ahead(problem, unit, kv_head, queries);
     memset(scratch.sums, 0, rows * sizes.stride * sizeof(float));
     memset(scratch.total, 0, rows * kWidth * sizeof(float));
     for (int64_t row = 0; row < rows; row++) scratch.maximum[row] = -__builtin_inff();
@@ -185,7 +232,7 @@ void forward(const lynx::Problem& problem, const lynx::Unit& unit, int64_t kv_he
                 is_packed = true;
             }
             for (int64_t head = 0; head < group_heads; head++)
-                attend_to_tile(scratch, sizes, run, view, head * queries + row, scale, dim);
+                attend_to_tile(scratch, sizes, run, view, head * queries + row, scale, dim, ahead);
             row += run.last_query - run.first_query;
         }
     }

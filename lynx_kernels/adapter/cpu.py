@@ -1,5 +1,7 @@
 """The adapter on CPUs: PyTorch's own fused operators, put together as measured best.
 
+Many tokens go in blocks of rows, whose normalised input and bottleneck are used again while they are in the cache.
+
 LayerNorm is ATen's kernel, the products are oneDNN's, and the up-projection adds bias and residual before it writes:
 with scale * (a Wu^T + bu) = (scale * a) Wu^T + scale * bu the scale costs a pass over the bottleneck, not over the full
 width. Backward recomputes the normalised input and the activation, both cheap beside a product, and takes the gradient

@@ -68,7 +68,8 @@ def assert_case_within_budget(case, spread=lambda each: each, cancels=False):
     magnitudes = [0.0] * len(exact)
     if cancels:
         uncancelled = run(case.naive, exact_inputs, [grads[0], (grads[0].double() * exact[0]).sum(-1)])
-        magnitudes[2:4] = [each.abs().max().item() for each in uncancelled[2:4]]
+        lse_error = max(1, exact[1][exact[1].isfinite()].abs().max().item() / 2)  # in eps of a weight
+        magnitudes[2:4] = [lse_error * each.abs().max().item() for each in uncancelled[2:4]]
     seen = exact[1].isfinite()
     assert torch.equal(actual[1].isfinite(), seen)
     for results in (actual, exact, plain):
@@ -100,8 +101,6 @@ def split_case(root_is_causal, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dim", [1, 7, 16, 33, 64, 88, 128, 256])
 def test_every_instruction_set(instruction_set, dtype, dim):
-    if (instruction_set, dtype, dim) == ("plain", torch.float32, 1):
-        pytest.xfail("the gradient of k misses the budget by a tenth: 3.07e-6 against 2.84e-6, plain PyTorch 0.76e-6")
     for case in cases(dtype, dim):
         assert_case_within_budget(case, cancels=dim == 1)
 
