@@ -104,8 +104,9 @@ IEEE = Launch(32, 64, 16, num_warps=4, num_stages=3)
 # flight a program, and two to four programs side by side. A tile is about as wide as it is high, which keeps what
 # is read of x from L2 at what is read of the weights; for the same reason the up-projection of 64 rows stops at 32
 # columns, where d = 4096 still makes 128 programs.
-# Inward 64 tokens are two tiles of rows that share the weights through L2: from 64 rows on products are asynchronous on
-# sm_90, and as their left operand comes normalised from registers, ptxas serialises them, under Triton 3.6 at any width.
+# Inward 64 tokens are two tiles of rows that share the weights through L2. From 64 rows on products are asynchronous on
+# sm_90, and as their left operand comes normalised from registers, ptxas serialises them under Triton 3.6, whatever the
+# width and the steps.
 FEW_INWARD = {
     16: Launch(16, 16, 128, num_warps=4, num_stages=4),  # steps of 256 spill 20 bytes on sm_100
     32: Launch(32, 32, 128, num_warps=4, num_stages=4),
