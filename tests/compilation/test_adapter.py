@@ -8,12 +8,13 @@ from lynx_kernels.adapter import triton_launches as launches
 from lynx_kernels.adapter.triton_launches import Call, Launch, plan_by_rule
 from tests.compilation import table
 from tests.compilation.cases import ADAPTER_CASES, FP32
-from tests.compilation.offline import SHARED_MEMORY, TENSOR_CORES
+from tests.compilation.offline import GFX942, SHARED_MEMORY, TENSOR_CORES
 
 BF16 = torch.bfloat16
 WITHOUT_PRODUCTS = {"statistics_kernel", "join_kernel", "weight_rows_kernel"}
 FOR_SM_86 = 99 << 10  # what is compiled for sm_80 also runs on sm_86, 89 and 120, which have less shared memory
-GFX942_SPILLS = 128
+# Bytes; 0 elsewhere, and on NVIDIA's GPUs, for which the launches were chosen.
+GFX942_SPILLS = {"down_kernel": 48, "fused_kernel": 540, "backward_fused_kernel": 136}
 every_case = pytest.mark.parametrize("case", ADAPTER_CASES, ids=str)
 
 
@@ -46,7 +47,7 @@ def test_a_few_tokens_occupy_the_gpu(width, bottleneck, tokens, multiprocessors)
 @every_case
 def test_nothing_spills(case, arch):
     for row in table.results(case, arch):
-        assert row.spilled <= (0 if arch in SHARED_MEMORY else GFX942_SPILLS), row
+        assert row.spilled <= (GFX942_SPILLS.get(row.kernel, 0) if arch == GFX942 else 0), row
 
 
 @every_case

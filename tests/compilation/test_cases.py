@@ -4,6 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+import triton
+import triton.language as tl
 
 from tests.compilation import offline, table
 from tests.compilation.cases import CASES, FP32
@@ -12,8 +15,21 @@ from tests.compilation.offline import GFX942, GFX942_MATRIX_CORES, TENSOR_CORES
 WRITTEN = table.PATH.read_text()
 # Launches chosen for NVIDIA's GPUs that Triton refuses on an MI300 when it loads the kernel.
 TOO_LARGE_FOR_GFX942 = {
+    # Three stages of the widest tiles.
+    "adapter T=128 d=4096 r=256, bf16": {"fused_kernel"},
     # An fp32 stream doubles the tiles that wait in shared memory.
     "adapter T=8192 d=4096 r=2048, fp32 through bf16": {"backward_bottleneck_kernel"},
+    "adapter T=512 d=4096 r=2048, fp32 through bf16": {"backward_bottleneck_kernel"},
+    "adapter T=8192 d=4096 r=256, fp32 through bf16": {"backward_bottleneck_kernel"},
+    # Three stages of 64 keys at a head_dim of 128, or of 32 at 256.
+    "prefix_attention T=8192 in 16 causal H=8/4 D=128, bf16": {"forward_kernel"},
+    "prefix_attention T=8160 in 160 causal H=8/4 D=128, bf16": {"forward_kernel"},
+    "prefix_attention T=8192 in 16 full H=8/4 D=128, bf16": {"forward_kernel"},
+    "prefix_attention T=8192 in 16 causal H=8/8 D=128, bf16": {"forward_kernel"},
+    "prefix_attention T=8192 in 16 causal H=8/4 D=128, fp16": {"forward_kernel"},
+    "cross_attention Q=8192 in 4 K=3604 H=16/16 D=128, bf16": {"forward_kernel"},
+    "prefix_attention_decode B=5 of one root H=32/4 D=128, bf16": {"decode_kernel"},
+    "prefix_attention_decode B=5 of one root H=32/4 D=256, bf16": {"decode_kernel"},
 }
 MATRIX_CORES = {**TENSOR_CORES, GFX942: GFX942_MATRIX_CORES}
 # One of each operation, compiled now for every GPU.
@@ -76,9 +92,30 @@ def test_what_does_not_fit_or_spills_is_bold():
     assert table.Row.parse(str(row)) == row
 
 
-def test_the_digest_tells_kernels_apart(monkeypatch):
-    """By its code, and by what it is launched with; not by the names in it."""
-    tiny, other = (
-        case.launch for case in CASES if "T=1 " in str(case) or ("T=77 " in str(case) and "adapter" not in str(case))
-    )
-    assert offline.digest_of(tiny) == offline.digest_of(tiny) != offline.digest_of(other)
+def _adding(by):
+    @triton.jit
+    def kernel(p_x, size: tl.constexpr):
+        o_x = tl.arange(0, size)
+        tl.store(p_x + o_x, tl.load(p_x + o_x) + by)
+
+    return kernel
+
+
+def _adding_one():
+    @triton.jit
+    def kernel(p_x, size: tl.constexpr):
+        places = tl.arange(0, size)
+        tl.store(p_x + places, tl.load(p_x + places) + 1)
+
+    return kernel
+
+
+def test_the_digest_is_of_code_and_launch_but_not_of_names():
+    def digest(kernel, **launch):
+        x = torch.empty(16, device="meta")
+        return offline.digest_of(lambda: kernel[(1,)](x, size=16, **launch))
+
+    expected = digest(_adding(tl.constexpr(1)))
+    assert digest(_adding_one()) == expected
+    assert digest(_adding(tl.constexpr(2))) != expected
+    assert digest(_adding_one(), num_warps=8) != expected
