@@ -17,6 +17,7 @@ Call = Callable[[], Sequence[Tensor]]
 
 def need_free(gibibytes: float) -> None:
     """Skip the test where the GPU has less memory free."""
+    torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     if free < gibibytes * 2**30:
         pytest.skip(f"needs {gibibytes} GiB of free GPU memory, there are {free / 2**30:.1f}")
@@ -61,6 +62,7 @@ def replayed(call: Call, captured: Sequence[Tensor], new: Sequence[Tensor]) -> l
 
 def memory_of(function: Callable[[], object]) -> tuple[int, int]:
     """Bytes of GPU memory that a call holds at its peak, and after it while its result is alive."""
+    torch.cuda.empty_cache()  # of blocks that are somewhat too large, and would count as they are
     kept_alive = function()  # compiles kernels, fills caches
     del kept_alive
     torch.cuda.synchronize()
