@@ -104,10 +104,12 @@ IEEE = Launch(32, 64, 16, num_warps=4, num_stages=3)
 # flight a program, and two to four programs side by side. A tile is about as wide as it is high, which keeps what
 # is read of x from L2 at what is read of the weights; for the same reason the up-projection of 64 rows stops at 32
 # columns, where d = 4096 still makes 128 programs.
+# Inward 64 tokens are two tiles of rows that share the weights through L2. From 64 rows on products are asynchronous on
+# sm_90, and as their left operand comes normalised from registers, ptxas serialises them under Triton 3.6, whatever the
+# width and the steps.
 FEW_INWARD = {
     16: Launch(16, 16, 128, num_warps=4, num_stages=4),  # steps of 256 spill 20 bytes on sm_100
     32: Launch(32, 32, 128, num_warps=4, num_stages=4),
-    64: Launch(64, 64, 64, num_warps=4, num_stages=4),
 }
 FEW_OUTWARD = {
     16: Launch(16, 16, 128, num_warps=4, num_stages=4),
@@ -158,8 +160,7 @@ def _few_launch(call: Call, by_rows: dict[int, Launch]) -> Launch:
         return FEW_IEEE
     if not call.aligned:
         return FEW_UNALIGNED
-    # A wide stream spills at 64 rows on sm_80: then two tiles of rows share the weights through L2.
-    most = 32 if call.wide else FEW_TOKENS
+    most = 32 if call.wide else max(by_rows)  # a wide stream spills at 64 rows on sm_80
     return by_rows[min(max(triton.next_power_of_2(call.tokens), 16), most)]
 
 
@@ -177,9 +178,10 @@ def _fused_launch(call: Call, columns: int) -> Launch:
         return Launch(16, columns, 32, num_warps=warps, num_stages=2)
     if call.wide:  # 64 rows: ptxas serialises sm_90's products, or spills
         return Launch(32, columns, 64, num_warps=warps, num_stages=2)
-    # Every block of rows reads all of both weights from L2: 64 rows, what spills nothing, as soon as they occupy a
-    # third of the GPU; else 16.
-    many = Launch(64, columns, 64, num_warps=warps, num_stages=2)
+    # Every block of rows reads all of both weights from L2: as many rows as spill nothing, as soon as they occupy a
+    # third of the GPU; else 16. 64 rows, but half as many of 256 columns, whose products on sm_90 ptxas serialises
+    # under Triton 3.6.
+    many = Launch(64 if columns <= 128 else 32, columns, 64, num_warps=warps, num_stages=2)
     if 3 * many.programs(call.tokens, 1) >= call.multiprocessors:
         return many
     return Launch(16, columns, 64, num_warps=warps, num_stages=3)

@@ -9,51 +9,191 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
 
-from lynx_kernels.adapter import triton as adapter_launchers
+from lynx_kernels import PackedLayout, SpanLayout, dispatch
+from lynx_kernels.adapter import _IMPLEMENTATIONS as ADAPTER
+from lynx_kernels.attention.cross import _IMPLEMENTATIONS as CROSS
+from lynx_kernels.attention.decode import _IMPLEMENTATIONS as DECODE
+from lynx_kernels.attention.prefix import _IMPLEMENTATIONS as PREFIX
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
 
 
 @dataclass(frozen=True)
 class Case:
-    """Launches of one operation: ``launch()`` makes them on meta tensors."""
+    """Launches of one operation: ``launch()`` makes them on meta tensors.
+
+    Attributes:
+        kernels: what is launched, in order.
+        compute: the dtype of products.
+    """
 
     operation: str
     shape: str
     dtype: str
     launch: Callable[[], None]
+    kernels: tuple[str, ...]
+    compute: torch.dtype
 
     def __str__(self) -> str:
         return f"{self.operation} {self.shape}, {self.dtype}"
 
 
-def adapter(tokens, stream, weights=None, *, width=4096, bottleneck=2048, activation="silu"):
-    """The adapter and all its gradients; ``weights`` is their dtype where it is not that of the stream."""
+def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
-    def meta(*shape, dtype=weights or stream):
-        return torch.empty(shape, dtype=dtype, device="meta")
 
+def _assert_alike(results, expected) -> None:
+    assert [(each.shape, each.dtype) for each in results] == [(each.shape, each.dtype) for each in expected]
+
+
+# The adapter, by the paper's sizes unless said otherwise.
+
+FORWARD = {
+    "tiled": ("statistics_kernel", "down_kernel", "up_kernel"),
+    "fused": ("fused_kernel",),
+    "few": ("part_kernel", "join_kernel", "up_kernel"),
+}
+BACKWARD = {
+    "tiled": ("weight_rows_kernel", "backward_bottleneck_kernel", "backward_input_kernel"),
+    "fused": ("weight_rows_kernel", "backward_fused_kernel"),
+}
+
+
+def adapter(tokens, width, bottleneck, stream, weights, activation):
+    """The adapter and all its gradients; ``weights`` is their dtype, ``stream`` that of x."""
+    meta = partial(_meta, dtype=weights)
     inputs = [
-        meta(tokens, width, dtype=stream), meta(width), meta(width), meta(bottleneck, width), meta(bottleneck),
-        meta(width, bottleneck), meta(width), meta(dtype=FP32),
+        _meta(tokens, width, dtype=stream), meta(width), meta(width), meta(bottleneck, width), meta(bottleneck),
+        meta(width, bottleneck), meta(width), _meta(dtype=FP32),
     ]  # fmt: skip
-    out, *saved = adapter_launchers.forward(*inputs, 1e-5, activation)
-    gradients = adapter_launchers.backward(out, *inputs, *saved, activation, [True] * 8)
-    assert [each.shape for each in gradients] == [each.shape for each in inputs]
-    assert [each.dtype for each in gradients] == [each.dtype for each in inputs]
+    out, *saved = ADAPTER.forward(*inputs, 1e-5, activation, "triton")
+    _assert_alike([out], inputs[:1])
+    _assert_alike(ADAPTER.backward(out, *inputs, *saved, activation, [True] * 8, "triton"), inputs)
 
 
-def _adapter_case(tokens, bottleneck, dtype, stream, weights=None):
-    launch = partial(adapter, tokens, stream, weights, bottleneck=bottleneck)
-    return Case("adapter", f"T={tokens} d=4096 r={bottleneck}", dtype, launch)
+def _adapter_case(
+    tokens, bottleneck, forward, backward, stream=BF16, weights=None, *, width=4096, activation="silu"
+) -> Case:
+    weights = weights or stream
+    shape = f"T={tokens} d={width} r={bottleneck}" + ("" if activation == "silu" else f" {activation}")
+    dtype = NAMES[stream] if stream == weights else f"{NAMES[stream]} through {NAMES[weights]}"
+    launch = partial(adapter, tokens, width, bottleneck, stream, weights, activation)
+    return Case("adapter", shape, dtype, launch, FORWARD[forward] + BACKWARD[backward], weights)
 
 
-CASES = [
-    *(_adapter_case(tokens, 2048, "bf16", BF16) for tokens in (8192, 512, 64)),
-    *(_adapter_case(8192, bottleneck, "bf16", BF16) for bottleneck in (256, 64)),
-    _adapter_case(8192, 2048, "fp16", FP16),
-    _adapter_case(8192, 2048, "fp32", FP32),
-    _adapter_case(8192, 2048, "fp32 through bf16", FP32, BF16),  # autocast: the stream stays wide
-    _adapter_case(8192, 2048, "bf16 through fp32", BF16, FP32),  # trainable weights wider than the stream
+ADAPTER_CASES = [
+    _adapter_case(8192, 2048, "tiled", "tiled"),
+    _adapter_case(512, 2048, "tiled", "tiled"),
+    *(_adapter_case(tokens, 2048, "few", "tiled") for tokens in (64, 32, 8)),
+    # The widest of the fused form: without and with its backward, and on 4 warps; then few rows of them.
+    _adapter_case(8192, 256, "fused", "tiled"),
+    *(_adapter_case(8192, bottleneck, "fused", "fused") for bottleneck in (128, 64)),
+    _adapter_case(128, 256, "fused", "tiled"),
+    _adapter_case(128, 128, "fused", "fused"),
+    _adapter_case(8192, 2048, "tiled", "tiled", FP16),
+    # Autocast: the stream stays wide.
+    _adapter_case(8192, 2048, "tiled", "tiled", FP32, BF16),
+    _adapter_case(512, 2048, "tiled", "tiled", FP32, BF16),
+    _adapter_case(64, 2048, "few", "tiled", FP32, FP16),
+    _adapter_case(8192, 256, "fused", "tiled", FP32, BF16),
+    _adapter_case(8192, 64, "fused", "fused", FP32, BF16),
+    # Trainable weights wider than the stream, and fp32 throughout.
+    _adapter_case(8192, 2048, "tiled", "tiled", FP32),
+    _adapter_case(8192, 2048, "tiled", "tiled", BF16, FP32),
+    _adapter_case(64, 2048, "few", "tiled", BF16, FP32),
+    _adapter_case(8192, 64, "fused", "fused", BF16, FP32),
+    *(_adapter_case(8192, 2048, "tiled", "tiled", activation=each) for each in ("relu", "gelu", "gelu_tanh")),
+    # Triton makes constants of arguments that are 1 and knows multiples of 16: sizes that are one, and no multiples.
+    _adapter_case(1, 1, "fused", "fused", width=1),
+    _adapter_case(1, 45, "fused", "fused", width=77),
+    _adapter_case(8192, 1000, "tiled", "tiled", width=1000),
+    _adapter_case(8192, 255, "fused", "tiled", width=1000),
+    _adapter_case(40, 1000, "few", "tiled", FP32, BF16, width=1000),
 ]
+
+
+# Attention.
+
+ATTENTION = ("forward_kernel", "statistics_kernel", "query_gradient_kernel", "key_gradient_kernel")
+SPLIT = ("forward_kernel", "merge_kernel", "statistics_kernel", "query_gradient_kernel", "key_gradient_kernel")
+
+
+def attention(operation: dispatch.Operation, inputs, *table):
+    """Prefix or cross attention, and the gradients through output and LSE."""
+    q, *_ = inputs
+    out, lse = operation.forward(*inputs, *table, 0.1, "triton")
+    _assert_alike([out, lse], [q, _meta(*q.shape[:2], dtype=FP32)])
+    _assert_alike(operation.backward(out, lse, out, lse, *inputs, *table, 0.1, "triton"), inputs)
+
+
+def _attention_case(operation, shape, rows, heads, head_dim, dtype, kernels, *table) -> Case:
+    (queries, keys), (query_heads, key_heads) = rows, heads
+    inputs = [_meta(queries, query_heads, head_dim, dtype=dtype)]
+    inputs += [_meta(keys, key_heads, head_dim, dtype=dtype)] * 2
+    shape = f"{shape} H={query_heads}/{key_heads} D={head_dim}"
+    return Case(operation.name, shape, NAMES[dtype], partial(attention, operation, inputs, *table), kernels, dtype)
+
+
+def _prefix_case(groups, head_dim, dtype=BF16, *, heads=(8, 4), root_is_causal=True) -> Case:
+    layout = PackedLayout.from_groups(groups, root_is_causal=root_is_causal, device="meta")
+    tokens, segments = layout.num_tokens, len(layout.segments) - 1
+    shape = f"T={tokens} in {segments} {'causal' if root_is_causal else 'full'}"
+    table = layout.segments, root_is_causal
+    return _attention_case(PREFIX, shape, (tokens, tokens), heads, head_dim, dtype, ATTENTION, *table)
+
+
+def _cross_case(query_lengths, keys, head_dim, dtype=BF16, *, kernels=SPLIT) -> Case:
+    """Every segment of queries sees as many keys of its own."""
+    spans = [(i * keys, i * keys + keys) for i in range(len(query_lengths))]
+    layout = SpanLayout.from_spans(query_lengths, spans, spans[-1][1], device="meta")
+    shape = f"Q={layout.num_queries} in {len(spans)} K={layout.num_keys}"
+    table = layout.segments, layout.tile_offsets, layout.tile_segments
+    rows = layout.num_queries, layout.num_keys
+    return _attention_case(CROSS, shape, rows, (16, 16), head_dim, dtype, kernels, *table)
+
+
+def decode(branches, heads, kv_heads, head_dim, dtype):
+    """One root and a query of each branch; caches have the heads outside, as transformers keeps them."""
+    q = _meta(branches, 1, heads, head_dim, dtype=dtype)
+    root = _meta(1, kv_heads, 901, head_dim, dtype=dtype).transpose(1, 2)
+    branch = _meta(branches, kv_heads, 64, head_dim, dtype=dtype).transpose(1, 2)
+    indices = [_meta(length, dtype=torch.int32) for length in (branches, 1, branches)]
+    results = DECODE.forward(q, root, root, branch, branch, *indices, 0.1, "triton")
+    _assert_alike(results, [q, _meta(*q.shape[:3], dtype=FP32)])
+
+
+def _decode_case(heads, kv_heads, head_dim, dtype=BF16, branches=5) -> Case:
+    shape = f"B={branches} of one root H={heads}/{kv_heads} D={head_dim}"
+    launch = partial(decode, branches, heads, kv_heads, head_dim, dtype)
+    return Case(DECODE.name, shape, NAMES[dtype], launch, ("decode_kernel", "merge_kernel"), dtype)
+
+
+# 16 segments of 8192 tokens and 160: long ones, and those that leave most of a large tile empty. As many of both as are
+# multiples of 16, so that launches which both choose compile once.
+LONG, SHORT = [(576, [448])] * 8, [(32, [70])] * 80
+
+ATTENTION_CASES = [
+    *(_prefix_case(LONG, head_dim) for head_dim in (128, 88, 64, 256)),
+    _prefix_case(SHORT, 128),
+    _prefix_case(LONG, 128, root_is_causal=False),
+    _prefix_case(LONG, 128, heads=(8, 8)),
+    _prefix_case(LONG, 128, FP16),
+    *(_prefix_case(LONG, head_dim, FP32) for head_dim in (128, 64, 256)),
+    # Sizes that are one, and no multiples of 16.
+    _prefix_case([(1, [])], 1, heads=(1, 1)),
+    _prefix_case([(70, [7])], 7, heads=(3, 1), root_is_causal=False),
+    _prefix_case([(0, [300])], 32, heads=(1, 1)),
+    # Latents of two pictures, whose keys are split; long texts, each with the picture before it.
+    *(_cross_case([32, 32], 901, head_dim) for head_dim in (128, 88, 64, 256)),
+    _cross_case([32, 32], 901, 64, FP32),
+    _cross_case([2048] * 4, 901, 128, kernels=ATTENTION),
+    # Beams of one picture: tiles of 16 rows, and of 64 where heads share keys.
+    *(_decode_case(32, 32, head_dim) for head_dim in (128, 88, 64)),
+    *(_decode_case(32, 4, head_dim) for head_dim in (128, 256)),
+    _decode_case(32, 32, 64, FP32),
+]
+
+CASES = [*ADAPTER_CASES, *ATTENTION_CASES]

@@ -4,17 +4,18 @@ Launchers run as they are, on meta tensors; inside ``compiling_for`` every launc
 for the GPU with the few methods that Triton asks before a launch.
 """
 
+import hashlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+from triton.backends.nvidia.compiler import CUDABackend, get_ptxas, sm_arch_from_capability
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -67,6 +68,11 @@ class Compiled:
     def spilled(self) -> int:
         """Bytes a thread stores to and loads from local memory for want of registers."""
         raise NotImplementedError
+
+    @property
+    def serialized(self) -> bool:
+        """Whether ptxas had to make asynchronous products wait for each other."""
+        return False
 
     def has(self, instruction: str) -> bool:
         return instruction in self.assembly
@@ -133,21 +139,70 @@ class _Driver:
 
 
 @contextmanager
-def compiling_for(arch: Arch) -> Iterator[list[Compiled]]:
-    """Launches inside the block compile for ``sm_<arch>`` or the AMD GPU of that name and are added to the list; none
-    runs."""
-    compiled: list[Compiled] = []
+def _launches(arch: Arch, instead: Callable[[str, dict, Callable], None]) -> Iterator[None]:
+    """Inside the block no launch runs: ``instead`` gets the kernel's name, what the launcher gave by name, and a
+    function that compiles."""
     run, before = JITFunction.run, driver._active
-    make, assembly = (CompiledForNvidia, "ptx") if isinstance(arch, int) else (CompiledForAmd, "amdgcn")
 
     def compile_only(self, *args, grid, warmup, **kwargs):
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        compiled.append(make(self.fn.__name__, arch, kwargs, kernel.metadata.shared, kernel.asm[assembly]))
-        return kernel
+        instead(self.fn.__name__, kwargs, lambda: run(self, *args, grid=grid, warmup=True, **kwargs))
 
     JITFunction.run = compile_only
     driver.set_active(_Driver(arch))
     try:
-        yield compiled
+        yield
     finally:
         JITFunction.run, driver._active = run, before
+
+
+@contextmanager
+def compiling_for(arch: Arch) -> Iterator[list[Compiled]]:
+    """Launches inside the block compile for ``sm_<arch>`` or the AMD GPU of that name and are added to the list; none
+    runs."""
+    compiled: list[Compiled] = []
+    make, assembly = (CompiledForNvidia, "ptx") if isinstance(arch, int) else (CompiledForAmd, "amdgcn")
+
+    def add(name, launch, compiles):
+        kernel = compiles()
+        compiled.append(make(name, arch, launch, kernel.metadata.shared, kernel.asm[assembly]))
+
+    with _launches(arch, add):
+        yield compiled
+
+
+class _Reached(Exception):
+    pass
+
+
+def digest_of(launchers: Callable[[], None]) -> str:
+    """A digest of all that compilers are given by the launches of ``launchers()``: each kernel's Triton IR, the same
+    for every GPU of NVIDIA's, and what the launcher gave by name. It takes a small part of the time of compiling.
+
+    Places in the source and the names of values are no part of it.
+    """
+    digest = hashlib.sha256()
+
+    def stop(ir, *rest):
+        raise _Reached(str(ir))
+
+    def add(name, launch, compiles):
+        try:
+            ir = compiles().asm["ttir"]  # compiled before
+        except _Reached as reached:
+            ir = str(reached)
+        digest.update(f"{name} {launch} {_anonymous(ir)}".encode())
+
+    make_ttgir = CUDABackend.__dict__["make_ttgir"]  # the stage after Triton's own IR
+    CUDABackend.make_ttgir = staticmethod(stop)
+    try:
+        with _launches(90, add):
+            launchers()
+    finally:
+        CUDABackend.make_ttgir = make_ttgir
+    return digest.hexdigest()[:16]
+
+
+def _anonymous(ir: str) -> str:
+    names: dict[str, str] = {}
+    without_places = re.sub(r' loc\((?:"[^"]*"\()?#loc\d*\)?\)|^#loc.*\n', "", ir, flags=re.MULTILINE)
+    return re.sub(r"%\w+", lambda found: names.setdefault(found[0], f"%{len(names)}"), without_places)

@@ -1,4 +1,4 @@
-"""What every operation is asked on a GPU, given as a function of its tensors. Nothing here knows an operation."""
+"""What every operation is asked on a GPU, given as a call that returns its results. Nothing here knows an operation."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -7,61 +7,62 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.lynx_kernels.helpers import Function, run
-
 DEVICE = os.environ.get("LYNX_GPU_TESTS_ON", "cuda")
 PRESENT = DEVICE != "cuda" or torch.cuda.is_available()
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ROUNDING = 512  # bytes: the allocator rounds every tensor up to a multiple
+
+Call = Callable[[], Sequence[Tensor]]
 
 
 def need_free(gibibytes: float) -> None:
     """Skip the test where the GPU has less memory free."""
+    torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     if free < gibibytes * 2**30:
         pytest.skip(f"needs {gibibytes} GiB of free GPU memory, there are {free / 2**30:.1f}")
 
 
-def check_deterministic(function: Function, inputs: Sequence[Tensor | None], grad: Tensor) -> None:
-    """Two runs agree bit by bit, in the output and in every gradient."""
-    first, second = run(function, inputs, grad), run(function, inputs, grad)
-    for index, (ours, theirs) in enumerate(zip(first, second, strict=True)):
+def check_deterministic(call: Call) -> None:
+    """Two runs agree bit by bit, in every result."""
+    for index, (ours, theirs) in enumerate(zip(call(), call(), strict=True)):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, msg=lambda said, i=index: f"result {i}: {said}")
 
 
-def check_never_waits(function: Function, inputs: Sequence[Tensor | None], grad: Tensor) -> None:
-    """Neither forward nor backward makes the host wait for the GPU, once everything is compiled."""
-    run(function, inputs, grad)
+def check_never_waits(call: Call) -> None:
+    """The call never makes the host wait for the GPU, once everything is compiled."""
+    call()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        run(function, inputs, grad)
+        call()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def replayed(function: Function, first: Sequence[Tensor], second: Sequence[Tensor]) -> list[Tensor]:
-    """Capture ``function(*first)`` in a CUDA graph with its gradients under the last of the tensors, copy ``second``
-    into the captured tensors, and return what a replay then gives."""
-    *inputs, grad = [each.clone() for each in first]
+def replayed(call: Call, captured: Sequence[Tensor], new: Sequence[Tensor]) -> list[Tensor]:
+    """Capture ``call()``, which reads the tensors ``captured``, in a CUDA graph, copy ``new`` into them, and return
+    what a replay then gives."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # compiles kernels and fills caches, which a capture may not
         for _ in range(3):
-            run(function, inputs, grad)
+            call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        results = run(function, inputs, grad)
-    for static, new in zip([*inputs, grad], second, strict=True):
-        static.copy_(new)
+        results = call()
+    for static, changed in zip(captured, new, strict=True):
+        static.copy_(changed)
     for each in results:
         each.fill_(torch.nan)  # what the replay does not write shows
     graph.replay()
     return [each.clone() for each in results]
 
 
-def memory_of(function: Callable[[], Tensor]) -> tuple[int, int]:
+def memory_of(function: Callable[[], object]) -> tuple[int, int]:
     """Bytes of GPU memory that a call holds at its peak, and after it while its result is alive."""
+    torch.cuda.empty_cache()  # of blocks that are somewhat too large, and would count as they are
     kept_alive = function()  # compiles kernels, fills caches
     del kept_alive
     torch.cuda.synchronize()

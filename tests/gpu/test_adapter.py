@@ -27,7 +27,7 @@ CASES = [
     if bench.PRESENT and runs(impl, dtype, bench.DEVICE)
 ]
 IMPLEMENTATIONS = list(dict.fromkeys(impl for impl, _ in CASES))
-ROUNDING = 8 * 512  # bytes: the allocator rounds every tensor up to 512
+ROUNDING = 8 * bench.ROUNDING
 
 
 def make(*args, **options):
@@ -126,7 +126,8 @@ def test_compiles_twice_at_most(impl):
 @pytest.mark.parametrize("tokens", [1, 17, 512])
 @pytest.mark.parametrize(("impl", "dtype"), CASES)
 def test_deterministic(impl, dtype, tokens):
-    bench.check_deterministic(calls(impl), *make((tokens,), **PAPER, dtype=dtype))
+    inputs, grad = make((tokens,), **PAPER, dtype=dtype)
+    bench.check_deterministic(lambda: run(calls(impl), inputs, grad))
 
 
 @pytest.mark.usefixtures("cuda")
@@ -134,7 +135,8 @@ def test_deterministic(impl, dtype, tokens):
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_never_waits(impl, tokens):
     inputs, grad = make((tokens,), **PAPER, dtype=BF16)
-    bench.check_never_waits(calls(impl), inputs, grad.to(BF16))
+    grad = grad.to(BF16)
+    bench.check_never_waits(lambda: run(calls(impl), inputs, grad))
 
 
 @pytest.mark.usefixtures("cuda")
@@ -142,8 +144,9 @@ def test_never_waits(impl, tokens):
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_graph_replays_with_new_inputs(impl, tokens):
     inputs, grad = make((tokens,), **PAPER, dtype=BF16)
+    grad = grad.to(BF16)
     new_inputs, new_grad = [each.flip(0) if each.dim() else each * 0.5 for each in inputs], -grad
-    actual = bench.replayed(calls(impl), [*inputs, grad.to(BF16)], [*new_inputs, new_grad.to(BF16)])
+    actual = bench.replayed(lambda: run(calls(impl), inputs, grad), [*inputs, grad], [*new_inputs, new_grad])
     check_adapter_results(actual, new_inputs, new_grad)
 
 

@@ -4,6 +4,8 @@ import json
 import math
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,3 +111,9 @@ def test_without_a_gpu():
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert "launches are timed on a GPU" in done.stderr
+
+
+def test_stored_plans_would_be_installed():
+    settings = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert launches.TUNED.parent == Path(launches.__file__).parent
+    assert launches.TUNED.name in settings["package-data"][launches.__package__]

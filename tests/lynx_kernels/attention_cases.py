@@ -1,6 +1,6 @@
 """Calls of the three attentions, each beside the same call of plain attention: the cases that their tests run over."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,11 +25,16 @@ BRANCH_TO_ROOT, ROOT_LENGTHS, BRANCH_LENGTHS = [2, 0, 0, 2, 1], [5, 0, 7, 4], [3
 
 @dataclass
 class Case:
-    """A call of an operation, returning its LSE too, and the same call of plain attention."""
+    """A call of an operation, returning its LSE too, and the same call of plain attention.
+
+    Attributes:
+        table: the tensors of integers that tell the operation who sees whom.
+    """
 
     operation: Callable
     naive: Callable
     inputs: list
+    table: list
 
 
 def packed_case(
@@ -41,25 +46,31 @@ def packed_case(
     dtype=torch.float64,
     scale=None,
     impl=None,
+    device="cpu",
 ):
-    layout = PackedLayout.from_groups(groups, root_is_causal=root_is_causal)
-    visible, tokens = packed_visible(groups, root_is_causal), layout.num_tokens
-    inputs = [random(tokens, h, dim, dtype=dtype, seed=i) for i, h in enumerate([heads, kv_heads, kv_heads])]
+    layout = PackedLayout.from_groups(groups, root_is_causal=root_is_causal, device=device)
+    visible, tokens = packed_visible(groups, root_is_causal).to(device), layout.num_tokens
+    all_heads = [heads, kv_heads, kv_heads]
+    inputs = [random(tokens, h, dim, dtype=dtype, seed=i, device=device) for i, h in enumerate(all_heads)]
     return Case(
         lambda q, k, v: prefix_attention(q, k, v, layout, scale=scale, return_lse=True, impl=impl),
         lambda q, k, v: dense_attention(q, k, v, visible, scale),
         inputs,
+        [layout.segments],
     )
 
 
-def span_case(batch=SPANS_OF_A_BATCH, heads=4, kv_heads=2, dim=7, dtype=torch.float64, scale=None, impl=None):
-    layout, visible = SpanLayout.from_spans(*batch), span_visible(*batch)
+def span_case(
+    batch=SPANS_OF_A_BATCH, heads=4, kv_heads=2, dim=7, dtype=torch.float64, scale=None, impl=None, device="cpu"
+):
+    layout, visible = SpanLayout.from_spans(*batch, device=device), span_visible(*batch).to(device)
     shapes = [(layout.num_queries, heads), (layout.num_keys, kv_heads), (layout.num_keys, kv_heads)]
-    inputs = [random(*shape, dim, dtype=dtype, seed=i) for i, shape in enumerate(shapes)]
+    inputs = [random(*shape, dim, dtype=dtype, seed=i, device=device) for i, shape in enumerate(shapes)]
     return Case(
         lambda q, k, v: cross_attention(q, k, v, layout, scale=scale, return_lse=True, impl=impl),
         lambda q, k, v: dense_attention(q, k, v, visible, scale),
         inputs,
+        [layout.segments, layout.tile_offsets, layout.tile_segments],
     )
 
 
@@ -73,17 +84,19 @@ def decode_case(
     index_dtype=torch.int32,
     batch=(BRANCH_TO_ROOT, ROOT_LENGTHS, BRANCH_LENGTHS),
     impl=None,
+    device="cpu",
 ):
     branch_to_root, root_lengths, branch_lengths = batch
-    indices = [torch.tensor(each, dtype=index_dtype) for each in batch]
+    indices = [torch.tensor(each, dtype=index_dtype, device=device) for each in batch]
     root = len(root_lengths), max(root_lengths) + 1, kv_heads, dim
     branch = len(branch_to_root), max(branch_lengths), kv_heads, dim
     shapes = [(len(branch_to_root), queries, heads, dim), root, root, branch, branch]
-    inputs = [random(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes)]
+    inputs = [random(*shape, dtype=dtype, seed=i, device=device) for i, shape in enumerate(shapes)]
     return Case(
         lambda *floats: prefix_attention_decode(*floats, *indices, scale=scale, return_lse=True, impl=impl),
         lambda *floats: dense_decode(*floats, *indices, scale=scale),
         inputs,
+        indices,
     )
 
 
@@ -99,26 +112,53 @@ all_cases = pytest.mark.parametrize("make", CASES.values(), ids=CASES)
 
 def grads_of(outputs):
     """Gradients for an output and its LSE."""
-    return [random(*output.shape, seed=10 + i) for i, output in enumerate(outputs)]
+    return [random(*output.shape, seed=10 + i, device=output.device) for i, output in enumerate(outputs)]
+
+
+def grads_of_case(case) -> list:
+    """Likewise, in the dtype of the inputs."""
+    q = case.inputs[0]
+    return [grad.to(q.dtype) for grad in grads_of([q, q[..., 0]])]
 
 
 def assert_case_within_budget(case, *, gradients=True):
     """Output and LSE of a case are within the budget, and the gradients through both; -inf is where it should be."""
-    dtype = case.inputs[0].dtype
-    exact_inputs = [each.double() for each in case.inputs]
-    grads = [grad.to(dtype) for grad in grads_of(case.naive(*exact_inputs))]
+    grads = grads_of_case(case)
+    actual = run(case.operation, case.inputs, grads) if gradients else case.operation(*case.inputs)
+    assert_results_within_budget(actual, case, grads)
 
-    def results(function, inputs):
-        return run(function, inputs, grads) if gradients else list(function(*inputs))
 
-    exact, actual = results(case.naive, exact_inputs), results(case.operation, case.inputs)
-    plain = results(case.naive, case.inputs)
+def assert_results_within_budget(actual: Sequence, case, grads: Sequence):
+    """The same for output and LSE, and gradients if they follow, wherever they were computed."""
+    dtype, has_gradients = case.inputs[0].dtype, len(actual) > 2
+
+    def results(inputs):
+        return run(case.naive, inputs, grads) if has_gradients else list(case.naive(*inputs))
+
+    exact, plain = results([each.double() for each in case.inputs]), results(case.inputs)
     plain[1] = case.naive(*(each.float() for each in case.inputs))[1]  # the LSE promises fp32
+    names = ["output", "lse", *(f"gradient {i}" for i in range(len(case.inputs)))]
     seen = exact[1].isfinite()
     assert torch.equal(actual[1].isneginf(), ~seen)
-    for each in (actual, exact, plain):
-        each[1] = each[1][seen]
-    names = ["output", "lse", *(f"gradient {i}" for i in range(len(case.inputs)))]
-    for name, ours, truth, theirs in zip(names, actual, exact, plain, strict=gradients):
+    # Gradients take weights from exp(score - LSE), whose relative error is the absolute one that the LSE has in fp32.
+    lse_error = exact[1][seen].abs().max().item() * torch.finfo(torch.float32).eps if seen.any() else 0.0
+    for name, ours, truth, theirs in zip(names, actual, exact, plain, strict=has_gradients):
         assert ours.dtype == (torch.float32 if name == "lse" else dtype)
-        assert_within_budget(ours, truth, theirs, name)
+        if name == "lse":
+            ours, truth, theirs = ours[seen], truth[seen], theirs[seen]
+        magnitude = 0.0
+        if name.startswith("gradient") and truth.numel():
+            magnitude = truth.abs().max().item() * lse_error / torch.finfo(dtype).eps
+        assert_within_budget(ours, truth, theirs, name, magnitude)
+
+
+def assert_huge_scores_within_budget(case):
+    """Output and LSE are as exact as plain attention in fp32, which does not overflow; gradients are finite."""
+    grads = grads_of_case(case)
+    out, lse, *gradients = run(case.operation, case.inputs, grads)
+    exact_out, exact_lse = case.naive(*(each.double() for each in case.inputs))
+    plain_out, plain_lse = case.naive(*(each.float() for each in case.inputs))
+    seen = exact_lse.isfinite()
+    assert_within_budget(out, exact_out, plain_out)
+    assert_within_budget(lse[seen], exact_lse[seen], plain_lse[seen], "lse")
+    assert all(gradient.isfinite().all() for gradient in gradients)

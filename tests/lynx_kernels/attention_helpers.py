@@ -1,6 +1,6 @@
 """Who sees whom, and attention, spelled out: what the tests of layouts and attentions compare with.
 
-Nothing here uses the layouts' tables: masks come from the lists that layouts are built from, one Python loop a rule.
+Nothing here uses the layouts' tables: masks come from the lists that layouts are built from.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 Groups = Sequence[tuple[int, Sequence[int]]]
+Device = torch.device | str
 
 GROUPS = st.lists(st.tuples(st.integers(0, 5), st.lists(st.integers(0, 4), max_size=3)), max_size=5)
 EXAMPLES = settings(derandomize=True, deadline=None, max_examples=100)
@@ -38,26 +39,21 @@ def tokens_of(groups: Groups) -> list[tuple[int, int, int]]:
 
 def packed_visible(groups: Groups, root_is_causal: bool) -> Tensor:
     """(T, T) bool, ``[query, key]``, of a packed layout."""
-    tokens = tokens_of(groups)
-    visible = torch.zeros(len(tokens), len(tokens), dtype=torch.bool)
-    for query, (query_group, query_part, query_place) in enumerate(tokens):
-        for key, (key_group, key_part, key_place) in enumerate(tokens):
-            if query_group != key_group:
-                continue
-            if query_part == key_part:
-                sees = key_place <= query_place or (query_part == 0 and not root_is_causal)
-            else:
-                sees = key_part == 0
-            visible[query, key] = sees
-    return visible
+    group, part, place = torch.tensor(tokens_of(groups), dtype=torch.int32).reshape(-1, 3).T  # (T,) each
+    in_group = group[:, None] == group
+    in_part = part[:, None] == part
+    not_later = place[:, None] >= place
+    to_root = part == 0  # of keys
+    sees_own = in_part & (not_later if root_is_causal else not_later | to_root)
+    return in_group & (sees_own | (to_root & ~in_part))
 
 
 def span_visible(query_lengths: Sequence[int], key_spans: Sequence[tuple[int, int]], num_keys: int) -> Tensor:
     """(Q, K) bool of a span layout."""
-    rows = []
-    for length, (start, end) in zip(query_lengths, key_spans, strict=True):
-        rows += [[start <= key < end for key in range(num_keys)] for _ in range(length)]
-    return torch.tensor(rows, dtype=torch.bool).reshape(len(rows), num_keys)
+    spans = torch.tensor(key_spans, dtype=torch.int32).reshape(-1, 2)
+    start, end = spans.repeat_interleave(torch.tensor(query_lengths, dtype=torch.int64), 0)[..., None].unbind(1)
+    key = torch.arange(num_keys)
+    return (start <= key) & (key < end)
 
 
 def dense_attention(
@@ -86,14 +82,14 @@ def dense_decode(
         v = torch.cat([root_v[root, :root_length], branch_v[branch, :branch_length]])
         newer = [q.shape[1] - 1 - query for query in range(q.shape[1])]  # keys of the branch behind each query
         visible = torch.tensor([[key < len(k) - each for key in range(len(k))] for each in newer], dtype=torch.bool)
-        outputs.append(dense_attention(q[branch], k, v, visible, scale))
+        outputs.append(dense_attention(q[branch], k, v, visible.to(q.device), scale))
     out, lse = zip(*outputs, strict=True)
     return torch.stack(out), torch.stack(lse)
 
 
-def random(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-    """Normally distributed values, the same for every dtype but for the rounding."""
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+def random(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0, device: Device = "cpu") -> Tensor:
+    """Normally distributed values, the same for every dtype but for the rounding, and on every device."""
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
 
 
 def run(function: Callable, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:

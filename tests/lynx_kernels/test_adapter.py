@@ -66,14 +66,17 @@ def check_adapter(impl, inputs, grad=None, **options):
     check_adapter_results(run(with_options(adapter, impl=impl, **options), inputs, grad), inputs, grad, **options)
 
 
-def check_adapter_results(actual, inputs, grad=None, **options):
+def scale_magnitude(inputs, grad=None, **options):
     """The gradient of the scale is one inner product, of grad with the scaled branch, and is as exact as its factors
     are long (Cauchy-Schwarz)."""
-    plain = with_options(naive, **options)
     exact = [each if each is None else each.double() for each in inputs]
-    branch = (plain(*exact) - exact[0]) / exact[-1]
-    magnitude = (torch.ones_like(branch) if grad is None else grad).norm() * branch.norm()
-    check_results(actual, plain, inputs, grad, last_magnitude=magnitude.item())
+    branch = naive(*exact[:-1], torch.ones_like(exact[-1]), **options) - exact[0]
+    return ((torch.ones_like(branch) if grad is None else grad).norm() * branch.norm()).item()
+
+
+def check_adapter_results(actual, inputs, grad=None, **options):
+    magnitude = scale_magnitude(inputs, grad, **options)
+    check_results(actual, with_options(naive, **options), inputs, grad, last_magnitude=magnitude)
 
 
 def check_permuted(impl, inputs, grad):

@@ -1,0 +1,76 @@
+"""What the compiler makes of attention's kernels."""
+
+import re
+import sys
+
+import pytest
+
+from lynx_kernels.attention import triton_cross
+from tests.compilation import table
+from tests.compilation.cases import ATTENTION_CASES, FP32
+from tests.compilation.offline import GFX942, SHARED_MEMORY, TENSOR_CORES
+
+WITHOUT_PRODUCTS = {"statistics_kernel", "merge_kernel"}
+HALF = [case for case in ATTENTION_CASES if case.compute != FP32]
+# The most bytes that a thread stores and loads in half precision, by kernel, GPU and head_dim; 0 elsewhere.
+SPILLS = {
+    ("forward_kernel", 80, 128): 52,
+    ("forward_kernel", 100, 7): 24,
+    ("query_gradient_kernel", 100, 64): 16,
+    ("key_gradient_kernel", 80, 88): 96,
+    ("key_gradient_kernel", 100, 88): 32,
+    ("key_gradient_kernel", GFX942, 88): 20,
+}
+# Where heads are wider than 128, sums take twice the registers; in fp32 the operands of products are there too.
+WIDE_SPILLS, SINGLE_SPILLS, WIDE_SINGLE_SPILLS = 1200, 1300, 12000
+
+
+def test_the_cases_cover_every_launch():
+    prefix = triton_cross.__name__.removesuffix("_cross")  # whichever of these modules declares them
+    modules = [module for name, module in sys.modules.items() if name.startswith(prefix)]
+    shipped = {each for found in modules for each in vars(found).values() if type(each).__name__ == "Launch"}
+    assert shipped
+    compiled = {row.launch for case in ATTENTION_CASES for row in table.results(case, 90)}
+    for launch in shipped:
+        cut = f"BQ={launch.block_queries}, BK={launch.block_keys}, "
+        cut += f"num_warps={launch.num_warps}, num_stages={launch.num_stages}"
+        assert any(cut in each for each in compiled), launch
+
+
+@pytest.mark.parametrize("arch", SHARED_MEMORY)
+@pytest.mark.parametrize("case", HALF, ids=str)
+def test_half_precision(case, arch):
+    for row in table.results(case, arch):
+        if row.kernel in WITHOUT_PRODUCTS:
+            continue
+        assert {"mma.sync", TENSOR_CORES[arch]} & {*row.instructions}, row
+        assert table.SERIALIZED not in row.instructions, row
+
+
+@pytest.mark.parametrize("arch", table.ARCHS)
+@pytest.mark.parametrize("case", ATTENTION_CASES, ids=str)
+def test_spills(case, arch):
+    for row in table.results(case, arch):
+        head_dim = int(re.findall(r"\bD=(\d+)", row.launch)[0])
+        if case.compute == FP32:
+            most = SINGLE_SPILLS if head_dim <= 128 else WIDE_SINGLE_SPILLS
+        else:
+            most = SPILLS.get((row.kernel, arch, head_dim), 0) if head_dim <= 128 else WIDE_SPILLS
+        assert row.spilled <= most, row
+
+
+@pytest.mark.parametrize("arch", SHARED_MEMORY)
+@pytest.mark.parametrize("case", [case for case in HALF if case.operation != "prefix_attention_decode"], ids=str)
+def test_tiles_of_64_rows_are_for_the_newest_tensor_cores(case, arch):
+    """But where rows lie in memory as no vector loads read them."""
+    for row in table.results(case, arch):
+        if row.kernel not in WITHOUT_PRODUCTS and "UNIT=8" in row.launch and "BQ=32, BK=32" not in row.launch:
+            assert TENSOR_CORES[arch] in row.instructions, row
+
+
+@pytest.mark.parametrize("arch", SHARED_MEMORY)
+@pytest.mark.parametrize("case", [case for case in HALF if case.operation == "prefix_attention_decode"], ids=str)
+def test_decoding_loads_keys_side_by_side(case, arch):
+    """16 bytes at once that do not wait for each other: the cache's strides are known to be multiples."""
+    decode, _ = table.results(case, arch)
+    assert "cp.async.cg" in decode.instructions
