@@ -118,6 +118,7 @@ def setup(mode: str, ranks: int, num_samples: int) -> Setup:
         check=check,
         items=num_samples,
         qualities={"fill": lambda steps: fill(steps, costs), "balance": lambda steps: balance(steps, costs)},
+        device="host",
         left_out={OURS + impl: why for impl, why in refused.items()},
     )
 

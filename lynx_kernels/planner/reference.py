@@ -2,8 +2,9 @@
 
 A step is a pack for each rank, made from the samples that wait. In order of arrival, samples go to the packs that have
 room for them: one with patches to the pack with the fewest, one without to the pack with the most room. The first that
-fits nowhere ends this. Then, of the packs that have room for any, the one with the fewest patches takes the longest that
-fits it, until none has. So samples leave nearly in the order they came; only the rest of a pack is filled out of turn.
+fits nowhere ends this. Then, of the packs that have room for any, the one with the fewest patches takes the longest
+that fits it, until none has. So samples leave nearly in the order they came; only what is left of a pack is filled out
+of turn.
 
 Nothing starves. A step ends its part in order at a sample that no pack has room for, and the next step begins with that
 very sample: together they take more than ``token_budget`` tokens from the front of the queue. Fewer than
