@@ -281,7 +281,7 @@ def test_compiles_twice_at_most(num_items):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_autocast(compiled):
+def test_autocast(compiled, preferred):
     hidden, weight, labels = make(dtype=torch.float32)
     function = linear_cross_entropy
     if compiled:
@@ -289,7 +289,8 @@ def test_autocast(compiled):
     with torch.autocast("cpu", torch.bfloat16):
         actual = run(function, (hidden, weight, labels), None)
     rounded = run(naive, (hidden.bfloat16().double(), weight.bfloat16().double(), labels), None)
-    torch.testing.assert_close(actual[0], rounded[0].float(), rtol=1e-5, atol=1e-5)
+    tolerance = 1e-2 if preferred == "one_pass" and one_pass._HAS_BF16 else 1e-5  # bf16 logits, fp32 ones
+    torch.testing.assert_close(actual[0], rounded[0].float(), rtol=tolerance, atol=tolerance)
     for ours, theirs in zip(actual[1:], rounded[1:], strict=True):
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours, theirs.float(), rtol=2e-2, atol=1e-3)
