@@ -32,7 +32,7 @@ class Sample(NamedTuple):
 
     tokens: int
     patches: int
-    index: int
+    number: int
 
 
 NOTHING = Sample(0, 0, -1)
@@ -66,7 +66,7 @@ class Planner:
         self.restore(0, [])
 
     def restore(self, num_seen: int, waiting: Iterable[tuple[int, int, int]]) -> None:
-        """Start from samples ``(index, tokens, patches)`` that wait, in order of arrival."""
+        """Start from samples ``(number, tokens, patches)`` that wait, in order of arrival."""
         self.num_seen = num_seen
         self._waiting_tokens = 0
         self._arrivals: deque[Sample] = deque()  # those that were taken out of turn are still among them
@@ -76,8 +76,8 @@ class Planner:
             self._add(Sample(tokens, patches, index))
 
     def waiting(self) -> list[tuple[int, int, int]]:
-        """``(index, tokens, patches)`` of the samples that wait, in order of arrival."""
-        return [(each.index, each.tokens, each.patches) for each in self._arrivals if self._waits(each)]
+        """``(number, tokens, patches)`` of the samples that wait, in order of arrival."""
+        return [(each.number, each.tokens, each.patches) for each in self._arrivals if self._waits(each)]
 
     def push(self, all_tokens: Sequence[int], all_patches: Sequence[int]) -> list[Step]:
         """Take in the next samples; those longer than the budget only count as seen."""
@@ -110,7 +110,7 @@ class Planner:
     def _waits(self, sample: Sample) -> bool:
         # Of one length the oldest leaves first, so those that wait are the newest.
         same = self._by_length.get(sample.tokens)
-        return same is not None and same[0].index <= sample.index
+        return same is not None and same[0].number <= sample.number
 
     def _take_oldest(self, room: int) -> Sample | None:
         while self._arrivals and not self._waits(self._arrivals[0]):
@@ -142,7 +142,7 @@ class Planner:
             target = _fewest_patches(fitting)
             target.add(self._take_longest(target.room))
         _balance(packs)
-        return [sorted(each.index for each in pack.samples) for pack in packs]
+        return [sorted(each.number for each in pack.samples) for pack in packs]
 
 
 def _fewest_patches(packs: list[Pack]) -> Pack:

@@ -155,7 +155,7 @@ def test_patches_are_balanced_within_the_budget(impl):
         packs[rank].add(reference.Sample(tokens, patches, index))
     reference._balance(packs)
     # 6 cannot go to where 1 is left and 4 comes back; 3 for 4 fits both: 6 + 4 and 5 + 3.
-    assert [sorted(each.index for each in pack.samples) for pack in packs] == [[0, 3], [1, 2]]
+    assert [sorted(each.number for each in pack.samples) for pack in packs] == [[0, 3], [1, 2]]
     assert [(pack.room, pack.patches) for pack in packs] == [(0, 4), (2, 4)]
 
 
