@@ -44,7 +44,8 @@ def mixture(num_samples: int, seed: int = 0) -> Costs:
 
 
 def next_fit(costs: Costs) -> list[Step]:
-    packs, room = [], 0
+    packs: list[Step] = []
+    room = 0
     for index, tokens in enumerate(costs[0].tolist()):
         if tokens > room:
             packs.append([[]])
@@ -101,7 +102,7 @@ def setup(mode: str, ranks: int, num_samples: int) -> Setup:
     costs = mixture(num_samples)
     peer, plan, ours = PEERS[mode]
     refused = which(PackPlanner, TOKEN_BUDGET).refused
-    providers = {
+    providers: dict[str, Callable[[Costs], list[Step]]] = {
         peer: plan,
         **{OURS + impl: partial(ours, impl, ranks) for impl in _IMPLEMENTATIONS.names if impl not in refused},
     }

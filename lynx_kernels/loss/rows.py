@@ -33,20 +33,21 @@ def chunks(labels: Tensor, ignore_index: int, size: int, max_supervised: int | N
     With ``max_supervised`` a device need not work on all: it sorts the supervised rows to the front, and the host cuts
     off the rest unread.
     """
+    num_rows = labels.shape[0]
+    at_most = num_rows if max_supervised is None else max_supervised
     supervised = labels != ignore_index
-    bounded = max_supervised is not None and max_supervised < labels.shape[0]
     if host_may_read(labels):
         rows = supervised.nonzero()[:, 0]
-        if max_supervised is not None and rows.shape[0] > max_supervised:
+        if rows.shape[0] > at_most:
             raise ValueError(
-                f"linear_cross_entropy: {rows.shape[0]} rows are supervised, more than max_supervised={max_supervised}"
+                f"linear_cross_entropy: {rows.shape[0]} rows are supervised, more than max_supervised={at_most}"
             )
-    elif bounded:
+    elif at_most < num_rows:
         torch._assert_async(
-            supervised.sum() <= max_supervised,
-            f"linear_cross_entropy: more rows are supervised than max_supervised={max_supervised}",
+            supervised.sum() <= at_most,
+            f"linear_cross_entropy: more rows are supervised than max_supervised={at_most}",
         )
-        rows = (~supervised).to(torch.uint8).sort(stable=True).indices[:max_supervised]
+        rows = (~supervised).to(torch.uint8).sort(stable=True).indices[:at_most]
     else:
-        return [slice(start, start + size) for start in range(0, labels.shape[0], size)]
+        return [slice(start, start + size) for start in range(0, num_rows, size)]
     return [chunk for chunk in rows.split(size) if chunk.shape[0]]

@@ -148,8 +148,9 @@ def test_huge_logits(dtype):
 def test_logits_beyond_fp16():
     hidden = torch.full((2, 4), 300.0, dtype=torch.float16)
     weight = torch.tensor([[300.0] * 4, [299.0] * 4], dtype=torch.float16)
-    losses = linear_cross_entropy(hidden, weight, torch.tensor([0, 1]), reduction="none")
-    torch.testing.assert_close(losses, torch.tensor([0.0, 1200.0]))
+    for reduction, expected in (("none", [0.0, 1200.0]), ("sum", 1200.0)):
+        losses = linear_cross_entropy(hidden, weight, torch.tensor([0, 1]), reduction=reduction)
+        torch.testing.assert_close(losses, torch.tensor(expected))
 
 
 def test_permuted_inputs_and_gradient():
