@@ -25,7 +25,8 @@ class Implementation:
         name: what ``impl=`` calls it.
         forward: computes the operation.
         backward: computes its gradients; absent where the operation has none.
-        refusal: given the call's tensors, and options that matter, the reason why this implementation cannot run it, or None if it can.
+        refusal: given the call's tensors, and options that matter, the reason why this implementation cannot run it,
+            or None if it can.
         reluctance: likewise, the reason why one that can run should not unless it is named.
     """
 
