@@ -24,6 +24,8 @@ SOURCES = [
     "csrc/threads.cpp",
     "csrc/attention/attention.cpp",
     "csrc/attention/plan.cpp",
+    "csrc/planner/planner.cpp",
+    "csrc/planner/balance.cpp",
 ]
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall", "-Wextra"]
 

@@ -34,6 +34,9 @@ class Setup:
         check: raises AssertionError for a provider (by name) whose numbers are wrong; its message is stored.
         floors: which providers are floors. Where ``traffic`` is given, a copy of as many bytes is one more.
         flops, traffic: the operation's own work in FLOP or in bytes from and to memory, whichever bounds it.
+        items: or how many things of its own (samples, frames) it works through.
+        qualities: what else is asked of a call's result, by name, as a number: how full, how balanced.
+        device: "cpu", "cuda", or "host" for what makes no tensors, whose memory is then not measured.
         captured: on a GPU, time CUDA graphs: where calls are so short that launching them would be most of the time.
         parameters: tensors of ``copies[0]`` that live on anyway; given, what else is saved for backward is measured.
         left_out: why other providers, by name, do not answer; stored and shown.
@@ -45,6 +48,8 @@ class Setup:
     floors: tuple[str, ...] = ()
     flops: float = 0
     traffic: float = 0
+    items: float = 0
+    qualities: Mapping[str, Callable[[Any], float]] = field(default_factory=dict)
     device: str = "cpu"
     captured: bool = False
     parameters: Sequence[Tensor] = ()
@@ -104,8 +109,13 @@ def measure(case: Case, *, rounds: int, timer: Timer | None = None) -> list[Row]
             values["TFLOP/s"] = [1e-12 * setup.flops / each for each in times[name]]
         if setup.traffic:
             values["GB/s"] = [1e-9 * setup.traffic / each for each in times[name]]
-        if name not in floors:
-            call = partial(setup.providers[name], setup.copies[0])
+        if setup.items:
+            values["M items/s"] = [1e-6 * setup.items / each for each in times[name]]
+        call = partial(setup.providers[name], setup.copies[0]) if name in setup.providers else None
+        if call is not None and setup.qualities:
+            result = call()
+            values |= {quality: [ask(result)] * 2 for quality, ask in setup.qualities.items()}
+        if call is not None and name not in floors and setup.device != "host":
             values["peak memory"] = [memory.peak(call, setup.device) / 2**20] * 2
             if setup.parameters:
                 values["saved memory"] = [memory.saved(call, setup.parameters) / 2**20] * 2

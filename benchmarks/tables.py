@@ -1,6 +1,6 @@
 """Stored rows as tables, ratio first: one case for the terminal, many cases or a summary for Markdown."""
 
-from benchmarks.rows import OURS, RATIO, SHARE, Row
+from benchmarks.rows import MEMORY, NO_NUMBERS, OURS, RATES, RATIO, SHARE, Row
 
 Table = list[list[str]]  # the header first
 
@@ -33,20 +33,26 @@ def details(rows: list[Row]) -> Table:
     """A line for each provider of each case, slower ones of ours in bold."""
     baseline = next((row.metric for row in rows if row.metric.startswith(RATIO)), RATIO + "-")
     shares = list(dict.fromkeys(row.metric for row in rows if row.metric.startswith(SHARE)))
-    table = [["shape", baseline, "provider", "time, us", "rate", *shares, "peak MiB", "saved MiB"]]
+    known = {"time", *RATES, *MEMORY, *NO_NUMBERS}
+    qualities = [
+        each
+        for each in dict.fromkeys(row.metric for row in rows)
+        if not each.startswith((RATIO, SHARE)) and each not in known
+    ]
+    table = [["shape", baseline, "provider", "time, us", "rate", *shares, "peak MiB", "saved MiB", *qualities]]
     for case, mine in by_case(rows).items():
         for provider in dict.fromkeys(row.provider for row in mine):
             found = {row.metric: row for row in mine if row.provider == provider}
-            table.append([case[-1], *_cells(provider, found, baseline, shares)])
+            table.append([case[-1], *_cells(provider, found, baseline, shares, qualities)])
     return table
 
 
-def _cells(provider: str, found: dict[str, Row], baseline: str, shares: list[str]) -> list[str]:
-    for metric in ("wrong", "failed", "left out"):
+def _cells(provider: str, found: dict[str, Row], baseline: str, shares: list[str], qualities: list[str]) -> list[str]:
+    for metric in NO_NUMBERS:
         if metric in found:
             said = metric if metric == "left out" else f"**{metric}**"
-            return [said, provider, found[metric].note, *["-"] * (len(shares) + 3)]
-    rate = next((f"{found[unit].p50:.3g} {unit}" for unit in ("TFLOP/s", "GB/s") if unit in found), "-")
+            return [said, provider, found[metric].note, *["-"] * (len(shares) + len(qualities) + 3)]
+    rate = next((f"{found[unit].p50:.3g} {unit}" for unit in RATES if unit in found), "-")
     time = f"{_short(found['time'].p50)} ({_short(found['time'].p20)}-{_short(found['time'].p80)})"
     if found["time"].note.startswith("launched"):
         time += f" ({found['time'].note})"
@@ -55,8 +61,9 @@ def _cells(provider: str, found: dict[str, Row], baseline: str, shares: list[str
     if ratio and is_slower(ratio) and provider.startswith(OURS):
         said = f"**{said}**"
     percents = [f"{100 * found[share].p50:.0f} %" if share in found else "-" for share in shares]
-    memory = [f"{_short(found[name].p50)}" if name in found else "-" for name in ("peak memory", "saved memory")]
-    return [said, provider, time, rate, *percents, *memory]
+    memory = [f"{_short(found[name].p50)}" if name in found else "-" for name in MEMORY]
+    results = [f"{found[name].p50:.4g}" if name in found else "-" for name in qualities]
+    return [said, provider, time, rate, *percents, *memory, *results]
 
 
 def _short(value: float) -> str:

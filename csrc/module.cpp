@@ -5,6 +5,7 @@
 
 #include "attention/attention.h"
 #include "instruction_sets.h"
+#include "planner/planner.h"
 #include "threads.h"
 
 namespace py = pybind11;
@@ -34,6 +35,13 @@ lynx::Problem problem_of(const lynx::Layout& layout, const std::tuple<int64_t, i
     problem.is_bfloat16 = is_bfloat16;
     return problem;
 }
+
+lynx::Costs costs(uintptr_t tokens, uintptr_t patches, int64_t count) {
+    return {pointer<int64_t>(tokens), pointer<int64_t>(patches), count};
+}
+
+// (index, tokens, patches)
+using SampleNumbers = std::tuple<int64_t, int64_t, int64_t>;
 
 }  // namespace
 
@@ -75,4 +83,32 @@ PYBIND11_MODULE(_host, module) {
                    py::gil_scoped_release release;
                    lynx::attention_backward(layout, problem, threads);
                });
+
+    using Release = py::call_guard<py::gil_scoped_release>;
+    py::class_<lynx::Planner>(module, "Planner")
+        .def(py::init<int64_t, int64_t, int64_t>())
+        .def("push",
+             [](lynx::Planner& planner, uintptr_t tokens, uintptr_t patches, int64_t count) {
+                 return planner.push(costs(tokens, patches, count));
+             },
+             Release())
+        .def("flush", &lynx::Planner::flush, Release())
+        .def_property_readonly("num_seen", &lynx::Planner::num_seen)
+        .def("waiting",
+             [](const lynx::Planner& planner) {
+                 std::vector<SampleNumbers> found;
+                 for (const lynx::Sample& each : planner.waiting())
+                     found.emplace_back(each.index, each.tokens, each.patches);
+                 return found;
+             })
+        .def("restore", [](lynx::Planner& planner, int64_t num_seen, const std::vector<SampleNumbers>& waiting) {
+            std::vector<lynx::Sample> samples;
+            for (const auto& [index, tokens, patches] : waiting) samples.push_back({index, tokens, patches});
+            planner.restore(num_seen, samples);
+        });
+    module.def("plan_known",
+               [](uintptr_t tokens, uintptr_t patches, int64_t count, int64_t token_budget, int64_t ranks) {
+                   return lynx::plan_known(costs(tokens, patches, count), token_budget, ranks);
+               },
+               Release());
 }

@@ -7,10 +7,12 @@ from lynx_kernels.embeddings import pack_embeddings
 from lynx_kernels.frames import pack_frames
 from lynx_kernels.layout import PackedLayout, SpanLayout
 from lynx_kernels.loss import linear_cross_entropy
+from lynx_kernels.planner import PackPlanner, plan_packs
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "PackPlanner",
     "PackedLayout",
     "SpanLayout",
     "adapter",
@@ -18,6 +20,7 @@ __all__ = [
     "linear_cross_entropy",
     "pack_embeddings",
     "pack_frames",
+    "plan_packs",
     "prefix_attention",
     "prefix_attention_decode",
     "which",

@@ -25,7 +25,8 @@ class Implementation:
         name: what ``impl=`` calls it.
         forward: computes the operation.
         backward: computes its gradients; absent where the operation has none.
-        refusal: given the call's tensors, the reason why this implementation cannot run it, or None if it can.
+        refusal: given the call's tensors, and options that matter, the reason why this implementation cannot run it,
+            or None if it can.
         reluctance: likewise, the reason why one that can run should not unless it is named.
     """
 
@@ -77,7 +78,7 @@ class Operation:
         *inputs, impl = args
         return self._implementations[impl].backward(*inputs)
 
-    def choose(self, impl: str | None, *tensors: torch.Tensor | None) -> str:
+    def choose(self, impl: str | None, *tensors: Any) -> str:
         """The name of the implementation to run.
 
         Raises:

@@ -5,11 +5,13 @@ from torch import Tensor
 
 from lynx_kernels import dispatch
 from lynx_kernels.dtypes import wide
-from lynx_kernels.loss import reference
+from lynx_kernels.loss import one_pass, reference
+from lynx_kernels.loss.rows import compute_dtype
 from lynx_kernels.registration import define, lower
 
 _IMPLEMENTATIONS = dispatch.Operation(
     "linear_cross_entropy",
+    dispatch.Implementation("one_pass", one_pass.forward, refusal=one_pass.refusal),
     dispatch.Implementation("reference", reference.forward, reference.backward),
 )
 _REDUCTIONS = ("mean", "sum", "none")
@@ -24,6 +26,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     num_items: int | Tensor | None = None,
+    max_supervised: int | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """``cross_entropy(hidden @ weight.T, shift_labels)`` at the supervised rows, without the (T, V) logits.
@@ -41,11 +44,16 @@ def linear_cross_entropy(
             each row's loss.
         num_items: a number or a tensor of shape (), for ``"mean"``: divide by it instead (transformers'
             ``num_items_in_batch``).
+        max_supervised: at least the number of supervised rows, where it is known on the host, which builds the batch.
+            On a device, whose labels the host does not read, only so many rows then reach the projection, else all do;
+            on CPUs the supervised rows are counted, and the bound is only checked.
         impl: an implementation by name; None takes the best that can run.
 
     A mean over 0 divides by 1, so that without a supervised row the loss and its gradients are 0, not nan. Logits
-    and loss are in fp32, or fp64 if an input is; under autocast hidden and weight are cast to its dtype first. Nothing
-    but the arguments is saved for backward, and a frozen weight's gradient is not computed.
+    and loss are in fp32, or fp64 if an input is (``"one_pass"`` on CPUs rounds bf16 logits to bf16); under autocast
+    hidden and weight are cast to its dtype first. A frozen weight's gradient is not computed. ``"one_pass"``, for
+    ``"mean"`` and ``"sum"``, computes the gradients that are wanted in forward and saves them for backward: (T, d) in
+    hidden's dtype and, where the weight trains, (V, d) in fp32. ``"reference"`` saves nothing but the arguments.
 
     Returns:
         () or, with ``"none"``, (T,), in fp32, or fp64 if an input is.
@@ -54,22 +62,28 @@ def linear_cross_entropy(
         ValueError: shapes, devices or an option do not fit; the message names the argument.
         TypeError: an argument has the wrong dtype or is a DTensor.
         IndexError: a label is out of range. On a device, whose values the host does not read, the device asserts
-            instead.
+            instead, as it does for max_supervised.
     """
-    _check(hidden, weight, shift_labels, label_smoothing, reduction, num_items)
-    impl = _IMPLEMENTATIONS.choose(impl, hidden, weight, shift_labels)
-    losses = _FORWARD(hidden, weight, shift_labels, label_smoothing, ignore_index, impl)
-    if reduction == "none":
-        return losses
+    _check(hidden, weight, shift_labels, label_smoothing, reduction, num_items, max_supervised)
+    impl = _IMPLEMENTATIONS.choose(impl, hidden, weight, shift_labels, reduction)
+    if impl == "one_pass":
+        needs = [torch.is_grad_enabled() and each.requires_grad for each in (hidden, weight)]
+        at_most = shift_labels.shape[0] if max_supervised is None else max_supervised
+        total = _SUM(hidden, weight, shift_labels, label_smoothing, ignore_index, at_most, needs)[0]
+    else:
+        losses = _FORWARD(hidden, weight, shift_labels, label_smoothing, ignore_index, impl)
+        if reduction == "none":
+            return losses
+        total = losses.sum()
     if reduction == "sum":
-        return losses.sum()
+        return total
     if num_items is None:
         num_items = (shift_labels != ignore_index).sum()
     count = torch.where(num_items == 0, 1, num_items) if isinstance(num_items, Tensor) else num_items or 1
-    return losses.sum() / count
+    return total / count
 
 
-def _check(hidden, weight, shift_labels, label_smoothing, reduction, num_items) -> None:
+def _check(hidden, weight, shift_labels, label_smoothing, reduction, num_items, max_supervised) -> None:
     tensors = {"hidden": hidden, "weight": weight, "shift_labels": shift_labels}
     counts = {"num_items": num_items} if isinstance(num_items, Tensor) else {}
     dispatch.refuse_dtensors("linear_cross_entropy", **tensors, **counts)
@@ -99,10 +113,12 @@ def _check(hidden, weight, shift_labels, label_smoothing, reduction, num_items) 
         raise ValueError(f"linear_cross_entropy: num_items={num_items}, expected at least 0")
     if isinstance(num_items, Tensor) and num_items.dim() != 0:
         raise ValueError(f"linear_cross_entropy: num_items has shape {tuple(num_items.shape)}, expected () or a number")
+    if max_supervised is not None and max_supervised < 0:
+        raise ValueError(f"linear_cross_entropy: max_supervised={max_supervised}, expected at least 0")
 
 
 def _forward_fake(hidden, weight, shift_labels, *options):
-    dtype = wide(reference.compute_dtype(hidden, weight))
+    dtype = wide(compute_dtype(hidden, weight))
     return hidden.new_empty((hidden.shape[0],), dtype=dtype)
 
 
@@ -125,6 +141,34 @@ def _autograd(ctx, grad):
     return (*(next(gradients) if needed else None for needed in needs), None, None, None, None)
 
 
+def _sum_fake(hidden, weight, shift_labels, label_smoothing, ignore_index, max_supervised, needs):
+    dtype = wide(compute_dtype(hidden, weight))
+    return (
+        hidden.new_empty((), dtype=dtype),
+        hidden.new_empty(hidden.shape if needs[0] else 0),
+        weight.new_empty(weight.shape if needs[1] else 0, dtype=dtype),
+    )
+
+
+def _sum_setup_context(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.weight_dtype = inputs[1].dtype
+    ctx.save_for_backward(*output[1:])
+
+
+def _sum_autograd(ctx, grad, *grads_of_gradients):
+    if any(each is not None for each in grads_of_gradients):
+        raise RuntimeError("lynx_kernels::linear_cross_entropy_sum has no second derivatives")
+    gradients: list = [None] * 7
+    if grad is not None:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if ctx.needs_input_grad[0]:
+            gradients[0] = grad_hidden * grad
+        if ctx.needs_input_grad[1]:
+            gradients[1] = (grad_weight * grad).to(ctx.weight_dtype)
+    return tuple(gradients)
+
+
 def _autocast(dtype, hidden, weight, *rest):
     return (lower(hidden, dtype), lower(weight, dtype), *rest)
 
@@ -141,5 +185,13 @@ _FORWARD = define(
     _IMPLEMENTATIONS.forward,
     fake=_forward_fake,
     autograd=(_setup_context, _autograd),
+    autocast=_autocast,
+)
+_SUM = define(
+    "linear_cross_entropy_sum(Tensor hidden, Tensor weight, Tensor shift_labels, float label_smoothing, "
+    "SymInt ignore_index, SymInt max_supervised, bool[] needs) -> (Tensor, Tensor, Tensor)",
+    one_pass.forward,
+    fake=_sum_fake,
+    autograd=(_sum_setup_context, _sum_autograd),
     autocast=_autocast,
 )

@@ -6,13 +6,12 @@ Logits exist for a chunk of rows at a time, in fp32 (fp64 for fp64 inputs), and 
 nothing is saved. Shapes: T rows, width d, vocabulary V, n rows in a chunk.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lynx_kernels.dtypes import wide
+from lynx_kernels.loss import rows as supervised_rows
 
 CHUNK = 1024  # rows; 131 MB of logits with 32000 tokens
 
@@ -25,11 +24,11 @@ def forward(
     ignore_index: int,
 ) -> Tensor:
     """Return the loss of each row (T,)."""
-    _check_labels(labels, weight.shape[0], ignore_index)
-    compute = compute_dtype(hidden, weight)
+    supervised_rows.check_labels(labels, weight.shape[0], ignore_index)
+    compute = supervised_rows.compute_dtype(hidden, weight)
     weight = weight.to(compute)
     losses = hidden.new_zeros(labels.shape, dtype=wide(compute))
-    for rows in _chunks(labels, ignore_index):
+    for rows in supervised_rows.chunks(labels, ignore_index, CHUNK):
         logits = _product(hidden[rows].to(compute), weight.t())  # (n, V)
         losses[rows] = F.cross_entropy(
             logits, labels[rows], ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none"
@@ -48,11 +47,11 @@ def backward(
 ) -> list[Tensor]:
     """Return the gradients of hidden and weight that ``needs`` asks for; the rest is not computed."""
     needs_hidden, needs_weight = needs
-    compute = compute_dtype(hidden, weight)
+    compute = supervised_rows.compute_dtype(hidden, weight)
     weight_compute = weight.to(compute)
     grad_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
     grad_weight = weight.new_zeros(weight.shape if needs_weight else 0, dtype=wide(compute))
-    for rows in _chunks(labels, ignore_index):
+    for rows in supervised_rows.chunks(labels, ignore_index, CHUNK):
         label = labels[rows][:, None]  # (n, 1)
         supervised = label != ignore_index
         x = torch.where(supervised, hidden[rows], 0).to(compute)  # (n, d); 0 * nan would spoil the weight's gradient
@@ -67,32 +66,6 @@ def backward(
             grad_weight += _product(grad_logits.t(), x)
     gradients = (grad_hidden, grad_weight.to(weight.dtype))
     return [gradient for gradient, needed in zip(gradients, needs, strict=True) if needed]
-
-
-def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype of the factors of every product."""
-    return torch.promote_types(hidden.dtype, weight.dtype)
-
-
-def _host_may_read(tensor: Tensor) -> bool:
-    return tensor.is_cpu  # reading a value from a device would stall it
-
-
-def _check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
-    wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocabulary))
-    expected = f"neither in [0, {vocabulary}) nor ignore_index={ignore_index}"
-    if not _host_may_read(labels):
-        torch._assert_async(~wrong.any(), f"linear_cross_entropy: shift_labels has a value {expected}")
-    elif wrong.any():
-        row = int(wrong.nonzero()[0])
-        raise IndexError(f"linear_cross_entropy: shift_labels[{row}] is {int(labels[row])}, {expected}")
-
-
-def _chunks(labels: Tensor, ignore_index: int) -> Sequence[Tensor | slice]:
-    # The rows to work on: the supervised ones where the host may count them, elsewhere all.
-    if _host_may_read(labels):
-        return (labels != ignore_index).nonzero()[:, 0].split(CHUNK)
-    return [slice(start, start + CHUNK) for start in range(0, labels.shape[0], CHUNK)]
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lynx_kernels import dispatch
-from lynx_kernels.loss import linear_cross_entropy, reference
+from lynx_kernels import dispatch, loss
+from lynx_kernels.loss import linear_cross_entropy, one_pass, reference, rows
 from tests.lynx_kernels.helpers import check, count_compilations, dtensors, permuted, run
 from tests.numbers import assert_within_budget
 
@@ -11,6 +11,7 @@ DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 REDUCTIONS = ["mean", "sum", "none"]
 NAMES = ("loss", "gradient of hidden", "gradient of weight")
 FORWARD = torch.ops.lynx_kernels.linear_cross_entropy.default
+SUM = torch.ops.lynx_kernels.linear_cross_entropy_sum.default
 BACKWARD = torch.ops.lynx_kernels.linear_cross_entropy_backward.default
 
 
@@ -18,9 +19,41 @@ BACKWARD = torch.ops.lynx_kernels.linear_cross_entropy_backward.default
 def host(request, monkeypatch):
     """Small chunks, and every test also the way a device runs it: over all rows."""
     monkeypatch.setattr(reference, "CHUNK", 7)
+    monkeypatch.setattr(one_pass, "CHUNK", 7)
     if request.param == "device":
-        monkeypatch.setattr(reference, "_host_may_read", lambda tensor: False)
+        monkeypatch.setattr(rows, "host_may_read", lambda tensor: False)
     return request.param
+
+
+@pytest.fixture(params=["one_pass", "reference"], autouse=True)
+def preferred(request, monkeypatch):
+    """Every test with each implementation, where it can run."""
+    if request.param == "reference":
+        only = dispatch.Implementation("reference", reference.forward, reference.backward)
+        monkeypatch.setattr(loss, "_IMPLEMENTATIONS", dispatch.Operation("linear_cross_entropy", only))
+    return request.param
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """The shapes (inner, rows, columns) of all products from here on."""
+    found = []
+
+    def spy(module, name):
+        real = getattr(module, name)
+
+        def run(*args):
+            left, right = args[-2:]
+            assert left.shape[1] == right.shape[0]
+            found.append((left.shape[0], left.shape[1], right.shape[1]))
+            return real(*args)
+
+        monkeypatch.setattr(module, name, run)
+
+    monkeypatch.setattr(one_pass, "_add_product", lambda total, *factors: total.add_(one_pass._product(*factors)))
+    for module in (one_pass, reference):
+        spy(module, "_product")
+    return found
 
 
 def naive(hidden, weight, labels, **options):
@@ -117,8 +150,9 @@ def test_huge_logits(dtype):
 def test_logits_beyond_fp16():
     hidden = torch.full((2, 4), 300.0, dtype=torch.float16)
     weight = torch.tensor([[300.0] * 4, [299.0] * 4], dtype=torch.float16)
-    losses = linear_cross_entropy(hidden, weight, torch.tensor([0, 1]), reduction="none")
-    torch.testing.assert_close(losses, torch.tensor([0.0, 1200.0]))
+    for reduction, expected in (("none", [0.0, 1200.0]), ("sum", 1200.0)):
+        losses = linear_cross_entropy(hidden, weight, torch.tensor([0, 1]), reduction=reduction)
+        torch.testing.assert_close(losses, torch.tensor(expected))
 
 
 def test_permuted_inputs_and_gradient():
@@ -150,28 +184,75 @@ def test_mixed_dtypes():
 
 
 @pytest.mark.parametrize("trained", ["hidden", "weight"])
-def test_only_the_gradients_asked_for(trained, monkeypatch):
+def test_only_the_gradients_asked_for(trained, products, preferred):
     hidden, weight, labels = make(7)
     _, *expected = run(linear_cross_entropy, (hidden, weight, labels), None)
     leaf = (hidden if trained == "hidden" else weight).requires_grad_()
-    loss = linear_cross_entropy(hidden, weight, labels)
-    products = []
-    product = reference._product
-    monkeypatch.setattr(reference, "_product", lambda *args: products.append(args) or product(*args))
-    loss.backward()
+    products.clear()
+    linear_cross_entropy(hidden, weight, labels).backward()
     torch.testing.assert_close(leaf.grad, expected[trained == "weight"])
-    assert len(products) == 2  # the logits and one gradient
+    logits, gradient = products[0], products[-1]
+    assert gradient == ((logits[0], 19, 13) if trained == "hidden" else (19, logits[0], 13))
+    assert products == [logits] * (1 if preferred == "one_pass" else 2) + [gradient]
+    products.clear()
+    with torch.no_grad():
+        linear_cross_entropy(hidden, weight, labels)
+    linear_cross_entropy(hidden.detach(), weight.detach(), labels)
+    assert products == [logits] * 2
 
 
-def test_logits_never_exist_for_all_rows(monkeypatch, host):
-    products = []
-    product = reference._product
-    monkeypatch.setattr(reference, "_product", lambda *args: products.append(args[0].shape) or product(*args))
+def test_logits_never_exist_for_all_rows(products, host):
     hidden, weight, labels = make(130)
     linear_cross_entropy(hidden, weight, labels)
-    rows = sum(shape[0] for shape in products)
     assert max(shape[0] for shape in products) <= 7
-    assert rows == (130 if host == "device" else (labels != -100).sum())
+    assert sum(shape[0] for shape in products) == (130 if host == "device" else (labels != -100).sum())
+
+
+def test_a_bound_spares_a_device_the_other_rows(products, host, preferred):
+    inputs = make(130)
+    count = int((inputs[2] != -100).sum())
+    expected = run(linear_cross_entropy, inputs, None)
+    for bound in (count, count + 5, 130, 200):
+        products.clear()
+        actual = run(with_options(linear_cross_entropy, max_supervised=bound), inputs, None)
+        for ours, theirs in zip(actual, expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+        if preferred == "one_pass":
+            rows_seen = sum(shape[0] for shape in products if shape[1:] == (13, 19))
+            assert rows_seen == (min(bound, 130) if host == "device" else count)
+    if preferred == "one_pass":
+        error = RuntimeError if host == "device" else ValueError
+        with pytest.raises(error, match=f"more.* than max_supervised={count - 1}"):
+            linear_cross_entropy(*inputs, max_supervised=count - 1)
+        hidden, weight, labels = inputs
+        assert linear_cross_entropy(hidden, weight, torch.full_like(labels, -100), max_supervised=0) == 0
+
+
+def test_one_graph_serves_two_backwards_and_no_second_derivative(preferred):
+    hidden, weight, labels = make()
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    output = linear_cross_entropy(hidden, weight, labels)
+    first = torch.autograd.grad(output, leaves, retain_graph=True)
+    second = torch.autograd.grad(output, leaves, torch.tensor(2.0), create_graph=True)
+    for once, twice in zip(first, second, strict=True):
+        torch.testing.assert_close(2 * once, twice.detach())
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        second[0].sum().backward()
+
+
+def test_what_is_saved(preferred):
+    hidden, weight, labels = make(dtype=torch.bfloat16)
+    for trained, expected in ((False, 37 * 13 * 2), (True, 37 * 13 * 2 + 19 * 13 * 4)):
+        kept = []
+        weight.requires_grad_(trained)
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda each, kept=kept: kept.append(each) or each, lambda each: each
+        ):
+            linear_cross_entropy(hidden.requires_grad_(), weight, labels, reduction="sum")
+        if preferred == "one_pass":
+            assert sum(each.nbytes for each in kept) == expected
+        else:
+            assert {each.data_ptr() for each in kept} == {each.data_ptr() for each in (hidden, weight, labels)}
 
 
 @pytest.mark.parametrize("layout", [lambda tensor: tensor, permuted])
@@ -185,6 +266,11 @@ def test_opcheck(layout):
     )
     leaves = hidden.requires_grad_(), weight.requires_grad_()
     torch.library.opcheck(FORWARD, (*leaves, labels, *options, "reference"))
+    for needs in ([True, True], [True, False], [False, True]):
+        inputs = [each.detach().requires_grad_(needed) for each, needed in zip(leaves, needs, strict=True)]
+        # Not test_aot_dynamic_dispatch: it differentiates the gradients, which are outputs here, and that is refused.
+        tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+        torch.library.opcheck(SUM, (*inputs, labels, *options, 9, needs), test_utils=tests)
 
 
 @pytest.mark.parametrize("num_items", [None, "int", "tensor"])
@@ -202,16 +288,18 @@ def test_compiles_twice_at_most(num_items):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_autocast(compiled):
+def test_autocast(compiled, preferred):
     hidden, weight, labels = make(dtype=torch.float32)
     function = linear_cross_entropy
     if compiled:
         function = torch.compile(linear_cross_entropy, backend="aot_eager", fullgraph=True)
     with torch.autocast("cpu", torch.bfloat16):
         actual = run(function, (hidden, weight, labels), None)
-    exact = run(naive, (hidden.bfloat16().double(), weight.bfloat16().double(), labels), None)
-    plain = run(naive, (hidden.bfloat16().float(), weight.bfloat16().float(), labels), None)
-    precisions = torch.float32, torch.bfloat16, torch.bfloat16  # the logits stay wide, gradients are products
+    rounded = hidden.bfloat16(), weight.bfloat16()
+    logits = torch.bfloat16 if preferred == "one_pass" and one_pass._HAS_BF16 else torch.float32
+    exact = run(naive, (*(each.double() for each in rounded), labels), None)
+    plain = run(naive, (*(each.to(logits) for each in rounded), labels), None)
+    precisions = logits, torch.bfloat16, torch.bfloat16  # gradients are products in bf16
     for name, ours, truth, theirs, precision in zip(NAMES, actual, exact, plain, precisions, strict=True):
         assert ours.dtype == torch.float32
         assert_within_budget(ours, truth, theirs, name, precision=precision)
@@ -249,9 +337,12 @@ def test_labels_out_of_range(wrong, host):
             linear_cross_entropy(hidden, weight, labels)
 
 
-def test_which_and_unknown_implementation():
+def test_which_and_unknown_implementation(preferred):
     inputs = make()
-    assert str(dispatch.which(linear_cross_entropy, *inputs)) == "reference"
+    assert dispatch.which(linear_cross_entropy, *inputs).name == preferred
+    if preferred == "one_pass":
+        choice = dispatch.which(linear_cross_entropy, *inputs, reduction="none")
+        assert str(choice) == "reference\n  not one_pass: it sums the losses, reduction='none' asks for each"
     with pytest.raises(ValueError, match="impl='nonsense' is not an implementation"):
         linear_cross_entropy(*inputs, impl="nonsense")
 
@@ -274,6 +365,7 @@ def test_which_and_unknown_implementation():
         ({"reduction": "sum", "num_items": 3}, ValueError, "num_items is for reduction='mean', not 'sum'"),
         ({"num_items": -3}, ValueError, "num_items=-3, expected at least 0"),
         ({"num_items": torch.ones(1)}, ValueError, "num_items has shape .1,., expected .. or a number"),
+        ({"max_supervised": -1}, ValueError, "max_supervised=-1, expected at least 0"),
     ],
 )  # fmt: skip
 def test_errors(changed, error, message):

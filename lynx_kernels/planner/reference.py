@@ -1,0 +1,200 @@
+"""The definition of the planner, in plain Python: what runs where the compiled module is missing.
+
+A step is a pack for each rank, made from the samples that wait. In order of arrival, samples go to the packs that have
+room for them: one with patches to the pack with the fewest, one without to the pack with the most room. The first that
+fits nowhere ends this. Then, of the packs that have room for any, the one with the fewest patches takes the longest
+that fits it, until none has. So samples leave nearly in the order they came; only what is left of a pack is filled out
+of turn.
+
+Nothing starves. A step ends its part in order at a sample that no pack has room for, and the next step begins with that
+very sample: together they take more than ``token_budget`` tokens from the front of the queue. Fewer than
+``(ranks + lookahead) * token_budget`` tokens stand before a new sample, so it leaves in ``2 * (ranks + lookahead)``
+steps at most.
+
+Then samples are swapped between packs to balance the patches, the budgets kept, each swap the one that brings the pack
+with the most patches and the one with the fewest (the next, where there is no swap) nearest to each other.
+
+Among equals the lowest rank and the oldest sample come first.
+"""
+
+from bisect import bisect_left, bisect_right, insort
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+Step = list[list[int]]
+
+SWAPS = 16  # at most, for each rank: far above what mixes of pictures need, a bound for patches that are all different
+
+
+class Sample(NamedTuple):
+    """A sample's costs: sorted, they stand as the swaps try them."""
+
+    tokens: int
+    patches: int
+    number: int
+
+
+NOTHING = Sample(0, 0, -1)
+
+
+class Pack:
+    """The samples of one rank, the tokens that are left of its budget and the patches of all of them."""
+
+    def __init__(self, room: int):
+        self.room = room
+        self.patches = 0
+        self.samples: list[Sample] = []
+
+    def add(self, sample: Sample) -> None:
+        self.samples.append(sample)
+        self.room -= sample.tokens
+        self.patches += sample.patches
+
+    def remove(self, sample: Sample) -> None:
+        self.samples.remove(sample)
+        self.room += sample.tokens
+        self.patches -= sample.patches
+
+
+class Planner:
+    """What waits, and the steps made of it. The arguments are checked by the caller."""
+
+    def __init__(self, token_budget: int, ranks: int, lookahead: int):
+        self._token_budget, self._ranks = token_budget, ranks
+        self._enough = (ranks + lookahead) * token_budget
+        self.restore(0, [])
+
+    def restore(self, num_seen: int, waiting: Iterable[tuple[int, int, int]]) -> None:
+        """Start from samples ``(number, tokens, patches)`` that wait, in order of arrival."""
+        self.num_seen = num_seen
+        self._waiting_tokens = 0
+        self._arrivals: deque[Sample] = deque()  # those that were taken out of turn are still among them
+        self._by_length: dict[int, deque[Sample]] = {}
+        self._lengths: list[int] = []  # the keys of _by_length, sorted
+        for index, tokens, patches in waiting:
+            self._add(Sample(tokens, patches, index))
+
+    def waiting(self) -> list[tuple[int, int, int]]:
+        """``(number, tokens, patches)`` of the samples that wait, in order of arrival."""
+        return [(each.number, each.tokens, each.patches) for each in self._arrivals if self._waits(each)]
+
+    def push(self, all_tokens: Sequence[int], all_patches: Sequence[int]) -> list[Step]:
+        """Take in the next samples; those longer than the budget only count as seen."""
+        steps = []
+        for tokens, patches in zip(all_tokens, all_patches, strict=True):
+            sample = Sample(tokens, patches, self.num_seen)
+            self.num_seen += 1
+            if tokens > self._token_budget:
+                continue
+            self._add(sample)
+            while self._waiting_tokens >= self._enough:
+                steps.append(self._make_step())
+        return steps
+
+    def flush(self) -> list[Step]:
+        """The steps of all that waits."""
+        steps = []
+        while self._by_length:
+            steps.append(self._make_step())
+        return steps
+
+    def _add(self, sample: Sample) -> None:
+        if sample.tokens not in self._by_length:
+            self._by_length[sample.tokens] = deque()
+            insort(self._lengths, sample.tokens)
+        self._by_length[sample.tokens].append(sample)
+        self._arrivals.append(sample)
+        self._waiting_tokens += sample.tokens
+
+    def _waits(self, sample: Sample) -> bool:
+        # Of one length the oldest leaves first, so those that wait are the newest.
+        same = self._by_length.get(sample.tokens)
+        return same is not None and same[0].number <= sample.number
+
+    def _take_oldest(self, room: int) -> Sample | None:
+        while self._arrivals and not self._waits(self._arrivals[0]):
+            self._arrivals.popleft()
+        if not self._arrivals or self._arrivals[0].tokens > room:
+            return None
+        return self._remove(self._arrivals[0].tokens)
+
+    def _take_longest(self, room: int) -> Sample:
+        return self._remove(self._lengths[bisect_right(self._lengths, room) - 1])
+
+    def _remove(self, length: int) -> Sample:
+        sample = self._by_length[length].popleft()
+        if not self._by_length[length]:
+            del self._by_length[length]
+            del self._lengths[bisect_left(self._lengths, length)]
+        self._waiting_tokens -= length
+        return sample
+
+    def _make_step(self) -> Step:
+        packs = [Pack(self._token_budget) for _ in range(self._ranks)]
+        while (sample := self._take_oldest(max(pack.room for pack in packs))) is not None:
+            fitting = [pack for pack in packs if pack.room >= sample.tokens]
+            if sample.patches:
+                _fewest_patches(fitting).add(sample)
+            else:
+                max(fitting, key=lambda pack: pack.room).add(sample)
+        while self._lengths and (fitting := [pack for pack in packs if pack.room >= self._lengths[0]]):
+            target = _fewest_patches(fitting)
+            target.add(self._take_longest(target.room))
+        _balance(packs)
+        return [sorted(each.number for each in pack.samples) for pack in packs]
+
+
+def _fewest_patches(packs: list[Pack]) -> Pack:
+    return min(packs, key=lambda pack: (pack.patches, -pack.room))
+
+
+def plan_known(all_tokens: Sequence[int], all_patches: Sequence[int], token_budget: int, ranks: int) -> list[Step]:
+    """Steps for samples that are all known: as if they waited in order of their length, the longest first."""
+    known = [
+        (index, tokens, patches)
+        for index, (tokens, patches) in enumerate(zip(all_tokens, all_patches, strict=True))
+        if tokens <= token_budget
+    ]
+    planner = Planner(token_budget, ranks, 0)
+    planner.restore(len(all_tokens), sorted(known, key=lambda sample: -sample[1]))
+    *full, last = planner.flush() or [[]]
+    steps = sorted(full, key=lambda step: min(pack[0] for pack in step if pack))
+    return [*steps, last] if last else []
+
+
+def _balance(packs: list[Pack]) -> None:
+    for _ in range(SWAPS * len(packs)):
+        by_patches = sorted(packs, key=lambda pack: pack.patches)
+        giver = by_patches[-1]
+        for taker in by_patches:
+            swap = _best_swap(giver, taker)
+            if swap is not None:
+                break
+        else:
+            return
+        for sample, source, target in ((swap[0], giver, taker), (swap[1], taker, giver)):
+            if sample is not NOTHING:
+                source.remove(sample)
+                target.add(sample)
+
+
+def _best_swap(giver: Pack, taker: Pack) -> tuple[Sample, Sample] | None:
+    difference = giver.patches - taker.patches
+    best, smallest_error = None, difference  # |2 moved - difference| is below it only where 0 < moved < difference
+    returns = [NOTHING, *_distinct(taker.samples)]
+    for given in _distinct(giver.samples):
+        first = bisect_left(returns, given.tokens - taker.room, key=lambda sample: sample.tokens)
+        for returned in returns[first:]:
+            if returned.tokens > given.tokens + giver.room:
+                break
+            error = abs(2 * (given.patches - returned.patches) - difference)
+            if error < smallest_error:
+                best, smallest_error = (given, returned), error
+    return best
+
+
+def _distinct(samples: list[Sample]) -> list[Sample]:
+    # Of the samples that cost the same, the oldest.
+    found = {each[:2]: each for each in sorted(samples, reverse=True)}
+    return sorted(found.values())

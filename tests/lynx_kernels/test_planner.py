@@ -1,0 +1,311 @@
+import json
+import logging
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lynx_kernels import PackPlanner, dispatch, host, plan_packs, planner
+from lynx_kernels.planner import reference
+
+COMPILED = host.module is not None
+FORMS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(not COMPILED, reason="no compiled module"))]
+forms = pytest.mark.parametrize("impl", FORMS)
+BUDGET = 20
+
+# Few different lengths and patches, so that equals meet; zero patches as often as not.
+samples = st.lists(
+    st.tuples(st.integers(1, BUDGET), st.one_of(st.just(0), st.sampled_from([1, 2, 3, 7, 90]))), max_size=80
+)
+options = st.fixed_dictionaries({"ranks": st.integers(1, 4), "lookahead": st.integers(0, 5)})
+
+
+def arrays(costs):
+    return np.array(costs, np.int64).reshape(-1, 2).T
+
+
+def online(costs, impl, **chosen):
+    made = PackPlanner(BUDGET, impl=impl, **chosen)
+    return made.push(*arrays(costs)) + made.flush()
+
+
+def check_packs(steps, costs, ranks, left_out=()):
+    """Every sample in exactly one pack, in order there, the budget kept, every rank given a pack."""
+    assert all(len(step) == ranks for step in steps)
+    packs = [pack for step in steps for pack in step]
+    assert sorted(index for pack in packs for index in pack) == [i for i in range(len(costs)) if i not in left_out]
+    for pack in packs:
+        assert pack == sorted(pack)
+        assert sum(costs[index][0] for index in pack) <= BUDGET
+    for step in steps[:-1]:
+        assert all(step)
+
+
+def loads(step, costs):
+    return [sum(costs[index][1] for index in pack) for pack in step]
+
+
+@forms
+@given(costs=samples, chosen=options)
+def test_every_sample_is_in_one_pack(impl, costs, chosen):
+    check_packs(online(costs, impl, **chosen), costs, chosen["ranks"])
+    known = plan_packs(*arrays(costs), token_budget=BUDGET, ranks=chosen["ranks"], impl=impl)
+    check_packs(known, costs, chosen["ranks"])
+
+
+@pytest.mark.skipif(not COMPILED, reason="no compiled module")
+@settings(max_examples=300)
+@given(costs=samples, chosen=options)
+def test_forms_agree(costs, chosen):
+    assert online(costs, "cpu", **chosen) == online(costs, "reference", **chosen)
+    known = [
+        plan_packs(*arrays(costs), token_budget=BUDGET, ranks=chosen["ranks"], impl=impl)
+        for impl in ("cpu", "reference")
+    ]
+    assert known[0] == known[1]
+
+
+@pytest.mark.skipif(not COMPILED, reason="no compiled module")
+@pytest.mark.parametrize("ranks", [1, 8])
+def test_forms_agree_at_full_size(ranks):
+    generator = np.random.default_rng(0)
+    tokens = np.minimum(4096, generator.lognormal(5, 1, 5000).astype(np.int64) + 1)
+    patches = generator.integers(0, 5, 5000) * generator.integers(200, 1000, 5000)  # more swaps than are allowed
+    results = []
+    for impl in ("cpu", "reference"):
+        made = PackPlanner(4096, ranks=ranks, impl=impl)
+        results.append(made.push(tokens, patches) + made.flush())
+        results.append(plan_packs(tokens, patches, token_budget=4096, ranks=ranks, impl=impl))
+    assert results[0] == results[2]
+    assert results[1] == results[3]
+
+
+@forms
+@given(costs=samples, chosen=options, data=st.data())
+def test_neither_chunks_nor_saving_change_the_steps(impl, costs, chosen, data):
+    made, steps, start = PackPlanner(BUDGET, impl=impl, **chosen), [], 0
+    while start < len(costs):
+        stop = data.draw(st.integers(start + 1, len(costs)))
+        steps += made.push(*arrays(costs[start:stop]))
+        start = stop
+        if data.draw(st.booleans()):
+            state = json.loads(json.dumps(made.state_dict()))
+            made = PackPlanner(BUDGET, impl=impl, **chosen)
+            made.push([BUDGET, 1])  # what a planner held before is gone
+            made.load_state_dict(state)
+            assert made.state_dict() == state
+    assert steps + made.flush() == online(costs, impl, **chosen)
+
+
+@forms
+@settings(max_examples=200)
+@given(costs=samples, chosen=options)
+def test_nothing_waits_longer_than_the_bound(impl, costs, chosen):
+    made = PackPlanner(BUDGET, impl=impl, **chosen)
+    came, left, count = {}, {}, 0
+    for index, cost in enumerate(costs):
+        came[index] = count
+        for step in made.push(*cost):
+            count += 1
+            left |= {each: count for pack in step for each in pack}
+    for step in made.flush():
+        count += 1
+        left |= {each: count for pack in step for each in pack}
+    assert made.max_wait == 2 * (chosen["ranks"] + chosen["lookahead"])
+    assert max((left[index] - came[index] for index in came), default=0) <= made.max_wait
+
+
+@forms
+def test_samples_that_fit_better_do_not_starve_one(impl):
+    made = PackPlanner(10, lookahead=2, impl=impl)
+    steps = made.push([6] + [7, 3] * 50)  # 7 and 3 fill every pack: the 6 leaves none as full
+    assert 0 in steps[0][0]
+    made = PackPlanner(10, lookahead=2, impl=impl)
+    steps = made.push([7, 6] + [7, 3] * 50)
+    assert [index for index, step in enumerate(steps) if 1 in step[0]] == [1]
+
+
+@forms
+def test_a_step_is_made_as_soon_as_enough_waits(impl):
+    made = PackPlanner(10, ranks=2, lookahead=1, impl=impl)
+    assert made.push([10, 10, 9]) == []
+    assert made.push(1) == [[[0], [1]]]
+    assert made.flush() == [[[2], [3]]]
+    made = PackPlanner(10, lookahead=0, impl=impl)
+    assert made.push([1, 10]) == [[[0]], [[1]]]  # one sample may complete two steps
+
+
+@forms
+def test_order_of_arrival_then_the_longest_that_fits(impl):
+    made = PackPlanner(10, lookahead=4, impl=impl)
+    made.push([3, 4, 5, 2, 3, 3, 1])
+    # 3 and 4 in order; 5 does not fit, of the rest a 3 does, the older one. Then 5 2 3, and 1 is left.
+    assert made.flush() == [[[0, 1, 4]], [[2, 3, 5]], [[6]]]
+
+
+@forms
+def test_patches_are_balanced_within_the_budget(impl):
+    made = PackPlanner(10, ranks=2, lookahead=9, impl=impl)
+    # Dealt out in order every pack gets 10 tokens; 8 against 0 patches, then, were it not for the swap of equals.
+    made.push([5, 5, 5, 5], [4, 0, 0, 4])
+    assert [sorted(loads(step, [(5, 4), (5, 0), (5, 0), (5, 4)])) for step in made.flush()] == [[4, 4]]
+    packs = [reference.Pack(10), reference.Pack(10)]
+    for index, (rank, tokens, patches) in enumerate([(0, 6, 4), (0, 3, 4), (1, 5, 0), (1, 4, 0)]):
+        packs[rank].add(reference.Sample(tokens, patches, index))
+    reference._balance(packs)
+    # 6 cannot go to where 1 is left and 4 comes back; 3 for 4 fits both: 6 + 4 and 5 + 3.
+    assert [sorted(each.number for each in pack.samples) for pack in packs] == [[0, 3], [1, 2]]
+    assert [(pack.room, pack.patches) for pack in packs] == [(0, 4), (2, 4)]
+
+
+@forms
+@given(costs=samples, chosen=options)
+def test_no_single_swap_would_balance_better(impl, costs, chosen):
+    """Neither a move nor an exchange that the budgets allow lowers the largest load, but for the last of many swaps."""
+    for step in online(costs, impl, **chosen):
+        patches = loads(step, costs)
+        rooms = [BUDGET - sum(costs[index][0] for index in pack) for pack in step]
+        giver = max(range(len(step)), key=lambda rank: (patches[rank], rank))
+        for taker, pack in enumerate(step):
+            for given_tokens, given_patches in (costs[index] for index in step[giver]):
+                for back_tokens, back_patches in [(0, 0), *(costs[index] for index in pack)]:
+                    moved = given_patches - back_patches
+                    fits = -rooms[giver] <= given_tokens - back_tokens <= rooms[taker]
+                    assert not (fits and 0 < moved < patches[giver] - patches[taker])
+
+
+@forms
+def test_ranks_share_the_last_step(impl):
+    made = PackPlanner(100, ranks=4, impl=impl)
+    made.push([10] * 10, [1] * 10)
+    assert sorted(map(len, made.flush()[0])) == [2, 2, 3, 3]
+    made.push([1, 1])
+    assert sorted(map(len, made.flush()[0])) == [0, 0, 1, 1]
+    assert made.flush() == []
+
+
+@forms
+def test_known_samples_fill_packs_as_first_fit_decreasing(impl):
+    tokens = [4, 1, 6, 3, 7, 9, 5, 5, 2]
+    # 9 1, 7 3, 6 4, 5 5, 2; steps in the order of their first samples, the short one last.
+    expected = [[[0, 2]], [[1, 5]], [[3, 4]], [[6, 7]], [[8]]]
+    assert plan_packs(tokens, token_budget=10, impl=impl) == expected
+    assert plan_packs([], token_budget=10, ranks=2, impl=impl) == []
+    assert plan_packs([2, 3], token_budget=10, ranks=3, impl=impl) == [[[1], [0], []]]
+
+
+@forms
+def test_too_long(impl, caplog):
+    made = PackPlanner(10, impl=impl, too_long="error")
+    made.push([5, 5])
+    before = made.state_dict()
+    with pytest.raises(ValueError, match=r"sample 3 has 11 tokens, more than token_budget=10; .*too_long='skip'"):
+        made.push([10, 11, 12])
+    assert made.state_dict() == before
+    with pytest.raises(ValueError, match="sample 0 has 11 tokens"):
+        plan_packs([11], token_budget=10, impl=impl)
+
+    made = PackPlanner(10, impl=impl, too_long="skip")
+    with caplog.at_level(logging.WARNING, logger="lynx_kernels.planner"):
+        steps = made.push([5, 11, 12]) + made.push([10, 13]) + made.flush()
+        assert plan_packs([3, 11], token_budget=10, too_long="skip", impl=impl) == [[[0]]]
+    assert steps == [[[0]], [[3]]]
+    assert (made.skipped, made.num_seen, made.state_dict()["skipped"]) == (3, 5, 3)
+    assert [each.message for each in caplog.records] == [
+        "sample 1 has 11 tokens, more than token_budget=10; skipped (2 in this call, 2 so far)",
+        "sample 4 has 13 tokens, more than token_budget=10; skipped (1 in this call, 3 so far)",
+        "sample 1 has 11 tokens, more than token_budget=10; skipped (1 in this call, 1 so far)",
+    ]
+
+
+@forms
+def test_state(impl):
+    made = PackPlanner(10, ranks=2, lookahead=3, too_long="skip", impl=impl)
+    made.push([4, 11, 5], [7, 8, 0])
+    state = made.state_dict()
+    assert state == {
+        "version": 1, "token_budget": 10, "ranks": 2, "lookahead": 3, "num_seen": 3, "skipped": 1,
+        "waiting": [[0, 4, 7], [2, 5, 0]],
+    }  # fmt: skip
+    for changed in ({"version": 2}, {"token_budget": 11}, {"ranks": 1}, {"lookahead": 0}):
+        [(name, value)] = changed.items()
+        with pytest.raises(ValueError, match=f"the state has {name}={value}, this planner"):
+            made.load_state_dict(state | changed)
+    with pytest.raises(ValueError, match="the state has version=None"):
+        made.load_state_dict({})
+
+
+@forms
+def test_forms_of_input(impl):
+    results = []
+    for tokens, patches in (
+        ([3, 4], [1, 2]), ((3, 4), None), (np.array([3, 4], np.int32), np.array([1, 2], np.uint8)),
+        (np.array([3, 0, 4, 0])[::2], np.array([1, 0, 2, 0])[::2]), (np.array([3, 4]), [1, 2]),
+    ):  # fmt: skip
+        made = PackPlanner(10, impl=impl)
+        made.push(tokens, patches)
+        results.append(made.state_dict()["waiting"])
+    assert results.count([[0, 3, 1], [1, 4, 2]]) == 4
+    assert results[1] == [[0, 3, 0], [1, 4, 0]]
+    made = PackPlanner(10, impl=impl)
+    assert made.push([]) == made.push([], []) == []
+    made.push(3, 5)
+    assert made.state_dict()["waiting"] == [[0, 3, 5]]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "patches", "error", "message"),
+    [
+        ([3, 0], None, ValueError, r"sample 2 has 0 tokens, expected 1 to 2\^31 - 1"),
+        ([3, 2**31], None, ValueError, "sample 2 has 2147483648 tokens"),
+        ([3, 4], [1, -1], ValueError, "sample 2 has -1 patches, expected 0 to"),
+        ([3, 4], [1], ValueError, "1 patches for 2 tokens"),
+        ([3, 4], [], ValueError, "0 patches for 2 tokens"),
+        ([[3, 4]], None, ValueError, r"tokens have shape \(1, 2\)"),
+        ([3.5], None, TypeError, "tokens are float64, expected integers"),
+        ([True], None, TypeError, "tokens are bool"),
+        ([3], ["a"], TypeError, "patches are <U1"),
+    ],
+)
+def test_errors_of_costs(tokens, patches, error, message):
+    made = PackPlanner(10)
+    made.push([1])
+    before = made.state_dict()
+    with pytest.raises(error, match=message):
+        made.push(tokens, patches)
+    assert made.state_dict() == before
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"token_budget": 0}, "token_budget=0, expected 1 to"),
+        ({"ranks": 0}, "ranks=0, expected 1 to"),
+        ({"ranks": 2**31}, "ranks=2147483648"),
+        ({"lookahead": -1}, "lookahead=-1, expected 0 to"),
+        ({"too_long": "drop"}, "too_long='drop', expected 'error' or 'skip'"),
+        ({"impl": "nonsense"}, "impl='nonsense' is not an implementation"),
+    ],
+)
+def test_errors_of_options(chosen, message):
+    with pytest.raises(ValueError, match=message):
+        PackPlanner(**{"token_budget": 10, **chosen})
+    if "lookahead" not in chosen:
+        with pytest.raises(ValueError, match=message):
+            plan_packs([1], **{"token_budget": 10, **chosen})
+
+
+def test_without_the_compiled_module(monkeypatch):
+    monkeypatch.setattr(host, "MISSING", "it is missing")
+    choice = dispatch.which(PackPlanner, 10)
+    assert (choice.name, choice.refused) == ("reference", {"cpu": "it is missing"})
+    assert isinstance(PackPlanner(10)._planner, reference.Planner)
+    with pytest.raises(RuntimeError, match="impl='cpu' cannot run this call: it is missing"):
+        PackPlanner(10, impl="cpu")
+
+
+@pytest.mark.skipif(not COMPILED, reason="no compiled module")
+def test_the_compiled_module_runs_unless_another_is_named():
+    assert dispatch.which(PackPlanner, 10).name == "cpu"
+    assert isinstance(PackPlanner(10)._planner, planner._Compiled)
