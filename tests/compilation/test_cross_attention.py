@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lynx_kernels.attention import triton_cross as implementation
+from lynx_kernels.attention import triton_launches
 from tests.compilation.offline import SHARED_MEMORY, TENSOR_CORES, compiling_for
 
 KERNELS = {"forward_kernel", "statistics_kernel", "query_gradient_kernel", "key_gradient_kernel"}
@@ -30,6 +31,12 @@ def compile_cross(arch, head_dim, size, dtype=torch.bfloat16):
     for kernel in compiled:
         assert 0 <= kernel.shared <= SHARED_MEMORY[arch], kernel
     return compiled
+
+
+def test_few_queries_have_launches_of_their_own():
+    few = triton_launches.FEW_FORWARD, triton_launches.FEW_QUERY_GRADIENT
+    assert triton_launches.choose_launches(128, torch.bfloat16, *FEW, True)[:2] == few
+    assert triton_launches.choose_launches(128, torch.bfloat16, *MANY, True)[:2] != few
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from lynx_kernels import SpanLayout, cross_attention, which
-from lynx_kernels.attention import triton_cross as implementation
 from lynx_kernels.attention import triton_parts
-from lynx_kernels.attention.triton import Launch
+from lynx_kernels.attention import triton_rows as implementation
+from lynx_kernels.attention.triton_launches import Launch
 from lynx_kernels.attention.triton_parts import count_parts
 from tests.lynx_kernels.attention_cases import assert_case_within_budget, grads_of, span_case
 from tests.lynx_kernels.attention_helpers import run

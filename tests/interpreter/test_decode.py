@@ -5,7 +5,7 @@ import torch
 
 from lynx_kernels import prefix_attention_decode, which
 from lynx_kernels.attention import triton_decode as implementation
-from lynx_kernels.attention.triton import Launch
+from lynx_kernels.attention.triton_launches import Launch
 from tests.lynx_kernels.attention_cases import assert_case_within_budget, decode_case
 from tests.lynx_kernels.helpers import permuted
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lynx_kernels import PackedLayout, dispatch, prefix_attention
-from lynx_kernels.attention import triton as implementation
-from lynx_kernels.attention.triton import Launch
+from lynx_kernels.attention import triton_rows as implementation
+from lynx_kernels.attention.triton_launches import Launch
 from tests.lynx_kernels.attention_cases import GROUPS_OF_A_BATCH, grads_of
 from tests.lynx_kernels.attention_helpers import EXAMPLES, dense_attention, packed_visible, random, run
 from tests.lynx_kernels.helpers import permuted
