@@ -12,12 +12,14 @@ import triton.language as tl
 
 from lynx_kernels.attention.triton_tiles import (
     add_weighted_rows,
-    count_key_tiles,
+    edge_tile,
     find_segment,
     load_rows,
     products_of_rows,
     store_rows,
     tile_of_queries,
+    tiles_of_keys,
+    whole_tile,
     zero_rows,
 )
 
@@ -107,9 +109,7 @@ def query_gradient_kernel(
     BK: tl.constexpr,
 ):
     """One tile of queries and one head, as in the forward."""
-    i_first, i_end, i_full, i_full_end, i_causal, i_causal_end = tile_of_queries(
-        p_segments, n_segments, SPANS, ROOT_IS_CAUSAL, BQ, BK
-    )
+    i_first, i_end, ranges = tile_of_queries(p_segments, n_segments, SPANS, ROOT_IS_CAUSAL, BQ, BK)
     if i_first >= i_end:
         return
     i_h = tl.program_id(1).to(tl.int64)
@@ -130,22 +130,16 @@ def query_gradient_kernel(
     b_delta = tl.load(p_statistics + n_heads.to(tl.int64) * n_queries, mask=o_q < i_end, other=0.0)
     b_sum, b_sum_rest = zero_rows(BD, REST, BQ)
     scale_log2 = scale * _LOG2E
-    n_full, n_causal, n_full_edges, n_causal_edges = count_key_tiles(
-        i_first, i_full, i_full_end, i_causal, i_causal_end, BK
-    )
-    for i in range(n_full + n_causal):
-        i_key = tl.where(i < n_full, i_full + i * BK, i_causal + (i - n_full) * BK).to(tl.int64)
+    n_whole, n_edges, counts = tiles_of_keys(i_first, ranges, BK)
+    for i in range(n_whole):
+        i_key = whole_tile(i, ranges, counts, BK)
         b_sum, b_sum_rest = _query_gradients(
             b_q, b_q_rest, b_grad, b_grad_rest, b_lse, b_delta, b_sum, b_sum_rest,
             p_k + i_key * stride_k, p_v + i_key * stride_v, stride_k, stride_v, BK, o_q, scale_log2,
             False, D, BD, REST, BK,
         )  # fmt: skip
-    for i in range(n_full_edges + n_causal_edges):
-        is_full = i < n_full_edges
-        i_key = tl.where(is_full, i_full + n_full * BK, i_causal + (n_causal + i - n_full_edges) * BK)
-        n_keys = tl.where(is_full, i_full_end, i_causal_end) - i_key
-        o_seen = tl.where(is_full, n_keys, o_q + 1 - i_key)
-        i_key = i_key.to(tl.int64)
+    for i in range(n_edges):
+        i_key, n_keys, o_seen = edge_tile(i, o_q, ranges, counts, BK)
         b_sum, b_sum_rest = _query_gradients(
             b_q, b_q_rest, b_grad, b_grad_rest, b_lse, b_delta, b_sum, b_sum_rest,
             p_k + i_key * stride_k, p_v + i_key * stride_v, stride_k, stride_v, n_keys, o_seen, scale_log2,
