@@ -50,7 +50,7 @@ def statistics_kernel(
     m_q = o_q < n_queries
     m_tile = m_q[:, None] & (o_d[None, :] < D)
     o_row = o_q * n_heads + i_h
-    p_grad += i_h.to(tl.int64) * (stride_grad_head * UNIT)
+    p_grad += i_h.to(tl.int64) * stride_grad_head * UNIT
     b_grad = tl.load(p_grad + o_q[:, None] * (stride_grad * UNIT) + o_d[None, :], mask=m_tile, other=0.0)
     b_out = tl.load(p_out + o_row[:, None] * D + o_d[None, :], mask=m_tile, other=0.0)
     b_delta = tl.sum(b_grad.to(tl.float32) * b_out.to(tl.float32), 1)
@@ -115,10 +115,10 @@ def query_gradient_kernel(
     i_h = tl.program_id(1).to(tl.int64)
     n_heads = tl.num_programs(1)
     n_rows = i_end - i_first
-    p_grad += i_first.to(tl.int64) * (stride_grad * UNIT) + i_h * (stride_grad_head * UNIT)
-    p_q += i_first.to(tl.int64) * (stride_q * UNIT) + i_h * (stride_q_head * UNIT)
-    p_k += i_h // n_shared * (stride_k_head * UNIT)
-    p_v += i_h // n_shared * (stride_v_head * UNIT)
+    p_grad += i_first.to(tl.int64) * (stride_grad * UNIT) + i_h * stride_grad_head * UNIT
+    p_q += i_first.to(tl.int64) * (stride_q * UNIT) + i_h * stride_q_head * UNIT
+    p_k += i_h // n_shared * stride_k_head * UNIT
+    p_v += i_h // n_shared * stride_v_head * UNIT
     stride_k = stride_k * UNIT
     stride_v = stride_v * UNIT
     o_q = i_first + tl.arange(0, BQ)
@@ -270,12 +270,12 @@ def key_gradient_kernel(
         i_first = i_start + i_block * BK
         if i_first >= i_end:
             return
-    p_k += i_first.to(tl.int64) * (stride_k * UNIT) + i_kv_head * (stride_k_head * UNIT)
-    p_v += i_first.to(tl.int64) * (stride_v * UNIT) + i_kv_head * (stride_v_head * UNIT)
+    p_k += i_first.to(tl.int64) * (stride_k * UNIT) + i_kv_head * stride_k_head * UNIT
+    p_v += i_first.to(tl.int64) * (stride_v * UNIT) + i_kv_head * stride_v_head * UNIT
     stride_q = stride_q * UNIT
-    stride_q_head = stride_q_head * UNIT
+    stride_q_head = tl.cast(stride_q_head, tl.int64) * UNIT
     stride_grad = stride_grad * UNIT
-    stride_grad_head = stride_grad_head * UNIT
+    stride_grad_head = tl.cast(stride_grad_head, tl.int64) * UNIT
     b_k, b_k_rest = load_rows(p_k, stride_k * UNIT, i_end - i_first, True, D, BD, REST, BK)
     b_v, b_v_rest = load_rows(p_v, stride_v * UNIT, i_end - i_first, True, D, BD, REST, BK)
     b_grad_k, b_grad_k_rest = zero_rows(BD, REST, BK)

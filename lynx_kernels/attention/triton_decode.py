@@ -92,13 +92,13 @@ def decode_kernel(
     i_root = tl.load(p_branch_to_root + i_branch).to(tl.int32)
     if is_root:
         b_branch, n_before = _branches_of_root(p_branch_to_root, i_root, i_branch, o_slot, n_branches, BQ, SCAN)
-        i_first_key = i_root.to(tl.int64) * (stride_root * UNIT) + i_kv_head * (stride_root_head * UNIT)
+        i_first_key = (i_root.to(tl.int64) * stride_root + i_kv_head * stride_root_head) * UNIT
         p_k = p_root_k + i_first_key
         p_v = p_root_v + i_first_key
     else:
         b_branch = tl.where(o_slot == 0, i_branch, n_branches)
         n_before = i_branch * 0
-        i_first_key = i_branch.to(tl.int64) * (stride_branch * UNIT) + i_kv_head * (stride_branch_head * UNIT)
+        i_first_key = (i_branch.to(tl.int64) * stride_branch + i_kv_head * stride_branch_head) * UNIT
         p_k = p_branch_k + i_first_key
         p_v = p_branch_v + i_first_key
     if n_before % n_slots != 0:

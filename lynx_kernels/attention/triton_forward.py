@@ -78,10 +78,10 @@ def forward_kernel(
         return
     i_h = tl.program_id(1)
     n_heads = tl.num_programs(1)
-    p_q += i_first.to(tl.int64) * (stride_q * UNIT) + i_h.to(tl.int64) * (stride_q_head * UNIT)
+    p_q += i_first.to(tl.int64) * (stride_q * UNIT) + i_h.to(tl.int64) * stride_q_head * UNIT
     i_kv_head = (i_h // n_shared).to(tl.int64)
-    p_k += i_kv_head * (stride_k_head * UNIT)
-    p_v += i_kv_head * (stride_v_head * UNIT)
+    p_k += i_kv_head * stride_k_head * UNIT
+    p_v += i_kv_head * stride_v_head * UNIT
     stride_k = stride_k * UNIT
     stride_v = stride_v * UNIT
 

@@ -3,7 +3,8 @@
 Dialect of flash-linear-attention: ``b_`` a block's values, ``p_`` a pointer, ``o_`` offsets, ``m_`` a mask, ``i_`` an
 index. A head dimension D that is no power of two is two tiles side by side, D = 88 the 64 columns ``b_x`` and the 24
 of 32 columns ``b_x_rest``: 96 columns of work instead of 128. Where one tile holds D, REST is 0 and the rest not read.
-Strides come in units of UNIT elements: Triton then knows that rows start at multiples of it, and loads vectors.
+Strides come in units of UNIT elements: Triton then knows that rows start at multiples of it, and loads vectors. In
+elements those of rows fit 32 bits; those of heads and sequences need not, and meet a 64-bit index before UNIT.
 """
 
 import triton
