@@ -153,7 +153,7 @@ def query_gradient_kernel(
 def _key_gradients(
     b_k, b_k_rest, b_v, b_v_rest, b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest,
     p_q, p_grad, p_lse, p_delta, stride_q, stride_grad, n_queries, o_blind, scale,
-    MASKED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, REST: tl.constexpr, BQ: tl.constexpr,
+    SPANS: tl.constexpr, MASKED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, REST: tl.constexpr, BQ: tl.constexpr,
 ):  # fmt: skip
     """What one tile of queries adds to dK / scale and dV; of the n_queries there the first o_blind miss a key.
 
@@ -169,10 +169,13 @@ def _key_gradients(
         b_delta = tl.load(p_delta + o_q)
     b_weights = tl.exp2(products_of_rows(b_k, b_k_rest, b_q, b_q_rest, REST) * scale - b_lse[None, :])  # [BK, BQ]
     if MASKED:
-        b_weights = tl.where(o_q[None, :] >= o_blind[:, None], b_weights, 0.0)
+        m_seen = o_q[None, :] >= o_blind[:, None]
+        b_weights = tl.where(m_seen, b_weights, 0.0)
     b_grad, b_grad_rest = load_rows(p_grad, stride_grad, n_queries, MASKED, D, BD, REST, BQ)
     b_grad_v, b_grad_v_rest = add_weighted_rows(b_grad_v, b_grad_v_rest, b_weights, b_grad, b_grad_rest, REST)
     b_grad_scores = b_weights * (products_of_rows(b_v, b_v_rest, b_grad, b_grad_rest, REST) - b_delta[None, :])
+    if MASKED and SPANS:  # again: a key that these queries do not see may make them 0 times what is not a number
+        b_grad_scores = tl.where(m_seen, b_grad_scores, 0.0)
     b_grad_k, b_grad_k_rest = add_weighted_rows(b_grad_k, b_grad_k_rest, b_grad_scores, b_q, b_q_rest, REST)
     return b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest
 
@@ -182,11 +185,11 @@ def _key_gradients_of_range(
     b_k, b_k_rest, b_v, b_v_rest, b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest,
     p_q, p_grad, p_statistics, stride_q, stride_q_head, stride_grad, stride_grad_head,
     i_first, i_last, n_masked, o_first, i_kv_head, n_shared, n_heads, n_queries, scale,
-    D: tl.constexpr, BD: tl.constexpr, REST: tl.constexpr, BQ: tl.constexpr,
+    SPANS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, REST: tl.constexpr, BQ: tl.constexpr,
 ):  # fmt: skip
     """What the queries i_first <= q < i_last of all heads that share the keys add.
 
-    A key misses the queries before o_first, all of which are in the first n_masked tiles.
+    A key misses the queries before o_first, all of which are in the first n_masked tiles or beyond i_last.
     """
     n_whole = (i_last - i_first) // BQ
     n_tiles = tl.cdiv(i_last - i_first, BQ)
@@ -203,7 +206,7 @@ def _key_gradients_of_range(
             b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest = _key_gradients(
                 b_k, b_k_rest, b_v, b_v_rest, b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest,
                 p_q_head + i_q * stride_q, p_grad_head + i_q * stride_grad, p_lse + i_q, p_delta + i_q,
-                stride_q, stride_grad, BQ, o_first, scale, False, D, BD, REST, BQ,
+                stride_q, stride_grad, BQ, o_first, scale, SPANS, False, D, BD, REST, BQ,
             )  # fmt: skip
         for i in range(n_masked + n_tiles - n_inner):
             i_q = i_first + tl.where(i < n_masked, i, i - n_masked + n_inner) * BQ
@@ -213,7 +216,7 @@ def _key_gradients_of_range(
             b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest = _key_gradients(
                 b_k, b_k_rest, b_v, b_v_rest, b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest,
                 p_q_head + i_q * stride_q, p_grad_head + i_q * stride_grad, p_lse + i_q, p_delta + i_q,
-                stride_q, stride_grad, n_left, o_blind, scale, True, D, BD, REST, BQ,
+                stride_q, stride_grad, n_left, o_blind, scale, SPANS, True, D, BD, REST, BQ,
             )  # fmt: skip
     return b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest
 
@@ -291,13 +294,14 @@ def key_gradient_kernel(
             i_q_last = tl.load(p_row + 3)
             i_seen = tl.load(p_row + 1)
             i_seen_end = tl.load(p_row + 2)
-            o_first = tl.where((i_seen <= o_k) & (o_k < i_seen_end), i_q_first, i_q_last)
+            # A key outside misses all queries, and those that fill up the last tile.
+            o_first = tl.where((i_seen <= o_k) & (o_k < i_seen_end), i_q_first, i_q_last + BQ)
             is_whole = (i_seen <= i_first) & (i_first + BK <= i_seen_end)
             b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest = _key_gradients_of_range(
                 b_k, b_k_rest, b_v, b_v_rest, b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest,
                 p_q, p_grad, p_statistics, stride_q, stride_q_head, stride_grad, stride_grad_head,
                 i_q_first, i_q_last, tl.where(is_whole, 0, tl.cdiv(i_q_last - i_q_first, BQ)), o_first,
-                i_kv_head, n_shared, n_heads, n_queries, scale_log2, D, BD, REST, BQ,
+                i_kv_head, n_shared, n_heads, n_queries, scale_log2, SPANS, D, BD, REST, BQ,
             )  # fmt: skip
     else:
         i_root_end = tl.load(p_segments + i_segment * 4 + 2)
@@ -308,7 +312,7 @@ def key_gradient_kernel(
             b_k, b_k_rest, b_v, b_v_rest, b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest,
             p_q, p_grad, p_statistics, stride_q, stride_q_head, stride_grad, stride_grad_head,
             i_q_first, i_q_last, tl.where(is_full, 0, tl.cdiv(BK, BQ)), tl.where(is_full, i_start, o_k),
-            i_kv_head, n_shared, n_heads, n_queries, scale_log2, D, BD, REST, BQ,
+            i_kv_head, n_shared, n_heads, n_queries, scale_log2, SPANS, D, BD, REST, BQ,
         )  # fmt: skip
     i_row = i_first.to(tl.int64) * n_kv_heads + i_kv_head
     n_rows = i_end - i_first

@@ -109,12 +109,31 @@ def test_nothing_to_attend(batch, parts, cut):
 def test_not_a_number_where_nobody_looks(parts, cut):
     cut(SMALL, parts)
     case = case_of(([20, 3], [(7, 40), (30, 45)], 70))
-    expected = case.operation(*case.inputs)
+    grads = grads_of(case.operation(*case.inputs))
+    expected = run(case.operation, case.inputs, grads)
     seen = torch.arange(70)[:, None, None].sub(26).abs() <= 19  # 7 to 45, the last by nobody
     seen[45] = False
     hidden = [case.inputs[0], *(each.where(seen, torch.nan) for each in case.inputs[1:])]
-    for ours, theirs in zip(case.operation(*hidden), expected, strict=True):
+    for ours, theirs in zip(run(case.operation, hidden, grads), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("index", [1, 2], ids=["key", "value"])
+def test_not_a_number_reaches_those_that_see_it(index, cut):
+    """And the keys beside it that they see, but no others of their tiles."""
+    cut(SMALL)
+    case = case_of(([4, 3, 2], [(7, 20), (17, 28), (20, 31)], 31))
+    grads = grads_of(case.operation(*case.inputs))
+    expected = run(case.operation, case.inputs, grads)
+    case.inputs[index][10] = torch.nan
+    out, lse, grad_q, grad_k, grad_v = run(case.operation, case.inputs, grads)
+    for ours, theirs in zip((out, lse, grad_q), expected, strict=False):
+        assert torch.equal(ours[4:], theirs[4:])
+    assert out[:4].isnan().all()
+    for ours, theirs in zip((grad_k, grad_v), expected[3:], strict=True):
+        for others in (slice(0, 7), slice(20, 31)):
+            assert torch.equal(ours[others], theirs[others])
+    assert grad_k[7:20].isnan().all()
 
 
 def test_large_scores():
