@@ -6,7 +6,7 @@ import torch
 from lynx_kernels import PackedLayout, SpanLayout, cross_attention, prefix_attention, prefix_attention_decode
 from lynx_kernels.attention import triton as prefix
 from lynx_kernels.attention import triton_cross as cross
-from lynx_kernels.attention import triton_parts, triton_rows
+from lynx_kernels.attention import triton_decode, triton_parts, triton_rows
 from lynx_kernels.attention.triton_launches import Launch
 from tests.interpreter.sparse import run_only
 from tests.lynx_kernels.attention_helpers import dense_attention, packed_visible, random, run
@@ -15,7 +15,8 @@ from tests.numbers import assert_within_budget
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # the LSE of no keys is log 0
 
 FP16, INT32 = torch.float16, torch.int32
-FAR_ROWS = 2**24 - 8  # elements: 128 such rows are 2^31, and as many as a row may be apart
+# Elements, as many as rows may be apart: the sixth tile of 32 rows starts beyond 2^31; it is full, another follows.
+FAR_ROWS = 2**24 - 8
 
 
 def use_launches(monkeypatch, *launches, parts=1):
@@ -41,11 +42,15 @@ def _sparse(monkeypatch):
 
 
 @pytest.mark.usefixtures("_sparse")
-@pytest.mark.parametrize(("tokens", "strides"), [(20, (16, 2**31, 1)), (134, (FAR_ROWS, 16, 1))], ids=["heads", "rows"])
-def test_values_far_apart(tokens, strides, monkeypatch):
-    use_launches(monkeypatch, *[Launch(64, 64, 4, 1)] * 3)
+@pytest.mark.parametrize(
+    ("tokens", "heads", "strides"),
+    [(20, 2, (16, 2**31, 1)), (193, 1, (FAR_ROWS, 16, 1))],
+    ids=["heads", "rows"],
+)
+def test_values_far_apart(tokens, heads, strides, monkeypatch):
+    use_launches(monkeypatch, *[Launch(32, 32, 4, 1)] * 3)
     packed, spans = PackedLayout.causal([tokens]), SpanLayout.from_spans([tokens], [(0, tokens)], tokens)
-    *inputs, grad = (random(tokens, 2, 16, dtype=FP16, seed=seed) for seed in range(4))
+    *inputs, grad = (random(tokens, heads, 16, dtype=FP16, seed=seed) for seed in range(4))
     for function, layout in [(prefix_attention, packed), (cross_attention, spans)]:
         expected, actual = (
             run(lambda *leaves, f=function, of=layout: (f(*leaves, of, impl="triton"),), each[:3], each[3:])
@@ -57,10 +62,11 @@ def test_values_far_apart(tokens, strides, monkeypatch):
 @pytest.mark.usefixtures("_sparse")
 @pytest.mark.parametrize(
     ("keys", "strides"),
-    [(20, (2**31, 32, 16, 1)), (20, (16 * 20, 16, 2**31, 1)), (134, (16, FAR_ROWS, 16, 1))],
+    [(20, (2**31, 32, 16, 1)), (20, (16 * 20, 16, 2**31, 1)), (200, (16, FAR_ROWS, 16, 1))],
     ids=["sequences", "heads", "rows"],
 )
-def test_caches_far_apart(keys, strides):
+def test_caches_far_apart(keys, strides, monkeypatch):
+    monkeypatch.setattr(triton_decode, "choose_launch", lambda *shape: Launch(16, 32, 4, 1))
     heads, sequences = (1, 1) if keys > 20 else (2, 2)
     shapes = [(1, heads), *[(keys, heads)] * 4]
     q, *caches = (random(sequences, *shape, 16, dtype=FP16, seed=i) for i, shape in enumerate(shapes))

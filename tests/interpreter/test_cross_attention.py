@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lynx_kernels import SpanLayout, cross_attention, which
-from lynx_kernels.attention import triton_parts
+from lynx_kernels.attention import triton_cross, triton_parts
 from lynx_kernels.attention import triton_rows as implementation
 from lynx_kernels.attention.triton_launches import Launch
 from lynx_kernels.attention.triton_parts import count_parts
@@ -52,6 +52,12 @@ def test_heads_and_scales(heads, kv_heads, dim, scale):
     assert_case_within_budget(case_of(batch, heads, kv_heads, dim, scale=scale))
 
 
+def test_spans_that_miss_one_key_of_a_tile(cut):
+    """Whole tiles of queries, which take no mask over tiles of keys that they see whole."""
+    cut(SMALL)
+    assert_case_within_budget(case_of(([16, 16], [(1, 64), (0, 63)], 64), 1, dim=16))
+
+
 def test_many_segments(cut):
     """As texts between pictures: segments of a few tokens, each sees the picture before it."""
     cut(SMALL)
@@ -69,6 +75,17 @@ def test_runs_agree_bit_by_bit_whatever_the_strides(parts, cut):
         for ours, theirs in zip(actual, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
             assert ours.is_contiguous()
+
+
+def test_any_strides_of_results_and_tables(cut):
+    cut(SMALL)
+    case, layout = case_of(([4, 3], [(1, 9), (3, 40)], 40)), SpanLayout.from_spans([4, 3], [(1, 9), (3, 40)], 40)
+    results = case.operation(*case.inputs)
+    arguments = [*grads_of(results), *results, *case.inputs]
+    arguments += [layout.segments, layout.tile_offsets, layout.tile_segments]
+    expected = triton_cross.backward(*arguments, 0.2)
+    for ours, theirs in zip(triton_cross.backward(*map(permuted, arguments), 0.2), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -144,6 +161,15 @@ def test_large_scores():
     torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-2)
     torch.testing.assert_close(out.double(), exact_out, rtol=1e-2, atol=1e-2)
     assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("large", [0, 1])
+def test_parts_of_very_different_weight(large):
+    parts, part_lse = torch.randn(2, 3, 16), torch.zeros(2, 3)
+    part_lse[large] = 200
+    triton_parts.merge(parts, part_lse, out := torch.empty(3, 16), lse := torch.empty(3))
+    torch.testing.assert_close(out, parts[large])
+    torch.testing.assert_close(lse, part_lse[large])
 
 
 @pytest.mark.parametrize("keys", [901, 4505])
