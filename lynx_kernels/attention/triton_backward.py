@@ -12,12 +12,14 @@ import triton.language as tl
 
 from lynx_kernels.attention.triton_tiles import (
     add_weighted_rows,
-    count_key_tiles,
+    edge_tile,
     find_segment,
     load_rows,
     products_of_rows,
     store_rows,
     tile_of_queries,
+    tiles_of_keys,
+    whole_tile,
     zero_rows,
 )
 
@@ -48,7 +50,7 @@ def statistics_kernel(
     m_q = o_q < n_queries
     m_tile = m_q[:, None] & (o_d[None, :] < D)
     o_row = o_q * n_heads + i_h
-    p_grad += i_h.to(tl.int64) * (stride_grad_head * UNIT)
+    p_grad += i_h.to(tl.int64) * stride_grad_head * UNIT
     b_grad = tl.load(p_grad + o_q[:, None] * (stride_grad * UNIT) + o_d[None, :], mask=m_tile, other=0.0)
     b_out = tl.load(p_out + o_row[:, None] * D + o_d[None, :], mask=m_tile, other=0.0)
     b_delta = tl.sum(b_grad.to(tl.float32) * b_out.to(tl.float32), 1)
@@ -107,18 +109,16 @@ def query_gradient_kernel(
     BK: tl.constexpr,
 ):
     """One tile of queries and one head, as in the forward."""
-    i_first, i_end, i_full, i_full_end, i_causal, i_causal_end = tile_of_queries(
-        p_segments, n_segments, SPANS, ROOT_IS_CAUSAL, BQ, BK
-    )
+    i_first, i_end, ranges = tile_of_queries(p_segments, n_segments, SPANS, ROOT_IS_CAUSAL, BQ, BK)
     if i_first >= i_end:
         return
     i_h = tl.program_id(1).to(tl.int64)
     n_heads = tl.num_programs(1)
     n_rows = i_end - i_first
-    p_grad += i_first.to(tl.int64) * (stride_grad * UNIT) + i_h * (stride_grad_head * UNIT)
-    p_q += i_first.to(tl.int64) * (stride_q * UNIT) + i_h * (stride_q_head * UNIT)
-    p_k += i_h // n_shared * (stride_k_head * UNIT)
-    p_v += i_h // n_shared * (stride_v_head * UNIT)
+    p_grad += i_first.to(tl.int64) * (stride_grad * UNIT) + i_h * stride_grad_head * UNIT
+    p_q += i_first.to(tl.int64) * (stride_q * UNIT) + i_h * stride_q_head * UNIT
+    p_k += i_h // n_shared * stride_k_head * UNIT
+    p_v += i_h // n_shared * stride_v_head * UNIT
     stride_k = stride_k * UNIT
     stride_v = stride_v * UNIT
     o_q = i_first + tl.arange(0, BQ)
@@ -130,22 +130,16 @@ def query_gradient_kernel(
     b_delta = tl.load(p_statistics + n_heads.to(tl.int64) * n_queries, mask=o_q < i_end, other=0.0)
     b_sum, b_sum_rest = zero_rows(BD, REST, BQ)
     scale_log2 = scale * _LOG2E
-    n_full, n_causal, n_full_edges, n_causal_edges = count_key_tiles(
-        i_first, i_full, i_full_end, i_causal, i_causal_end, BK
-    )
-    for i in range(n_full + n_causal):
-        i_key = tl.where(i < n_full, i_full + i * BK, i_causal + (i - n_full) * BK).to(tl.int64)
+    n_whole, n_edges, counts = tiles_of_keys(i_first, ranges, BK)
+    for i in range(n_whole):
+        i_key = whole_tile(i, ranges, counts, BK)
         b_sum, b_sum_rest = _query_gradients(
             b_q, b_q_rest, b_grad, b_grad_rest, b_lse, b_delta, b_sum, b_sum_rest,
             p_k + i_key * stride_k, p_v + i_key * stride_v, stride_k, stride_v, BK, o_q, scale_log2,
             False, D, BD, REST, BK,
         )  # fmt: skip
-    for i in range(n_full_edges + n_causal_edges):
-        is_full = i < n_full_edges
-        i_key = tl.where(is_full, i_full + n_full * BK, i_causal + (n_causal + i - n_full_edges) * BK)
-        n_keys = tl.where(is_full, i_full_end, i_causal_end) - i_key
-        o_seen = tl.where(is_full, n_keys, o_q + 1 - i_key)
-        i_key = i_key.to(tl.int64)
+    for i in range(n_edges):
+        i_key, n_keys, o_seen = edge_tile(i, o_q, ranges, counts, BK)
         b_sum, b_sum_rest = _query_gradients(
             b_q, b_q_rest, b_grad, b_grad_rest, b_lse, b_delta, b_sum, b_sum_rest,
             p_k + i_key * stride_k, p_v + i_key * stride_v, stride_k, stride_v, n_keys, o_seen, scale_log2,
@@ -159,7 +153,7 @@ def query_gradient_kernel(
 def _key_gradients(
     b_k, b_k_rest, b_v, b_v_rest, b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest,
     p_q, p_grad, p_lse, p_delta, stride_q, stride_grad, n_queries, o_blind, scale,
-    MASKED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, REST: tl.constexpr, BQ: tl.constexpr,
+    SPANS: tl.constexpr, MASKED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, REST: tl.constexpr, BQ: tl.constexpr,
 ):  # fmt: skip
     """What one tile of queries adds to dK / scale and dV; of the n_queries there the first o_blind miss a key.
 
@@ -175,10 +169,13 @@ def _key_gradients(
         b_delta = tl.load(p_delta + o_q)
     b_weights = tl.exp2(products_of_rows(b_k, b_k_rest, b_q, b_q_rest, REST) * scale - b_lse[None, :])  # [BK, BQ]
     if MASKED:
-        b_weights = tl.where(o_q[None, :] >= o_blind[:, None], b_weights, 0.0)
+        m_seen = o_q[None, :] >= o_blind[:, None]
+        b_weights = tl.where(m_seen, b_weights, 0.0)
     b_grad, b_grad_rest = load_rows(p_grad, stride_grad, n_queries, MASKED, D, BD, REST, BQ)
     b_grad_v, b_grad_v_rest = add_weighted_rows(b_grad_v, b_grad_v_rest, b_weights, b_grad, b_grad_rest, REST)
     b_grad_scores = b_weights * (products_of_rows(b_v, b_v_rest, b_grad, b_grad_rest, REST) - b_delta[None, :])
+    if MASKED and SPANS:  # again: a key that these queries do not see may make them 0 times what is not a number
+        b_grad_scores = tl.where(m_seen, b_grad_scores, 0.0)
     b_grad_k, b_grad_k_rest = add_weighted_rows(b_grad_k, b_grad_k_rest, b_grad_scores, b_q, b_q_rest, REST)
     return b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest
 
@@ -188,11 +185,11 @@ def _key_gradients_of_range(
     b_k, b_k_rest, b_v, b_v_rest, b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest,
     p_q, p_grad, p_statistics, stride_q, stride_q_head, stride_grad, stride_grad_head,
     i_first, i_last, n_masked, o_first, i_kv_head, n_shared, n_heads, n_queries, scale,
-    D: tl.constexpr, BD: tl.constexpr, REST: tl.constexpr, BQ: tl.constexpr,
+    SPANS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, REST: tl.constexpr, BQ: tl.constexpr,
 ):  # fmt: skip
     """What the queries i_first <= q < i_last of all heads that share the keys add.
 
-    A key misses the queries before o_first, all of which are in the first n_masked tiles.
+    A key misses the queries before o_first, all of which are in the first n_masked tiles or beyond i_last.
     """
     n_whole = (i_last - i_first) // BQ
     n_tiles = tl.cdiv(i_last - i_first, BQ)
@@ -209,7 +206,7 @@ def _key_gradients_of_range(
             b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest = _key_gradients(
                 b_k, b_k_rest, b_v, b_v_rest, b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest,
                 p_q_head + i_q * stride_q, p_grad_head + i_q * stride_grad, p_lse + i_q, p_delta + i_q,
-                stride_q, stride_grad, BQ, o_first, scale, False, D, BD, REST, BQ,
+                stride_q, stride_grad, BQ, o_first, scale, SPANS, False, D, BD, REST, BQ,
             )  # fmt: skip
         for i in range(n_masked + n_tiles - n_inner):
             i_q = i_first + tl.where(i < n_masked, i, i - n_masked + n_inner) * BQ
@@ -219,7 +216,7 @@ def _key_gradients_of_range(
             b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest = _key_gradients(
                 b_k, b_k_rest, b_v, b_v_rest, b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest,
                 p_q_head + i_q * stride_q, p_grad_head + i_q * stride_grad, p_lse + i_q, p_delta + i_q,
-                stride_q, stride_grad, n_left, o_blind, scale, True, D, BD, REST, BQ,
+                stride_q, stride_grad, n_left, o_blind, scale, SPANS, True, D, BD, REST, BQ,
             )  # fmt: skip
     return b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest
 
@@ -276,12 +273,12 @@ def key_gradient_kernel(
         i_first = i_start + i_block * BK
         if i_first >= i_end:
             return
-    p_k += i_first.to(tl.int64) * (stride_k * UNIT) + i_kv_head * (stride_k_head * UNIT)
-    p_v += i_first.to(tl.int64) * (stride_v * UNIT) + i_kv_head * (stride_v_head * UNIT)
+    p_k += i_first.to(tl.int64) * (stride_k * UNIT) + i_kv_head * stride_k_head * UNIT
+    p_v += i_first.to(tl.int64) * (stride_v * UNIT) + i_kv_head * stride_v_head * UNIT
     stride_q = stride_q * UNIT
-    stride_q_head = stride_q_head * UNIT
+    stride_q_head = tl.cast(stride_q_head, tl.int64) * UNIT
     stride_grad = stride_grad * UNIT
-    stride_grad_head = stride_grad_head * UNIT
+    stride_grad_head = tl.cast(stride_grad_head, tl.int64) * UNIT
     b_k, b_k_rest = load_rows(p_k, stride_k * UNIT, i_end - i_first, True, D, BD, REST, BK)
     b_v, b_v_rest = load_rows(p_v, stride_v * UNIT, i_end - i_first, True, D, BD, REST, BK)
     b_grad_k, b_grad_k_rest = zero_rows(BD, REST, BK)
@@ -297,13 +294,14 @@ def key_gradient_kernel(
             i_q_last = tl.load(p_row + 3)
             i_seen = tl.load(p_row + 1)
             i_seen_end = tl.load(p_row + 2)
-            o_first = tl.where((i_seen <= o_k) & (o_k < i_seen_end), i_q_first, i_q_last)
+            # A key outside misses all queries, and those that fill up the last tile.
+            o_first = tl.where((i_seen <= o_k) & (o_k < i_seen_end), i_q_first, i_q_last + BQ)
             is_whole = (i_seen <= i_first) & (i_first + BK <= i_seen_end)
             b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest = _key_gradients_of_range(
                 b_k, b_k_rest, b_v, b_v_rest, b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest,
                 p_q, p_grad, p_statistics, stride_q, stride_q_head, stride_grad, stride_grad_head,
                 i_q_first, i_q_last, tl.where(is_whole, 0, tl.cdiv(i_q_last - i_q_first, BQ)), o_first,
-                i_kv_head, n_shared, n_heads, n_queries, scale_log2, D, BD, REST, BQ,
+                i_kv_head, n_shared, n_heads, n_queries, scale_log2, SPANS, D, BD, REST, BQ,
             )  # fmt: skip
     else:
         i_root_end = tl.load(p_segments + i_segment * 4 + 2)
@@ -314,7 +312,7 @@ def key_gradient_kernel(
             b_k, b_k_rest, b_v, b_v_rest, b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest,
             p_q, p_grad, p_statistics, stride_q, stride_q_head, stride_grad, stride_grad_head,
             i_q_first, i_q_last, tl.where(is_full, 0, tl.cdiv(BK, BQ)), tl.where(is_full, i_start, o_k),
-            i_kv_head, n_shared, n_heads, n_queries, scale_log2, D, BD, REST, BQ,
+            i_kv_head, n_shared, n_heads, n_queries, scale_log2, SPANS, D, BD, REST, BQ,
         )  # fmt: skip
     i_row = i_first.to(tl.int64) * n_kv_heads + i_kv_head
     n_rows = i_end - i_first

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lynx_kernels.attention.triton import Launch, _compute_dtype, _cut, _exponent, _head
 from lynx_kernels.attention.triton_forward import attend
+from lynx_kernels.attention.triton_launches import Launch, compute_dtype, constants, exponent, in_units
 from lynx_kernels.attention.triton_parts import count_parts, merge
 from lynx_kernels.attention.triton_tiles import zero_rows
 
@@ -92,13 +92,13 @@ def decode_kernel(
     i_root = tl.load(p_branch_to_root + i_branch).to(tl.int32)
     if is_root:
         b_branch, n_before = _branches_of_root(p_branch_to_root, i_root, i_branch, o_slot, n_branches, BQ, SCAN)
-        i_first_key = i_root.to(tl.int64) * (stride_root * UNIT) + i_kv_head * (stride_root_head * UNIT)
+        i_first_key = (i_root.to(tl.int64) * stride_root + i_kv_head * stride_root_head) * UNIT
         p_k = p_root_k + i_first_key
         p_v = p_root_v + i_first_key
     else:
         b_branch = tl.where(o_slot == 0, i_branch, n_branches)
         n_before = i_branch * 0
-        i_first_key = i_branch.to(tl.int64) * (stride_branch * UNIT) + i_kv_head * (stride_branch_head * UNIT)
+        i_first_key = (i_branch.to(tl.int64) * stride_branch + i_kv_head * stride_branch_head) * UNIT
         p_k = p_branch_k + i_first_key
         p_v = p_branch_v + i_first_key
     if n_before % n_slots != 0:
@@ -190,11 +190,10 @@ def forward(
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    compute = _compute_dtype(q, root_k, root_v, branch_k, branch_v)
+    compute = compute_dtype(q, root_k, root_v, branch_k, branch_v)
     q = q.to(compute).contiguous()
     root, branch = _alike(root_k, root_v, compute), _alike(branch_k, branch_v, compute)
-    strides = [*root[0].stride()[:3], *branch[0].stride()[:3]]
-    unit = 8 if all(stride % 8 == 0 for stride in strides) else 1
+    strides, unit = in_units(*root[0].stride()[:3], *branch[0].stride()[:3])
     rows = queries * (heads // kv_heads)
     launch = choose_launch(head_dim, compute, rows * triton.cdiv(branches, roots))
     slots, tiles = max(1, launch.block_queries // rows), triton.cdiv(rows, launch.block_queries)
@@ -206,9 +205,8 @@ def forward(
     with torch.cuda.device_of(q):  # Triton launches on the current device, whatever its arguments are on
         decode_kernel[(branches * tiles, kv_heads, root_parts + branch_parts)](
             q, *root, *branch, branch_to_root.contiguous(), root_lengths.contiguous(), branch_lengths.contiguous(),
-            outs, lses, *(stride // unit for stride in strides),
-            branches, queries, heads // kv_heads, slots, root_parts, _exponent(scale),
-            NEGATIVE=scale < 0, **_head(head_dim, unit), **_cut(launch), SCAN=_SCAN,
+            outs, lses, *strides, branches, queries, heads // kv_heads, slots, root_parts, exponent(scale),
+            NEGATIVE=scale < 0, SCAN=_SCAN, **constants(launch, head_dim, unit),
         )  # fmt: skip
         merge(outs, lses, out, lse)
     return out, lse

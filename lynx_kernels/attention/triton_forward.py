@@ -9,11 +9,13 @@ import triton.language as tl
 
 from lynx_kernels.attention.triton_tiles import (
     add_weighted_rows,
-    count_key_tiles,
+    edge_tile,
     load_rows,
     products_of_rows,
     store_rows,
     tile_of_queries,
+    tiles_of_keys,
+    whole_tile,
     zero_rows,
 )
 
@@ -71,17 +73,15 @@ def forward_kernel(
     BQ: tl.constexpr,
     BK: tl.constexpr,
 ):
-    i_first, i_end, i_full, i_full_end, i_causal, i_causal_end = tile_of_queries(
-        p_segments, n_segments, SPANS, ROOT_IS_CAUSAL, BQ, BK
-    )
+    i_first, i_end, ranges = tile_of_queries(p_segments, n_segments, SPANS, ROOT_IS_CAUSAL, BQ, BK)
     if i_first >= i_end:
         return
     i_h = tl.program_id(1)
     n_heads = tl.num_programs(1)
-    p_q += i_first.to(tl.int64) * (stride_q * UNIT) + i_h.to(tl.int64) * (stride_q_head * UNIT)
+    p_q += i_first.to(tl.int64) * (stride_q * UNIT) + i_h.to(tl.int64) * stride_q_head * UNIT
     i_kv_head = (i_h // n_shared).to(tl.int64)
-    p_k += i_kv_head * (stride_k_head * UNIT)
-    p_v += i_kv_head * (stride_v_head * UNIT)
+    p_k += i_kv_head * stride_k_head * UNIT
+    p_v += i_kv_head * stride_v_head * UNIT
     stride_k = stride_k * UNIT
     stride_v = stride_v * UNIT
 
@@ -94,22 +94,16 @@ def forward_kernel(
     b_max = tl.full([BQ], float("-inf"), dtype=tl.float32)
     b_weight = tl.zeros([BQ], dtype=tl.float32)
     o_q = i_first + tl.arange(0, BQ)
-    n_full, n_causal, n_full_edges, n_causal_edges = count_key_tiles(
-        i_first, i_full, i_full_end, i_causal, i_causal_end, BK
-    )
-    for i in range(n_full + n_causal):
-        i_key = tl.where(i < n_full, i_full + i * BK, i_causal + (i - n_full) * BK).to(tl.int64)
+    n_whole, n_edges, counts = tiles_of_keys(i_first, ranges, BK)
+    for i in range(n_whole):
+        i_key = whole_tile(i, ranges, counts, BK)
         b_sum, b_sum_rest, b_max, b_weight = attend(
             b_q, b_q_rest, b_sum, b_sum_rest, b_max, b_weight,
             p_k + i_key * stride_k, p_v + i_key * stride_v, stride_k, stride_v, BK, o_q, scale,
             False, D, BD, REST, BK,
         )  # fmt: skip
-    for i in range(n_full_edges + n_causal_edges):
-        is_full = i < n_full_edges
-        i_key = tl.where(is_full, i_full + n_full * BK, i_causal + (n_causal + i - n_full_edges) * BK)
-        n_keys = tl.where(is_full, i_full_end, i_causal_end) - i_key
-        o_seen = tl.where(is_full, n_keys, o_q + 1 - i_key)
-        i_key = i_key.to(tl.int64)
+    for i in range(n_edges):
+        i_key, n_keys, o_seen = edge_tile(i, o_q, ranges, counts, BK)
         b_sum, b_sum_rest, b_max, b_weight = attend(
             b_q, b_q_rest, b_sum, b_sum_rest, b_max, b_weight,
             p_k + i_key * stride_k, p_v + i_key * stride_v, stride_k, stride_v, n_keys, o_seen, scale,

@@ -41,21 +41,19 @@ def merge_kernel(
     o_d = tl.arange(0, BD)
     m_tile = m_row[:, None] & (o_d[None, :] < D)
     b_max = tl.full([BROWS], float("-inf"), dtype=tl.float32)
-    p_part = p_part_lse + o_row
+    o_part = o_row
     for _ in range(n_parts):
-        b_max = tl.maximum(b_max, tl.load(p_part, mask=m_row, other=float("-inf")))
-        p_part += n_rows
+        b_max = tl.maximum(b_max, tl.load(p_part_lse + o_part, mask=m_row, other=float("-inf")))
+        o_part += n_rows
     b_max = tl.where(b_max == float("-inf"), 0.0, b_max)  # no part has a key
     b_weight = tl.zeros([BROWS], dtype=tl.float32)
     b_sum = tl.zeros([BROWS, BD], dtype=tl.float32)
-    p_part = p_part_lse + o_row
-    p_tile = p_parts + o_row[:, None] * D + o_d[None, :]
+    o_part = o_row
     for _ in range(n_parts):
-        b_part = tl.exp(tl.load(p_part, mask=m_row, other=float("-inf")) - b_max)
+        b_part = tl.exp(tl.load(p_part_lse + o_part, mask=m_row, other=float("-inf")) - b_max)
         b_weight += b_part
-        b_sum += b_part[:, None] * tl.load(p_tile, mask=m_tile, other=0.0)
-        p_part += n_rows
-        p_tile += n_rows * D
+        b_sum += b_part[:, None] * tl.load(p_parts + o_part[:, None] * D + o_d[None, :], mask=m_tile, other=0.0)
+        o_part += n_rows
     b_sum = b_sum / tl.where(b_weight == 0, 1.0, b_weight)[:, None]
     tl.store(p_out + o_row[:, None] * D + o_d[None, :], b_sum.to(p_out.dtype.element_ty), mask=m_tile)
     tl.store(p_lse + o_row, b_max + tl.log(b_weight), mask=m_row)

@@ -3,7 +3,8 @@
 Dialect of flash-linear-attention: ``b_`` a block's values, ``p_`` a pointer, ``o_`` offsets, ``m_`` a mask, ``i_`` an
 index. A head dimension D that is no power of two is two tiles side by side, D = 88 the 64 columns ``b_x`` and the 24
 of 32 columns ``b_x_rest``: 96 columns of work instead of 128. Where one tile holds D, REST is 0 and the rest not read.
-Strides come in units of UNIT elements: Triton then knows that rows start at multiples of it, and loads vectors.
+Strides come in units of UNIT elements: Triton then knows that rows start at multiples of it, and loads vectors. In
+elements those of rows fit 32 bits; those of heads and sequences need not, and meet a 64-bit index before UNIT.
 """
 
 import triton
@@ -34,8 +35,9 @@ def tile_of_queries(
 ):
     """This program's queries, and the two ranges of keys they see: all of one, the other up to themselves.
 
-    Returns the first query, the end of its segment (not after the first where there is nothing to do), and start and
-    end of both ranges. A segment's last tiles, which see the most keys where it is causal, start first.
+    Returns the first query, the end of its segment (not after the first where there is nothing to do), and a tuple for
+    tiles_of_keys: start and end of both ranges. A segment's last tiles, which see the most keys where it is causal,
+    start first.
     """
     WIDTH: tl.constexpr = 3 if SPANS else 4
     i_segment, i_block = find_segment(p_segments, n_segments, tl.program_id(0), WIDTH, BQ)
@@ -66,15 +68,38 @@ def tile_of_queries(
         i_full_end = tl.where(is_joined, i_root, i_root_end)
         i_causal = tl.where(is_joined, i_root, tl.where(is_root, i_last, i_start))
         i_causal_end = i_last
-    return i_first, i_end, i_full, i_full_end, i_causal, i_causal_end
+    return i_first, i_end, (i_full, i_full_end, i_causal, i_causal_end)
 
 
 @triton.jit
-def count_key_tiles(i_first, i_full, i_full_end, i_causal, i_causal_end, BK: tl.constexpr):
-    """Tiles of keys that every query of a tile sees whole, in both ranges, and the tiles at the edges of both."""
+def tiles_of_keys(i_first, ranges, BK: tl.constexpr):
+    """How many tiles of both ranges all queries from i_first on see whole, how many are at the edges of what they see,
+    and a tuple for whole_tile and edge_tile."""
+    i_full, i_full_end, i_causal, i_causal_end = ranges
     n_full = (i_full_end - i_full) // BK
     n_causal = tl.maximum(i_first + 1 - i_causal, 0) // BK
-    return n_full, n_causal, tl.cdiv(i_full_end - i_full, BK) - n_full, tl.cdiv(i_causal_end - i_causal, BK) - n_causal
+    n_full_edges = tl.cdiv(i_full_end - i_full, BK) - n_full
+    n_edges = n_full_edges + tl.cdiv(i_causal_end - i_causal, BK) - n_causal
+    return n_full + n_causal, n_edges, (n_full, n_full_edges, n_causal)
+
+
+@triton.jit
+def whole_tile(i, ranges, counts, BK: tl.constexpr):
+    """The first key of the tile."""
+    i_full, _, i_causal, _ = ranges
+    n_full, _, _ = counts
+    return tl.where(i < n_full, i_full + i * BK, i_causal + (i - n_full) * BK).to(tl.int64)
+
+
+@triton.jit
+def edge_tile(i, o_q, ranges, counts, BK: tl.constexpr):
+    """The first key of the tile, how many keys are there, and how many of them each query sees."""
+    i_full, i_full_end, i_causal, i_causal_end = ranges
+    n_full, n_full_edges, n_causal = counts
+    is_full = i < n_full_edges
+    i_key = tl.where(is_full, i_full + n_full * BK, i_causal + (n_causal + i - n_full_edges) * BK)
+    n_keys = tl.where(is_full, i_full_end, i_causal_end) - i_key
+    return i_key.to(tl.int64), n_keys, tl.where(is_full, n_keys, o_q + 1 - i_key)
 
 
 @triton.jit

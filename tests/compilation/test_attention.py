@@ -1,11 +1,11 @@
 """What the compiler makes of attention's kernels."""
 
 import re
-import sys
 
 import pytest
+import torch
 
-from lynx_kernels.attention import triton_cross
+from lynx_kernels.attention import triton_launches
 from tests.compilation import table
 from tests.compilation.cases import ATTENTION_CASES, FP32
 from tests.compilation.offline import GFX942, SHARED_MEMORY, TENSOR_CORES
@@ -26,15 +26,19 @@ WIDE_SPILLS, SINGLE_SPILLS, WIDE_SINGLE_SPILLS = 1200, 1300, 12000
 
 
 def test_the_cases_cover_every_launch():
-    prefix = triton_cross.__name__.removesuffix("_cross")  # whichever of these modules declares them
-    modules = [module for name, module in sys.modules.items() if name.startswith(prefix)]
-    shipped = {each for found in modules for each in vars(found).values() if type(each).__name__ == "Launch"}
-    assert shipped
+    shipped = {each for each in vars(triton_launches).values() if isinstance(each, triton_launches.Launch)}
     compiled = {row.launch for case in ATTENTION_CASES for row in table.results(case, 90)}
     for launch in shipped:
         cut = f"BQ={launch.block_queries}, BK={launch.block_keys}, "
         cut += f"num_warps={launch.num_warps}, num_stages={launch.num_stages}"
         assert any(cut in each for each in compiled), launch
+
+
+def test_few_queries_a_span_have_launches_of_their_own():
+    few = triton_launches.FEW_FORWARD, triton_launches.FEW_QUERY_GRADIENT
+    for queries, spans, expected in [(32, True, True), (33, True, False), (32, False, False)]:
+        chosen = triton_launches.choose_launches(128, torch.bfloat16, queries, 1, spans)
+        assert (chosen[:2] == few) == expected
 
 
 @pytest.mark.parametrize("arch", SHARED_MEMORY)

@@ -4,14 +4,13 @@ from functools import cache
 
 import pytest
 import torch
-from torch.utils import deterministic
-from triton.runtime import interpreter
 
 from lynx_kernels import dispatch
 from lynx_kernels.adapter import adapter
 from lynx_kernels.adapter import triton as implementation
 from lynx_kernels.adapter.triton_launches import Launch, Plan
 from tests.interpreter import DTYPES
+from tests.interpreter.sparse import run_only
 from tests.lynx_kernels.helpers import check, permuted, run
 from tests.lynx_kernels.test_adapter import (
     ACTIVATIONS,
@@ -290,8 +289,7 @@ def test_offsets_beyond_int32(form, absent, monkeypatch):
     use(Plan(form, tile, tile), monkeypatch)
     monkeypatch.setattr(implementation, "_BLOCK_WIDTH", 2048)
     monkeypatch.setattr(implementation, "_GROUP", 1)  # the last programs have the last rows
-    _only_last_programs(monkeypatch, 3)
-    monkeypatch.setattr(deterministic, "fill_uninitialized_memory", False)
+    run_only(monkeypatch, _last_three)
     small, grad = make((3,), width, bottleneck, torch.float16, absent)
     x, wide_grad = torch.empty(2, tokens, width, dtype=torch.float16)
     x[-3:], wide_grad[-3:] = small[0], grad
@@ -305,25 +303,9 @@ def test_offsets_beyond_int32(form, absent, monkeypatch):
     torch.testing.assert_close(grad_x[-3:], expected_grad, rtol=1e-2, atol=1e-2)
 
 
-def _only_last_programs(monkeypatch, last):
-    builder = interpreter.interpreter_builder
-    run_grid, set_index = interpreter.GridExecutor.__call__, builder.set_grid_idx
-    skipped = [0]
-
-    def run_last(self, *args, **kwargs):
-        # weight_rows_kernel goes over the weights, all of which the last programs of the next launch need.
-        skipped[0] = 0 if self.fn.__name__ == "weight_rows_kernel" else max(self.grid[0] - last, 0)
-        self.grid = (self.grid[0] - skipped[0],)
-        run_grid(self, *args, **kwargs)
-
-    def set_later_index(x, y, z):
-        set_index(x, y, z)
-        builder.grid_idx = (x + skipped[0], y, z)
-
-    monkeypatch.setattr(interpreter.GridExecutor, "__call__", run_last)
-    # On a CPU it would copy every storage onto itself, and so touch all its pages.
-    monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *args: None)
-    monkeypatch.setattr(builder, "set_grid_idx", set_later_index)
+def _last_three(kernel, programs):
+    # weight_rows_kernel goes over the weights, all of which the last programs of the next launch need.
+    return range(0 if kernel == "weight_rows_kernel" else max(programs - 3, 0), programs)
 
 
 def test_the_interpreter_runs_only_when_named():

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from lynx_kernels import SpanLayout, cross_attention, which
-from lynx_kernels.attention import triton_cross as implementation
-from lynx_kernels.attention import triton_parts
-from lynx_kernels.attention.triton import Launch
+from lynx_kernels.attention import triton_cross, triton_parts
+from lynx_kernels.attention import triton_rows as implementation
+from lynx_kernels.attention.triton_launches import Launch
 from lynx_kernels.attention.triton_parts import count_parts
 from tests.lynx_kernels.attention_cases import (
     assert_case_within_budget,
@@ -57,6 +57,12 @@ def test_heads_and_scales(heads, kv_heads, dim, scale):
     assert_case_within_budget(case_of(batch, heads, kv_heads, dim, scale=scale))
 
 
+def test_spans_that_miss_one_key_of_a_tile(cut):
+    """Whole tiles of queries, which take no mask over tiles of keys that they see whole."""
+    cut(SMALL)
+    assert_case_within_budget(case_of(([16, 16], [(1, 64), (0, 63)], 64), 1, dim=16))
+
+
 def test_many_segments(cut):
     """As texts between pictures: segments of a few tokens, each sees the picture before it."""
     cut(SMALL)
@@ -74,6 +80,17 @@ def test_runs_agree_bit_by_bit_whatever_the_strides(parts, cut):
         for ours, theirs in zip(actual, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
             assert ours.is_contiguous()
+
+
+def test_any_strides_of_results_and_tables(cut):
+    cut(SMALL)
+    case, layout = case_of(([4, 3], [(1, 9), (3, 40)], 40)), SpanLayout.from_spans([4, 3], [(1, 9), (3, 40)], 40)
+    results = case.operation(*case.inputs)
+    arguments = [*grads_of(results), *results, *case.inputs]
+    arguments += [layout.segments, layout.tile_offsets, layout.tile_segments]
+    expected = triton_cross.backward(*arguments, 0.2)
+    for ours, theirs in zip(triton_cross.backward(*map(permuted, arguments), 0.2), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -114,18 +131,46 @@ def test_nothing_to_attend(batch, parts, cut):
 def test_not_a_number_where_nobody_looks(parts, cut):
     cut(SMALL, parts)
     case = case_of(([20, 3], [(7, 40), (30, 45)], 70))
-    expected = case.operation(*case.inputs)
+    grads = grads_of(case.operation(*case.inputs))
+    expected = run(case.operation, case.inputs, grads)
     seen = torch.arange(70)[:, None, None].sub(26).abs() <= 19  # 7 to 45, the last by nobody
     seen[45] = False
     hidden = [case.inputs[0], *(each.where(seen, torch.nan) for each in case.inputs[1:])]
-    for ours, theirs in zip(case.operation(*hidden), expected, strict=True):
+    for ours, theirs in zip(run(case.operation, hidden, grads), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("index", [1, 2], ids=["key", "value"])
+def test_not_a_number_reaches_those_that_see_it(index, cut):
+    """And the keys beside it that they see, but no others of their tiles."""
+    cut(SMALL)
+    case = case_of(([4, 3, 2], [(7, 20), (17, 28), (20, 31)], 31))
+    grads = grads_of(case.operation(*case.inputs))
+    expected = run(case.operation, case.inputs, grads)
+    case.inputs[index][10] = torch.nan
+    out, lse, grad_q, grad_k, grad_v = run(case.operation, case.inputs, grads)
+    for ours, theirs in zip((out, lse, grad_q), expected, strict=False):
+        assert torch.equal(ours[4:], theirs[4:])
+    assert out[:4].isnan().all()
+    for ours, theirs in zip((grad_k, grad_v), expected[3:], strict=True):
+        for others in (slice(0, 7), slice(20, 31)):
+            assert torch.equal(ours[others], theirs[others])
+    assert grad_k[7:20].isnan().all()
 
 
 def test_large_scores():
     case = case_of(([4, 2], [(0, 40), (38, 40)], 40))
     case = replace(case, inputs=[case.inputs[0] * 1e4, *case.inputs[1:]])
     assert_huge_scores_within_budget(case)
+
+
+@pytest.mark.parametrize("large", [0, 1])
+def test_parts_of_very_different_weight(large):
+    parts, part_lse = torch.randn(2, 3, 16), torch.zeros(2, 3)
+    part_lse[large] = 200
+    triton_parts.merge(parts, part_lse, out := torch.empty(3, 16), lse := torch.empty(3))
+    torch.testing.assert_close(out, parts[large])
+    torch.testing.assert_close(lse, part_lse[large])
 
 
 @pytest.mark.parametrize("keys", [901, 4505])

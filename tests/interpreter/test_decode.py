@@ -1,11 +1,12 @@
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from lynx_kernels import prefix_attention_decode, which
 from lynx_kernels.attention import triton_decode as implementation
-from lynx_kernels.attention.triton import Launch
+from lynx_kernels.attention.triton_launches import Launch
 from tests.lynx_kernels.attention_cases import assert_case_within_budget, decode_case
 from tests.lynx_kernels.helpers import permuted
 
@@ -58,7 +59,7 @@ def test_more_rows_than_a_tile(cut):
     assert_case_within_budget(case_of(5, ([0, 1, 0], [20, 3], [5, 19, 33]), heads=7), gradients=False)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "dim", "scale"), [(4, 2, 7, -0.3), (3, 3, 88, None), (2, 2, 33, 0.0)])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "scale"), [(4, 2, 7, -0.3), (3, 3, 88, -0.1), (2, 2, 33, 0.0)])
 def test_heads_and_scales(heads, kv_heads, dim, scale):
     """As launched."""
     case = case_of(
@@ -81,19 +82,37 @@ def test_strides(cut):
     heads_outside = [case.inputs[0], *(each.transpose(1, 2).contiguous().transpose(1, 2) for each in case.inputs[1:])]
     mixed = [permuted(each) if i % 2 else each for i, each in enumerate(case.inputs)]
     padded = [torch.cat([each + 1, each], -1)[..., each.shape[-1] :] for each in case.inputs]
-    for inputs in (case.inputs, heads_outside, mixed, padded):
+    for inputs in (heads_outside, mixed, padded, [permuted(each) for each in case.inputs]):
         for ours, theirs in zip(case.operation(*inputs), expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
             assert ours.is_contiguous()
 
 
-def test_caches_of_other_dtypes():
+def test_strides_of_indices():
+    case = case_of(1, ([1, 0], [20, 3], [3, 9]))
+    expected = case.operation(*case.inputs)
+    indices = [torch.tensor(each, dtype=torch.int32) for each in ([1, 0], [20, 3], [3, 9])]
+    call = partial(prefix_attention_decode, return_lse=True, impl="triton")
+    for ours, theirs in zip(call(*case.inputs, *map(permuted, indices)), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_caches_too_far_apart_for_offsets_of_32_bits_are_copied():
+    for distance, is_copied in [(2**24 - 1, False), (2**24, True)]:
+        cache = torch.empty_strided((1, 2, 1, 8), (2 * distance, distance, 8, 1), device="meta")
+        for copy in implementation._alike(cache, cache, torch.float32):
+            assert copy.is_contiguous() == is_copied
+
+
+@pytest.mark.parametrize("narrow", [slice(0, 1), slice(1, 3), slice(3, 5)], ids=["queries", "roots", "branches"])
+def test_dtypes_that_differ(narrow):
     case = case_of(1, ([0, 0], [20], [3, 9]))
-    inputs = [case.inputs[0].half(), *case.inputs[1:]]
+    inputs = list(case.inputs)
+    inputs[narrow] = [each.half() for each in inputs[narrow]]
     wide = case.operation(*(each.float() for each in inputs))
     out, lse = case.operation(*inputs)
-    assert out.dtype == torch.float16
-    torch.testing.assert_close(out, wide[0].half(), rtol=0, atol=0)
+    assert out.dtype == inputs[0].dtype
+    torch.testing.assert_close(out, wide[0].to(out.dtype), rtol=0, atol=0)
     torch.testing.assert_close(lse, wide[1], rtol=0, atol=0)
 
 
@@ -110,6 +129,16 @@ def test_nothing_to_decode(branches, queries):
     indices = [torch.zeros(branches, dtype=torch.int32), torch.ones(1, dtype=torch.int32)]
     indices.append(torch.ones(branches, dtype=torch.int32))
     assert prefix_attention_decode(q, root, root, branch, branch, *indices, impl="triton").shape == q.shape
+
+
+def test_parts_are_counted_by_the_programs_that_work(monkeypatch):
+    """Over a root one for as many branches as fill a tile of 16 rows, though all branches have programs."""
+    counted = []
+    monkeypatch.setattr(implementation, "choose_launch", lambda *shape: Launch(16, 16, 4, 1))
+    monkeypatch.setattr(implementation, "count_parts", lambda *shape: counted.append(shape) or 1)
+    case = case_of(2, ([0, 0, 1, 0, 0, 0], [20, 3], [5, 2, 4, 3, 2, 2]), heads=4, kv_heads=2)
+    case.operation(*case.inputs)
+    assert counted == [(2 * 2, 21, 16), (6 * 2, 5, 16)]
 
 
 def test_gradients_are_refused():

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lynx_kernels import PackedLayout, dispatch, prefix_attention
-from lynx_kernels.attention import triton as implementation
-from lynx_kernels.attention.triton import Launch
+from lynx_kernels.attention import triton_rows as implementation
+from lynx_kernels.attention.triton_launches import Launch
 from tests.lynx_kernels.attention_cases import GROUPS_OF_A_BATCH, grads_of
 from tests.lynx_kernels.attention_helpers import EXAMPLES, dense_attention, packed_visible, random, run
 from tests.lynx_kernels.helpers import permuted
@@ -63,6 +63,13 @@ def test_tiles(dtype, launch, root_is_causal, monkeypatch):
     check_prefix(SEVERAL_TILES, root_is_causal, dtype, heads=2 if dtype == FP32 else 1)
 
 
+@pytest.mark.usefixtures("_small_tiles")
+@both_roots
+def test_roots_that_end_beside_a_tile(root_is_causal):
+    """The first query of a branch sees one key less than a tile, a tile, one more."""
+    check_prefix([(14, [2]), (15, [2]), (16, [2])], root_is_causal, FP16)
+
+
 @both_roots
 @pytest.mark.parametrize("groups", [[(150, [70])], [(40, [70])] + [(0, [1])] * 3], ids=["long", "short"])
 def test_shipped_launches(groups, root_is_causal):
@@ -72,7 +79,7 @@ def test_shipped_launches(groups, root_is_causal):
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "scale", "root_is_causal"),
     [
-        (4, 2, 7, -0.3, True), (3, 1, 7, -0.3, False), (1, 1, 88, None, False), (2, 2, 33, 0.0, True),
+        (4, 2, 7, -0.3, True), (3, 1, 7, -0.3, False), (1, 1, 88, -0.3, False), (2, 2, 33, 0.0, True),
         (1, 1, 1, None, True), (1, 1, 256, None, True),
     ],
 )  # fmt: skip
@@ -137,7 +144,8 @@ def in_wider_rows(tensor):
 
 @pytest.mark.usefixtures("_small_tiles")
 def test_any_strides():
-    operation, _, inputs, grads = make(ONE_TILE_EACH, True, FP16)
+    """Tiles that need a mask for columns, rows, both and none; NaN behind every edge."""
+    operation, _, inputs, grads = make([(20, [19])], True, FP16, dim=40)
     expected = run(operation, inputs, grads)
     for spread in (permuted, in_wider_rows):
         for ours, theirs in zip(
@@ -186,6 +194,15 @@ def test_huge_scores(dtype, size, scale):
     exact = run(naive, [each.double() for each in inputs], grads)
     for name, ours, truth in zip(NAMES, run(operation, inputs, grads), exact, strict=True):
         torch.testing.assert_close(ours.double(), truth, rtol=0, atol=2e-2 * max(1, truth.abs().max().item()), msg=name)
+
+
+@pytest.mark.usefixtures("_small_tiles")
+def test_delta_beyond_fp16():
+    """Of a token that sees only itself dS is 0, however large rowsum(dO * O)."""
+    operation, _, inputs, grads = make([(0, [1, 1])], True, FP16)
+    _, _, grad_q, grad_k, _ = run(operation, [*inputs[:2], inputs[2] * 1000], [grads[0] * 1000, grads[1] * 0])
+    for gradient in (grad_q, grad_k):
+        torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1)
 
 
 @both_roots
