@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from lynx_kernels import PackedLayout, SpanLayout, cross_attention, prefix_attention, prefix_attention_decode
-from lynx_kernels.attention import triton_prefix as prefix
 from lynx_kernels.attention import triton_cross as cross
 from lynx_kernels.attention import triton_decode, triton_parts, triton_rows
+from lynx_kernels.attention import triton_prefix as prefix
 from lynx_kernels.attention.triton_launches import Launch
 from tests.interpreter.sparse import run_only
 from tests.lynx_kernels.attention_helpers import dense_attention, packed_visible, random, run
