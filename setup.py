@@ -15,17 +15,20 @@ from setuptools.command.build_ext import build_ext
 
 # Best first; what each asks of the processor stands in csrc/instruction_sets.cpp.
 _AVX512 = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-_X86 = {"avx512bf16": [*_AVX512, "-mavx512bf16"], "avx512": _AVX512, "avx2": ["-mavx2", "-mfma"]}
+_X86 = {"avx512bf16": [*_AVX512, "-mavx512bf16", "-mavx512vnni"], "avx512": _AVX512, "avx2": ["-mavx2", "-mfma"]}
 INSTRUCTION_SETS = {**(_X86 if platform.machine() == "x86_64" else {}), "plain": []}
-KERNELS = ["csrc/attention/kernels.cpp"]
+KERNELS = ["csrc/attention/kernels.cpp", "csrc/frames/kernels.cpp"]
 SOURCES = [
     "csrc/module.cpp",
     "csrc/instruction_sets.cpp",
     "csrc/threads.cpp",
     "csrc/attention/attention.cpp",
     "csrc/attention/plan.cpp",
+    "csrc/frames/frames.cpp",
 ]
-FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall", "-Wextra"]
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
+KERNEL_FLAGS = ["-ffp-contract=fast"]
+SOURCE_FLAGS = ["-ffp-contract=off"]  # csrc/frames/filter.h: doubles as Pillow computes them
 
 
 class BuildHost(build_ext):
@@ -57,9 +60,9 @@ class BuildHost(build_ext):
         for source in KERNELS:  # first: they take the longest
             operation = Path(source).parent.name
             for name, flags in INSTRUCTION_SETS.items():
-                compile_later(source, f"{operation}_{name}", [*flags, f"-DLYNX_KERNELS={operation}_{name}"])
+                compile_later(source, f"{operation}_{name}", [*KERNEL_FLAGS, *flags, f"-DLYNX_KERNELS={operation}_{name}"])
         for source in SOURCES:
-            compile_later(source, Path(source).stem, [*common, *python])
+            compile_later(source, Path(source).stem, [*SOURCE_FLAGS, *common, *python])
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(subprocess.check_call, commands))
         result = Path(self.get_ext_fullpath(ext.name))
