@@ -53,9 +53,10 @@ class Levels {
     Double inverse_;
 };
 
-// `count` is at least a vector's; the last one overlaps the one before.
+// Bytes of one channel; `count` is at least a vector's, and the last vector overlaps the one before.
 template <class Element>
-void compute(const uint8_t* bytes, int64_t count, const Levels& levels, Element* to) {
+void compute(const lynx::frames::Problem& problem, int channel, const uint8_t* bytes, int64_t count, Element* to) {
+    const Levels levels(problem.mean[channel], problem.std[channel]);
     int64_t i = 0;
     for (; i + kWidth <= count; i += kWidth) store(to + i, levels(load_vector<Bytes>(bytes + i)));
     if (i < count) store(to + count - kWidth, levels(load_vector<Bytes>(bytes + count - kWidth)));
@@ -67,7 +68,7 @@ bool computes_all(const lynx::frames::Problem& problem) {
     for (int i = 0; i < 256; i++) bytes[i] = (uint8_t)i;
     for (int channel = 0; channel < 3; channel++) {
         Element computed[256];
-        compute(bytes, 256, Levels(problem.mean[channel], problem.std[channel]), computed);
+        compute(problem, channel, bytes, 256, computed);
         if (memcmp(computed, static_cast<const Element*>(problem.levels) + 256 * channel, sizeof computed) != 0)
             return false;
     }
@@ -90,8 +91,7 @@ template <class Element>
 LYNX_INLINE void normalise(const lynx::frames::Problem& problem, int channel, bool computes_levels,
                            const uint8_t* bytes, int64_t count, Element* to) {
     if constexpr (kIsComputed<Element>)
-        if (computes_levels && count >= kWidth)
-            return compute(bytes, count, Levels(problem.mean[channel], problem.std[channel]), to);
+        if (computes_levels && count >= kWidth) return compute(problem, channel, bytes, count, to);
     const Element* levels = static_cast<const Element*>(problem.levels) + 256 * channel;
     for (int64_t i = 0; i < count; i++) to[i] = levels[bytes[i]];
 }
