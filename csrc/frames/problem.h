@@ -27,8 +27,8 @@ struct Problem {
     void* out;               // (num_frames, 3 * size * size) of that type
 };
 
-// One side's weights as one instruction set wants them. Inputs are taken in groups of four, counted from the crop's edge;
-// those of an output that lie outside its window, or the crop, have weights 0.
+// One side's weights as one instruction set wants them. Inputs are taken in groups of four, counted from the crop's
+// edge; those that lie outside an output's window, or outside the crop, weigh 0.
 struct Filter {
     int64_t count;             // of outputs
     int64_t begin, end;        // groups that any output needs

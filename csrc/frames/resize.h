@@ -1,8 +1,8 @@
-// Both passes of resizing over rolling rows: blocks of kWidth input rows are filtered horizontally, a lane for each row, and
-// kept as bytes in a ring, from which every output row is filtered vertically, a lane for each column.
+// Both passes of resizing over rolling rows: blocks of kWidth input rows are filtered horizontally, a lane for each row,
+// and kept as bytes in a ring, from which every output row is filtered vertically, a lane for each column.
 //
-// Products take four bytes of a lane at a time (dot.h). In the horizontal pass they are four neighbours in a row, in the
-// vertical pass four neighbours in a column; so the ring holds words of four rows.
+// Products take four bytes of a lane at a time (dot.h): four neighbours in a row in the horizontal pass, four neighbours
+// in a column in the vertical one. So the ring holds words of four rows.
 #pragma once
 
 #include "../cutter.h"
@@ -77,11 +77,11 @@ class Resizer {
             for (int j = 0; j < kVectors; j++)
                 add_products(sums[j], load_vector<Words>(scratch_.lines[i] + column + j * kWidth), four);
         }
-        for (int j = 0; j < kVectors; j++) store_vector(to + column + j * kWidth, to_bytes(sums[j]));
+        for (int j = 0; j < kVectors; j++) store_vector(to + column + j * kWidth, bytes_of(sums[j]));
     }
 
-    // The next kWidth rows through the horizontal pass into the ring. Lanes of rows below the crop are not filled: in the
-    // vertical pass their weights are 0.
+    // The next kWidth rows through the horizontal pass into the ring. Lanes of rows below the crop are not filled: such
+    // rows weigh 0 in the vertical pass.
     void next_block() {
         const int64_t plane = scratch_.columns, first_column = 4 * column_filter_.begin;
         const int64_t columns = smaller(4 * column_filter_.end, frame_.width) - first_column;
@@ -121,7 +121,7 @@ class Resizer {
                 broadcast_weights(four, weights + i * kWeightWords);
                 add_products(sums, bytes[i], four);
             }
-            store_vector(scratch_.filtered + column * kWidth, to_bytes(sums));
+            store_vector(scratch_.filtered + column * kWidth, bytes_of(sums));
             weights += column_filter_.most_groups * kWeightWords;
         }
     }
