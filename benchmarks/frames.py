@@ -17,8 +17,18 @@ from torch import Tensor
 
 from benchmarks.adapter import DTYPES
 from benchmarks.checks import assert_near
-from benchmarks.frames_peers import MEAN, STD, Frames, Peer, Workload, numpy_patches, peers, pictures, workload
-from benchmarks.frames_peers import _pillow as pillow_squares
+from benchmarks.frames_peers import (
+    MEAN,
+    STD,
+    Frames,
+    Peer,
+    Workload,
+    numpy_patches,
+    peers,
+    pictures,
+    pillow_squares,
+    workload,
+)
 from benchmarks.harness import Case, Setup
 from benchmarks.rows import OURS
 from benchmarks.timing import cold_copies
@@ -66,7 +76,7 @@ def setup(asked: Workload, dtype: torch.dtype, device: str, threads: int, compil
         "crop_rounding": "floor",
     }  # fmt: skip
     refused = which(pack_frames, tensors, **options).refused
-    found, left_out = peers(asked, dtype, device, compiler), dict[str, str]()
+    found = peers(asked, dtype, device, compiler)
     out = pack_frames(tensors, **options)
     for name in _ours(device):
         impl = name.removesuffix(" out=")
@@ -75,9 +85,8 @@ def setup(asked: Workload, dtype: torch.dtype, device: str, threads: int, compil
         found[OURS + name] = refused.get(impl) or Peer(lambda frames, ours=ours: ours(frames.tensors))
     left_out = {name: peer for name, peer in found.items() if isinstance(peer, str)}
     timed = {name: peer for name, peer in found.items() if isinstance(peer, Peer)}
-    copies = [Frames(each) for each in cold_copies(tensors, device)]
-    squares = pillow_squares(asked, copies[0].images)
-    exact = numpy_patches(asked, squares, torch.float64).to(device)
+    copies = [Frames.of(each) for each in cold_copies(tensors, device)]
+    exact = numpy_patches(asked, pillow_squares(asked, copies[0].images), torch.float64).to(device)
 
     def check(name: str) -> None:
         patches = _as_patches(timed[name].run(copies[0]), asked)

@@ -6,7 +6,6 @@ Peers whose names end in "~" resize in their own way, not as Pillow: they are ch
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -52,22 +51,23 @@ def workload(name: str) -> Workload:
 
 @dataclass(frozen=True)
 class Frames:
-    """One batch in the forms that peers like best: making them is not timed.
+    """One batch in the forms that peers like best; making them is not timed.
 
     Attributes:
         tensors: (height, width, 3) uint8.
+        stack: (N, height, width, 3) where all are of one size, else None.
+        images: Pillow's.
     """
 
     tensors: Sequence[Tensor]
+    stack: Tensor | None
+    images: Sequence[Image.Image]
 
-    @cached_property
-    def stack(self) -> Tensor | None:
-        """(N, height, width, 3) where all are of one size."""
-        return torch.stack(list(self.tensors)) if len({each.shape for each in self.tensors}) == 1 else None
-
-    @cached_property
-    def images(self) -> list[Image.Image]:
-        return [Image.fromarray(each.cpu().numpy()) for each in self.tensors]
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> "Frames":
+        is_one_size = len({each.shape for each in tensors}) == 1
+        images = [Image.fromarray(each.cpu().numpy()) for each in tensors]
+        return cls(tensors, torch.stack(list(tensors)) if is_one_size else None, images)
 
 
 def pictures(shapes: Sequence[tuple[int, int]], device: str) -> list[Tensor]:
@@ -108,7 +108,7 @@ def peers(workload: Workload, dtype: torch.dtype, device: str, compiler: Callabl
     if device != "cpu":
         return in_torch
     return {
-        "pillow + numpy": Peer(lambda frames: numpy_patches(workload, _pillow(workload, frames.images), dtype)),
+        "pillow + numpy": Peer(lambda frames: numpy_patches(workload, pillow_squares(workload, frames.images), dtype)),
         **in_torch,
         "transformers pillow": _transformers_pillow(workload, dtype),
         "transformers torchvision ~": _transformers_torchvision(workload, dtype),
@@ -116,7 +116,8 @@ def peers(workload: Workload, dtype: torch.dtype, device: str, compiler: Callabl
     }
 
 
-def _pillow(workload: Workload, images: Sequence[Image.Image]) -> np.ndarray:
+def pillow_squares(workload: Workload, images: Sequence[Image.Image]) -> np.ndarray:
+    """Resized and cropped, (N, S, S, 3) uint8."""
     squares = []
     for image in images:
         height, width = workload.short_side_shape(image.height, image.width)
@@ -125,6 +126,7 @@ def _pillow(workload: Workload, images: Sequence[Image.Image]) -> np.ndarray:
 
 
 def numpy_patches(workload: Workload, squares: np.ndarray, dtype: torch.dtype) -> Tensor:
+    """Normalised and cut into patches, (N * patches, 3 * p * p)."""
     levels = squares.astype(np.float64 if dtype == torch.float64 else np.float32)
     levels *= 1 / 255
     levels -= np.asarray(MEAN, levels.dtype)
