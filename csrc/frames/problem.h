@@ -62,9 +62,13 @@ struct Kernels {
 // crosses from one row of patches to the next.
 constexpr int64_t kStripRows = 32;
 
+namespace {  // as in filter.h
+
 inline int64_t strip_end(int64_t row, int64_t patch_size) {
     const int64_t next_patches = (row / patch_size + 1) * patch_size;
     return next_patches < row + kStripRows ? next_patches : row + kStripRows;
 }
+
+}  // namespace
 
 }  // namespace lynx::frames
