@@ -11,6 +11,7 @@ Rates count the pixels that the centre crop leaves and the output, each once; th
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,7 +72,7 @@ def setup(asked: Workload, dtype: torch.dtype, device: str, threads: int, compil
     """The providers of one case, and a check of each against Pillow's bytes."""
     torch._dynamo.reset()
     tensors = pictures(asked.shapes, device)
-    options = {
+    options: dict[str, Any] = {
         "size": asked.size, "patch_size": asked.patch_size, "mean": MEAN, "std": STD, "dtype": dtype,
         "crop_rounding": "floor",
     }  # fmt: skip
@@ -80,9 +81,8 @@ def setup(asked: Workload, dtype: torch.dtype, device: str, threads: int, compil
     out = pack_frames(tensors, **options)
     for name in _ours(device):
         impl = name.removesuffix(" out=")
-        reused = {"out": out} if name != impl else {}
-        ours = partial(pack_frames, **options, **reused, impl=impl)
-        found[OURS + name] = refused.get(impl) or Peer(lambda frames, ours=ours: ours(frames.tensors))
+        ours = partial(_ours_on, options | {"impl": impl} | ({} if name == impl else {"out": out}))
+        found[OURS + name] = refused.get(impl) or Peer(ours)
     left_out = {name: peer for name, peer in found.items() if isinstance(peer, str)}
     timed = {name: peer for name, peer in found.items() if isinstance(peer, Peer)}
     copies = [Frames.of(each) for each in cold_copies(tensors, device)]
@@ -107,6 +107,10 @@ def setup(asked: Workload, dtype: torch.dtype, device: str, threads: int, compil
         threads=threads if device == "cpu" else None,
         frames=len(tensors),
     )
+
+
+def _ours_on(options: dict[str, Any], frames: Frames) -> Tensor:
+    return pack_frames(frames.tensors, **options)
 
 
 def _as_patches(values: Tensor, asked: Workload) -> Tensor:

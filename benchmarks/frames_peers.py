@@ -95,12 +95,15 @@ class Peer:
     tolerance: float = 0.0
 
 
-def peers(workload: Workload, dtype: torch.dtype, device: str, compiler: Callable = torch.compile) -> dict:
-    """Peers by name, the baseline first; a string says why one is left out."""
+Peers = dict[str, Peer | str]  # by name; a string says why a peer is left out
+
+
+def peers(workload: Workload, dtype: torch.dtype, device: str, compiler: Callable = torch.compile) -> Peers:
+    """All peers, the baseline first."""
     inexact, tolerance = ("", 0.0) if workload.is_sized else (" ~", 1.0)
     textbook, lean = (torch_peer(workload, dtype, device, each) for each in (normalised, normalised_lean))
     compiled = torch_peer(workload, dtype, device, compiler(normalised, dynamic=False))
-    in_torch = {
+    in_torch: Peers = {
         f"eager{inexact}": Peer(textbook, tolerance),
         f"eager lean{inexact}": Peer(lean, tolerance),
         f"compile{inexact}": Peer(compiled, tolerance),
@@ -127,7 +130,7 @@ def pillow_squares(workload: Workload, images: Sequence[Image.Image]) -> np.ndar
 
 def numpy_patches(workload: Workload, squares: np.ndarray, dtype: torch.dtype) -> Tensor:
     """Normalised and cut into patches, (N * patches, 3 * p * p)."""
-    levels = squares.astype(np.float64 if dtype == torch.float64 else np.float32)
+    levels: Any = squares.astype(np.float64 if dtype == torch.float64 else np.float32)
     levels *= 1 / 255
     levels -= np.asarray(MEAN, levels.dtype)
     levels /= np.asarray(STD, levels.dtype)
