@@ -3,8 +3,8 @@
 Kernels are compiled once per instruction set, and the processor decides when the module is loaded. Where there is no
 C++ compiler, or it fails, the package is installed without the module and says so when it is asked to use it.
 
-The CUDA kernels are built by lynx_kernels/cuda_build.py when they are first used, from the copy of csrc that the package
-carries; with LYNX_CUDA=1 (and --no-build-isolation, it needs torch) here and now, or installing fails.
+The CUDA kernels are built by lynx_kernels/cuda_build.py when they are first used, from the copy of csrc that the
+package carries; with LYNX_CUDA=1 (and --no-build-isolation, it needs torch) here and now, or installing fails.
 """
 
 import importlib.util

@@ -8,12 +8,16 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import adapter, attention, report
+from benchmarks import adapter, attention, embeddings, report
 from benchmarks.harness import Case, measure
 from benchmarks.rows import RESULTS, append
 from benchmarks.tables import as_text
 
-OPERATIONS: dict[str, Callable[..., Iterator[Case]]] = {"adapter": adapter.cases, "attention": attention.cases}
+OPERATIONS: dict[str, Callable[..., Iterator[Case]]] = {
+    "adapter": adapter.cases,
+    "attention": attention.cases,
+    "embeddings": embeddings.cases,
+}
 
 
 def device() -> str:

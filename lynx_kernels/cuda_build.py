@@ -26,6 +26,7 @@ SOURCES = ("torch_library.cu", "embeddings/embeddings.cu")
 # What 9.0 and 10.0 have beyond the common instructions needs the "a"; the code of 8.0 also runs on 8.6 to 8.9.
 _ARCHS = ("80", "90a", "100a")
 _OTHERS = "compute_80"  # what the driver of any other GPU compiles for itself
+_DEFAULT_HOME = "/usr/local/cuda"
 _OLDEST_TORCH = "0x020b000000000000ULL"
 _FLAGS = (
     "-O3", "-std=c++17", "--threads=0", "-Xptxas=-v", "-Xcompiler=-fPIC,-fvisibility=hidden",
@@ -60,7 +61,7 @@ def find_tools() -> Tools:
         MissingToolError: one of them is missing; the message says which, and where it was looked for.
     """
     beside_python = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)] + ["/usr/local/cuda"]
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)] + [_DEFAULT_HOME]
     nvcc = shutil.which("nvcc", path=os.pathsep.join([*(f"{home}/bin" for home in homes), os.environ.get("PATH", "")]))
     if nvcc is None:
         raise MissingToolError(
@@ -123,9 +124,9 @@ def _ninja_file(tools: Tools) -> str:
 
 
 def cached(tools: Tools) -> Path:
-    """The library of these very sources, compiler and torch, built now if it was not yet; of several processes one does.
+    """The library of these very sources, compiler and torch, built now if it was not yet.
 
-    It lies in ``$LYNX_CACHE``, by default ``lynx_kernels`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
+    Of several processes one builds it. It lies in ``$LYNX_CACHE``, by default ``lynx_kernels`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
 
     Raises:
         BuildError: the compiler failed, or the folder cannot be written to.
@@ -143,7 +144,9 @@ def cached(tools: Tools) -> Path:
     try:
         once(target, make)
     except OSError as error:
-        raise BuildError(f"the library cannot be written to {folder} ({error}): name another folder in LYNX_CACHE")
+        raise BuildError(
+            f"the library cannot be written to {folder} ({error}): name another folder in LYNX_CACHE"
+        ) from None
     return target
 
 

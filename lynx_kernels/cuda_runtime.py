@@ -1,7 +1,7 @@
 """Where CUDA C++ kernels can run, and the library they are in.
 
-It is either inside the package (``LYNX_CUDA=1 pip install --no-build-isolation ...`` built it) or in a cache, where it is
-built when a GPU's tensors first ask for it. ``LYNX_CUDA=0`` forbids the latter.
+It is either inside the package (``LYNX_CUDA=1 pip install --no-build-isolation ...`` built it) or in a cache, where it
+is built when a GPU's tensors first ask for it. ``LYNX_CUDA=0`` forbids the latter.
 """
 
 import os

@@ -63,4 +63,3 @@ def _rows(table: Tensor, index: Tensor) -> Tensor:
     if table.shape[0] == 0:
         return table.new_zeros(index.shape[0], table.shape[1])
     return table.index_select(0, index.clamp(0, table.shape[0] - 1))
-

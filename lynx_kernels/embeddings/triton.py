@@ -15,6 +15,7 @@ from lynx_kernels.embeddings.table import sum_rows
 # None of these is measured: no GPU yet. 4096 columns in 16 bits are 8 KiB, 64 bytes a thread of 4 warps.
 _COLUMNS = 4096
 _WARPS = 4
+_SUM_COLUMNS = 2048  # 4096 sums in fp32 are 32 registers a thread: 72 in all, and half the threads
 _SCAN = 128  # rows looked at at once for uses of a vision row
 _FIND = 1024
 
@@ -24,8 +25,8 @@ def _dense(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _columns(width: int) -> int:
-    return min(triton.next_power_of_2(width), _COLUMNS)
+def _columns(width: int, most: int) -> int:
+    return min(triton.next_power_of_2(width), most)
 
 
 def forward(
@@ -39,7 +40,7 @@ def forward(
     out = embedding.new_empty((rows, width))
     if out.numel() == 0:
         return out
-    embedding, vision, columns = _dense(embedding), _dense(vision), _columns(width)
+    embedding, vision, columns = _dense(embedding), _dense(vision), _columns(width, _COLUMNS)
     with torch.cuda.device_of(embedding):  # Triton launches on the current device, whatever its arguments are on
         # Without `debug` Triton drops assertions; its checks for integer overflow, which come with them, would cost
         # registers in every offset.
@@ -75,7 +76,7 @@ def _vision_gradient(grad: Tensor, vision_index: Tensor, num_vision: int, dtype:
     out = grad.new_empty((num_vision, width), dtype=dtype)
     if out.numel() == 0:
         return out
-    uses, columns = vision_index.new_zeros((2, num_vision)), _columns(width)
+    uses, columns = vision_index.new_zeros((2, num_vision)), _columns(width, _SUM_COLUMNS)
     with torch.cuda.device_of(grad):
         if rows > 0:
             find_kernel[(triton.cdiv(rows, _FIND),)](vision_index, uses, rows, num_vision, BT=_FIND)
@@ -110,7 +111,8 @@ def pack_kernel(
         b_row = tl.load(p_vision + i_vision * stride_vision + o_d, mask=m_d).to(p_out.dtype.element_ty)  # [BD]
     else:
         i_token = tl.load(p_token_ids + i_row)
-        tl.device_assert((i_token >= 0) & (i_token < n_embeddings), "pack_embeddings: token_ids has a value out of range")
+        m_token = (i_token >= 0) & (i_token < n_embeddings)
+        tl.device_assert(m_token, "pack_embeddings: token_ids has a value out of range")
         b_row = tl.load(p_embedding + i_token * stride_embedding + o_d, mask=m_d)
     tl.store(p_out + i_row * D + o_d, b_row, mask=m_d)
 

@@ -71,7 +71,7 @@ struct Matrix {
           count(numbers[name + "_rows"]),
           stride(numbers[name + "_stride"]),
           size(kSizes[static_cast<int>(dtype)]),
-          buffer(count == 0 ? 0 : ((count - 1) * stride + width) * size, numbers[name + "_offset"] * size) {}
+          buffer(count == 0 || width == 0 ? 0 : ((count - 1) * stride + width) * size, numbers[name + "_offset"] * size) {}
 
     lynx::Rows rows() const { return {buffer.data(), dtype, count, stride}; }
 

@@ -19,6 +19,7 @@ interpreted = calls("triton")
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     monkeypatch.setattr(implementation, "_COLUMNS", 16)
+    monkeypatch.setattr(implementation, "_SUM_COLUMNS", 8)
     monkeypatch.setattr(implementation, "_SCAN", 8)
     monkeypatch.setattr(implementation, "_FIND", 16)
 
