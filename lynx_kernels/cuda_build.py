@@ -126,7 +126,8 @@ def _ninja_file(tools: Tools) -> str:
 def cached(tools: Tools) -> Path:
     """The library of these very sources, compiler and torch, built now if it was not yet.
 
-    Of several processes one builds it. It lies in ``$LYNX_CACHE``, by default ``lynx_kernels`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
+    Of several processes one builds it. It lies in ``$LYNX_CACHE``, by default ``lynx_kernels`` in ``$XDG_CACHE_HOME``
+    or ``~/.cache``.
 
     Raises:
         BuildError: the compiler failed, or the folder cannot be written to.
