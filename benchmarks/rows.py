@@ -23,10 +23,10 @@ class Row:
     Attributes:
         provider: who was measured; our own begin with "lynx ", the best one first.
         metric: "time" (microseconds a call); "ratio to P" (P's time over this one's, round by round: above 1 is faster
-            than P); "share of F" (the same for a floor F, so at most about 1); "TFLOP/s" or "GB/s" of the operation's
-            own work; "peak memory" (MiB that a call allocates at most at one time, its results included); "saved
-            memory" (MiB that stay alive between forward and backward, parameters not counted); "wrong", "failed" or
-            "left out" (no numbers, ``note`` says why).
+            than P); "share of F" (the same for a floor F, so at most about 1); "TFLOP/s", "GB/s" or "frames/s" of the
+            operation's own work; "peak memory" (MiB that a call allocates at most at one time, its results included);
+            "saved memory" (MiB that stay alive between forward and backward, parameters not counted); "wrong",
+            "failed" or "left out" (no numbers, ``note`` says why).
         shape: dtype and sizes; the last ``name=value`` is what grows, the rest is a group that belongs together.
         p20, p50, p80: percentiles over rounds.
     """

@@ -32,6 +32,7 @@ typedef float Floats __attribute__((vector_size(4 * kWidth)));
 typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
 typedef uint32_t Words __attribute__((vector_size(4 * kWidth)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kWidth)));
+typedef uint8_t Bytes __attribute__((vector_size(kWidth)));
 
 struct BFloat16 {
     uint16_t bits;
@@ -50,6 +51,8 @@ LYNX_INLINE void store_vector(void* to, Vector vector) {
 }
 
 LYNX_INLINE Floats broadcast(float value) { return value - Floats{}; }
+
+LYNX_INLINE Words broadcast_word(uint32_t value) { return value + Words{}; }
 
 LYNX_INLINE Ints lane_numbers() {
     Ints lanes;

@@ -1,9 +1,7 @@
 #include "attention.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <memory>
-#include <new>
 
 #include "../instruction_sets.h"
 #include "../numbers.h"
@@ -26,38 +24,16 @@ const Kernels& kernels() {
     return *all[static_cast<int>(instruction_set())];
 }
 
-struct Free {
-    void operator()(void* block) const { free(block); }
-};
-
 // Run `kernel` on every unit of the plan for every key head.
 template <class ScratchBytes, class Kernel>
 void run_units(const Plan& plan, Problem& problem, int threads, ScratchBytes scratch_bytes, Kernel kernel) {
     problem.runs = plan.runs.data();
     problem.tiles = plan.tiles.data();
-    size_t bytes = 64;
+    size_t bytes = 0;
     for (const Unit& unit : plan.units) bytes = std::max(bytes, scratch_bytes(problem, unit));
-    const int64_t count = plan.units.size() * problem.num_kv_heads;
-    threads = static_cast<int>(std::min<int64_t>(usable_threads(threads), count));
-    if (count == 0) return;
-    // Before the threads start: no exception may leave them.
-    std::vector<std::unique_ptr<void, Free>> scratches;
-    for (int i = 0; i < threads; i++) {
-        scratches.emplace_back(aligned_alloc(64, bytes));
-        if (scratches.back() == nullptr) throw std::bad_alloc();
-    }
-    std::vector<std::unique_ptr<void, Free>>* all = &scratches;
-    int next_scratch = 0;
-#pragma omp parallel num_threads(threads)
-    {
-        int mine;
-#pragma omp atomic capture
-        mine = next_scratch++;
-        void* scratch = (*all)[mine].get();
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < count; i++)
-            kernel(problem, plan.units[i / problem.num_kv_heads], i % problem.num_kv_heads, scratch);
-    }
+    share_out(plan.units.size() * problem.num_kv_heads, threads, bytes, [&](int64_t i, void* scratch) {
+        kernel(problem, plan.units[i / problem.num_kv_heads], i % problem.num_kv_heads, scratch);
+    });
 }
 
 // The gradients of the queries of split groups: the sums of their parts, always in the same order.

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from lynx_kernels import dispatch
-from lynx_kernels.frames import reference
+from lynx_kernels.frames import cpu, reference
 from lynx_kernels.registration import define
 
 _IMPLEMENTATIONS = dispatch.Operation(
     "pack_frames",
+    dispatch.Implementation("cpu", cpu.forward, refusal=cpu.refusal),
     dispatch.Implementation("reference", reference.forward),
 )
 
