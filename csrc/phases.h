@@ -37,7 +37,7 @@ __device__ __forceinline__ void run_phases(const typename Kernel::Args& args, co
 }
 
 template <class Kernel>
-__global__ void __launch_bounds__(Kernel::kThreads) run_kernel(const typename Kernel::Args args) {
+__global__ void __launch_bounds__(Kernel::kThreads) run_kernel(const __grid_constant__ typename Kernel::Args args) {
     __shared__ typename Kernel::Shared shared;
     typename Kernel::Registers registers = {};
     Place place = {static_cast<int>(blockIdx.x), static_cast<int>(threadIdx.x), 0};

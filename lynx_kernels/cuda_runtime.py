@@ -18,15 +18,16 @@ from lynx_kernels import cuda_build
 _PACKAGE = Path(__file__).parent
 
 
-def refusal(*tensors: Tensor | None) -> str | None:
-    """Why CUDA kernels cannot take these tensors, or None if they can. Builds them where that is all that lacks."""
-    device = next(each.device for each in tensors if each is not None)
+def refusal(tensor: Tensor) -> str | None:
+    """Why CUDA kernels cannot take tensors on this one's device, or None if they can.
+
+    Builds the kernels where that is all that lacks.
+    """
+    device = tensor.device
     if device.type != "cuda":
         return f"CUDA kernels need a GPU, and the tensors are on {device.type}"
     if torch.version.cuda is None:
         return "CUDA kernels need an NVIDIA GPU, and this torch is not built for any"
-    if any(each is not None and each.dtype == torch.float64 for each in tensors):
-        return "the CUDA kernels add up in fp32, and an argument is fp64"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "CUDA kernels need compute capability 8.0 (Ampere) or newer"
     return missing()

@@ -9,7 +9,9 @@ from lynx_kernels.registration import define
 
 
 def _cuda_refusal(token_ids: Tensor, embedding: Tensor, vision: Tensor, vision_index: Tensor) -> str | None:
-    return cuda_runtime.refusal(embedding, vision)
+    if torch.float64 in (embedding.dtype, vision.dtype):
+        return "the CUDA kernels add up in fp32, and an argument is fp64"
+    return cuda_runtime.refusal(embedding)
 
 
 def _triton_refusal(token_ids: Tensor, embedding: Tensor, vision: Tensor, vision_index: Tensor) -> str | None:

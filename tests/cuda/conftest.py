@@ -13,5 +13,5 @@ def on_host(monkeypatch):
         pytest.skip(host_kernels.MISSING)
     kernels = host_kernels.HostKernels()
     monkeypatch.setattr(cuda_runtime, "kernels", lambda: kernels)
-    monkeypatch.setattr(cuda_runtime, "refusal", lambda *tensors: None)
+    monkeypatch.setattr(cuda_runtime, "refusal", lambda tensor: None)
     return kernels

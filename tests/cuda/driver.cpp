@@ -7,6 +7,7 @@
 #include <string>
 
 #include "embeddings/cuda_launches.h"
+#include "frames/cuda_launches.h"
 #include "on_host.h"
 
 namespace {
@@ -102,6 +103,33 @@ void sum_rows(const Numbers& numbers, lynx::OnHost run) {
     out.buffer.write();
 }
 
+// Each frame comes as its strides, height, width and whether it is mirrored, where its first pixel stands in its memory,
+// how much that is, and that memory: what the box cuts out, to the byte.
+void pack_frames(const Numbers& numbers, lynx::OnHost run) {
+    const int64_t size = numbers["size"], element_size = numbers["element_size"];
+    const Buffer levels(3 * 256 * element_size);
+    levels.read();
+    std::vector<std::unique_ptr<Buffer>> memory;
+    lynx::frames::Call call = {
+        {}, size, numbers["patch_size"], numbers["is_exact"] != 0, numbers["rounds_down"] != 0, element_size,
+        levels.data(), nullptr};
+    for (int64_t i = 0; i < numbers["frames"]; i++) {
+        const Buffer head(8 * sizeof(int64_t));
+        const int64_t* said = static_cast<const int64_t*>(head.read().data());
+        memory.push_back(std::make_unique<Buffer>(said[7]));
+        const uint8_t* data = static_cast<const uint8_t*>(memory.back()->read().data()) + said[6];
+        call.frames.push_back({data, said[0], said[1], said[2], said[3], said[4], said[5] != 0});
+    }
+    const Buffer out(numbers["frames"] * 3 * size * size * element_size, numbers["out_offset"] * element_size);
+    call.out = out.data();
+    std::vector<int32_t> filters;
+    lynx::frames::pack_frames(call, run, [&](int64_t count) {
+        filters.assign(count, -1);
+        return filters.data();
+    });
+    out.write();
+}
+
 }  // namespace
 
 int main(int count, char** words) {
@@ -113,6 +141,8 @@ int main(int count, char** words) {
         pack_rows(numbers, run);
     else if (kernel == "sum_rows")
         sum_rows(numbers, run);
+    else if (kernel == "pack_frames")
+        pack_frames(numbers, run);
     else
         fail("there is no such kernel");
     return 0;

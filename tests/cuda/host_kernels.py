@@ -15,7 +15,17 @@ HERE = Path(__file__).parent
 CSRC = cuda_build.find_sources()
 COMPILER = os.environ.get("CXX") or "c++"
 MISSING = None if shutil.which(COMPILER) else f"there is no C++ compiler {COMPILER}"
-_FLAGS = ("-std=c++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-Wall", "-Wextra")
+# Contracted, sums of products would not be those of csrc/frames/filter.h.
+_FLAGS = (
+    "-std=c++17",
+    "-O1",
+    "-g",
+    "-fsanitize=address,undefined",
+    "-ffp-contract=off",
+    "-fno-sanitize-recover=all",
+    "-Wall",
+    "-Wextra",
+)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of lynx::Dtype
 
 
@@ -76,6 +86,33 @@ class HostKernels:
     ) -> Tensor:
         out = grad.new_empty((num_vision, grad.shape[1]), dtype=dtype)
         return self._run("sum_rows", [vision_index, grad], out, grad=grad)
+
+    def pack_frames(
+        self,
+        frames: list[Tensor],
+        out: Tensor,
+        levels: Tensor,
+        boxes: list[int],
+        flips: list[int],
+        size: int,
+        patch_size: int,
+        is_exact: bool,
+        rounds_down: bool,
+    ) -> None:
+        numbers = {
+            "seed": self.seed, "frames": len(frames), "size": size, "patch_size": patch_size, "is_exact": int(is_exact),
+            "rounds_down": int(rounds_down), "element_size": out.element_size(), "out_offset": self.offset,
+        }  # fmt: skip
+        given = [_memory(levels)]
+        for index, frame in enumerate(frames):
+            top, left, height, width = boxes[4 * index : 4 * index + 4]
+            memory = _memory(frame[top : top + height, left : left + width])
+            head = [*frame.stride(), height, width, flips[index], 0, len(memory)]
+            given += [torch.tensor(head).numpy().tobytes(), memory]
+        words = [f"{name}={value}" for name, value in numbers.items()]
+        said = run(HERE / "driver.cpp", "pack_frames", *words, given=b"".join(given))
+        if said:
+            out.copy_(torch.frombuffer(bytearray(said), dtype=out.dtype).view(out.shape))
 
     def _run(self, kernel: str, given: list[Tensor], out: Tensor, **rows: Tensor) -> Tensor:
         numbers = {"seed": self.seed, "width": out.shape[1], "out_offset": 0}

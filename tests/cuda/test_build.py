@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lynx_kernels import cuda_build, cuda_runtime
-from lynx_kernels.cuda_build import NAME, BuildError, MissingToolError, cached, find_tools
+from lynx_kernels.cuda_build import NAME, SOURCES, BuildError, MissingToolError, cached, find_tools
 
 ROOT = Path(__file__).parents[2]
 # Notes every compilation in $CALLS, and writes what it was asked for, slowly.
@@ -111,7 +111,9 @@ def test_built_once_by_several_processes(home):
     paths = {Path(out.strip()) for out, _ in results}
     assert paths == {cached(find_tools())}
     assert paths.pop().read_text() == "library\n"
-    assert sorted(Path(home, "calls").read_text().split()) == sorted([NAME, "embeddings.o", "torch_library.o"])
+    assert sorted(Path(home, "calls").read_text().split()) == sorted(
+        [NAME, *(f"{Path(source).stem}.o" for source in SOURCES)]
+    )
     assert sum("building the CUDA kernels with" in error for _, error in results) == 1
 
 
@@ -155,20 +157,18 @@ def test_a_library_in_the_package_comes_first(home):
 
 
 def test_refusals(home, monkeypatch):
-    gpu, dtypes = torch.device("cuda", 0), (torch.float32, torch.float64)
-    narrow, wide = (SimpleNamespace(device=gpu, dtype=dtype) for dtype in dtypes)
+    tensor = SimpleNamespace(device=torch.device("cuda", 0))
     monkeypatch.setattr(cuda_runtime, "_load", lambda: "not built")
     assert cuda_runtime.refusal(torch.ones(1)) == "CUDA kernels need a GPU, and the tensors are on cpu"
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert "not built for any" in cuda_runtime.refusal(narrow)
+    assert "not built for any" in cuda_runtime.refusal(tensor)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert "compute capability 8.0" in cuda_runtime.refusal(narrow, None)
+    assert "compute capability 8.0" in cuda_runtime.refusal(tensor)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert "an argument is fp64" in cuda_runtime.refusal(None, narrow, wide)
-    assert cuda_runtime.refusal(narrow) == "not built"
+    assert cuda_runtime.refusal(tensor) == "not built"
     monkeypatch.setattr(cuda_runtime, "_load", lambda: None)
-    assert cuda_runtime.refusal(narrow) is None
+    assert cuda_runtime.refusal(tensor) is None
 
 
 @pytest.mark.parametrize("why", [None, "not built"])
@@ -182,7 +182,7 @@ def test_compiled_functions_may_ask(why, home, monkeypatch):
 
 def test_every_source_is_compiled():
     csrc = cuda_build.find_sources()
-    assert {str(path.relative_to(csrc)) for path in csrc.rglob("*.cu")} == set(cuda_build.SOURCES)
+    assert {str(path.relative_to(csrc)) for path in csrc.rglob("*.cu")} == set(SOURCES)
 
 
 def run_setup(*arguments, **environment):

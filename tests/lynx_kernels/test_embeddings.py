@@ -261,9 +261,12 @@ def test_which_and_unknown_implementation(monkeypatch):
     inputs, _ = make()
     wide = dispatch.which(pack_embeddings, *inputs)
     assert wide.name == "reference"
-    assert wide.refused["cuda"] == "CUDA kernels need a GPU, and the tensors are on cpu"
+    assert wide.refused["cuda"] == "the CUDA kernels add up in fp32, and an argument is fp64"
     assert wide.refused["cpu"] == (host.MISSING or "adds up in fp32, embedding is torch.float64")
     narrow = [*inputs[:1], inputs[1].float(), inputs[2].half(), inputs[3]]
+    assert dispatch.which(pack_embeddings, *narrow).refused["cuda"] == (
+        "CUDA kernels need a GPU, and the tensors are on cpu"
+    )
     assert dispatch.which(pack_embeddings, *narrow).name == ("cpu" if host.MISSING is None else "reference")
     monkeypatch.setattr(host, "MISSING", "the compiled module is missing")
     assert dispatch.which(pack_embeddings, *narrow).refused["cpu"] == "the compiled module is missing"
