@@ -11,14 +11,25 @@ Rates count the pixels that the centre crop leaves and the output, each once; th
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.adapter import DTYPES
 from benchmarks.checks import assert_near
-from benchmarks.frames_peers import MEAN, STD, Frames, Peer, Workload, numpy_patches, peers, pictures, workload
-from benchmarks.frames_peers import _pillow as pillow_squares
+from benchmarks.frames_peers import (
+    MEAN,
+    STD,
+    Frames,
+    Peer,
+    Workload,
+    numpy_patches,
+    peers,
+    pictures,
+    pillow_squares,
+    workload,
+)
 from benchmarks.harness import Case, Setup
 from benchmarks.rows import OURS
 from benchmarks.timing import cold_copies
@@ -61,23 +72,21 @@ def setup(asked: Workload, dtype: torch.dtype, device: str, threads: int, compil
     """The providers of one case, and a check of each against Pillow's bytes."""
     torch._dynamo.reset()
     tensors = pictures(asked.shapes, device)
-    options = {
+    options: dict[str, Any] = {
         "size": asked.size, "patch_size": asked.patch_size, "mean": MEAN, "std": STD, "dtype": dtype,
         "crop_rounding": "floor",
     }  # fmt: skip
     refused = which(pack_frames, tensors, **options).refused
-    found, left_out = peers(asked, dtype, device, compiler), dict[str, str]()
+    found = peers(asked, dtype, device, compiler)
     out = pack_frames(tensors, **options)
     for name in _ours(device):
         impl = name.removesuffix(" out=")
-        reused = {"out": out} if name != impl else {}
-        ours = partial(pack_frames, **options, **reused, impl=impl)
-        found[OURS + name] = refused.get(impl) or Peer(lambda frames, ours=ours: ours(frames.tensors))
+        ours = partial(_ours_on, options | {"impl": impl} | ({} if name == impl else {"out": out}))
+        found[OURS + name] = refused.get(impl) or Peer(ours)
     left_out = {name: peer for name, peer in found.items() if isinstance(peer, str)}
     timed = {name: peer for name, peer in found.items() if isinstance(peer, Peer)}
-    copies = [Frames(each) for each in cold_copies(tensors, device)]
-    squares = pillow_squares(asked, copies[0].images)
-    exact = numpy_patches(asked, squares, torch.float64).to(device)
+    copies = [Frames.of(each) for each in cold_copies(tensors, device)]
+    exact = numpy_patches(asked, pillow_squares(asked, copies[0].images), torch.float64).to(device)
 
     def check(name: str) -> None:
         patches = _as_patches(timed[name].run(copies[0]), asked)
@@ -98,6 +107,10 @@ def setup(asked: Workload, dtype: torch.dtype, device: str, threads: int, compil
         threads=threads if device == "cpu" else None,
         frames=len(tensors),
     )
+
+
+def _ours_on(options: dict[str, Any], frames: Frames) -> Tensor:
+    return pack_frames(frames.tensors, **options)
 
 
 def _as_patches(values: Tensor, asked: Workload) -> Tensor:

@@ -6,7 +6,6 @@ Peers whose names end in "~" resize in their own way, not as Pillow: they are ch
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -52,22 +51,23 @@ def workload(name: str) -> Workload:
 
 @dataclass(frozen=True)
 class Frames:
-    """One batch in the forms that peers like best: making them is not timed.
+    """One batch in the forms that peers like best; making them is not timed.
 
     Attributes:
         tensors: (height, width, 3) uint8.
+        stack: (N, height, width, 3) where all are of one size, else None.
+        images: Pillow's.
     """
 
     tensors: Sequence[Tensor]
+    stack: Tensor | None
+    images: Sequence[Image.Image]
 
-    @cached_property
-    def stack(self) -> Tensor | None:
-        """(N, height, width, 3) where all are of one size."""
-        return torch.stack(list(self.tensors)) if len({each.shape for each in self.tensors}) == 1 else None
-
-    @cached_property
-    def images(self) -> list[Image.Image]:
-        return [Image.fromarray(each.cpu().numpy()) for each in self.tensors]
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> "Frames":
+        is_one_size = len({each.shape for each in tensors}) == 1
+        images = [Image.fromarray(each.cpu().numpy()) for each in tensors]
+        return cls(tensors, torch.stack(list(tensors)) if is_one_size else None, images)
 
 
 def pictures(shapes: Sequence[tuple[int, int]], device: str) -> list[Tensor]:
@@ -95,12 +95,15 @@ class Peer:
     tolerance: float = 0.0
 
 
-def peers(workload: Workload, dtype: torch.dtype, device: str, compiler: Callable = torch.compile) -> dict:
-    """Peers by name, the baseline first; a string says why one is left out."""
+Peers = dict[str, Peer | str]  # by name; a string says why a peer is left out
+
+
+def peers(workload: Workload, dtype: torch.dtype, device: str, compiler: Callable = torch.compile) -> Peers:
+    """All peers, the baseline first."""
     inexact, tolerance = ("", 0.0) if workload.is_sized else (" ~", 1.0)
     textbook, lean = (torch_peer(workload, dtype, device, each) for each in (normalised, normalised_lean))
     compiled = torch_peer(workload, dtype, device, compiler(normalised, dynamic=False))
-    in_torch = {
+    in_torch: Peers = {
         f"eager{inexact}": Peer(textbook, tolerance),
         f"eager lean{inexact}": Peer(lean, tolerance),
         f"compile{inexact}": Peer(compiled, tolerance),
@@ -108,7 +111,7 @@ def peers(workload: Workload, dtype: torch.dtype, device: str, compiler: Callabl
     if device != "cpu":
         return in_torch
     return {
-        "pillow + numpy": Peer(lambda frames: numpy_patches(workload, _pillow(workload, frames.images), dtype)),
+        "pillow + numpy": Peer(lambda frames: numpy_patches(workload, pillow_squares(workload, frames.images), dtype)),
         **in_torch,
         "transformers pillow": _transformers_pillow(workload, dtype),
         "transformers torchvision ~": _transformers_torchvision(workload, dtype),
@@ -116,7 +119,8 @@ def peers(workload: Workload, dtype: torch.dtype, device: str, compiler: Callabl
     }
 
 
-def _pillow(workload: Workload, images: Sequence[Image.Image]) -> np.ndarray:
+def pillow_squares(workload: Workload, images: Sequence[Image.Image]) -> np.ndarray:
+    """Resized and cropped, (N, S, S, 3) uint8."""
     squares = []
     for image in images:
         height, width = workload.short_side_shape(image.height, image.width)
@@ -125,7 +129,8 @@ def _pillow(workload: Workload, images: Sequence[Image.Image]) -> np.ndarray:
 
 
 def numpy_patches(workload: Workload, squares: np.ndarray, dtype: torch.dtype) -> Tensor:
-    levels = squares.astype(np.float64 if dtype == torch.float64 else np.float32)
+    """Normalised and cut into patches, (N * patches, 3 * p * p)."""
+    levels: Any = squares.astype(np.float64 if dtype == torch.float64 else np.float32)
     levels *= 1 / 255
     levels -= np.asarray(MEAN, levels.dtype)
     levels /= np.asarray(STD, levels.dtype)

@@ -14,8 +14,8 @@ void watch_forks();
 // fork, and a child that waits for them hangs.
 int usable_threads(int wanted);
 
-// work(i, scratch) for every i from 0 to count - 1, on at most `threads` threads, each of which takes the next i that none
-// has and has `scratch_bytes` of its own at `scratch`, 64-byte aligned. `work` must not throw.
+// work(i, scratch) for every i from 0 to count - 1 on at most `threads` threads: each takes the next i that none has, and
+// owns `scratch_bytes` at `scratch`, 64-byte aligned. `work` must not throw.
 void share_out(int64_t count, int threads, size_t scratch_bytes, const std::function<void(int64_t, void*)>& work);
 
 }  // namespace lynx

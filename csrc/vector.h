@@ -64,18 +64,19 @@ LYNX_INLINE Ints lane_numbers() {
 
 LYNX_INLINE Floats widen(Halves bits) { return (Floats)(__builtin_convertvector(bits, Words) << 16); }
 
-// bf16, rounded to nearest even, in the low half of every lane.
-LYNX_INLINE Words to_bfloat16(Floats x) {
+// bf16, rounded to nearest even.
+LYNX_INLINE Halves narrow(Floats x) {
 #if defined(__AVX512BF16__)
-    return __builtin_convertvector((Halves)_mm512_cvtneps_pbh((__m512)x), Words);
+    return (Halves)_mm512_cvtneps_pbh((__m512)x);
 #else
     Words bits = (Words)x;
     Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return x == x ? rounded : (bits >> 16 | 0x40);  // a NaN stays one
+    return __builtin_convertvector(x == x ? rounded : (bits >> 16 | 0x40), Halves);  // a NaN stays one
 #endif
 }
 
-LYNX_INLINE Halves narrow(Floats x) { return __builtin_convertvector(to_bfloat16(x), Halves); }
+// The same in the low half of every lane.
+LYNX_INLINE Words to_bfloat16(Floats x) { return __builtin_convertvector(narrow(x), Words); }
 
 LYNX_INLINE Floats load(const float* from) { return load_vector<Floats>(from); }
 LYNX_INLINE Floats load(const BFloat16* from) { return widen(load_vector<Halves>(from)); }
@@ -97,6 +98,34 @@ LYNX_INLINE void store_first(Element* to, Floats x, int64_t count) {
     Element staged[kWidth];
     store(staged, x);
     memcpy(to, staged, count * sizeof(Element));
+}
+
+// ---- bytes in memory, 32 bits in registers: GCC 12 would convert these lane by lane. (Masks, because it warns falsely of
+// the undefined register behind the intrinsics without.)
+
+LYNX_INLINE Ints widen(Bytes bytes) {
+#if defined(__AVX512F__)
+    return (Ints)_mm512_maskz_cvtepu8_epi32(0xffff, (__m128i)bytes);
+#elif defined(__AVX2__)
+    return (Ints)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)bytes));
+#else
+    return __builtin_convertvector(bytes, Ints);
+#endif
+}
+
+// What is below 0 or above 255 becomes that.
+LYNX_INLINE Bytes to_bytes(Ints x) {
+#if defined(__AVX512F__)
+    return (Bytes)_mm512_maskz_cvtusepi32_epi8(0xffff, (__m512i)(x < 0 ? Ints{} : x));
+#elif defined(__AVX2__)
+    const __m128i low = _mm256_castsi256_si128((__m256i)x), high = _mm256_extracti128_si256((__m256i)x, 1);
+    const __m128i halves = _mm_packs_epi32(low, high);
+    return (Bytes)_mm_cvtsi128_si64(_mm_packus_epi16(halves, halves));
+#else
+    x = x < 0 ? Ints{} : x;
+    x = x > 255 ? Ints{} + 255 : x;
+    return __builtin_convertvector(x, Bytes);
+#endif
 }
 
 // ---- across lanes

@@ -92,11 +92,9 @@ LYNX_INLINE void broadcast_weights(Words (&weights)[kWeightWords], const uint32_
 }
 
 // What byte_of says, in every lane.
-LYNX_INLINE Bytes to_bytes(const Words (&sums)[kSums]) {
-    Ints level = (Ints)(total(sums) + (1u << (lynx::frames::kWeightBits - 1))) >> lynx::frames::kWeightBits;
-    level = level < 0 ? Ints{} : level;
-    level = level > 255 ? Ints{} + 255 : level;
-    return __builtin_convertvector(level, Bytes);
+LYNX_INLINE Bytes bytes_of(const Words (&sums)[kSums]) {
+    using lynx::frames::kWeightBits;
+    return to_bytes((Ints)(total(sums) + (1u << (kWeightBits - 1))) >> kWeightBits);
 }
 
 }  // namespace

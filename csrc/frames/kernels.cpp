@@ -38,18 +38,53 @@ void copy_row(const Problem& problem, const Unit& unit, int64_t row, const Scrat
             mirror(first + channel * stride, problem.size, to + channel * stride);
 }
 
-// The rows of a strip, cut into patches, as numbers.
-template <class Element>
-void write_strip(const Problem& problem, const Unit& unit, int64_t row, int64_t rows, bool computes_levels,
-                 const uint8_t* patches) {
-    const int64_t size = problem.size, patch_size = problem.patch_size;
-    Element* out = static_cast<Element*>(problem.out) + unit.out_offset;
-    for (int64_t column = 0; column < size; column += patch_size)
+// The rows of a strip, cut into patches, as numbers: normalise(channel, bytes, count, to).
+template <class Element, class Normalise>
+LYNX_INLINE void write_strip(const Problem& problem, const Unit& unit, int64_t row, int64_t rows,
+                             const uint8_t* patches, Normalise normalise) {
+    const int64_t patch_size = problem.patch_size, count = rows * patch_size;
+    Element* to = static_cast<Element*>(problem.out) + unit.out_offset +
+                  lynx::frames::patch_offset(0, row, 0, problem.size, patch_size);
+    for (int64_t column = 0; column < problem.size; column += patch_size)
         for (int channel = 0; channel < 3; channel++) {
-            Element* to = out + lynx::frames::patch_offset(channel, row, column, size, patch_size);
-            normalise(problem, channel, computes_levels, patches, rows * patch_size, to);
-            patches += rows * patch_size;
+            normalise(channel, patches, count, to);
+            patches += count;
+            to += patch_size * patch_size;
         }
+}
+
+template <class Element>
+void look_up_strip(const Problem& problem, const Unit& unit, int64_t row, int64_t rows, const uint8_t* patches) {
+    const Element* levels = static_cast<const Element*>(problem.levels);
+    write_strip<Element>(problem, unit, row, rows, patches, [&](int channel, auto... run) {
+        look_up(levels + 256 * channel, run...);
+    });
+}
+
+#if defined(__AVX2__)
+template <class Element>
+void compute_strip(const Problem& problem, const Unit& unit, int64_t row, int64_t rows, const uint8_t* patches) {
+    const Computed computed[3] = {{problem.mean[0], problem.std[0]},
+                                  {problem.mean[1], problem.std[1]},
+                                  {problem.mean[2], problem.std[2]}};
+    write_strip<Element>(problem, unit, row, rows, patches,
+                         [&](int channel, auto... run) { computed[channel](run...); });
+}
+#endif
+
+void finish_strip(const Problem& problem, const Unit& unit, int64_t row, int64_t rows,
+                  [[maybe_unused]] bool computes_levels, const uint8_t* patches) {
+#if defined(__AVX2__)
+    if (computes_levels && rows * problem.patch_size >= kWidth) {
+        if (problem.type == ElementType::kFloat32) return compute_strip<float>(problem, unit, row, rows, patches);
+        return compute_strip<BFloat16>(problem, unit, row, rows, patches);
+    }
+#endif
+    switch (problem.type) {
+        case ElementType::kFloat64: return look_up_strip<uint64_t>(problem, unit, row, rows, patches);
+        case ElementType::kFloat32: return look_up_strip<uint32_t>(problem, unit, row, rows, patches);
+        default: return look_up_strip<uint16_t>(problem, unit, row, rows, patches);
+    }
 }
 
 void run(const Problem& problem, const Unit& unit, bool computes_levels, void* block) {
@@ -57,16 +92,7 @@ void run(const Problem& problem, const Unit& unit, bool computes_levels, void* b
     Scratch scratch(cutter, problem);
     auto finish = [&](int64_t row, int64_t rows) {
         cut_patches(scratch.strip, rows, scratch.stride, problem.size, problem.patch_size, scratch.patches);
-        switch (problem.type) {
-            case ElementType::kFloat64:
-                return write_strip<double>(problem, unit, row, rows, computes_levels, scratch.patches);
-            case ElementType::kFloat32:
-                return write_strip<float>(problem, unit, row, rows, computes_levels, scratch.patches);
-            case ElementType::kFloat16:
-                return write_strip<uint16_t>(problem, unit, row, rows, computes_levels, scratch.patches);
-            case ElementType::kBFloat16:
-                return write_strip<BFloat16>(problem, unit, row, rows, computes_levels, scratch.patches);
-        }
+        finish_strip(problem, unit, row, rows, computes_levels, scratch.patches);
     };
     auto run_strips = [&](auto make_row) {
         for (int64_t row = unit.first_row; row < unit.last_row;) {

@@ -17,15 +17,19 @@ LYNX_INLINE Chunk every_third(Chunk a, Chunk b, Chunk c, Lanes<kLanes...>) {
     return __builtin_shufflevector(from_two, c, (3 * kLanes + kFirst < 32 ? kLanes : 3 * kLanes + kFirst - 16)...);
 }
 
-LYNX_INLINE void split_channels(const uint8_t* from, int64_t count, uint8_t* const (&planes)[3]) {
+// The next row is asked for meanwhile: it is not where a processor expects it after the crop's last column.
+LYNX_INLINE void split_channels(const uint8_t* from, int64_t count, int64_t row_stride,
+                                uint8_t* const (&planes)[3]) {
     typedef MakeLanes<kChunk>::Type All;
+    uint8_t *const red = planes[0], *const green = planes[1], *const blue = planes[2];
     int64_t i = 0;
     for (; i + kChunk <= count; i += kChunk) {
+        __builtin_prefetch(from + 3 * i + row_stride);
         const Chunk a = load_vector<Chunk>(from + 3 * i), b = load_vector<Chunk>(from + 3 * i + kChunk);
         const Chunk c = load_vector<Chunk>(from + 3 * i + 2 * kChunk);
-        store_vector(planes[0] + i, every_third<0>(a, b, c, All()));
-        store_vector(planes[1] + i, every_third<1>(a, b, c, All()));
-        store_vector(planes[2] + i, every_third<2>(a, b, c, All()));
+        store_vector(red + i, every_third<0>(a, b, c, All()));
+        store_vector(green + i, every_third<1>(a, b, c, All()));
+        store_vector(blue + i, every_third<2>(a, b, c, All()));
     }
     for (; i < count; i++)
         for (int channel = 0; channel < 3; channel++) planes[channel][i] = from[3 * i + channel];
@@ -35,7 +39,7 @@ LYNX_INLINE void split_channels(const uint8_t* from, int64_t count, uint8_t* con
 void read_row(const lynx::frames::Frame& frame, int64_t row, int64_t column, int64_t count,
               uint8_t* const (&planes)[3]) {
     const uint8_t* from = frame.data + row * frame.row_stride + column * frame.column_stride;
-    if (frame.column_stride == 3 && frame.channel_stride == 1) return split_channels(from, count, planes);
+    if (frame.column_stride == 3 && frame.channel_stride == 1) return split_channels(from, count, frame.row_stride, planes);
     for (int channel = 0; channel < 3; channel++) {
         const uint8_t* pixels = from + channel * frame.channel_stride;
         if (frame.column_stride == 1)

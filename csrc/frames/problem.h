@@ -27,8 +27,8 @@ struct Problem {
     void* out;               // (num_frames, 3 * size * size) of that type
 };
 
-// One side's weights as one instruction set wants them. Inputs are taken in groups of four, counted from the crop's edge;
-// those of an output that lie outside its window, or the crop, have weights 0.
+// One side's weights as one instruction set wants them. Inputs are taken in groups of four, counted from the crop's
+// edge; those that lie outside an output's window, or outside the crop, weigh 0.
 struct Filter {
     int64_t count;             // of outputs
     int64_t begin, end;        // groups that any output needs
@@ -62,9 +62,13 @@ struct Kernels {
 // crosses from one row of patches to the next.
 constexpr int64_t kStripRows = 32;
 
+namespace {  // as in filter.h
+
 inline int64_t strip_end(int64_t row, int64_t patch_size) {
     const int64_t next_patches = (row / patch_size + 1) * patch_size;
     return next_patches < row + kStripRows ? next_patches : row + kStripRows;
 }
+
+}  // namespace
 
 }  // namespace lynx::frames

@@ -1,8 +1,8 @@
-// Both passes of resizing over rolling rows: blocks of kWidth input rows are filtered horizontally, a lane for each row, and
-// kept as bytes in a ring, from which every output row is filtered vertically, a lane for each column.
+// Both passes of resizing over rolling rows: blocks of kWidth input rows are filtered horizontally, a lane for each row,
+// and kept as bytes in a ring, from which every output row is filtered vertically, a lane for each column.
 //
-// Products take four bytes of a lane at a time (dot.h). In the horizontal pass they are four neighbours in a row, in the
-// vertical pass four neighbours in a column; so the ring holds words of four rows.
+// Products take four bytes of a lane at a time (dot.h): four neighbours in a row in the horizontal pass, four neighbours
+// in a column in the vertical one. So the ring holds words of four rows.
 #pragma once
 
 #include "../cutter.h"
@@ -25,7 +25,7 @@ struct ResizeScratch {
     int64_t ring_groups;  // of four rows, whole blocks
     uint8_t* planes;      // (kWidth, 3, columns): a block's rows
     Words* block;         // (3, columns / 4): lane by lane a row's group of four columns
-    uint8_t* filtered;    // (stride, kWidth): one channel of a block after the horizontal pass
+    uint8_t* filtered;    // (3, stride, kWidth): a block after the horizontal pass
     uint32_t* ring;       // (ring_groups, 3, stride) words of four rows
     const uint32_t** lines;  // (row_filter->most_groups,): those of the ring that an output row needs
 
@@ -35,7 +35,7 @@ struct ResizeScratch {
           ring_groups(round_up(unit.row_filter->most_groups + kBlockGroups - 1, kBlockGroups)) {
         planes = cutter.take<uint8_t>(kWidth * 3 * columns);
         block = cutter.take<Words>(3 * columns / 4);
-        filtered = cutter.take<uint8_t>(stride * kWidth);
+        filtered = cutter.take<uint8_t>(3 * stride * kWidth);
         ring = cutter.take<uint32_t>(ring_groups * 3 * stride);
         lines = cutter.take<const uint32_t*>(unit.row_filter->most_groups);
     }
@@ -77,11 +77,11 @@ class Resizer {
             for (int j = 0; j < kVectors; j++)
                 add_products(sums[j], load_vector<Words>(scratch_.lines[i] + column + j * kWidth), four);
         }
-        for (int j = 0; j < kVectors; j++) store_vector(to + column + j * kWidth, to_bytes(sums[j]));
+        for (int j = 0; j < kVectors; j++) store_vector(to + column + j * kWidth, bytes_of(sums[j]));
     }
 
-    // The next kWidth rows through the horizontal pass into the ring. Lanes of rows below the crop are not filled: in the
-    // vertical pass their weights are 0.
+    // The next kWidth rows through the horizontal pass into the ring. Lanes of rows below the crop are not filled: such
+    // rows weigh 0 in the vertical pass.
     void next_block() {
         const int64_t plane = scratch_.columns, first_column = 4 * column_filter_.begin;
         const int64_t columns = smaller(4 * column_filter_.end, frame_.width) - first_column;
@@ -97,32 +97,39 @@ class Resizer {
             transpose(tile);
             for (int group = 0; group < kWidth; group++) scratch_.block[i + group] = tile[group];
         }
-        for (int channel = 0; channel < 3; channel++) {
-            filter_block(scratch_.block + channel * plane / 4);
+        filter_block();
+        const int64_t count = column_filter_.count;
+        for (int channel = 0; channel < 3; channel++)
             for (int group = 0; group < kBlockGroups; group++) {
                 uint32_t* line = scratch_.line(next_group_ - first_group_ + group, channel);
-                for (int64_t column = 0; column < column_filter_.count; column++)
-                    memcpy(line + column, scratch_.filtered + (column * kBlockGroups + group) * 4, 4);
+                const uint8_t* from = scratch_.filtered + channel * scratch_.stride * kWidth + 4 * group;
+                for (int64_t column = 0; column < count; column++)
+                    memcpy(line + column, from + column * kWidth, 4);
             }
-        }
         next_group_ += kBlockGroups;
     }
 
-    // The groups of one channel, from column_filter_.begin on, to its outputs.
-    void filter_block(const Words* groups) const {
-        const uint32_t* weights = column_filter_.words;
-        for (int64_t column = 0; column < column_filter_.count; column++) {
-            Words sums[kSums];
-            start_sums(sums);
-            const int64_t first = column_filter_.first[column], count = column_filter_.last[column] - first;
-            const Words* bytes = groups + first - column_filter_.begin;
+    // Copies of members, here and above: bytes may be stored anywhere, so members would be loaded again after each.
+    void filter_block() const {
+        const lynx::frames::Filter filter = column_filter_;
+        const int64_t plane = scratch_.columns / 4, filtered_plane = scratch_.stride * kWidth;
+        const Words* const block = scratch_.block;
+        uint8_t* to = scratch_.filtered;
+        const uint32_t* weights = filter.words;
+        for (int64_t column = 0; column < filter.count; column++, to += kWidth) {
+            Words sums[3][kSums];
+            for (auto& each : sums) start_sums(each);
+            const int64_t first = filter.first[column], count = filter.last[column] - first;
+            const Words* groups = block + first - filter.begin;
             for (int64_t i = 0; i < count; i++) {
                 Words four[kWeightWords];
                 broadcast_weights(four, weights + i * kWeightWords);
-                add_products(sums, bytes[i], four);
+                for (int channel = 0; channel < 3; channel++)
+                    add_products(sums[channel], groups[channel * plane + i], four);
             }
-            store_vector(scratch_.filtered + column * kWidth, to_bytes(sums));
-            weights += column_filter_.most_groups * kWeightWords;
+            for (int channel = 0; channel < 3; channel++)
+                store_vector(to + channel * filtered_plane, bytes_of(sums[channel]));
+            weights += filter.most_groups * kWeightWords;
         }
     }
 
