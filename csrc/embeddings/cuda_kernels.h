@@ -1,7 +1,7 @@
 // pack_embeddings as CUDA kernels. Shapes: T rows, V rows of the table, M vision rows, width d.
 //
-// A thread moves kItems neighbours of a row at once, in accesses of 16 bytes; where rows do not start at multiples of 16
-// bytes, or do not end there, single ones.
+// A thread moves kItems neighbours of a row at once, in accesses of 16 bytes; where rows do not start and end at
+// multiples of 16 bytes, single ones.
 #pragma once
 
 #include <cassert>
@@ -77,7 +77,7 @@ struct PackRows {
             copy(args.vision + picture * args.vision_stride, out, first, args.width);
         } else {
             const int64_t token = args.token_ids[row];
-            assert(0 <= token && token < args.num_embeddings && "pack_embeddings: one of the token_ids is out of range");
+            assert(0 <= token && token < args.num_embeddings && "pack_embeddings: a token id is out of range");
             copy(args.embedding + token * args.embedding_stride, out, first, args.width);
         }
     }

@@ -91,6 +91,7 @@ void pack_embeddings(const Sources& sources, const Rows& embedding, const Rows& 
                      int threads) {
     check(sources, Source::kTable, embedding.count);
     check(sources, Source::kVision, vision.count);
+    if (width == 0) return;  // addresses may be null
     with_type(embedding.dtype, [&](auto table_type) {
         with_type(vision.dtype, [&](auto vision_type) {
             using Table = decltype(table_type);
@@ -112,6 +113,7 @@ void pack_embeddings(const Sources& sources, const Rows& embedding, const Rows& 
 void sum_gradients(const Sources& sources, Source source, const Rows& grad, const Rows& out, int64_t width,
                    int threads) {
     check(sources, source, out.count);
+    if (width == 0) return;
     const Uses uses(sources, source, out.count);
     with_type(grad.dtype, [&](auto grad_type) {
         with_type(out.dtype, [&](auto out_type) {

@@ -1,4 +1,4 @@
-// pack_embeddings for torch, on a GPU. Python has checked shapes, dtypes and devices; indices are checked on the device.
+// pack_embeddings for torch, on a GPU. Python has checked shapes, dtypes and devices; the device checks indices.
 #include "../torch_library.h"
 #include "cuda_launches.h"
 

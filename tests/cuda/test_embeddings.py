@@ -93,7 +93,7 @@ def test_indices_out_of_range(on_host):
     for wrong in (-1, 11):
         ids = token_ids.clone()
         ids[text] = wrong
-        with pytest.raises(KernelError, match="one of the token_ids is out of range"):
+        with pytest.raises(KernelError, match="a token id is out of range"):
             kernels(ids, embedding, vision, vision_index)
     index = vision_index.clone()
     index[picture] = 7
