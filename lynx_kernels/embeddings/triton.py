@@ -42,12 +42,11 @@ def forward(
         return out
     embedding, vision, columns = _dense(embedding), _dense(vision), _columns(width, _COLUMNS)
     with torch.cuda.device_of(embedding):  # Triton launches on the current device, whatever its arguments are on
-        # Without `debug` Triton drops assertions; its checks for integer overflow, which come with them, would cost
-        # registers in every offset.
+        # Without `debug` Triton drops assertions.
         pack_kernel[(rows, triton.cdiv(width, columns))](
             token_ids.contiguous(), vision_index.contiguous(), embedding, vision, out,
             embedding.stride(0), vision.stride(0), num_embeddings, vision.shape[0],
-            D=width, BD=columns, num_warps=_WARPS, debug=True, sanitize_overflow=False,
+            D=width, BD=columns, num_warps=_WARPS, debug=True,
         )  # fmt: skip
     return out
 

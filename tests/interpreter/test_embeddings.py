@@ -73,7 +73,7 @@ def test_long_sums_are_wide():
 def test_indices_out_of_range(monkeypatch):
     """As on a GPU, the kernel asserts; assertions are compiled only where they are asked for."""
     builder = interpreter.interpreter_builder
-    monkeypatch.setattr(builder, "options", replace(builder.options, debug=True, sanitize_overflow=False))
+    monkeypatch.setattr(builder, "options", replace(builder.options, debug=True))
     (token_ids, embedding, vision, vision_index), _ = make(dtype=torch.float32)
     interpreted(token_ids, embedding, vision, vision_index)
     text = int((vision_index < 0).nonzero()[0])
