@@ -174,7 +174,12 @@ def test_refusals(home, monkeypatch):
 @pytest.mark.parametrize("why", [None, "not built"])
 def test_compiled_functions_may_ask(why, home, monkeypatch):
     """Whatever loading takes, torch.compile does not trace it."""
-    monkeypatch.setattr(cuda_runtime, "_load", lambda: os.environ.get("NOTHING", why))
+
+    def load():
+        subprocess.run(["true"], check=True)
+        return why
+
+    monkeypatch.setattr(cuda_runtime, "_load", load)
     torch._dynamo.reset()
     compiled = torch.compile(lambda x: x + (cuda_runtime.missing() is None), backend="eager", fullgraph=True)
     assert compiled(torch.zeros(())) == (why is None)
