@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lynx_kernels import cuda_build
-
 _PACKAGE = Path(__file__).parent
 
 
@@ -46,6 +44,8 @@ def kernels() -> Any:
 
 @cache
 def _load() -> str | None:
+    from lynx_kernels import cuda_build  # not with the package: it is a program too, python -m lynx_kernels.cuda_build
+
     path = next(iter(_PACKAGE.glob("_cuda*.so")), None)
     try:
         if path is None:
