@@ -26,8 +26,7 @@ class Filters {
 
     int64_t offset_of(const Side& side) {
         for (const FilterPlace& each : places_)
-            if (each.length == side.length && each.resized == side.resized && each.start == side.start)
-                return each.offset;
+            if (each.length == side.length && each.resized == side.resized) return each.offset;  // then starts agree
         places_.push_back({side.length, side.resized, side.start, length_});
         length_ += (2 + most_inputs(side)) * size_;
         return places_.back().offset;

@@ -7,6 +7,7 @@ from lynx_kernels.embeddings import pack_embeddings
 from tests.cuda.host_kernels import KernelError
 from tests.lynx_kernels.helpers import run
 from tests.lynx_kernels.test_embeddings import (
+    BACKWARD,
     NARROW,
     calls,
     check_conversions,
@@ -33,6 +34,19 @@ def test_mixed_dtypes(width):
     check_mixed(kernels, *make(width=width))
 
 
+def test_rows_that_end_inside_a_pack_of_the_other_dtype():
+    """12 columns: three packs of fp32, one and a half of bf16. All rows start at multiples of 16 bytes."""
+    (token_ids, embedding, vision, vision_index), grad = make(width=16)
+    inputs = token_ids, embedding[:, :12].float().contiguous(), vision.bfloat16()[:, :12], vision_index
+    check_equal(kernels, inputs, grad[:, :12])
+
+
+def test_gradients_are_of_the_dtype_asked_for():
+    (token_ids, _, _, vision_index), grad = make(width=8)
+    [gradient] = BACKWARD(grad.float(), token_ids, vision_index, 11, 7, torch.bfloat16, [False, True], "cuda")
+    assert gradient.dtype == torch.bfloat16
+
+
 def test_conversions():
     check_conversions(kernels)
 
@@ -50,6 +64,7 @@ def test_strides(dtype):
     """Rows further apart than they are wide: by packs, and not."""
     (token_ids, embedding, vision, vision_index), grad = make(width=32, dtype=dtype)
     check_permuted(kernels, (token_ids, embedding, vision, vision_index), grad)
+    grad = grad.to(dtype)  # or its slices would be copied
     for columns in (slice(0, 16), slice(3, 19), slice(0, 15)):
         check_equal(kernels, (token_ids, embedding[:, columns], vision[:, columns], vision_index), grad[:, columns])
     odd = torch.cat([embedding, embedding[:, :1]], 1)[:, :16]  # aligned rows, but no two of them

@@ -141,7 +141,7 @@ def test_slices_and_expanded_inputs(impl):
     inputs = (token_ids, embedding[:, :1].expand_as(embedding), vision[:1].expand_as(vision), vision_index)
     check_equal(calls(impl), inputs, grad)
     inputs = (token_ids, embedding[:, 1:4], vision[:, 2:], vision_index)
-    check_equal(calls(impl), inputs, grad[:, :3])
+    check_equal(calls(impl), inputs, grad.float()[:, :3])  # in its dtype already, or its slice would be copied
 
 
 @pytest.mark.parametrize("impl", FP32)
