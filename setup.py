@@ -17,11 +17,12 @@ from setuptools.command.build_ext import build_ext
 _AVX512 = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 _X86 = {"avx512bf16": [*_AVX512, "-mavx512bf16"], "avx512": _AVX512, "avx2": ["-mavx2", "-mfma"]}
 INSTRUCTION_SETS = {**(_X86 if platform.machine() == "x86_64" else {}), "plain": []}
-KERNELS = ["csrc/attention/kernels.cpp"]
+KERNELS = ["csrc/attention/kernels.cpp", "csrc/adapter/kernels.cpp"]
 SOURCES = [
     "csrc/module.cpp",
     "csrc/instruction_sets.cpp",
     "csrc/threads.cpp",
+    "csrc/adapter/adapter.cpp",
     "csrc/attention/attention.cpp",
     "csrc/attention/plan.cpp",
     "csrc/planner/planner.cpp",

@@ -160,14 +160,23 @@ LYNX_INLINE void transpose_blocks(Words (&rows)[kWidth]) {
 // Rows become columns.
 LYNX_INLINE void transpose(Words (&rows)[kWidth]) { transpose_blocks<kWidth / 2>(rows); }
 
-// The sums of the lanes of kWidth rows, a lane each; four times as quick as sum_of_lanes for each.
-LYNX_INLINE Floats sums_of_rows(const float* rows) {
-    Words columns[kWidth];
-    for (int row = 0; row < kWidth; row++) columns[row] = load_vector<Words>(rows + row * kWidth);
-    transpose(columns);
-    Floats sum = {};
-    for (int lane = 0; lane < kWidth; lane++) sum += (Floats)columns[lane];
-    return sum;
+// Add rows that are kBlock apart: of the first kBlock rows, a block of lanes then sums up one of them, the next block
+// the other.
+template <int kBlock = kWidth / 2>
+LYNX_INLINE void add_blocks(Words (&rows)[kWidth]) {
+    for (int row = 0; row < kBlock; row++) {
+        swap_blocks<kBlock>(rows[row], rows[row + kBlock], typename MakeLanes<kWidth>::Type());
+        rows[row] = (Words)((Floats)rows[row] + (Floats)rows[row + kBlock]);
+    }
+    if constexpr (kBlock > 1) add_blocks<kBlock / 2>(rows);
+}
+
+// The sums of the lanes of kWidth rows, a lane each; XX times as quick as sum_of_lanes for each.
+LYNX_INLINE Floats sums_of_rows(const float* from) {
+    Words rows[kWidth];
+    for (int row = 0; row < kWidth; row++) rows[row] = load_vector<Words>(from + row * kWidth);
+    add_blocks(rows);
+    return (Floats)rows[0];
 }
 
 // ---- functions

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lynx_kernels import host
 from lynx_kernels.adapter.activations import ACTIVATION_GRADIENTS, ACTIVATIONS
 
 # Asked once: torch.compile cannot trace the questions.
@@ -29,6 +30,8 @@ _DTYPES = (torch.float32, torch.bfloat16)
 # (d=1024, r=64, T=1: 0.3-0.4) and 1.1-3.9 above either; in bf16 it calls oneDNN itself and never wins.
 _FEW_TOKENS = 64
 _SMALL_WEIGHT = 2**17
+
+_COMPILED_TOKENS = {torch.float32: 64, torch.bfloat16: 64}
 
 _T = TypeVar("_T", Tensor, Tensor | None)
 
@@ -80,6 +83,15 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the output (T, d) and what backward needs: mean (T,), rstd (T,) and the pre-activation (T, r)."""
     compute = down_weight.dtype
+    if (
+        host.module is not None
+        and x.shape[0] <= _COMPILED_TOKENS[compute]
+        and down_weight.is_contiguous()
+        and up_weight.is_contiguous()
+    ):
+        return _compiled_forward(
+            x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, scale, eps, activation
+        )
     stream = _cast(x, torch.promote_types(x.dtype, compute)).contiguous()
     scale = scale.reshape(())  # without dimensions it multiplies a tensor of any dtype unrounded
     if norm_weight is None:
@@ -99,6 +111,37 @@ def forward(
         up = _cast(_linear(activated, up_weight, up_bias), stream.dtype)  # (T, d)
         out = torch.addcmul(stream, up, scale, out=up)
     return _cast(out, x.dtype), mean.view(-1), rstd.view(-1), preactivation
+
+
+def _numbers(tensor: Tensor | None) -> tuple[int, bool]:
+    """A contiguous tensor as the compiled module takes it."""
+    return (0, False) if tensor is None else (tensor.data_ptr(), tensor.dtype == torch.bfloat16)
+
+
+def _readable(tensor: _T) -> _T:
+    """As the compiled module can read it."""
+    if tensor is None:
+        return None
+    return (tensor if tensor.dtype in _DTYPES else tensor.to(torch.float32)).contiguous()
+
+
+def _compiled_forward(
+    x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, scale, eps, activation
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (tokens, width), bottleneck = x.shape, down_weight.shape[0]
+    statistics = 0 if norm_weight is None else tokens
+    mean, rstd = x.new_empty(statistics, dtype=torch.float32), x.new_empty(statistics, dtype=torch.float32)
+    out, preactivation = x.new_empty(tokens, width), down_weight.new_empty(tokens, bottleneck)
+    # The list keeps copies alive while their addresses are in use.
+    readable = [
+        _readable(each)
+        for each in (x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, scale)
+    ]
+    host.module.adapter_forward(
+        (tokens, width, bottleneck), eps, activation, *map(_numbers, readable),
+        _numbers(out), mean.data_ptr(), rstd.data_ptr(), _numbers(preactivation), torch.get_num_threads(),
+    )  # fmt: skip
+    return out, mean, rstd, preactivation
 
 
 def backward(
