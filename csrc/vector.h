@@ -160,23 +160,26 @@ LYNX_INLINE void transpose_blocks(Words (&rows)[kWidth]) {
 // Rows become columns.
 LYNX_INLINE void transpose(Words (&rows)[kWidth]) { transpose_blocks<kWidth / 2>(rows); }
 
-// Add rows that are kBlock apart: of the first kBlock rows, a block of lanes then sums up one of them, the next block
-// the other.
-template <int kBlock = kWidth / 2>
-LYNX_INLINE void add_blocks(Words (&rows)[kWidth]) {
-    for (int row = 0; row < kBlock; row++) {
-        swap_blocks<kBlock>(rows[row], rows[row + kBlock], typename MakeLanes<kWidth>::Type());
-        rows[row] = (Words)((Floats)rows[row] + (Floats)rows[row + kBlock]);
-    }
-    if constexpr (kBlock > 1) add_blocks<kBlock / 2>(rows);
+// Of two rows, the lanes plus those kBlock further: first's where a block of kBlock lanes is even, second's where odd.
+template <int kBlock, int... kLanes>
+LYNX_INLINE Floats fold(Floats first, Floats second, Lanes<kLanes...>) {
+    return __builtin_shufflevector(first, second, (kLanes & kBlock ? kWidth + kLanes : kLanes)...) +
+           __builtin_shufflevector(first, second, (kLanes & kBlock ? kWidth + kLanes - kBlock : kLanes + kBlock)...);
 }
 
 // The sums of the lanes of kWidth rows, a lane each; XX times as quick as sum_of_lanes for each.
+template <int kBlock = kWidth / 2>
+LYNX_INLINE Floats fold_rows(Floats (&rows)[kWidth]) {
+    for (int row = 0; row < kBlock; row++)
+        rows[row] = fold<kBlock>(rows[row], rows[row + kBlock], typename MakeLanes<kWidth>::Type());
+    if constexpr (kBlock > 1) return fold_rows<kBlock / 2>(rows);
+    return rows[0];
+}
+
 LYNX_INLINE Floats sums_of_rows(const float* from) {
-    Words rows[kWidth];
-    for (int row = 0; row < kWidth; row++) rows[row] = load_vector<Words>(from + row * kWidth);
-    add_blocks(rows);
-    return (Floats)rows[0];
+    Floats rows[kWidth];
+    for (int row = 0; row < kWidth; row++) rows[row] = load(from + row * kWidth);
+    return fold_rows(rows);
 }
 
 // ---- functions

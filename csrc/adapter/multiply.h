@@ -76,7 +76,9 @@ void multiply_tile(const Product<Compute>& product, int64_t token, int64_t row, 
     const typename Compute::Weight* from[kRows];
     for (int i = 0; i < kRows; i++) from[i] = weights + (row + i < rows ? row + i : rows - 1) * count;
     const typename Compute::Left* x = left + token * left_stride;
-    Floats sums[kRows][kCount] = {};
+    Floats sums[kRows][kCount];
+    for (int i = 0; i < kRows; i++)
+        for (int t = 0; t < kCount; t++) sums[i][t] = Floats{};
     typename Compute::Vector words[kRows];
     const int64_t whole = count / Compute::kStep * Compute::kStep;
     for (int64_t k = 0; k < whole; k += Compute::kStep) {

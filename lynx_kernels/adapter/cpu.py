@@ -134,8 +134,7 @@ def _compiled_forward(
     out, preactivation = x.new_empty(tokens, width), down_weight.new_empty(tokens, bottleneck)
     # The list keeps copies alive while their addresses are in use.
     readable = [
-        _readable(each)
-        for each in (x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, scale)
+        _readable(each) for each in (x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, scale)
     ]
     host.module.adapter_forward(
         (tokens, width, bottleneck), eps, activation, *map(_numbers, readable),
