@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks import memory
 from benchmarks.rows import OURS, RATIO, SHARE, Row, circumstances
-from benchmarks.timing import Batch, Timer, batches, copying, timer_of
+from benchmarks.timing import Batch, Timer, batches, copying, running_on, timer_of
 
 CALL_SECONDS = 2.0  # a case whose calls are expected to take longer is left out
 _ROUND_SECONDS = 0.01  # a provider's share of a round: enough calls that the clock does not matter
@@ -40,6 +40,8 @@ class Setup:
         captured: on a GPU, time CUDA graphs: where calls are so short that launching them would be most of the time.
         parameters: tensors of ``copies[0]`` that live on anyway; given, what else is saved for backward is measured.
         left_out: why other providers, by name, do not answer; stored and shown.
+        threads: of PyTorch, where the case asks for its own number; it is then part of its shape.
+        frames: that a call handles; given, rates are in frames too.
     """
 
     providers: Mapping[str, Callable[[Any], object]]
@@ -54,6 +56,8 @@ class Setup:
     captured: bool = False
     parameters: Sequence[Tensor] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
+    threads: int | None = None
+    frames: int = 0
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,11 @@ def measure(case: Case, *, rounds: int, timer: Timer | None = None) -> list[Row]
     """Check one case, time it and measure its memory; rows in the order of its providers."""
     setup = case.build()
     about = {"kernel": case.kernel, "mode": case.mode, "shape": case.shape, **circumstances()}
+    with running_on(setup.threads):
+        return _measure(setup, about, rounds, timer or timer_of(setup.device))
+
+
+def _measure(setup: Setup, about: dict[str, str], rounds: int, timer: Timer) -> list[Row]:
     refused = {name: why for name in setup.providers if (why := _refusal(setup, name))}
     entrants = {name: (call, setup.copies) for name, call in setup.providers.items() if name not in refused}
     floors = setup.floors
@@ -96,7 +105,7 @@ def measure(case: Case, *, rounds: int, timer: Timer | None = None) -> list[Row]
         floors = (*floors, "copy")
         entrants["copy"] = copying(setup.traffic, setup.device)
     made = batches(entrants, setup.captured and setup.device == "cuda")
-    times = _time(made, rounds, timer or timer_of(setup.device))
+    times = _time(made, rounds, timer)
     rows = []
     absent = refused | {name: ("left out", why) for name, why in setup.left_out.items()}
     for name in dict.fromkeys([*setup.providers, *entrants, *absent]):
@@ -111,6 +120,8 @@ def measure(case: Case, *, rounds: int, timer: Timer | None = None) -> list[Row]
             values["GB/s"] = [1e-9 * setup.traffic / each for each in times[name]]
         if setup.items:
             values["M items/s"] = [1e-6 * setup.items / each for each in times[name]]
+        if setup.frames and name not in floors:
+            values["frames/s"] = [setup.frames / each for each in times[name]]
         call = partial(setup.providers[name], setup.copies[0]) if name in setup.providers else None
         if call is not None and setup.qualities:
             result = call()

@@ -28,6 +28,8 @@ Written by `python -m benchmarks report` from `benchmarks/results/*.csv`; do not
 - On GPUs, calls of up to some thousand tokens are captured in CUDA graphs: no launch from Python is timed.
 - `bound` in a shape: repeating the root that branches share takes so many times the FLOP. Where FLOP decide, sharing it
   cannot be faster by more than that than the same with `repeated` before its name.
+- `pack_frames`: peers with a `~` behind their name resize in their own way and may differ from Pillow by some levels;
+  all others give its bytes. How many threads PyTorch has is part of the shape.
 - Peak memory is what a call allocates at most at one time; saved memory stays alive between forward and backward.
 """
 

@@ -52,7 +52,7 @@ def _cells(provider: str, found: dict[str, Row], baseline: str, shares: list[str
         if metric in found:
             said = metric if metric == "left out" else f"**{metric}**"
             return [said, provider, found[metric].note, *["-"] * (len(shares) + len(qualities) + 3)]
-    rate = next((f"{found[unit].p50:.3g} {unit}" for unit in RATES if unit in found), "-")
+    rate = ", ".join(f"{_short(found[unit].p50)} {unit}" for unit in RATES if unit in found) or "-"
     time = f"{_short(found['time'].p50)} ({_short(found['time'].p20)}-{_short(found['time'].p80)})"
     if found["time"].note.startswith("launched"):
         time += f" ({found['time'].note})"

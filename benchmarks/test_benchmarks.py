@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.__main__ import OPERATIONS, device
 from benchmarks.harness import Case, Setup
+from benchmarks.timing import running_on
 
 CASES = [case for cases in OPERATIONS.values() for case in cases(quick=False, device=device())]
 
@@ -33,7 +34,6 @@ def test_speed(case, provider, benchmark):
     setup = _built(case)
     if provider not in setup.providers:
         pytest.skip(f"{provider} cannot run this case")
-    setup.check(provider)
     call, copies = setup.providers[provider], cycle(setup.copies)
 
     def run():
@@ -42,4 +42,6 @@ def test_speed(case, provider, benchmark):
             torch.cuda.synchronize()
 
     benchmark.group = str(case)
-    benchmark(run)
+    with running_on(setup.threads):
+        setup.check(provider)
+        benchmark(run)

@@ -6,7 +6,8 @@ takes turns among copies of the inputs that together are four times as large as 
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from itertools import cycle
@@ -28,6 +29,17 @@ class Batch:
     run: Callable[[], object]
     calls: int = 1
     note: str = ""
+
+
+@contextmanager
+def running_on(threads: int | None) -> Iterator[None]:
+    """PyTorch's operations take so many threads in this block; as many as they did where None."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def wall_timer(run: Callable[[], object], repeats: int) -> float:

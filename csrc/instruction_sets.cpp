@@ -23,7 +23,8 @@ bool is_available(const std::string& name) {
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (name == "avx2") return avx2;
     if (name == "avx512") return avx512;
-    if (name == "avx512bf16") return avx512 && __builtin_cpu_supports("avx512bf16");
+    if (name == "avx512bf16")
+        return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
 #endif
     return false;
 }

@@ -3,8 +3,15 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+<<<<<<< HEAD
 #include "adapter/adapter.h"
+=======
+#include <array>
+
+>>>>>>> main
 #include "attention/attention.h"
+#include "embeddings/embeddings.h"
+#include "frames/frames.h"
 #include "instruction_sets.h"
 #include "planner/planner.h"
 #include "threads.h"
@@ -19,6 +26,14 @@ using View = std::tuple<uintptr_t, int64_t, int64_t>;
 lynx::Matrix matrix(const View& view) {
     const auto [address, row_stride, head_stride] = view;
     return {reinterpret_cast<void*>(address), row_stride, head_stride};
+}
+
+// (address, dtype as a number of lynx::Dtype, rows, row stride in elements).
+using RowsView = std::tuple<uintptr_t, int, int64_t, int64_t>;
+
+lynx::Rows rows(const RowsView& view) {
+    const auto [address, dtype, count, stride] = view;
+    return {reinterpret_cast<void*>(address), static_cast<lynx::Dtype>(dtype), count, stride};
 }
 
 template <class Number>
@@ -56,6 +71,17 @@ lynx::Costs costs(uintptr_t tokens, uintptr_t patches, int64_t count) {
 
 // (index, tokens, patches)
 using SampleNumbers = std::tuple<int64_t, int64_t, int64_t>;
+
+// Of a frame (address, row stride, column stride, channel stride), and (top, left, height, width) of what a box cuts out.
+using FrameView = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
+using Box = std::tuple<int64_t, int64_t, int64_t, int64_t>;
+
+lynx::frames::Frame cut_out(const FrameView& view, const Box& box, bool is_flipped) {
+    const auto [address, row_stride, column_stride, channel_stride] = view;
+    const auto [top, left, height, width] = box;
+    const uint8_t* first = pointer<uint8_t>(address) + top * row_stride + left * column_stride;
+    return {first, row_stride, column_stride, channel_stride, height, width, is_flipped};
+}
 
 }  // namespace
 
@@ -144,4 +170,50 @@ PYBIND11_MODULE(_host, module) {
                    return lynx::plan_known(costs(tokens, patches, count), token_budget, ranks);
                },
                Release());
+
+    module.def("pack_embeddings", [](uintptr_t token_ids, uintptr_t vision_index, int64_t num_rows,
+                                     const RowsView& embedding, const RowsView& vision, const RowsView& out,
+                                     int64_t width, int threads) {
+        py::gil_scoped_release release;
+        lynx::pack_embeddings({pointer<int64_t>(token_ids), pointer<int32_t>(vision_index), num_rows}, rows(embedding),
+                              rows(vision), rows(out), width, threads);
+    });
+    // `of_table`: the gradient of the table, else of the vision rows.
+    module.def("sum_gradients",
+               [](uintptr_t token_ids, uintptr_t vision_index, int64_t num_rows, bool of_table, const RowsView& grad,
+                  const RowsView& out, int64_t width, int threads) {
+                   py::gil_scoped_release release;
+                   lynx::sum_gradients({pointer<int64_t>(token_ids), pointer<int32_t>(vision_index), num_rows},
+                                       of_table ? lynx::Source::kTable : lynx::Source::kVision, rows(grad), rows(out),
+                                       width, threads);
+               });
+
+    py::enum_<lynx::frames::ElementType>(module, "ElementType")
+        .value("float64", lynx::frames::ElementType::kFloat64)
+        .value("float32", lynx::frames::ElementType::kFloat32)
+        .value("float16", lynx::frames::ElementType::kFloat16)
+        .value("bfloat16", lynx::frames::ElementType::kBFloat16);
+    // `levels` (3, 256) and `out` are of `type`; boxes lie inside their frames.
+    module.def("pack_frames",
+               [](const std::vector<FrameView>& views, const std::vector<Box>& boxes, const std::vector<bool>& flips,
+                  int64_t size, int64_t patch_size, bool is_exact, bool rounds_down, lynx::frames::ElementType type,
+                  uintptr_t levels, const std::array<float, 3>& mean, const std::array<float, 3>& std, uintptr_t out,
+                  int threads) {
+                   std::vector<lynx::frames::Frame> frames;
+                   for (size_t i = 0; i < views.size(); i++)
+                       frames.push_back(cut_out(views[i], boxes.at(i), flips.at(i)));
+                   const lynx::frames::Problem problem = {frames.data(),
+                                                          static_cast<int64_t>(frames.size()),
+                                                          size,
+                                                          patch_size,
+                                                          is_exact,
+                                                          rounds_down,
+                                                          type,
+                                                          pointer<void>(levels),
+                                                          {mean[0], mean[1], mean[2]},
+                                                          {std[0], std[1], std[2]},
+                                                          pointer<void>(out)};
+                   py::gil_scoped_release release;
+                   lynx::frames::pack_frames(problem, threads);
+               });
 }

@@ -33,8 +33,8 @@ struct Adapter {
 constexpr int64_t kRowMultiple = 64;   // more than any instruction set multiplies at once
 constexpr int64_t kBlockColumns = 16;  // of a product's output: what a thread computes at a time
 
-// One instruction set's kernels: the three phases, each for a range of tokens or blocks. `ahead` is the weight block
-// that the caller will ask for after the range, or null.
+// One instruction set's kernels: the three phases, each of a range of tokens or blocks. `next_up_block` is where the
+// caller will go on in the next phase; its weights are asked for ahead.
 struct AdapterKernels {
     void (*normalize)(const Adapter&, int64_t first_token, int64_t last_token);
     void (*down)(const Adapter&, int64_t first_block, int64_t last_block, int64_t next_up_block);

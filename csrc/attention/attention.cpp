@@ -1,12 +1,10 @@
 #include "attention.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <cstring>
 #include <memory>
-#include <new>
 
 #include "../instruction_sets.h"
+#include "../numbers.h"
 #include "../threads.h"
 
 namespace lynx {
@@ -26,48 +24,22 @@ const Kernels& kernels() {
     return *all[static_cast<int>(instruction_set())];
 }
 
-struct Free {
-    void operator()(void* block) const { free(block); }
-};
-
 // Run `kernel` on every unit of the plan for every key head.
 template <class ScratchBytes, class Kernel>
 void run_units(const Plan& plan, Problem& problem, int threads, ScratchBytes scratch_bytes, Kernel kernel) {
     problem.runs = plan.runs.data();
     problem.tiles = plan.tiles.data();
-    size_t bytes = 64;
+    size_t bytes = 0;
     for (const Unit& unit : plan.units) bytes = std::max(bytes, scratch_bytes(problem, unit));
-    const int64_t count = plan.units.size() * problem.num_kv_heads;
-    threads = static_cast<int>(std::min<int64_t>(usable_threads(threads), count));
-    if (count == 0) return;
+    const int64_t kv_heads = problem.num_kv_heads, count = plan.units.size() * kv_heads;
     // Heads of a unit in a row, where units are many, since each prefetches what the next one reads.
-    const int64_t heads = std::clamp<int64_t>(count / (8 * threads), 1, problem.num_kv_heads);
-    // Before the threads start: no exception may leave them.
-    std::vector<std::unique_ptr<void, Free>> scratches;
-    for (int i = 0; i < threads; i++) {
-        scratches.emplace_back(aligned_alloc(64, bytes));
-        if (scratches.back() == nullptr) throw std::bad_alloc();
-    }
-    std::vector<std::unique_ptr<void, Free>>* all = &scratches;
-    int next_scratch = 0;
-#pragma omp parallel num_threads(threads)
-    {
-        int mine;
-#pragma omp atomic capture
-        mine = next_scratch++;
-        void* scratch = (*all)[mine].get();
-#pragma omp for schedule(dynamic, heads)
-        for (int64_t i = 0; i < count; i++)
-            kernel(problem, plan.units[i / problem.num_kv_heads], i % problem.num_kv_heads, scratch);
-    }
-}
-
-void store(float* to, float value) { *to = value; }
-
-void store(uint16_t* to, float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    *to = value == value ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : bits >> 16 | 0x40;
+    const int64_t in_a_row = std::clamp<int64_t>(count / (8 * usable_threads(threads)), 1, kv_heads);
+    const int64_t rows = (kv_heads + in_a_row - 1) / in_a_row;
+    share_out(plan.units.size() * rows, threads, bytes, [&](int64_t i, void* scratch) {
+        const int64_t first = i % rows * in_a_row;
+        for (int64_t head = first; head < std::min(first + in_a_row, kv_heads); head++)
+            kernel(problem, plan.units[i / rows], head, scratch);
+    });
 }
 
 // The gradients of the queries of split groups: the sums of their parts, always in the same order.
@@ -93,9 +65,8 @@ void add_parts(const Plan& plan, const Problem& problem, int threads) {
                     const float* part = problem.partial_grad_q + query * width + head * dim + column;
                     float sum = 0;
                     for (int64_t i = 0; i < split.parts; i++) sum += part[i * problem.num_queries * width];
-                    store(static_cast<Element*>(problem.grad_q.data) + query * problem.grad_q.row_stride +
-                              head * problem.grad_q.head_stride + column,
-                          sum);
+                    narrow(sum, static_cast<Element*>(problem.grad_q.data)[query * problem.grad_q.row_stride +
+                                                                           head * problem.grad_q.head_stride + column]);
                 }
     }
 }
@@ -114,7 +85,7 @@ void attention_backward(const Layout& layout, Problem problem, int threads) {
     problem.partial_grad_q = parts.get();
     run_units(plan, problem, threads, kernels().backward_scratch_bytes, kernels().backward);
     if (problem.is_bfloat16)
-        add_parts<uint16_t>(plan, problem, threads);
+        add_parts<BFloat16>(plan, problem, threads);
     else
         add_parts<float>(plan, problem, threads);
 }

@@ -2,13 +2,10 @@
 // behind head_dim, and behind the last row, is 0.
 #pragma once
 
+#include "../cutter.h"
 #include "matmul.h"
 
 namespace {
-
-LYNX_INLINE int64_t round_up(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
-
-LYNX_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <class Element>
 struct Rows {

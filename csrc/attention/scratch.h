@@ -1,27 +1,10 @@
-// Working memory of a unit, cut from one block. With a null block the same cuts tell how much is needed.
+// What the working memory of a unit is cut into.
 #pragma once
 
+#include "../cutter.h"
 #include "pack.h"
 
 namespace {
-
-class Cutter {
-   public:
-    explicit Cutter(void* block) : block_(static_cast<char*>(block)) {}
-
-    template <class Item>
-    Item* take(int64_t count) {
-        char* begin = block_ == nullptr ? nullptr : block_ + used_;
-        used_ += round_up(count * static_cast<int64_t>(sizeof(Item)), 64);
-        return reinterpret_cast<Item*>(begin);
-    }
-
-    size_t used() const { return used_; }
-
-   private:
-    char* block_;
-    size_t used_ = 0;
-};
 
 // The sizes that operands of one problem have, in words and in fp32 numbers.
 template <class Compute>

@@ -13,8 +13,8 @@ _IMPLEMENTATIONS = dispatch.Operation(
     "prefix_attention",
     dispatch.Implementation(
         "triton",
-        triton_runtime.lazy("lynx_kernels.attention.triton", "prefix_forward"),
-        triton_runtime.lazy("lynx_kernels.attention.triton", "prefix_backward"),
+        triton_runtime.lazy("lynx_kernels.attention.triton_prefix", "forward"),
+        triton_runtime.lazy("lynx_kernels.attention.triton_prefix", "backward"),
         refusal=triton_refusal,
         reluctance=triton_runtime.reluctance,
     ),

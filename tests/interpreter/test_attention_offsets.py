@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from lynx_kernels import PackedLayout, SpanLayout, cross_attention, prefix_attention, prefix_attention_decode
-from lynx_kernels.attention import triton as prefix
 from lynx_kernels.attention import triton_cross as cross
 from lynx_kernels.attention import triton_decode, triton_parts, triton_rows
+from lynx_kernels.attention import triton_prefix as prefix
 from lynx_kernels.attention.triton_launches import Launch
 from tests.interpreter.sparse import run_only
 from tests.lynx_kernels.attention_helpers import dense_attention, packed_visible, random, run
@@ -100,8 +100,8 @@ def test_many_tokens(monkeypatch):
     inputs = [random(5, 2, 16, dtype=FP16, seed=seed) for seed in range(4)]
     table = torch.tensor([[0] * 3 + [tokens - 5], [*[tokens - 5] * 3, tokens], [tokens] * 4], dtype=INT32), True, 0.25
     q, k, v, grad = large(tokens, *inputs)
-    out, lse = prefix.prefix_forward(q, k, v, *table)
-    gradients = prefix.prefix_backward(grad, None, out, lse, q, k, v, *table)
+    out, lse = prefix.forward(q, k, v, *table)
+    gradients = prefix.backward(grad, None, out, lse, q, k, v, *table)
     check_last([out, *gradients], inputs, packed_visible([(0, [5])], True), last)
 
 
@@ -154,9 +154,9 @@ def test_128k_tokens(monkeypatch):
     layout = PackedLayout.causal([tokens])
     last = tokens - (tokens - 1) // 16 * 16  # queries of the last tile
     visible = torch.arange(tokens) <= torch.arange(tokens)[-last:, None]
-    ours, our_lse = prefix.prefix_forward(q, k, v, layout.segments, True, scale)
+    ours, our_lse = prefix.forward(q, k, v, layout.segments, True, scale)
     out[-last:], lse[-last:] = ours[-last:], our_lse[-last:]
-    grad_q, grad_k, grad_v = prefix.prefix_backward(grad, None, out, lse, q, k, v, layout.segments, True, scale)
+    grad_q, grad_k, grad_v = prefix.backward(grad, None, out, lse, q, k, v, layout.segments, True, scale)
 
     def of_last_queries(dtype):
         outputs = run(

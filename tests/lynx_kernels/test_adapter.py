@@ -140,6 +140,17 @@ def test_mean_far_above_deviation(impl, dtype):
     check_adapter(impl, inputs, grad)
 
 
+@pytest.mark.parametrize(("impl", "dtype"), [case for case in CASES if case[1] != torch.float64])
+def test_layer_norm_gradients_over_many_tokens(impl, dtype):
+    """Plain PyTorch sums them up in bf16, and so is no measure here."""
+    inputs, grad = make((20000,), 16, 8, dtype)
+    actual = run(with_options(adapter, impl=impl), inputs, grad)
+    exact = run(naive, [each.double() for each in inputs], grad.to(dtype).double())
+    for name, ours, truth in zip(NAMES[1:3], actual[2:4], exact[2:4], strict=True):
+        error = (ours.double() - truth).abs().max() / truth.abs().max()
+        assert error <= 16 * torch.finfo(dtype).eps, f"{name}: {error:.1e}"
+
+
 def test_constant_rows():
     inputs, grad = make()
     inputs[0] = torch.full_like(inputs[0], 3.0)

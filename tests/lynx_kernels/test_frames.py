@@ -8,12 +8,19 @@ from torch.nn import functional as F
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from lynx_kernels import host
 from lynx_kernels.dispatch import which
 from lynx_kernels.frames import pack_frames
-
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
-OPTIONS = {"size": 28, "patch_size": 14, "mean": MEAN, "std": STD}
+from tests.lynx_kernels.frame_helpers import (
+    MEAN,
+    OPTIONS,
+    STD,
+    pack_bytes,
+    pillow_resize,
+    pillow_short_side,
+    random_frame,
+    random_shapes,
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -25,77 +32,38 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def random_frame(generator: np.random.Generator, height: int, width: int, *, harsh: bool = False) -> np.ndarray:
-    """Uniform noise; harsh: black and white alone, so that the filter overshoots and clipping counts."""
-    noise = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return np.where(noise < 128, 0, 255).astype(np.uint8) if harsh else noise
-
-
-def pack_bytes(frames, *, size: int, **options) -> np.ndarray:
-    """The (N, S, S, 3) bytes before normalisation: with mean 0 and std 1 they can be read off the result."""
-    pixels = pack_frames(
-        frames,
-        size=size,
-        patch_size=None,
-        mean=(0, 0, 0),
-        std=(1, 1, 1),
-        dtype=torch.float64,
-        output="pixels",
-        **options,
-    )
-    return (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-
-
-def pillow_resize(frame: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Pillow's bicubic, horizontal pass first: Pillow 12.2 and later turns the passes around for some tall frames."""
-    bicubic = Image.Resampling.BICUBIC
-    image = Image.fromarray(np.ascontiguousarray(frame))
-    return np.asarray(image.resize((width, image.height), bicubic).resize((width, height), bicubic))
-
-
-def pillow_short_side(frame: np.ndarray, size: int, crop_rounding: str = "round") -> np.ndarray:
-    short = min(frame.shape[:2])
-    height, width = (int(size * side / short) for side in frame.shape[:2])
-    resized = pillow_resize(frame, height, width)
-    top, left = (
-        round((side - size) / 2) if crop_rounding == "round" else (side - size) // 2 for side in (height, width)
-    )
-    return resized[top : top + size, left : left + size]
-
-
-def random_shapes(generator: np.random.Generator, count: int) -> list[tuple[int, int]]:
-    shapes = [(1, 1), (1, 40), (40, 1), (300, 30), (30, 300), (2, 3), (500, 333)]
-    for index in range(count - len(shapes)):
-        limit = (12, 60, 300)[index % 3]
-        shapes.append(tuple(int(side) for side in generator.integers(1, limit, 2)))
-    return shapes
+@pytest.fixture(
+    params=["reference", pytest.param("cpu", marks=pytest.mark.skipif(bool(host.MISSING), reason="not built"))]
+)
+def impl(request):
+    return request.param
 
 
 @pytest.mark.parametrize("resize", ["exact", "short_side"])
-def test_bytes_equal_pillow(resize):
+def test_bytes_equal_pillow(resize, impl):
     generator = np.random.default_rng(0)
     for index, (height, width) in enumerate(random_shapes(generator, 200)):
         size = int(generator.integers(1, 100))
         frame = random_frame(generator, height, width, harsh=index % 3 == 0)
         expected = pillow_resize(frame, size, size) if resize == "exact" else pillow_short_side(frame, size)
-        actual = pack_bytes([frame], size=size, resize=resize)[0]
+        actual = pack_bytes([frame], size=size, resize=resize, impl=impl)[0]
         np.testing.assert_array_equal(actual, expected, err_msg=f"{height} x {width} -> {size}")
 
 
 @pytest.mark.parametrize(("height", "width"), [(48, 64), (64, 48), (45, 80), (20, 30), (100, 101), (28, 28)])
-def test_one_call_of_pillow_gives_the_same_on_everyday_frames(height, width):
+def test_one_call_of_pillow_gives_the_same_on_everyday_frames(height, width, impl):
     frame = random_frame(np.random.default_rng(1), height, width)
     expected = Image.fromarray(frame).resize((28, 28), Image.Resampling.BICUBIC)
-    np.testing.assert_array_equal(pack_bytes([frame], size=28, resize="exact")[0], np.asarray(expected))
+    np.testing.assert_array_equal(pack_bytes([frame], size=28, resize="exact", impl=impl)[0], np.asarray(expected))
 
 
-def test_size_that_does_not_change_is_a_copy():
+def test_size_that_does_not_change_is_a_copy(impl):
     frame = random_frame(np.random.default_rng(2), 28, 28, harsh=True)
-    np.testing.assert_array_equal(pack_bytes([frame], size=28)[0], frame)
+    np.testing.assert_array_equal(pack_bytes([frame], size=28, impl=impl)[0], frame)
 
 
 @pytest.mark.parametrize("resize", ["exact", "short_side"])
-def test_crop_boxes_and_flips_equal_pillow_on_the_cut_frame(resize):
+def test_crop_boxes_and_flips_equal_pillow_on_the_cut_frame(resize, impl):
     generator = np.random.default_rng(3)
     frames, boxes, flips, expected = [], [], [], []
     for index, (height, width) in enumerate(random_shapes(generator, 60)):
@@ -108,73 +76,77 @@ def test_crop_boxes_and_flips_equal_pillow_on_the_cut_frame(resize):
         boxes.append(box)
         flips.append(index % 3 == 0)
         expected.append(result[:, ::-1] if flips[-1] else result)
-    actual = pack_bytes(frames, size=20, resize=resize, crop_boxes=boxes, flip=flips)
+    actual = pack_bytes(frames, size=20, resize=resize, crop_boxes=boxes, flip=flips, impl=impl)
     np.testing.assert_array_equal(actual, np.stack(expected))
 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 53), (41, 57), (60, 31), (29, 28), (20, 39)])
 @pytest.mark.parametrize("crop_rounding", ["round", "floor"])
-def test_crop_rounding(height, width, crop_rounding):
+def test_crop_rounding(height, width, crop_rounding, impl):
     frame = random_frame(np.random.default_rng(4), height, width)
     expected = pillow_short_side(frame, 28, crop_rounding)
-    np.testing.assert_array_equal(pack_bytes([frame], size=28, crop_rounding=crop_rounding)[0], expected)
+    np.testing.assert_array_equal(pack_bytes([frame], size=28, crop_rounding=crop_rounding, impl=impl)[0], expected)
 
 
-def test_crop_roundings_differ():
+def test_crop_roundings_differ(impl):
     frame = random_frame(np.random.default_rng(5), 28, 31)  # 3 columns too many: 1.5 rounds to 2 and floors to 1
     for crop_rounding, left in (("round", 2), ("floor", 1)):
-        actual = pack_bytes([frame], size=28, crop_rounding=crop_rounding)[0]
+        actual = pack_bytes([frame], size=28, crop_rounding=crop_rounding, impl=impl)[0]
         np.testing.assert_array_equal(actual, frame[:, left : left + 28])
 
 
 @pytest.mark.parametrize(("height", "width"), [(48, 64), (64, 48), (90, 50), (33, 77), (12, 23), (28, 28), (31, 28)])
-def test_equals_clip_of_transformers(height, width):
+def test_equals_clip_of_transformers(height, width, impl):
     frame = random_frame(np.random.default_rng(6), height, width)
     clip = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     raw = clip(frame, do_rescale=False, do_normalize=False, return_tensors="np").pixel_values
-    np.testing.assert_array_equal(pack_bytes([frame], size=28, crop_rounding="floor"), raw.transpose(0, 2, 3, 1))
+    np.testing.assert_array_equal(
+        pack_bytes([frame], size=28, crop_rounding="floor", impl=impl), raw.transpose(0, 2, 3, 1)
+    )
     expected = clip(frame, return_tensors="pt").pixel_values
-    actual = pack_frames([frame], **OPTIONS, crop_rounding="floor", output="pixels")
+    actual = pack_frames([frame], **OPTIONS, impl=impl, crop_rounding="floor", output="pixels")
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("height", "width"), [(48, 64), (64, 48), (33, 77), (12, 23), (28, 28), (31, 28)])
-def test_equals_siglip_of_transformers(height, width):
+def test_equals_siglip_of_transformers(height, width, impl):
     frame = random_frame(np.random.default_rng(7), height, width)
     half = (0.5, 0.5, 0.5)
     siglip = SiglipImageProcessorPil(size={"height": 28, "width": 28})
     raw = siglip(frame, do_rescale=False, do_normalize=False, return_tensors="np").pixel_values
-    np.testing.assert_array_equal(pack_bytes([frame], size=28, resize="exact"), raw.transpose(0, 2, 3, 1))
+    np.testing.assert_array_equal(pack_bytes([frame], size=28, resize="exact", impl=impl), raw.transpose(0, 2, 3, 1))
     expected = siglip(frame, return_tensors="pt").pixel_values
-    actual = pack_frames([frame], size=28, patch_size=14, mean=half, std=half, resize="exact", output="pixels")
+    actual = pack_frames(
+        [frame], size=28, patch_size=14, mean=half, std=half, resize="exact", output="pixels", impl=impl
+    )
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
-def test_patches_times_the_weight_equal_a_convolution():
+def test_patches_times_the_weight_equal_a_convolution(impl):
     generator = np.random.default_rng(8)
     frames = [random_frame(generator, height, width) for height, width in ((50, 70), (28, 28), (90, 40))]
     weight = torch.from_numpy(generator.standard_normal((5, 3, 14, 14)))
-    patches = pack_frames(frames, **OPTIONS, dtype=torch.float64)
-    pixels = pack_frames(frames, **OPTIONS, dtype=torch.float64, output="pixels")
+    patches = pack_frames(frames, **OPTIONS, impl=impl, dtype=torch.float64)
+    pixels = pack_frames(frames, **OPTIONS, impl=impl, dtype=torch.float64, output="pixels")
     assert patches.shape == (3 * 4, 3 * 14 * 14)
     expected = F.conv2d(pixels, weight, stride=14).flatten(2).transpose(1, 2).flatten(0, 1)  # (patches, 5)
     torch.testing.assert_close(patches @ weight.flatten(1).t(), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_dtypes(dtype):
+def test_dtypes(dtype, impl):
     frame = random_frame(np.random.default_rng(9), 40, 50)
-    actual = pack_frames([frame], **OPTIONS, dtype=dtype, output="pixels")
+    actual = pack_frames([frame], **OPTIONS, impl=impl, dtype=dtype, output="pixels")
     wide = torch.promote_types(dtype, torch.float32)
-    levels = torch.from_numpy(pack_bytes([frame], size=28)).permute(0, 3, 1, 2).to(wide)
+    levels = torch.from_numpy(pack_bytes([frame], size=28, impl=impl)).permute(0, 3, 1, 2).to(wide)
     mean, std = (torch.tensor(each, dtype=wide)[:, None, None] for each in (MEAN, STD))
     torch.testing.assert_close(actual, ((levels / 255 - mean) / std).to(dtype), rtol=0, atol=0)
 
 
-def test_layouts_of_the_input_give_the_same():
+def test_layouts_of_the_input_give_the_same(impl):
     generator = np.random.default_rng(10)
     frame = random_frame(generator, 40, 50)
-    expected = pack_frames([frame], **OPTIONS)
+    expected = pack_frames([frame], **OPTIONS, impl=impl)
     wide = random_frame(generator, 80, 100)
     wide[::2, ::2] = frame
     planes = torch.from_numpy(frame).permute(2, 0, 1).contiguous()
@@ -184,34 +156,39 @@ def test_layouts_of_the_input_give_the_same():
         torch.from_numpy(frame), wide[::2, ::2], torch.from_numpy(wide)[::2, ::2], planes.permute(1, 2, 0),
         frame[::-1].copy()[::-1], np.asfortranarray(frame), read_only, np.asarray(Image.fromarray(frame)),
     ):  # fmt: skip
-        assert torch.equal(pack_frames([same], **OPTIONS), expected)
+        assert torch.equal(pack_frames([same], **OPTIONS, impl=impl), expected)
 
 
-def test_stacked_frames_equal_a_list():
+def test_stacked_frames_equal_a_list(impl):
     frames = np.random.default_rng(11).integers(0, 256, (3, 30, 40, 3), dtype=np.uint8)
-    expected = pack_frames(list(frames), **OPTIONS)
-    assert torch.equal(pack_frames(frames, **OPTIONS), expected)
-    assert torch.equal(pack_frames(torch.from_numpy(frames), **OPTIONS), expected)
+    expected = pack_frames(list(frames), **OPTIONS, impl=impl)
+    assert torch.equal(pack_frames(frames, **OPTIONS, impl=impl), expected)
+    assert torch.equal(pack_frames(torch.from_numpy(frames), **OPTIONS, impl=impl), expected)
 
 
 @pytest.mark.parametrize("output", ["patches", "pixels"])
-def test_out_is_filled_and_returned(output):
+def test_out_is_filled_and_returned(output, impl):
     frames = [random_frame(np.random.default_rng(12), 30, 40)] * 2
-    expected = pack_frames(frames, **OPTIONS, output=output)
+    expected = pack_frames(frames, **OPTIONS, impl=impl, output=output)
     out = torch.full_like(expected, float("nan"))
-    assert pack_frames(frames, **OPTIONS, output=output, out=out) is out
+    assert pack_frames(frames, **OPTIONS, impl=impl, output=output, out=out) is out
     assert torch.equal(out, expected)
 
 
-def test_no_frames():
-    assert pack_frames([], **OPTIONS).shape == (0, 588)
-    assert pack_frames(np.zeros((0, 9, 9, 3), np.uint8), **OPTIONS, output="pixels").shape == (0, 3, 28, 28)
-    assert pack_frames([], **OPTIONS, crop_boxes=[], flip=[]).shape == (0, 588)
+def test_no_frames(impl):
+    assert pack_frames([], **OPTIONS, impl=impl).shape == (0, 588)
+    assert pack_frames(np.zeros((0, 9, 9, 3), np.uint8), **OPTIONS, impl=impl, output="pixels").shape == (0, 3, 28, 28)
+    assert pack_frames([], **OPTIONS, impl=impl, crop_boxes=[], flip=[]).shape == (0, 588)
 
 
 def test_which():
     frame = np.zeros((9, 9, 3), np.uint8)
-    assert which(pack_frames, [frame], **OPTIONS).name == "reference"
+    choice = which(pack_frames, [frame], **OPTIONS)
+    assert choice.name == ("reference" if host.MISSING else "cpu")
+    assert choice.refused == {
+        "cuda": "CUDA kernels need a GPU, and the tensors are on cpu",
+        **({"cpu": host.MISSING} if host.MISSING else {}),
+    }
     with pytest.raises(ValueError, match="not an implementation"):
         pack_frames([frame], **OPTIONS, impl="nothing")
 
@@ -282,7 +259,7 @@ def test_one_frame_must_be_in_a_list():
 
 
 @pytest.mark.parametrize("patch_size", [14, None])
-def test_opcheck(patch_size):
+def test_opcheck(patch_size, impl):
     frames = [
         torch.randint(0, 256, (20, 30, 3), dtype=torch.uint8),
         torch.randint(0, 256, (9, 8, 3), dtype=torch.uint8),
@@ -291,7 +268,7 @@ def test_opcheck(patch_size):
     boxes = [2, 3, 10, 20, 0, 0, 9, 8]
     torch.library.opcheck(
         torch.ops.lynx_kernels.pack_frames.default,
-        (frames, out, boxes, [True, False], 28, patch_size, list(MEAN), list(STD), "exact", "round", "reference"),
+        (frames, out, boxes, [True, False], 28, patch_size, list(MEAN), list(STD), "exact", "round", impl),
     )
 
 

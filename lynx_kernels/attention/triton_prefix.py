@@ -5,7 +5,7 @@ from torch import Tensor
 from lynx_kernels.attention import triton_rows
 
 
-def prefix_forward(
+def forward(
     q: Tensor,  # (T, H, D)
     k: Tensor,  # (T, Hkv, D)
     v: Tensor,  # (T, Hkv, D)
@@ -17,7 +17,7 @@ def prefix_forward(
     return triton_rows.forward(q, k, v, triton_rows.Table(segments, root_is_causal), scale)
 
 
-def prefix_backward(
+def backward(
     grad: Tensor | None,  # (T, H, D)
     grad_lse: Tensor | None,  # (T, H)
     out: Tensor,

@@ -1,0 +1,166 @@
+#include "frames.h"
+
+#include <algorithm>
+#include <map>
+#include <tuple>
+#include <vector>
+
+#include "../instruction_sets.h"
+#include "../threads.h"
+#include "filter.h"
+
+namespace lynx::frames {
+
+#define X(constant, name) extern const Kernels frames_##name;
+LYNX_INSTRUCTION_SETS
+#undef X
+
+namespace {
+
+const Kernels& best_kernels() {
+    static const Kernels* const all[] = {
+#define X(constant, name) &frames_##name,
+        LYNX_INSTRUCTION_SETS
+#undef X
+    };
+    return *all[static_cast<int>(instruction_set())];
+}
+
+// A Filter and its memory.
+class OwnedFilter {
+   public:
+    OwnedFilter(const Side& side, bool is_mirrored, const Kernels& kernels)
+        : side_(side),
+          is_mirrored_(is_mirrored),
+          kernels_(kernels),
+          // A window that starts anywhere in its first group.
+          most_groups_((most_inputs(side) + 3 + 3) / 4),
+          first_(side.count),
+          last_(side.count),
+          words_(side.count * most_groups_ * kernels.weight_words) {}
+
+    void fill() {
+        for (int64_t output = 0; output < side_.count; output++) {
+            const Window window = window_of(side_, is_mirrored_ ? side_.count - 1 - output : output);
+            const int64_t end = window.first + window.count;
+            first_[output] = window.first / 4;
+            last_[output] = (end + 3) / 4;
+            uint32_t* words = &words_[output * most_groups_ * kernels_.weight_words];
+            for (int64_t group = first_[output]; group < last_[output]; group++) {
+                int32_t four[4] = {};
+                for (int64_t i = std::max(4 * group, window.first); i < std::min(4 * group + 4, end); i++)
+                    four[i - 4 * group] = weight_of(window, i - window.first);
+                kernels_.pack_weights(four, words);
+                words += kernels_.weight_words;
+            }
+        }
+    }
+
+    Filter filter() const {
+        const auto ends = std::minmax(first_.front(), first_.back());
+        return {side_.count,   ends.first,   std::max(last_.front(), last_.back()),
+                most_groups_,  first_.data(), last_.data(),
+                words_.data()};
+    }
+
+   private:
+    Side side_;
+    bool is_mirrored_;
+    const Kernels& kernels_;
+    int64_t most_groups_;
+    std::vector<int32_t> first_, last_;
+    std::vector<uint32_t> words_;
+};
+
+// Every filter that frames need, once: those of a video are all the same.
+class Filters {
+   public:
+    explicit Filters(const Kernels& kernels) : kernels_(kernels) {}
+
+    int64_t index_of(const Side& side, bool is_mirrored) {
+        const auto key = std::make_tuple(side.length, side.resized, side.start, side.count, is_mirrored);
+        const auto [found, is_new] = indices_.emplace(key, filters_.size());
+        if (is_new) filters_.emplace_back(side, is_mirrored, kernels_);
+        return found->second;
+    }
+
+    std::vector<Filter> fill(int threads) {
+        share_out(filters_.size(), threads, 0, [&](int64_t i, void*) { filters_[i].fill(); });
+        std::vector<Filter> filled;
+        for (const OwnedFilter& each : filters_) filled.push_back(each.filter());
+        return filled;
+    }
+
+   private:
+    const Kernels& kernels_;
+    std::map<std::tuple<int64_t, int64_t, int64_t, int64_t, bool>, int64_t> indices_;
+    std::vector<OwnedFilter> filters_;
+};
+
+bool keeps_size(const Side& side) { return side.length == side.resized; }
+
+// Rows where units of one frame begin and end. Neighbours filter the rows between them twice, so a frame is cut only
+// where there are fewer than two for each thread.
+std::vector<int64_t> unit_rows(const Problem& problem, int threads) {
+    const int64_t wanted =
+        threads == 1 ? 1 : (2 * threads + problem.num_frames - 1) / std::max<int64_t>(problem.num_frames, 1);
+    std::vector<int64_t> rows = {0};
+    for (int64_t row = 0; row < problem.size;) {
+        row = strip_end(row, problem.patch_size);
+        if (row * wanted >= problem.size * static_cast<int64_t>(rows.size())) rows.push_back(row);
+    }
+    return rows;
+}
+
+}  // namespace
+
+void pack_frames(const Problem& problem, int threads) {
+    const Kernels& kernels = best_kernels();
+    threads = usable_threads(threads);
+    struct Sides {
+        Side rows, columns;
+        int64_t row_filter, column_filter;  // -1 where pixels are copied
+    };
+    std::vector<Sides> all_sides;
+    Filters filters(kernels);
+    for (int64_t i = 0; i < problem.num_frames; i++) {
+        const Frame& frame = problem.frames[i];
+        const int64_t short_side = std::min(frame.height, frame.width);
+        auto side = [&](int64_t length) {
+            return square_side(length, short_side, problem.size, problem.is_exact, problem.rounds_down);
+        };
+        Sides sides = {side(frame.height), side(frame.width), -1, -1};
+        if (!keeps_size(sides.rows) || !keeps_size(sides.columns)) {
+            sides.row_filter = filters.index_of(sides.rows, false);
+            sides.column_filter = filters.index_of(sides.columns, frame.is_flipped);
+        }
+        all_sides.push_back(sides);
+    }
+    const std::vector<Filter> filled = filters.fill(threads);
+
+    const std::vector<int64_t> rows = unit_rows(problem, threads);
+    std::vector<Unit> units;
+    size_t scratch_bytes = 0;
+    for (int64_t i = 0; i < problem.num_frames; i++) {
+        const Sides& sides = all_sides[i];
+        const bool is_copied = sides.row_filter < 0;
+        for (size_t j = 0; j + 1 < rows.size(); j++) {
+            const Unit unit = {&problem.frames[i],
+                               is_copied ? nullptr : &filled[sides.row_filter],
+                               is_copied ? nullptr : &filled[sides.column_filter],
+                               sides.rows.start,
+                               sides.columns.start,
+                               rows[j],
+                               rows[j + 1],
+                               i * 3 * problem.size * problem.size};
+            scratch_bytes = std::max(scratch_bytes, kernels.scratch_bytes(problem, unit));
+            units.push_back(unit);
+        }
+    }
+    const bool computes_levels = kernels.computes_levels(problem);
+    share_out(units.size(), threads, scratch_bytes, [&](int64_t i, void* scratch) {
+        kernels.run(problem, units[i], computes_levels, scratch);
+    });
+}
+
+}  // namespace lynx::frames

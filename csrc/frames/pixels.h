@@ -1,0 +1,76 @@
+// Bytes from a frame's rows to planes, one for each channel, and from the planes of a strip to patches.
+#pragma once
+
+#include "../vector.h"
+#include "filter.h"
+#include "problem.h"
+
+namespace {
+
+constexpr int kChunk = 16;  // bytes moved at a time, whatever the instruction set
+typedef uint8_t Chunk __attribute__((vector_size(kChunk)));
+
+// Every third of 48 bytes, from `kFirst` on.
+template <int kFirst, int... kLanes>
+LYNX_INLINE Chunk every_third(Chunk a, Chunk b, Chunk c, Lanes<kLanes...>) {
+    const Chunk from_two = __builtin_shufflevector(a, b, (3 * kLanes + kFirst < 32 ? 3 * kLanes + kFirst : 0)...);
+    return __builtin_shufflevector(from_two, c, (3 * kLanes + kFirst < 32 ? kLanes : 3 * kLanes + kFirst - 16)...);
+}
+
+// The next row is asked for meanwhile: it is not where a processor expects it after the crop's last column.
+LYNX_INLINE void split_channels(const uint8_t* from, int64_t count, int64_t row_stride,
+                                uint8_t* const (&planes)[3]) {
+    typedef MakeLanes<kChunk>::Type All;
+    uint8_t *const red = planes[0], *const green = planes[1], *const blue = planes[2];
+    int64_t i = 0;
+    for (; i + kChunk <= count; i += kChunk) {
+        __builtin_prefetch(from + 3 * i + row_stride);
+        const Chunk a = load_vector<Chunk>(from + 3 * i), b = load_vector<Chunk>(from + 3 * i + kChunk);
+        const Chunk c = load_vector<Chunk>(from + 3 * i + 2 * kChunk);
+        store_vector(red + i, every_third<0>(a, b, c, All()));
+        store_vector(green + i, every_third<1>(a, b, c, All()));
+        store_vector(blue + i, every_third<2>(a, b, c, All()));
+    }
+    for (; i < count; i++)
+        for (int channel = 0; channel < 3; channel++) planes[channel][i] = from[3 * i + channel];
+}
+
+// `count` pixels of a row from `column` on; nothing else is read or written.
+void read_row(const lynx::frames::Frame& frame, int64_t row, int64_t column, int64_t count,
+              uint8_t* const (&planes)[3]) {
+    const uint8_t* from = frame.data + row * frame.row_stride + column * frame.column_stride;
+    if (frame.column_stride == 3 && frame.channel_stride == 1) return split_channels(from, count, frame.row_stride, planes);
+    for (int channel = 0; channel < 3; channel++) {
+        const uint8_t* pixels = from + channel * frame.channel_stride;
+        if (frame.column_stride == 1)
+            memcpy(planes[channel], pixels, count);
+        else
+            for (int64_t i = 0; i < count; i++) planes[channel][i] = pixels[i * frame.column_stride];
+    }
+}
+
+template <int... kLanes>
+LYNX_INLINE Chunk reversed(Chunk chunk, Lanes<kLanes...>) {
+    return __builtin_shufflevector(chunk, chunk, (kChunk - 1 - kLanes)...);
+}
+
+// `to` is `from` right to left.
+void mirror(const uint8_t* from, int64_t count, uint8_t* to) {
+    int64_t i = 0;
+    for (; i + kChunk <= count; i += kChunk)
+        store_vector(to + count - kChunk - i, reversed(load_vector<Chunk>(from + i), MakeLanes<kChunk>::Type()));
+    for (; i < count; i++) to[count - 1 - i] = from[i];
+}
+
+// Rows of a strip, (rows, 3, stride), cut into patches, (patches, 3, rows, patch_size). Both have kChunk bytes to spare
+// at the end: whole chunks are moved, and what one writes too much the next one overwrites.
+void cut_patches(const uint8_t* strip, int64_t rows, int64_t stride, int64_t size, int64_t patch_size, uint8_t* to) {
+    for (int64_t column = 0; column < size; column += patch_size)
+        for (int channel = 0; channel < 3; channel++)
+            for (int64_t row = 0; row < rows; row++, to += patch_size) {
+                const uint8_t* from = strip + (row * 3 + channel) * stride + column;
+                for (int64_t i = 0; i < patch_size; i += kChunk) store_vector(to + i, load_vector<Chunk>(from + i));
+            }
+}
+
+}  // namespace

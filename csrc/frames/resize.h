@@ -1,0 +1,144 @@
+// Both passes of resizing over rolling rows: blocks of kWidth input rows are filtered horizontally, a lane for each row,
+// and kept as bytes in a ring, from which every output row is filtered vertically, a lane for each column.
+//
+// Products take four bytes of a lane at a time (dot.h): four neighbours in a row in the horizontal pass, four neighbours
+// in a column in the vertical one. So the ring holds words of four rows.
+#pragma once
+
+#include "../cutter.h"
+#include "dot.h"
+#include "pixels.h"
+#include "problem.h"
+
+namespace {
+
+constexpr int kBlockGroups = kWidth / 4;  // groups of four rows that a block has
+#if defined(__AVX512F__)
+constexpr int kColumnVectors = 4;  // outputs of the vertical pass at a time, so that weights are loaded less often
+#else
+constexpr int kColumnVectors = 2;
+#endif
+
+struct ResizeScratch {
+    int64_t columns;      // inputs that a row is read for, rounded up to vectors of groups
+    int64_t stride;       // of an output row of one channel
+    int64_t ring_groups;  // of four rows, whole blocks
+    uint8_t* planes;      // (kWidth, 3, columns): a block's rows
+    Words* block;         // (3, columns / 4): lane by lane a row's group of four columns
+    uint8_t* filtered;    // (3, stride, kWidth): a block after the horizontal pass
+    uint32_t* ring;       // (ring_groups, 3, stride) words of four rows
+    const uint32_t** lines;  // (row_filter->most_groups,): those of the ring that an output row needs
+
+    ResizeScratch(Cutter& cutter, const lynx::frames::Unit& unit, int64_t stride)
+        : columns(round_up(4 * (unit.column_filter->end - unit.column_filter->begin), 4 * kWidth)),
+          stride(stride),
+          ring_groups(round_up(unit.row_filter->most_groups + kBlockGroups - 1, kBlockGroups)) {
+        planes = cutter.take<uint8_t>(kWidth * 3 * columns);
+        block = cutter.take<Words>(3 * columns / 4);
+        filtered = cutter.take<uint8_t>(3 * stride * kWidth);
+        ring = cutter.take<uint32_t>(ring_groups * 3 * stride);
+        lines = cutter.take<const uint32_t*>(unit.row_filter->most_groups);
+    }
+
+    uint32_t* line(int64_t group, int channel) const { return ring + (group % ring_groups * 3 + channel) * stride; }
+};
+
+class Resizer {
+   public:
+    Resizer(const lynx::frames::Unit& unit, const ResizeScratch& scratch)
+        : frame_(*unit.frame),
+          row_filter_(*unit.row_filter),
+          column_filter_(*unit.column_filter),
+          scratch_(scratch),
+          first_group_(row_filter_.first[unit.first_row]),
+          next_group_(first_group_) {}
+
+    // Rows must be asked for from top to bottom. `to` is (3, stride).
+    void row(int64_t row, uint8_t* to) {
+        const int64_t first = row_filter_.first[row], count = row_filter_.last[row] - first;
+        while (next_group_ < first + count) next_block();
+        for (int64_t i = 0; i < count; i++) scratch_.lines[i] = scratch_.line(first + i - first_group_, 0);
+        const uint32_t* weights = row_filter_.words + row * row_filter_.most_groups * kWeightWords;
+        const int64_t width = 3 * scratch_.stride;
+        int64_t column = 0;
+        for (; column + kColumnVectors * kWidth <= width; column += kColumnVectors * kWidth)
+            filter_columns<kColumnVectors>(count, weights, column, to);
+        for (; column < width; column += kWidth) filter_columns<1>(count, weights, column, to);
+    }
+
+   private:
+    template <int kVectors>
+    LYNX_INLINE void filter_columns(int64_t count, const uint32_t* weights, int64_t column, uint8_t* to) const {
+        Words sums[kVectors][kSums];
+        for (auto& each : sums) start_sums(each);
+        for (int64_t i = 0; i < count; i++) {
+            Words four[kWeightWords];
+            broadcast_weights(four, weights + i * kWeightWords);
+            for (int j = 0; j < kVectors; j++)
+                add_products(sums[j], load_vector<Words>(scratch_.lines[i] + column + j * kWidth), four);
+        }
+        for (int j = 0; j < kVectors; j++) store_vector(to + column + j * kWidth, bytes_of(sums[j]));
+    }
+
+    // The next kWidth rows through the horizontal pass into the ring. Lanes of rows below the crop are not filled: such
+    // rows weigh 0 in the vertical pass.
+    void next_block() {
+        const int64_t plane = scratch_.columns, first_column = 4 * column_filter_.begin;
+        const int64_t columns = smaller(4 * column_filter_.end, frame_.width) - first_column;
+        const int64_t rows = smaller(frame_.height - 4 * next_group_, kWidth);
+        for (int64_t lane = 0; lane < rows; lane++) {
+            uint8_t* to = scratch_.planes + lane * 3 * plane;
+            read_row(frame_, 4 * next_group_ + lane, first_column, columns, {to, to + plane, to + 2 * plane});
+        }
+        for (int64_t i = 0; i < 3 * plane / 4; i += kWidth) {
+            Words tile[kWidth];
+            for (int lane = 0; lane < kWidth; lane++)
+                tile[lane] = load_vector<Words>(scratch_.planes + lane * 3 * plane + 4 * i);
+            transpose(tile);
+            for (int group = 0; group < kWidth; group++) scratch_.block[i + group] = tile[group];
+        }
+        filter_block();
+        const int64_t count = column_filter_.count;
+        for (int channel = 0; channel < 3; channel++)
+            for (int group = 0; group < kBlockGroups; group++) {
+                uint32_t* line = scratch_.line(next_group_ - first_group_ + group, channel);
+                const uint8_t* from = scratch_.filtered + channel * scratch_.stride * kWidth + 4 * group;
+                for (int64_t column = 0; column < count; column++)
+                    memcpy(line + column, from + column * kWidth, 4);
+            }
+        next_group_ += kBlockGroups;
+    }
+
+    // Copies of members, here and above: bytes may be stored anywhere, so members would be loaded again after each.
+    void filter_block() const {
+        const lynx::frames::Filter filter = column_filter_;
+        const int64_t plane = scratch_.columns / 4, filtered_plane = scratch_.stride * kWidth;
+        const Words* const block = scratch_.block;
+        uint8_t* to = scratch_.filtered;
+        const uint32_t* weights = filter.words;
+        for (int64_t column = 0; column < filter.count; column++, to += kWidth) {
+            Words sums[3][kSums];
+            for (auto& each : sums) start_sums(each);
+            const int64_t first = filter.first[column], count = filter.last[column] - first;
+            const Words* groups = block + first - filter.begin;
+            for (int64_t i = 0; i < count; i++) {
+                Words four[kWeightWords];
+                broadcast_weights(four, weights + i * kWeightWords);
+                for (int channel = 0; channel < 3; channel++)
+                    add_products(sums[channel], groups[channel * plane + i], four);
+            }
+            for (int channel = 0; channel < 3; channel++)
+                store_vector(to + channel * filtered_plane, bytes_of(sums[channel]));
+            weights += filter.most_groups * kWeightWords;
+        }
+    }
+
+    const lynx::frames::Frame& frame_;
+    const lynx::frames::Filter& row_filter_;
+    const lynx::frames::Filter& column_filter_;
+    const ResizeScratch& scratch_;
+    const int64_t first_group_;  // of the unit: the ring starts with it
+    int64_t next_group_;         // the first that is not in the ring yet
+};
+
+}  // namespace

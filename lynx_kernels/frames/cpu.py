@@ -1,0 +1,50 @@
+"""Frame packing on CPUs, in the C++ of csrc/frames: this file hands over addresses and the table of levels.
+
+Bit for bit what the reference gives: the weights are Pillow's, the sums are exact, and what becomes of each byte is
+computed here once, as the reference computes it. Frames may have any strides; interleaved channels (RGBRGB...) and
+separate planes are the fast ones.
+"""
+
+import torch
+from torch import Tensor
+
+from lynx_kernels import host
+from lynx_kernels.frames.levels import levels_of
+
+
+def refusal(out: Tensor, *frames: Tensor) -> str | None:
+    """Why this implementation cannot run the call, or None."""
+    if out.device.type != "cpu":
+        return f"runs on CPUs, the frames are on {out.device}"
+    return host.MISSING
+
+
+def forward(
+    frames: list[Tensor],  # N of (height, width, 3) uint8
+    out: Tensor,  # (N * patches, 3 * p * p), or (N, 3, S, S) where patch_size is None
+    crop_boxes: list[int],  # (4 * N,): top, left, height, width
+    flips: list[bool],  # (N,)
+    size: int,
+    patch_size: int | None,
+    mean: list[float],  # (3,)
+    std: list[float],  # (3,)
+    resize: str,
+    crop_rounding: str,
+) -> None:
+    """Fill ``out``."""
+    levels = levels_of(tuple(mean), tuple(std), out.dtype)
+    host.module.pack_frames(
+        [(frame.data_ptr(), *frame.stride()) for frame in frames],
+        [tuple(crop_boxes[4 * index : 4 * index + 4]) for index in range(len(frames))],
+        flips,
+        size,
+        size if patch_size is None else patch_size,  # one patch as large as the square: (channel, row, column)
+        resize == "exact",
+        crop_rounding == "floor",
+        getattr(host.module.ElementType, str(out.dtype).removeprefix("torch.")),
+        levels.data_ptr(),
+        mean,
+        std,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )

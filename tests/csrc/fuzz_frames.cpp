@@ -1,0 +1,162 @@
+// pack_frames with random sizes, strides, crops and options, against the plainest way to say what it does.
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "../../csrc/frames/filter.h"
+#include "../../csrc/frames/frames.h"
+#include "../../csrc/instruction_sets.h"
+#include "fuzz.h"
+
+namespace {
+
+using namespace lynx::frames;
+
+// A frame in memory that holds nothing else, so that every byte beside it is poisoned.
+struct Picture {
+    std::vector<uint8_t> bytes;
+    Frame frame;
+};
+
+Picture random_picture(Random& random) {
+    const int64_t most = random.flag() ? 12 : random.flag() ? 60 : 300;
+    const int64_t height = random.number(1, most), width = random.number(1, 3000 / height < 9 ? 9 : 3000 / height);
+    Picture picture;
+    Frame& frame = picture.frame;
+    // Interleaved, with bytes between pixels and rows; or planes; or one pixel, row or grey level repeated.
+    const bool is_planar = random.number(0, 3) == 0;
+    frame.channel_stride = is_planar ? height * width : 1;
+    frame.column_stride = is_planar ? 1 : random.flag() ? 3 : random.number(3, 5);
+    frame.row_stride = is_planar ? width : frame.column_stride * width + (random.flag() ? 0 : random.number(1, 9));
+    if (random.number(0, 9) == 0) frame.channel_stride = 0;
+    if (random.number(0, 9) == 0) frame.column_stride = 0;
+    if (random.number(0, 9) == 0) frame.row_stride = 0;
+    const int64_t span = 2 * frame.channel_stride + (width - 1) * frame.column_stride + (height - 1) * frame.row_stride;
+    picture.bytes.resize(span + 1);
+    const bool is_harsh = random.flag();  // black and white: the filter overshoots
+    for (uint8_t& byte : picture.bytes) byte = is_harsh ? 255 * random.number(0, 1) : random.number(0, 255);
+    int64_t first = 0;
+    for (auto [stride, length] : {std::pair(&frame.row_stride, height), std::pair(&frame.column_stride, width)})
+        if (random.number(0, 3) == 0) {  // from the other end
+            first += (length - 1) * *stride;
+            *stride = -*stride;
+        }
+    const int64_t top = random.flag() ? 0 : random.number(0, height - 1);
+    const int64_t left = random.flag() ? 0 : random.number(0, width - 1);
+    frame.data = picture.bytes.data() + first + top * frame.row_stride + left * frame.column_stride;
+    frame.height = random.flag() ? height - top : random.number(1, height - top);
+    frame.width = random.flag() ? width - left : random.number(1, width - left);
+    frame.is_flipped = random.flag();
+    return picture;
+}
+
+uint8_t filtered(const Side& side, int64_t output, const uint8_t* inputs, int64_t stride) {
+    const Window window = window_of(side, output);
+    int64_t sum = 0, magnitudes = 0;
+    for (int64_t i = 0; i < window.count; i++) {
+        sum += int64_t{weight_of(window, i)} * inputs[(window.first + i) * stride];
+        magnitudes += std::abs(weight_of(window, i));
+    }
+    if (window.count > most_inputs(side) || 2 * magnitudes >= 3 << kWeightBits) {
+        printf("\na window of %ld inputs, magnitudes %ld\n", long(window.count), long(magnitudes));
+        exit(1);
+    }
+    return byte_of(static_cast<int32_t>(sum));
+}
+
+std::vector<uint8_t> resized(const Problem& problem, const Frame& frame) {
+    const int64_t short_side = std::min(frame.height, frame.width), size = problem.size;
+    const Side rows = square_side(frame.height, short_side, size, problem.is_exact, problem.rounds_down);
+    const Side columns = square_side(frame.width, short_side, size, problem.is_exact, problem.rounds_down);
+    std::vector<uint8_t> between(frame.height * size), row(frame.width), out(3 * size * size);
+    for (int64_t channel = 0; channel < 3; channel++) {
+        for (int64_t y = 0; y < frame.height; y++) {
+            for (int64_t x = 0; x < frame.width; x++)
+                row[x] = frame.data[y * frame.row_stride + x * frame.column_stride + channel * frame.channel_stride];
+            for (int64_t x = 0; x < size; x++) between[y * size + x] = filtered(columns, x, row.data(), 1);
+        }
+        for (int64_t y = 0; y < size; y++)
+            for (int64_t x = 0; x < size; x++) {
+                const int64_t column = frame.is_flipped ? size - 1 - x : x;
+                out[patch_offset(channel, y, x, size, problem.patch_size)] =
+                    filtered(rows, y, between.data() + column, size);
+            }
+    }
+    return out;
+}
+
+uint16_t as_bfloat16(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
+// (3, 256) elements of `bytes` bytes.
+std::vector<uint8_t> make_levels(const Problem& problem, int64_t bytes) {
+    std::vector<uint8_t> levels(768 * bytes);
+    for (int channel = 0; channel < 3; channel++)
+        for (int byte = 0; byte < 256; byte++) {
+            const double exact = (byte / 255.0 - problem.mean[channel]) / problem.std[channel];
+            const float rounded =
+                (static_cast<float>(byte / 255.0) - problem.mean[channel]) / problem.std[channel];
+            const uint16_t half = problem.type == ElementType::kBFloat16 ? as_bfloat16(rounded) : 256 * channel + byte;
+            uint8_t* to = &levels[(256 * channel + byte) * bytes];
+            if (bytes == 8) memcpy(to, &exact, bytes);
+            if (bytes == 4) memcpy(to, &rounded, bytes);
+            if (bytes == 2) memcpy(to, &half, bytes);
+        }
+    return levels;
+}
+
+}  // namespace
+
+void fuzz_frames(uint64_t seed) {
+    Random random(seed);
+    std::vector<Picture> pictures;
+    std::vector<Frame> frames;
+    for (int64_t i = random.number(0, 3); i > 0; i--) pictures.push_back(random_picture(random));
+    for (const Picture& picture : pictures) frames.push_back(picture.frame);
+    Problem problem = {};
+    problem.frames = frames.data();
+    problem.num_frames = frames.size();
+    problem.patch_size = random.flag() ? random.number(1, 20) : random.number(1, 70);
+    problem.size = problem.patch_size * random.number(1, problem.patch_size > 20 ? 2 : 4);
+    if (!frames.empty() && random.number(0, 3) == 0) {  // the size that the first frame has already
+        problem.size = std::min(frames[0].height, frames[0].width);
+        problem.patch_size = problem.size % 2 == 0 ? problem.size / 2 : problem.size;
+    }
+    problem.is_exact = random.flag();
+    problem.rounds_down = random.flag();
+    problem.type = static_cast<ElementType>(random.number(0, 3));
+    const int64_t bytes = problem.type == ElementType::kFloat64 ? 8 : problem.type == ElementType::kFloat32 ? 4 : 2;
+    for (int channel = 0; channel < 3; channel++) {
+        problem.mean[channel] = random.number(0, 1000) / 1000.0f;
+        problem.std[channel] = random.number(1, 1000) / 1000.0f * (random.number(0, 9) == 0 ? 1e38f : 1.0f);
+    }
+    const std::vector<uint8_t> levels = make_levels(problem, bytes);
+    problem.levels = levels.data();
+
+    const int64_t per_frame = 3 * problem.size * problem.size;
+    std::vector<uint8_t> expected(problem.num_frames * per_frame * bytes);
+    for (int64_t i = 0; i < problem.num_frames; i++) {
+        const std::vector<uint8_t> square = resized(problem, frames[i]);
+        for (int64_t j = 0; j < per_frame; j++) {
+            const int64_t channel = j / (problem.patch_size * problem.patch_size) % 3;
+            memcpy(&expected[(i * per_frame + j) * bytes], &levels[(256 * channel + square[j]) * bytes], bytes);
+        }
+    }
+    for (const std::string& name : lynx::instruction_sets()) {
+        lynx::force_instruction_set(name);
+        std::vector<uint8_t> out(expected.size(), 0xa5);
+        problem.out = out.data();
+        pack_frames(problem, random.number(1, 3));
+        if (out != expected) {
+            printf("\n%s: wrong result\n", name.c_str());
+            exit(1);
+        }
+    }
+    lynx::force_instruction_set("");
+}
