@@ -3,12 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-<<<<<<< HEAD
-#include "adapter/adapter.h"
-=======
 #include <array>
 
->>>>>>> main
+#include "adapter/adapter.h"
 #include "attention/attention.h"
 #include "embeddings/embeddings.h"
 #include "frames/frames.h"
