@@ -33,8 +33,8 @@ _DTYPES = (torch.float32, torch.bfloat16)
 _FEW_TOKENS = 64
 _SMALL_WEIGHT = 2**17
 
-# Up to here the C++ form wins. Zen 4, two threads, cold weights, d=1024, r=512: eager takes 2.0, 1.7 and 1.2 times its
-# time in fp32 at T = 1, 16, 64 and 1.9, 1.7 and 1.1 times in bf16, the form below 1.9, 1.7, 1.0 and 2.5, 2.0, 1.3 times.
+# Up to here the C++ form wins. On Zen 4 with two threads and cold weights, d=1024, r=512, T = 1, 16, 64, eager takes
+# 2.0, 1.7, 1.2 times its time in fp32 and 1.9, 1.7, 1.1 times in bf16; the form below 1.8, 1.7, 1.05 and 2.6, 2.1, 1.3.
 _COMPILED_TOKENS = 64
 
 _T = TypeVar("_T", Tensor, Tensor | None)
