@@ -24,11 +24,12 @@ from setuptools.command.build_py import build_py
 _AVX512 = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 _X86 = {"avx512bf16": [*_AVX512, "-mavx512bf16", "-mavx512vnni"], "avx512": _AVX512, "avx2": ["-mavx2", "-mfma"]}
 INSTRUCTION_SETS = {**(_X86 if platform.machine() == "x86_64" else {}), "plain": []}
-KERNELS = ["csrc/attention/kernels.cpp", "csrc/frames/kernels.cpp"]
+KERNELS = ["csrc/attention/kernels.cpp", "csrc/adapter/kernels.cpp", "csrc/frames/kernels.cpp"]
 MODULE = "csrc/module.cpp"  # all that knows Python
 SOURCES = [
     "csrc/instruction_sets.cpp",
     "csrc/threads.cpp",
+    "csrc/adapter/adapter.cpp",
     "csrc/attention/attention.cpp",
     "csrc/attention/plan.cpp",
     "csrc/planner/planner.cpp",

@@ -5,6 +5,7 @@
 
 #include <array>
 
+#include "adapter/adapter.h"
 #include "attention/attention.h"
 #include "embeddings/embeddings.h"
 #include "frames/frames.h"
@@ -46,6 +47,19 @@ lynx::Problem problem_of(const lynx::Layout& layout, const std::tuple<int64_t, i
     problem.scale = scale;
     problem.is_bfloat16 = is_bfloat16;
     return problem;
+}
+
+// (address, whether it is bf16 and not fp32); the address is 0 where the argument is absent.
+using Numbers = std::pair<uintptr_t, bool>;
+
+lynx::Numbers numbers(const Numbers& given) { return {pointer<void>(given.first), given.second}; }
+
+lynx::Activation activation_of(const std::string& name) {
+    if (name == "silu") return lynx::Activation::kSilu;
+    if (name == "relu") return lynx::Activation::kRelu;
+    if (name == "gelu") return lynx::Activation::kGelu;
+    if (name == "gelu_tanh") return lynx::Activation::kGeluTanh;
+    throw std::invalid_argument("adapter: there is no activation '" + name + "' here");
 }
 
 lynx::Costs costs(uintptr_t tokens, uintptr_t patches, int64_t count) {
@@ -105,6 +119,25 @@ PYBIND11_MODULE(_host, module) {
                    problem.grad_v = matrix(grad_v);
                    py::gil_scoped_release release;
                    lynx::attention_backward(layout, problem, threads);
+               });
+
+    // `sizes` are the tokens, the width and the bottleneck; statistics are fp32, and 0 without a LayerNorm.
+    module.def("adapter_forward",
+               [](const std::tuple<int64_t, int64_t, int64_t>& sizes, float eps, const std::string& activation,
+                  const Numbers& x, const Numbers& norm_weight, const Numbers& norm_bias, const Numbers& down_weight,
+                  const Numbers& down_bias, const Numbers& up_weight, const Numbers& up_bias, const Numbers& scale,
+                  const Numbers& out, uintptr_t mean, uintptr_t rstd, const Numbers& preactivation, int threads) {
+                   lynx::Adapter adapter = {};
+                   std::tie(adapter.tokens, adapter.width, adapter.bottleneck) = sizes;
+                   adapter.eps = eps, adapter.activation = activation_of(activation);
+                   adapter.x = numbers(x), adapter.scale = numbers(scale);
+                   adapter.norm_weight = numbers(norm_weight), adapter.norm_bias = numbers(norm_bias);
+                   adapter.down_weight = numbers(down_weight), adapter.down_bias = numbers(down_bias);
+                   adapter.up_weight = numbers(up_weight), adapter.up_bias = numbers(up_bias);
+                   adapter.out = numbers(out), adapter.preactivation = numbers(preactivation);
+                   adapter.mean = pointer<float>(mean), adapter.rstd = pointer<float>(rstd);
+                   py::gil_scoped_release release;
+                   lynx::adapter_forward(adapter, threads);
                });
 
     using Release = py::call_guard<py::gil_scoped_release>;

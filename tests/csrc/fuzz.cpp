@@ -8,6 +8,7 @@
 int main(int count, char** arguments) {
     const double seconds = count > 1 ? atof(arguments[1]) : 60;
     if (count > 2) {
+        fuzz_adapter(strtoull(arguments[2], nullptr, 10));
         fuzz_frames(strtoull(arguments[2], nullptr, 10));
         fuzz_attention(strtoull(arguments[2], nullptr, 10));
         fuzz_embeddings(strtoull(arguments[2], nullptr, 10));
@@ -20,6 +21,7 @@ int main(int count, char** arguments) {
         // Printed before the call, which a sanitizer may end: the last line of the output says what to run again.
         printf("\rseed %llu", static_cast<unsigned long long>(seed));
         fflush(stdout);
+        fuzz_adapter(seed);
         fuzz_frames(seed);
         fuzz_attention(seed);
         fuzz_embeddings(seed);

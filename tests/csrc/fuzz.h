@@ -18,6 +18,7 @@ class Random {
     std::mt19937_64 engine_;
 };
 
+void fuzz_adapter(uint64_t seed);
 void fuzz_frames(uint64_t seed);
 void fuzz_attention(uint64_t seed);
 void fuzz_embeddings(uint64_t seed);

@@ -1,9 +1,13 @@
 """What the tests of every operation need."""
 
+import os
+import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor, distributed
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -79,6 +83,23 @@ def count_compilations(function: Callable, calls: Sequence[tuple], backend: str 
         compiled(*arguments).sum().backward()
         counts.append(counter.frame_count)
     return counts
+
+
+def assert_child_ends_well(function: Callable[[], bool]) -> None:
+    """Run ``function`` in a forked process: it must return True there, and not hang."""
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if function() else 1)
+    for _ in range(200):
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail("the child hangs")
+    assert os.waitstatus_to_exitcode(status) == 0
 
 
 @contextmanager

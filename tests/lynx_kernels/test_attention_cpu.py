@@ -1,8 +1,5 @@
 """The compiled attention of CPUs: every instruction set, any number of threads, forked processes."""
 
-import os
-import signal
-import time
 from functools import partial
 
 import pytest
@@ -14,11 +11,13 @@ from lynx_kernels import PackedLayout, SpanLayout, cross_attention, host, prefix
 from tests.lynx_kernels import attention_cases
 from tests.lynx_kernels.attention_cases import GROUPS_OF_A_BATCH, SPANS_OF_A_BATCH, grads_of
 from tests.lynx_kernels.attention_helpers import FEW_EXAMPLES, GROUPS, dense_attention, random, run, spans
-from tests.lynx_kernels.helpers import permuted
+from tests.lynx_kernels.helpers import assert_child_ends_well, permuted
 from tests.numbers import assert_within_budget
 
 if host.MISSING is not None:
     pytest.skip(host.MISSING, allow_module_level=True)
+
+pytestmark = pytest.mark.usefixtures("poison")
 
 packed_case = partial(attention_cases.packed_case, impl="cpu")
 span_case = partial(attention_cases.span_case, impl="cpu")
@@ -28,28 +27,6 @@ LONG_GROUPS = [(150, [70]), (0, [131]), (40, [1, 37, 90]), (129, [])]
 LONG_SPANS = [50, 1, 0, 13, 7], [(0, 200), (150, 331), (3, 9), (331, 331), (330, 340)], 345
 # Long enough for several units of queries and several parts of keys.
 SPLIT_GROUPS = [(500, [600, 3]), (30, [20])]
-
-
-@pytest.fixture(autouse=True)
-def poison():
-    """Fill uninitialised memory with NaN, so that an output that is not written does not pass for one that is."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(params=host.instruction_sets())
-def instruction_set(request):
-    host.force_instruction_set(request.param)
-    yield request.param
-    host.force_instruction_set(None)
-
-
-@pytest.fixture
-def restore_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def assert_case_within_budget(case, spread=lambda each: each, cancels=False):
@@ -167,20 +144,7 @@ def test_a_forked_child_does_not_hang(restore_threads):
     torch.set_num_threads(2)
     case = packed_case(True, LONG_GROUPS, dtype=torch.float32)
     expected = case.operation(*case.inputs)[0]
-    child = os.fork()
-    if child == 0:
-        same = torch.equal(case.operation(*case.inputs)[0], expected)
-        os._exit(0 if same else 1)
-    for _ in range(200):
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            break
-        time.sleep(0.1)
-    else:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        pytest.fail("the child hangs")
-    assert os.waitstatus_to_exitcode(status) == 0
+    assert_child_ends_well(lambda: torch.equal(case.operation(*case.inputs)[0], expected))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

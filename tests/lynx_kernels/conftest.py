@@ -1,0 +1,29 @@
+"""Fixtures of the tests of compiled code."""
+
+import pytest
+import torch
+
+from lynx_kernels import host
+
+
+@pytest.fixture
+def poison():
+    """Fill uninitialised memory with NaN, so that an output that is not written does not pass for one that is."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=host.instruction_sets())
+def instruction_set(request):
+    """Each one that this processor has, forced while the test runs."""
+    host.force_instruction_set(request.param)
+    yield request.param
+    host.force_instruction_set(None)
+
+
+@pytest.fixture
+def restore_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,205 @@
+"""The compiled adapter of CPUs: every instruction set, any number of threads, forked processes."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lynx_kernels import host
+from lynx_kernels.adapter import adapter, cpu
+from tests.lynx_kernels.helpers import assert_child_ends_well, permuted, run
+from tests.lynx_kernels.test_adapter import (
+    ACTIVATIONS,
+    FORWARD,
+    NAMES,
+    OPTIONAL,
+    check_adapter,
+    check_autocast,
+    make,
+    naive,
+    runs,
+)
+from tests.numbers import assert_within_budget
+
+if host.MISSING is not None:
+    pytest.skip(host.MISSING, allow_module_level=True)
+
+DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if runs("cpu", dtype)]
+MIXED = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+ours = partial(adapter, impl="cpu")
+
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+
+@pytest.fixture(autouse=True)
+def calls(monkeypatch):
+    """The arguments of the calls that were compiled ones."""
+    counted = []
+    forward = cpu._compiled_forward
+    monkeypatch.setattr(cpu, "_compiled_forward", lambda *arguments: counted.append(arguments) or forward(*arguments))
+    return counted
+
+
+def saved(x, norm_weight, norm_bias, down_weight, down_bias, *rest):
+    """What forward keeps for backward."""
+    mean = x.mean(-1)
+    rstd = ((x - mean[:, None]).square().mean(-1) + 1e-5).rsqrt()
+    normalized = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias)
+    return mean, rstd, F.linear(normalized, down_weight, down_bias)
+
+
+def check_saved(inputs):
+    """By the budget too, the statistics in fp32."""
+    exact = saved(*(each.double() for each in inputs))
+    plain = [*saved(*(each.float() for each in inputs))[:2], saved(*inputs)[2]]
+    _, *actual = FORWARD(*inputs, 1e-5, "silu", "cpu")
+    magnitudes = [inputs[0].abs().amax().item() if inputs[0].numel() else 0.0, 0.0, 0.0]  # a mean may cancel to 0
+    names = ("mean", "rstd", "preactivation")
+    for name, found, truth, theirs, magnitude in zip(names, actual, exact, plain, magnitudes, strict=True):
+        assert found.dtype == theirs.dtype
+        assert_within_budget(found, truth, theirs, name, magnitude)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [0, 1, 2, 3, 7, 16, 63, 64])
+def test_every_instruction_set(instruction_set, dtype, tokens, calls):
+    """Blocks of 16 columns, register tiles of 4 rows and 2 or 6 tokens, vectors of 4 to 32 numbers, all with rests."""
+    for width, bottleneck in [(13, 5), (16, 16), (64, 32), (67, 35), (40, 83)]:
+        inputs, grad = make((tokens,), width, bottleneck, dtype)
+        check_adapter("cpu", inputs, grad)
+        check_saved(inputs)
+    check_adapter("cpu", *make((tokens,), 1, 3, dtype, ("norm_weight", "norm_bias")))
+    assert calls
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_more_tokens_take_the_other_form(dtype, calls):
+    for tokens, compiled in [(64, True), (65, False)]:
+        adapter(*make((tokens,), dtype=dtype)[0], impl="cpu")
+        assert bool(calls) == compiled
+        calls.clear()
+
+
+def test_weights_that_are_not_contiguous_take_the_other_form(calls):
+    inputs, _ = make((3,), dtype=torch.float32)
+    for index in (3, 5):
+        spread = [permuted(each) if i == index else each for i, each in enumerate(inputs)]
+        torch.testing.assert_close(ours(*spread), ours(*inputs))
+        assert len(calls) == 1  # the other one
+        calls.clear()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(7,), (2, 3, 5)])
+def test_permuted_arguments(dtype, shape, calls):
+    inputs, grad = make(shape, 35, 19, dtype)
+    spread = [
+        each if name in ("down_weight", "up_weight") else permuted(each)
+        for name, each in zip(NAMES, inputs, strict=True)
+    ]
+    check_adapter("cpu", spread, permuted(grad))
+    assert calls
+    sliced, grad = make((2, 14), 35, 19, dtype)
+    sliced[0], grad = sliced[0][:, ::2], grad[:, ::2]
+    check_adapter("cpu", sliced, grad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("absent", OPTIONAL)
+def test_absent_arguments(instruction_set, dtype, absent):
+    check_adapter("cpu", *make((9,), 35, 19, dtype, absent))
+    _, mean, rstd, _ = FORWARD(*make((9,), 35, 19, dtype, absent)[0], 1e-5, "silu", "cpu")
+    assert mean.shape == rstd.shape == ((0,) if "norm_weight" in absent else (9,))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_and_eps(instruction_set, dtype, activation):
+    check_adapter("cpu", *make((9,), 35, 19, dtype), activation=activation, eps=0.3)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_everywhere(instruction_set, activation):
+    """Where they bend, in both tails, and where an exponential would overflow."""
+    points = torch.cat([torch.linspace(-15, 15, 601), torch.tensor([-1e4, -300.0, -90.0, 90.0, 300.0, 1e4])])
+    zeros, identity = torch.zeros(len(points), len(points)), torch.eye(len(points))
+    actual = ours(zeros[:1], None, None, zeros, points, identity, None, torch.tensor(1.0), activation=activation)[0]
+    exact = ACTIVATIONS[activation](points.double())
+    assert ((actual - exact).abs() <= 1e-6 * exact.abs() + 1e-8).all()
+    zero, one, infinity = torch.zeros(1, 1), torch.ones(1, 1), torch.full((1,), float("inf"))
+    assert ours(zero, None, None, zero, infinity, one, None, one, activation=activation) == infinity
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_nan_stays_in_its_token(instruction_set, activation):
+    inputs, _ = make((9,), 35, 19, torch.float32)
+    expected = ours(*inputs, activation=activation)
+    inputs[0][4, 7] = float("nan")
+    out = ours(*inputs, activation=activation)
+    assert out[4].isnan().all()
+    others = torch.arange(9) != 4
+    assert torch.equal(out[others], expected[others])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mean_far_above_deviation(instruction_set, dtype):
+    inputs, grad = make((9,), 67, 19, dtype)
+    inputs[0] = inputs[0] + 1000
+    check_adapter("cpu", inputs, grad)
+    if dtype == torch.float32:
+        check_saved(inputs)
+
+
+@pytest.mark.parametrize("stream", DTYPES)
+@pytest.mark.parametrize("weights", DTYPES)
+@pytest.mark.parametrize("others", MIXED)
+def test_mixed_dtypes(instruction_set, stream, weights, others):
+    """Every argument in its own dtype; those that the kernels do not know are cast."""
+    inputs, _ = make((9,), 35, 19, torch.float32)
+    mixed = [each.to(others) for each in inputs]
+    mixed[0] = inputs[0].to(stream)
+    mixed[3], mixed[5] = inputs[3].to(weights), inputs[5].to(weights)
+    actual = ours(*mixed)
+    assert actual.dtype == stream
+    exact = naive(*(each.double() for each in mixed))
+    plain = naive(*(each.float() for each in mixed)).to(stream)
+    precision = torch.bfloat16 if torch.bfloat16 in (stream, weights) else None
+    assert_within_budget(actual, exact, plain, precision=precision)
+
+
+@pytest.mark.skipif(len(DTYPES) == 1, reason="this processor has no bf16")
+def test_autocast(instruction_set, calls):
+    check_autocast(ours, *make((9,), dtype=torch.float32))
+    assert calls
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "width", "bottleneck"), [(1, 200, 35), (7, 67, 130), (64, 40, 83)])
+def test_the_number_of_threads_changes_nothing(instruction_set, dtype, tokens, width, bottleneck, restore_threads):
+    inputs, _ = make((tokens,), width, bottleneck, dtype)
+    results = []
+    for threads in (1, 2, 3, 40):
+        torch.set_num_threads(threads)
+        results.append(FORWARD(*inputs, 1e-5, "silu", "cpu"))
+    for others in results[1:]:
+        for first, second in zip(results[0], others, strict=True):
+            assert torch.equal(first, second)
+
+
+def test_a_forked_child_does_not_hang(restore_threads):
+    torch.set_num_threads(2)
+    inputs, _ = make((7,), 200, 35, torch.float32)
+    expected = ours(*inputs)
+    assert_child_ends_well(lambda: torch.equal(ours(*inputs), expected))
+
+
+def test_without_the_compiled_module(monkeypatch, calls):
+    inputs, _ = make((7,), dtype=torch.float32)
+    expected = run(ours, inputs, None)
+    calls.clear()
+    monkeypatch.setattr(host, "module", None)
+    for first, second in zip(run(ours, inputs, None), expected, strict=True):
+        torch.testing.assert_close(first, second)
+    assert not calls
