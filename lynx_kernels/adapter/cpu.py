@@ -2,13 +2,10 @@
 
 The C++ of csrc/adapter reads each weight once, as fast as memory is. Elsewhere LayerNorm is ATen's kernel, the products
 are oneDNN's, and the up-projection adds bias and residual before it writes: with scale * (a Wu^T + bu) = (scale * a)
-Wu^T + scale * bu the scale costs a pass over the bottleneck, not over the full width. Backward recomputes the
-standardised input s and the activation, both cheap beside a product, and leaves sums over tokens to products: with G =
-dh^T s, dh being the gradient of the pre-activation, and n and m the LayerNorm's weight and bias, dWd = G * n + (sum dh)
-m^T, dn = colsum(G * Wd) and dm = (sum dh) Wd. (LayerNorm's own backward sums the gradients of its weights up in the
-dtype of x: in bf16 they were seen to be wrong by a fifth over 8192 tokens.) The gradient of the scale is sum(grad * (a
-Wu^T)) = sum((grad Wu) * a). Contracts as in reference.py, whose products run in the dtype of the weights too. Shapes: T
-tokens, width d, bottleneck r.
+Wu^T + scale * bu the scale costs a pass over the bottleneck, not over the full width. Backward recomputes the LayerNorm
+and the activation, both cheap beside a product. The gradient of the scale is sum(grad * (a Wu^T)) = sum((grad Wu) * a).
+Contracts as in reference.py, whose products run in the dtype of the weights too. Shapes: T tokens, width d, bottleneck
+r.
 
 The oneDNN call can also apply the activation, which would save the inference path a pass. Measured (Zen 4, d=1024,
 r=512, T=64, 512, 2048) that is 1.01, 1.00, 1.00 times as fast in fp32 and 1.07, 1.01, 1.01 in bf16: no second operator
@@ -32,9 +29,14 @@ _DTYPES = (torch.float32, torch.bfloat16)
 # (d=1024, r=64, T=1: 0.3-0.4) and 1.1-3.9 above either; in bf16 it calls oneDNN itself and never wins.
 _FEW_TOKENS = 64
 _SMALL_WEIGHT = 2**17
+# LayerNorm's own backward sums the gradients of its weight n and bias m up in the dtype of x: quick, but in bf16 they
+# were seen to be wrong by a fifth over 8192 tokens. Beyond so many tokens the sums are left to products: with
+# G = dh^T s, s the standardised input and dh the gradient of the pre-activation, dWd = G * n + (sum dh) m^T,
+# dn = colsum(G * Wd), dm = (sum dh) Wd. That takes passes over the weights, as long as 512 tokens where r = 512.
+_SUMMED_TOKENS = 256
 
 # Up to here the C++ form wins. On Zen 4 with two threads and cold weights, d=1024, r=512, T = 1, 16, 64, eager takes
-# 2.0, 1.7, 1.2 times its time in fp32 and 1.9, 1.7, 1.1 times in bf16; the form below 1.8, 1.7, 1.05 and 2.6, 2.1, 1.3.
+# 1.9, 2.7, 1.25 times its time in fp32 and 2.1, 1.7, 1.05 times in bf16; the form below 0.8-1.1 times everywhere.
 _COMPILED_TOKENS = 64
 
 _T = TypeVar("_T", Tensor, Tensor | None)
@@ -188,24 +190,32 @@ def backward(
         grad_preactivation_sum = grad_preactivation.sum(0).float()  # (r,)
     if needs_down_bias:
         gradients["down_bias"] = grad_preactivation_sum
-    if needs_down or needs_norm:
-        gradients["down_weight"] = grad_preactivation.t() @ _standardize(stream, mean, rstd).to(compute)  # (r, d)
-    if needs_norm:
+    from_products = norm_weight is not None and x.shape[0] > _SUMMED_TOKENS
+    if needs_down or (needs_norm and from_products):
+        normalized = stream if norm_weight is None else (stream - mean[:, None]).mul_(rstd[:, None])  # (T, d)
+        if norm_weight is not None and not from_products:
+            normalized.mul_(norm_weight)
+            normalized = normalized if norm_bias is None else normalized.add_(norm_bias)
+        gradients["down_weight"] = grad_preactivation.t() @ normalized.to(compute)  # (r, d)
+    if needs_norm and from_products:
         gradients["norm_weight"] = (gradients["down_weight"] * down_weight).sum(0, dtype=torch.float32)
-    if needs_norm_bias:
+    if needs_norm_bias and from_products:
         gradients["norm_bias"] = grad_preactivation_sum @ down_weight.float()
-    if needs_down and norm_weight is not None:
+    if needs_down and from_products:
         gradients["down_weight"] = gradients["down_weight"] * _cast(norm_weight, torch.float32)
         if norm_bias is not None:
             gradients["down_weight"].addr_(grad_preactivation_sum, _cast(norm_bias, torch.float32))
-    if needs_x:
+    if needs_x or (norm_weight is not None and not from_products and (needs_norm or needs_norm_bias)):
         grad_normalized = _linear(grad_preactivation, down_weight.t()).to(stream.dtype)  # (T, d)
         if norm_weight is not None:
-            grad_normalized, _, _ = torch.ops.aten.native_layer_norm_backward(
+            grad_normalized, grad_norm, grad_norm_bias = torch.ops.aten.native_layer_norm_backward(
                 grad_normalized, stream, stream.shape[1:], mean[:, None], rstd[:, None],
-                _cast(norm_weight, torch.float32), _cast(norm_bias, torch.float32), [True, False, False],
+                _cast(norm_weight, torch.float32), _cast(norm_bias, torch.float32),
+                [needs_x, needs_norm and not from_products, needs_norm_bias and not from_products],
             )  # fmt: skip
-        gradients["x"] = grad_normalized.add_(grad)
+            gradients = {"norm_weight": grad_norm, "norm_bias": grad_norm_bias} | gradients
+        if needs_x:
+            gradients["x"] = grad_normalized.add_(grad)
     inputs = {
         "x": x, "norm_weight": norm_weight, "norm_bias": norm_bias, "down_weight": down_weight,
         "down_bias": down_bias, "up_weight": up_weight, "up_bias": up_bias, "scale": scale,
@@ -215,7 +225,3 @@ def backward(
         for (name, tensor), needed in zip(inputs.items(), needs, strict=True)
         if needed and tensor is not None
     ]
-
-
-def _standardize(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    return x if mean.numel() == 0 else (x - mean[:, None]).mul_(rstd[:, None])
