@@ -112,20 +112,24 @@ class _Video:
         self.av = _pyav()
         self.file, self.name, self.max_pixels = file, name, max_pixels
         self.times: list[int | None] = []
+        self.seeks: list[int | None] = []  # when each is decoded, what formats without an index seek by
         self.keys: list[int] = []  # places in ``times``
         hidden = set()  # places of packets that are decoded but not shown, before the start of an edited film
+        cut = False
         with self._open() as (container, stream):
             for packet in container.demux(stream):
                 if not packet.size:  # what demux ends with
                     continue
-                if packet.is_corrupt:
-                    raise VideoError(f"{name}: damaged or cut short at packet {len(self.times)} of the video")
+                cut = packet.is_corrupt
                 if packet.is_keyframe:
                     self.keys.append(len(self.times))
                 if packet.is_discard:
                     hidden.add(len(self.times))
                 self.times.append(packet.pts)
-            reorders = stream.codec_context.has_b_frames
+                self.seeks.append(packet.pts if packet.dts is None else packet.dts)
+            if cut:  # of those before, only what is needed has to be whole
+                raise VideoError(f"{name}: cut short in packet {len(self.times)} of the video")
+            reorders = container.format.name == "avi" and stream.codec_context.has_b_frames
             if container.format.name.startswith("mov") and len(self.times) < len(stream.index_entries):
                 raise VideoError(
                     f"{name}: cut short, it has {len(self.times)} of {len(stream.index_entries)} packets of the video"
@@ -133,7 +137,7 @@ class _Video:
         self.shown = [time for place, time in enumerate(self.times) if place not in hidden]
         known = [time for time in self.times if time is not None]
         self.timed = len(set(known)) == len(self.times)
-        # AVI numbers the packets: if the decoder changes their order, these are not the times the frames are shown at.
+        # AVI numbers packets as they come. If the decoder reorders them, these are not the times that frames are shown.
         if reorders and known == sorted(known):
             self.timed = False
 
@@ -158,12 +162,14 @@ class _Video:
                     continue
                 start = self._start(time) if seek else 0
                 if frames is None or start > place:
-                    place, shown = start, None
+                    place, shown, coming = start, None, None
                     frames = self._frames(container, stream, start)
-                    place, coming = next(frames, (place, None))
-                while coming is not None and coming.pts <= time:
-                    shown = coming
-                    place, coming = next(frames, (place, None))
+                while shown is None or shown.pts < time:
+                    if coming is None:
+                        place, coming = next(frames, (place, None))
+                    if coming is None or coming.pts > time:
+                        break
+                    shown, coming = coming, None
                 if shown is None:
                     break
                 found[time] = self._image(shown)
@@ -181,7 +187,7 @@ class _Video:
         """Each frame from packet ``start`` on, with the number of packets decoded so far."""
         place = start
         if start:
-            container.seek(self.times[start], stream=stream)
+            container.seek(self.seeks[start], stream=stream)
         for packet in container.demux(stream):
             if place == start and start and packet.pts != self.times[start]:
                 continue  # a seek may land before what it was asked for
@@ -209,9 +215,14 @@ class _Video:
     @contextmanager
     def _open(self):
         self.file.seek(0)
+        options = {"format_whitelist": ",".join(_FORMATS), "protocol_whitelist": "none"}
         try:
-            options = {"format_whitelist": ",".join(_FORMATS), "protocol_whitelist": "none"}
-            with self.av.open(self.file, options=options) as container:
+            container = self.av.open(self.file, options=options)
+        except (self.av.FFmpegError, OSError) as error:  # an empty file is an OSError
+            reason = error.strerror or error
+            raise VideoError(f"{self.name}: no video of a known format, empty or cut short: {reason}") from error
+        try:
+            with container:
                 stream = container.streams.best("video")
                 if not container.streams:
                     raise VideoError(f"{self.name}: cut short, or empty")

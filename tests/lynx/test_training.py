@@ -127,6 +127,7 @@ def test_evaluate(data, trained, capsys, tmp_path):
     [
         (["ask", "{model}", "{folder}/nothing.png", "What?"], "nothing.png: no such file"),
         (["ask", "{model}", "{folder}/few.jsonl", "What?"], "few.jsonl: not an image"),
+        (["ask", "{model}", "{folder}/nothing.mp4", "What?"], "nothing.mp4: no such file"),
         (["ask", "{model}", "{folder}/pictures/0000.png", " "], "empty text"),
         (["ask", "{folder}/none", "{folder}/pictures/0000.png", "What?"], "no such model folder"),
         (["ask", "{model}", *["{folder}/pictures/0000.png"] * 6, "What?"], "6 frames, expected 1 to 5"),
