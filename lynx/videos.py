@@ -106,13 +106,13 @@ def _pyav():
 
 
 class _Video:
-    """The packets of an open file: ``times`` (None where there is none) and ``keys`` in the order they are decoded."""
+    """An open file, and of its packets in the order they are decoded: ``times`` (of use if ``timed``) and ``keys``."""
 
     def __init__(self, file: BinaryIO, name: str, max_pixels: int):
         self.av = _pyav()
         self.file, self.name, self.max_pixels = file, name, max_pixels
-        self.times: list[int | None] = []
-        self.seeks: list[int | None] = []  # when each is decoded, what formats without an index seek by
+        self.times: list[int] = []
+        self.seeks: list[int] = []  # when each is decoded, what formats without an index seek by
         self.keys: list[int] = []  # places in ``times``
         hidden = set()  # places of packets that are decoded but not shown, before the start of an edited film
         cut = False

@@ -54,6 +54,5 @@ class Collator:
 
     def _sample(self, record: dict[str, Any]) -> Sample:
         sample = self.processor.encode(record["messages"])
-        return replace(
-            sample, media=[self.processor.load_frames(item, generator=self.generator) for item in sample.media]
-        )
+        media: list[Any] = [self.processor.load_frames(item, generator=self.generator) for item in sample.media]
+        return replace(sample, media=media)

@@ -6,7 +6,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-_EXACT = {"qmin": "1", "qmax": "1", "sc_threshold": "1000000000"}  # and keyframes only where they are due
+_EXACT = {"qmin": "1", "qmax": "1"}  # as exact as it can be
 LEVELS = 5  # grey levels from one frame to the next: enough to survive any codec
 
 
@@ -27,9 +27,8 @@ def write_clip(
 ) -> Path:
     """Encode frames, a keyframe every 8; ``times`` are theirs in units of 1/rate s, by default 0, 1, 2, ..."""
     with av.open(path, "w", container_options={"movflags": "faststart"} if path.suffix == ".mp4" else {}) as container:
-        stream = container.add_stream(
-            codec, rate=rate, options={**(_EXACT if codec == "mpeg4" else {}), **(options or {})}
-        )
+        exact = _EXACT if codec == "mpeg4" else {}
+        stream = container.add_stream(codec, rate=rate, options={**exact, **(options or {})})
         stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], pixels
         stream.codec_context.gop_size = 8
         stream.codec_context.time_base = Fraction(1, rate)

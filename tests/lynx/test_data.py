@@ -180,9 +180,8 @@ def test_pictures_in_base64(root):
 
     data = (root / "a.png").read_bytes()
     text = base64.b64encode(data).decode()
-    path = write(
-        root, inline(text), inline(f"data:image/png;base64,{text}"), inline("a.png"), inline(5), inline(text[:80])
-    )
+    url = f"data:image/png;base64,{text}"
+    path = write(root, inline(text), inline(url), inline("a.png"), inline(5), inline(text[:80]))
     dataset = JsonlDataset(path)
     assert [each["messages"][0]["content"][0]["image"] for each in dataset.records] == [data, data]
     assert [line for line, _ in dataset.skipped] == [3, 4, 5]

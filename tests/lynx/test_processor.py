@@ -192,10 +192,8 @@ def test_a_video_file_gives_max_frames_frames(processor, clip):
 
 def test_training_draws_the_frames_of_a_video_file(processor, clip):
     sample = processor.encode(conversation("What?", "this", videos=[str(clip)]))
-    drawn = [
-        processor.load_frames(sample.media[0], generator=seed and np.random.default_rng(seed))
-        for seed in (None, 1, 2, 1)
-    ]
+    generators = [None, *(np.random.default_rng(seed) for seed in (1, 2, 1))]
+    drawn = [processor.load_frames(sample.media[0], generator=generator) for generator in generators]
     assert numbers(drawn[0]) == [5, 15, 25, 35]
     assert numbers(drawn[1]) == numbers(drawn[3])
     assert len({tuple(numbers(each)) for each in drawn}) == 3
