@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test bench fuzz kernel-table lint format clean
+.PHONY: demo test bench cuda fuzz kernel-table lint format clean
 
 # Threads that wait spin for microseconds only, then sleep: where anything else runs beside them, training by threads
 # that spin on was measured five times as slow; by threads that sleep at once it is nearly half as fast on a free machine.
@@ -20,6 +20,10 @@ test: .venv/test-installed lint
 bench: .venv/test-installed
 	$(BIN)/python -m benchmarks all
 	$(BIN)/python -m benchmarks report
+
+# The CUDA kernels for all GPUs that they are written for, which takes nvcc but no GPU; where they lie is what is printed.
+cuda: .venv/test-installed
+	$(BIN)/python -m lynx_kernels.cuda_build
 
 # Random calls of the C++ in csrc under AddressSanitizer and UBSan, for a minute.
 fuzz: .venv/test-installed

@@ -2,16 +2,23 @@
 
 Kernels are compiled once per instruction set, and the processor decides when the module is loaded. Where there is no
 C++ compiler, or it fails, the package is installed without the module and says so when it is asked to use it.
+
+The CUDA kernels are built by lynx_kernels/cuda_build.py when they are first used, from the copy of csrc that the
+package carries; with LYNX_CUDA=1 (and --no-build-isolation, it needs torch) here and now, or installing fails.
 """
 
+import importlib.util
 import os
 import platform
+import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 # Best first; what each asks of the processor stands in csrc/instruction_sets.cpp.
 _AVX512 = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
@@ -26,8 +33,10 @@ SOURCES = [
     "csrc/attention/plan.cpp",
     "csrc/planner/planner.cpp",
     "csrc/planner/balance.cpp",
+    "csrc/embeddings/embeddings.cpp",
     "csrc/frames/frames.cpp",
 ]
+CUDA = "lynx_kernels._cuda"
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
 KERNEL_FLAGS = ["-ffp-contract=fast"]
 SOURCE_FLAGS = ["-ffp-contract=off"]  # csrc/frames/filter.h: doubles as Pillow computes them
@@ -59,10 +68,14 @@ def compile_all(sources: list[str], folder: Path, flags: list[str]) -> list[str]
     return objects
 
 
-class BuildHost(build_ext):
-    """Compiles the kernels once per instruction set, and goes on without the module where that fails."""
+class Build(build_ext):
+    """Compiles the host's kernels once per instruction set, and goes on without the module where that fails."""
 
     def build_extension(self, ext: Extension) -> None:
+        if ext.name == CUDA:
+            builder = _cuda_builder()
+            builder.build(Path(self.get_ext_fullpath(ext.name)), builder.find_tools())
+            return
         try:
             self._build(ext)
         except (OSError, subprocess.CalledProcessError) as error:
@@ -81,8 +94,25 @@ class BuildHost(build_ext):
         subprocess.check_call([*compiler([]), "-shared", *objects, "-o", str(result)])
 
 
+class CarrySources(build_py):
+    """Puts csrc into the package; a checkout that is installed as it stands has it beside the package."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            shutil.copytree("csrc", Path(self.build_lib, "lynx_kernels/csrc"), dirs_exist_ok=True)
+
+
+def _cuda_builder():
+    spec = importlib.util.spec_from_file_location("cuda_build", "lynx_kernels/cuda_build.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+EXTENSIONS = [Extension("lynx_kernels._host", [*KERNELS, MODULE, *SOURCES])]
+if os.environ.get("LYNX_CUDA") == "1":
+    # No code of it depends on Python, and its name shall not either.
+    EXTENSIONS.append(Extension(CUDA, [], py_limited_api=True))
 if __name__ == "__main__":  # build backends run this file under that name; tests/csrc/fuzz.py imports it
-    setup(
-        ext_modules=[Extension("lynx_kernels._host", [*KERNELS, MODULE, *SOURCES])],
-        cmdclass={"build_ext": BuildHost},
-    )
+    setup(ext_modules=EXTENSIONS, cmdclass={"build_ext": Build, "build_py": CarrySources})

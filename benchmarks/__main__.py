@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import adapter, attention, frames, loss, planner, report
+from benchmarks import adapter, attention, embeddings, frames, loss, planner, report
 from benchmarks.harness import Case, measure
 from benchmarks.rows import RESULTS, append
 from benchmarks.tables import as_text
@@ -16,6 +16,7 @@ from benchmarks.tables import as_text
 OPERATIONS: dict[str, Callable[..., Iterator[Case]]] = {
     "adapter": adapter.cases,
     "attention": attention.cases,
+    "embeddings": embeddings.cases,
     "frames": frames.cases,
     "loss": loss.cases,
     "planner": planner.cases,

@@ -6,6 +6,7 @@
 #include <array>
 
 #include "attention/attention.h"
+#include "embeddings/embeddings.h"
 #include "frames/frames.h"
 #include "instruction_sets.h"
 #include "planner/planner.h"
@@ -21,6 +22,14 @@ using View = std::tuple<uintptr_t, int64_t, int64_t>;
 lynx::Matrix matrix(const View& view) {
     const auto [address, row_stride, head_stride] = view;
     return {reinterpret_cast<void*>(address), row_stride, head_stride};
+}
+
+// (address, dtype as a number of lynx::Dtype, rows, row stride in elements).
+using RowsView = std::tuple<uintptr_t, int, int64_t, int64_t>;
+
+lynx::Rows rows(const RowsView& view) {
+    const auto [address, dtype, count, stride] = view;
+    return {reinterpret_cast<void*>(address), static_cast<lynx::Dtype>(dtype), count, stride};
 }
 
 template <class Number>
@@ -125,6 +134,23 @@ PYBIND11_MODULE(_host, module) {
                    return lynx::plan_known(costs(tokens, patches, count), token_budget, ranks);
                },
                Release());
+
+    module.def("pack_embeddings", [](uintptr_t token_ids, uintptr_t vision_index, int64_t num_rows,
+                                     const RowsView& embedding, const RowsView& vision, const RowsView& out,
+                                     int64_t width, int threads) {
+        py::gil_scoped_release release;
+        lynx::pack_embeddings({pointer<int64_t>(token_ids), pointer<int32_t>(vision_index), num_rows}, rows(embedding),
+                              rows(vision), rows(out), width, threads);
+    });
+    // `of_table`: the gradient of the table, else of the vision rows.
+    module.def("sum_gradients",
+               [](uintptr_t token_ids, uintptr_t vision_index, int64_t num_rows, bool of_table, const RowsView& grad,
+                  const RowsView& out, int64_t width, int threads) {
+                   py::gil_scoped_release release;
+                   lynx::sum_gradients({pointer<int64_t>(token_ids), pointer<int32_t>(vision_index), num_rows},
+                                       of_table ? lynx::Source::kTable : lynx::Source::kVision, rows(grad), rows(out),
+                                       width, threads);
+               });
 
     py::enum_<lynx::frames::ElementType>(module, "ElementType")
         .value("float64", lynx::frames::ElementType::kFloat64)

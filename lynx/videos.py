@@ -180,8 +180,7 @@ class _Video:
 
         What is decoded after a keyframe but shown before it may need the keyframe before.
         """
-        last = self.times.index(time)
-        return max((place for place in self.keys if place <= last and self.times[place] <= time), default=0)
+        return max((place for place in self.keys if self.times[place] <= time), default=0)
 
     def _frames(self, container, stream, start: int) -> Iterator[tuple[int, Any]]:
         """Each frame from packet ``start`` on, with the number of packets decoded so far."""

@@ -1,10 +1,10 @@
 #include "attention.h"
 
 #include <algorithm>
-#include <cstring>
 #include <memory>
 
 #include "../instruction_sets.h"
+#include "../numbers.h"
 #include "../threads.h"
 
 namespace lynx {
@@ -42,14 +42,6 @@ void run_units(const Plan& plan, Problem& problem, int threads, ScratchBytes scr
     });
 }
 
-void store(float* to, float value) { *to = value; }
-
-void store(uint16_t* to, float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    *to = value == value ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : bits >> 16 | 0x40;
-}
-
 // The gradients of the queries of split groups: the sums of their parts, always in the same order.
 template <class Element>
 void add_parts(const Plan& plan, const Problem& problem, int threads) {
@@ -73,9 +65,8 @@ void add_parts(const Plan& plan, const Problem& problem, int threads) {
                     const float* part = problem.partial_grad_q + query * width + head * dim + column;
                     float sum = 0;
                     for (int64_t i = 0; i < split.parts; i++) sum += part[i * problem.num_queries * width];
-                    store(static_cast<Element*>(problem.grad_q.data) + query * problem.grad_q.row_stride +
-                              head * problem.grad_q.head_stride + column,
-                          sum);
+                    narrow(sum, static_cast<Element*>(problem.grad_q.data)[query * problem.grad_q.row_stride +
+                                                                           head * problem.grad_q.head_stride + column]);
                 }
     }
 }
@@ -94,7 +85,7 @@ void attention_backward(const Layout& layout, Problem problem, int threads) {
     problem.partial_grad_q = parts.get();
     run_units(plan, problem, threads, kernels().backward_scratch_bytes, kernels().backward);
     if (problem.is_bfloat16)
-        add_parts<uint16_t>(plan, problem, threads);
+        add_parts<BFloat16>(plan, problem, threads);
     else
         add_parts<float>(plan, problem, threads);
 }

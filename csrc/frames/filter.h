@@ -7,11 +7,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define LYNX_HOST_DEVICE __host__ __device__
-#else
-#define LYNX_HOST_DEVICE
-#endif
+#include "../portable.h"
 
 namespace lynx::frames {
 // Unnamed: files compiled for several instruction sets include this, and none may get the other's copy.
@@ -19,7 +15,7 @@ namespace {
 
 constexpr int kWeightBits = 22;  // weights are whole numbers, in units of 2^-22
 
-LYNX_HOST_DEVICE inline double product(double a, double b) {
+LYNX_PORTABLE double product(double a, double b) {
 #if defined(__CUDA_ARCH__)
     return __dmul_rn(a, b);
 #else
@@ -35,7 +31,7 @@ struct Side {
 
 // `is_exact`: the side itself becomes `size`; else the crop's shorter side does, and the middle of the longer one is
 // kept. A middle between two pixels starts at the even one, or with `rounds_down` at the lower one.
-LYNX_HOST_DEVICE inline Side square_side(int64_t length, int64_t short_side, int64_t size, bool is_exact,
+LYNX_PORTABLE Side square_side(int64_t length, int64_t short_side, int64_t size, bool is_exact,
                                          bool rounds_down) {
     if (is_exact) return {length, size, 0, size};
     const int64_t resized = (int64_t)((double)(size * length) / (double)short_side);
@@ -45,7 +41,7 @@ LYNX_HOST_DEVICE inline Side square_side(int64_t length, int64_t short_side, int
 }
 
 // Keys' cubic convolution kernel with a = -0.5.
-LYNX_HOST_DEVICE inline double bicubic(double x) {
+LYNX_PORTABLE double bicubic(double x) {
     x = x < 0.0 ? -x : x;
     if (x < 1.0) return product(product(product(1.5, x) - 2.5, x), x) + 1.0;
     if (x < 2.0) return product(product(product(x - 5.0, x) + 8.0, x) - 4.0, -0.5);
@@ -60,12 +56,12 @@ struct Window {
     double total;    // of the weights before they are normalised
 };
 
-LYNX_HOST_DEVICE inline double raw_weight(const Window& window, int64_t i) {
+LYNX_PORTABLE double raw_weight(const Window& window, int64_t i) {
     return bicubic(product((double)(window.first + i) - window.centre + 0.5, window.inverse));
 }
 
 // Of the kept output `output`, 0 ... side.count - 1.
-LYNX_HOST_DEVICE inline Window window_of(const Side& side, int64_t output) {
+LYNX_PORTABLE Window window_of(const Side& side, int64_t output) {
     const double scale = (double)side.length / (double)side.resized;
     const double stretch = scale < 1.0 ? 1.0 : scale;
     const double support = 2.0 * stretch;
@@ -82,28 +78,28 @@ LYNX_HOST_DEVICE inline Window window_of(const Side& side, int64_t output) {
 }
 
 // The inputs of any window are at most so many.
-LYNX_HOST_DEVICE inline int64_t most_inputs(const Side& side) {
+LYNX_PORTABLE int64_t most_inputs(const Side& side) {
     const double scale = (double)side.length / (double)side.resized;
     const int64_t most = (int64_t)(4.0 * (scale < 1.0 ? 1.0 : scale)) + 2;
     return most < side.length ? most : side.length;
 }
 
 // The weight of input window.first + i, rounded half away from zero.
-LYNX_HOST_DEVICE inline int32_t weight_of(const Window& window, int64_t i) {
+LYNX_PORTABLE int32_t weight_of(const Window& window, int64_t i) {
     const double weight = product(raw_weight(window, i) / window.total, 1 << kWeightBits);
     return (int32_t)(weight < 0.0 ? weight - 0.5 : weight + 0.5);
 }
 
 // The byte that a sum of weights times bytes stands for. Such sums stay below 2^31: the weights of a window add up to
 // 2^22, and their absolute values to less than 1.5 times that.
-LYNX_HOST_DEVICE inline uint8_t byte_of(int32_t sum) {
+LYNX_PORTABLE uint8_t byte_of(int32_t sum) {
     const int32_t level = (sum + (1 << (kWeightBits - 1))) >> kWeightBits;
     return level < 0 ? 0 : level > 255 ? 255 : (uint8_t)level;
 }
 
 // Where a pixel of the square stands among its frame's outputs: patches row by row, in a patch channel, row, column.
 // With one patch as large as the square that is (channel, row, column).
-LYNX_HOST_DEVICE inline int64_t patch_offset(int64_t channel, int64_t row, int64_t column, int64_t size,
+LYNX_PORTABLE int64_t patch_offset(int64_t channel, int64_t row, int64_t column, int64_t size,
                                              int64_t patch_size) {
     const int64_t patch = row / patch_size * (size / patch_size) + column / patch_size;
     return ((patch * 3 + channel) * patch_size + row % patch_size) * patch_size + column % patch_size;

@@ -3,12 +3,32 @@
 import torch
 from torch import Tensor
 
-from lynx_kernels import dispatch
-from lynx_kernels.embeddings import reference
+from lynx_kernels import cuda_runtime, dispatch, triton_runtime
+from lynx_kernels.embeddings import cpu, cuda, reference
 from lynx_kernels.registration import define
+
+
+def _cuda_refusal(token_ids: Tensor, embedding: Tensor, vision: Tensor, vision_index: Tensor) -> str | None:
+    if torch.float64 in (embedding.dtype, vision.dtype):
+        return "the CUDA kernels add up in fp32, and an argument is fp64"
+    return cuda_runtime.refusal(embedding)
+
+
+def _triton_refusal(token_ids: Tensor, embedding: Tensor, vision: Tensor, vision_index: Tensor) -> str | None:
+    return triton_runtime.refusal(embedding, vision)
+
 
 _IMPLEMENTATIONS = dispatch.Operation(
     "pack_embeddings",
+    dispatch.Implementation("cuda", cuda.forward, cuda.backward, _cuda_refusal),
+    dispatch.Implementation(
+        "triton",
+        triton_runtime.lazy("lynx_kernels.embeddings.triton", "forward"),
+        triton_runtime.lazy("lynx_kernels.embeddings.triton", "backward"),
+        refusal=_triton_refusal,
+        reluctance=triton_runtime.reluctance,
+    ),
+    dispatch.Implementation("cpu", cpu.forward, cpu.backward, cpu.refusal),
     dispatch.Implementation("reference", reference.forward, reference.backward),
 )
 

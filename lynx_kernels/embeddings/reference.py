@@ -8,7 +8,7 @@ Shapes: T rows, V tokens in the table, M vision rows, width d.
 import torch
 from torch import Tensor
 
-from lynx_kernels.dtypes import wide
+from lynx_kernels.embeddings.table import sum_rows
 
 
 def forward(
@@ -39,9 +39,9 @@ def backward(
     is_vision = vision_index >= 0
     gradients = []
     if needs_embedding:
-        gradients.append(_sum_rows(grad, token_ids, ~is_vision, num_embeddings).to(grad.dtype))
+        gradients.append(sum_rows(grad, token_ids, ~is_vision, num_embeddings).to(grad.dtype))
     if needs_vision:
-        gradients.append(_sum_rows(grad, vision_index.long(), is_vision, num_vision).to(vision_dtype))
+        gradients.append(sum_rows(grad, vision_index.long(), is_vision, num_vision).to(vision_dtype))
     return gradients
 
 
@@ -63,11 +63,3 @@ def _rows(table: Tensor, index: Tensor) -> Tensor:
     if table.shape[0] == 0:
         return table.new_zeros(index.shape[0], table.shape[1])
     return table.index_select(0, index.clamp(0, table.shape[0] - 1))
-
-
-def _sum_rows(grad: Tensor, index: Tensor, used: Tensor, size: int) -> Tensor:
-    # The sum, in at least fp32, of the rows of grad with each index: (size, d). The row past the end is the padding
-    # that embedding's gradient skips. On a GPU it sorts instead of adding atomically, so the sums are reproducible.
-    wide_grad = grad.to(wide(grad.dtype))
-    index = torch.where(used, index, size)
-    return torch.ops.aten.embedding_dense_backward(wide_grad, index, size + 1, size, False)[:size]

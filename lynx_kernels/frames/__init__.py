@@ -6,12 +6,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lynx_kernels import dispatch
-from lynx_kernels.frames import cpu, reference
+from lynx_kernels import cuda_runtime, dispatch
+from lynx_kernels.frames import cpu, cuda, reference
 from lynx_kernels.registration import define
+
+
+def _cuda_refusal(out: Tensor, *frames: Tensor) -> str | None:
+    return cuda_runtime.refusal(out)
+
 
 _IMPLEMENTATIONS = dispatch.Operation(
     "pack_frames",
+    dispatch.Implementation("cuda", cuda.forward, refusal=_cuda_refusal),
     dispatch.Implementation("cpu", cpu.forward, refusal=cpu.refusal),
     dispatch.Implementation("reference", reference.forward),
 )

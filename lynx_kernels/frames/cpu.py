@@ -5,13 +5,11 @@ computed here once, as the reference computes it. Frames may have any strides; i
 separate planes are the fast ones.
 """
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
 from lynx_kernels import host
-from lynx_kernels.dtypes import wide
+from lynx_kernels.frames.levels import levels_of
 
 
 def refusal(out: Tensor, *frames: Tensor) -> str | None:
@@ -34,7 +32,7 @@ def forward(
     crop_rounding: str,
 ) -> None:
     """Fill ``out``."""
-    levels = _levels(tuple(mean), tuple(std), out.dtype)
+    levels = levels_of(tuple(mean), tuple(std), out.dtype)
     host.module.pack_frames(
         [(frame.data_ptr(), *frame.stride()) for frame in frames],
         [tuple(crop_boxes[4 * index : 4 * index + 4]) for index in range(len(frames))],
@@ -50,12 +48,3 @@ def forward(
         out.data_ptr(),
         torch.get_num_threads(),
     )
-
-
-@lru_cache(maxsize=64)
-def _levels(mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype) -> Tensor:
-    """What every byte of every channel becomes, (3, 256)."""
-    compute = wide(dtype)
-    shares = (torch.arange(256, dtype=torch.float64, device="cpu") / 255).to(compute)
-    channel_mean, channel_std = (torch.tensor(each, dtype=compute, device="cpu")[:, None] for each in (mean, std))
-    return ((shares - channel_mean) / channel_std).to(dtype)

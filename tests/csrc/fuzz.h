@@ -20,3 +20,4 @@ class Random {
 
 void fuzz_frames(uint64_t seed);
 void fuzz_attention(uint64_t seed);
+void fuzz_embeddings(uint64_t seed);

@@ -1,12 +1,19 @@
+import os
+import signal
+import time
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from lynx_kernels import dispatch
-from lynx_kernels.embeddings import pack_embeddings, reference
+from lynx_kernels import dispatch, host
+from lynx_kernels.embeddings import _IMPLEMENTATIONS, pack_embeddings, reference
 from tests.lynx_kernels.helpers import check, count_compilations, dtensors, permuted, run
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+NARROW = DTYPES[1:]
 FORWARD = torch.ops.lynx_kernels.pack_embeddings.default
 BACKWARD = torch.ops.lynx_kernels.pack_embeddings_backward.default
 
@@ -19,7 +26,7 @@ def naive(token_ids, embedding, vision, vision_index):
     return torch.stack(rows) if rows else embedding[:0]
 
 
-def make(rows=37, vocabulary=11, num_vision=7, width=5, dtype=torch.float64):
+def make(rows=37, vocabulary=11, num_vision=7, width=5, dtype=torch.float64, device="cpu"):
     """Inputs with repeated and unused rows on both sides and nonsense token ids under the vision rows."""
     generator = torch.Generator().manual_seed(rows)
     token_ids = torch.randint(0, vocabulary - 1, (rows,), generator=generator)  # the last token never occurs
@@ -29,19 +36,92 @@ def make(rows=37, vocabulary=11, num_vision=7, width=5, dtype=torch.float64):
     token_ids[vision_index >= 0] = torch.where(torch.arange(rows) % 2 == 0, -1, vocabulary + 5)[vision_index >= 0]
     embedding = torch.randn(vocabulary, width, generator=generator, dtype=torch.float64)
     vision = torch.randn(num_vision, width, generator=generator, dtype=torch.float64)
-    grad = torch.randn(rows, width, generator=generator, dtype=torch.float64)
-    return (token_ids, embedding.to(dtype), vision.to(dtype), vision_index), grad
+    grad = torch.randn(rows, width, generator=generator, dtype=torch.float64).to(device)
+    inputs = token_ids, embedding.to(dtype), vision.to(dtype), vision_index
+    return [each.to(device) for each in inputs], grad
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [0, 1, 37, 130])
-def test_equals_indexing(rows, dtype):
-    inputs, grad = make(rows, dtype=dtype)
-    output = pack_embeddings(*inputs)
-    assert output.dtype == dtype
+def runs(impl, dtype, device="cpu"):
+    inputs, _ = make(dtype=dtype, device=device)
+    return impl not in dispatch.which(pack_embeddings, *inputs).refused
+
+
+# Whatever can run on this machine, in every dtype that it takes.
+CASES = [(impl, dtype) for impl in _IMPLEMENTATIONS.names for dtype in DTYPES if runs(impl, dtype)]
+FP32 = [impl for impl, dtype in CASES if dtype == torch.float32]
+
+
+def calls(impl):
+    return partial(pack_embeddings, impl=impl)
+
+
+def check_equal(function, inputs, grad=None):
+    """Outputs are copies: equal to the last bit. Gradients are sums, held to the budget."""
+    output = function(*inputs)
+    assert output.dtype == inputs[1].dtype
     torch.testing.assert_close(output, naive(*inputs), rtol=0, atol=0)
-    check(pack_embeddings, naive, inputs, grad)
-    check(pack_embeddings, naive, inputs)  # an expanded gradient
+    check(function, naive, inputs, grad)
+
+
+def check_permuted(function, inputs, grad):
+    expected = run(function, inputs, grad)
+    actual = run(function, [permuted(each) for each in inputs], permuted(grad))
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def check_mixed(function, inputs, grad):
+    """Every pair of narrow dtypes: rows are converted as ``.to`` does, gradients to the dtype they are of."""
+    token_ids, embedding, vision, vision_index = inputs
+    for table in NARROW:
+        for source in NARROW:
+            check_equal(function, (token_ids, embedding.to(table), vision.to(source), vision_index), grad)
+
+
+def check_conversions(function, device="cpu"):
+    """All numbers of 16 bits widen, and what lies on them, between them and beside the middle rounds, as in PyTorch."""
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.uint16)
+    index = torch.arange(2**10, dtype=torch.int32, device=device)
+
+    def converted(values, dtype):
+        table = torch.zeros(1, 64, dtype=dtype, device=device)
+        packed = function(torch.zeros(2**10, dtype=torch.int64, device=device), table, values.to(device), index)
+        return packed.cpu()
+
+    for narrow in (torch.float16, torch.bfloat16):
+        numbers = bits.view(narrow).view(-1, 64)
+        exact = numbers.float()
+        torch.testing.assert_close(converted(numbers, torch.float32), exact, rtol=0, atol=0, equal_nan=True)
+        above = exact.view(-1).nan_to_num().view(torch.int32).roll(-1).view(torch.float32).view(-1, 64)
+        middle = ((exact.double() + above.double()) / 2).float()
+        for values in (exact, middle, *(torch.nextafter(middle, torch.full((), far)) for far in (3e38, -3e38))):
+            rounded = values.to(narrow)
+            torch.testing.assert_close(converted(values, narrow), rounded, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 37, 130])
+@pytest.mark.parametrize(("impl", "dtype"), CASES)
+def test_equals_indexing(rows, impl, dtype):
+    inputs, grad = make(rows, dtype=dtype)
+    check_equal(calls(impl), inputs, grad)
+    check_equal(calls(impl), inputs)  # an expanded gradient
+
+
+@pytest.mark.parametrize("width", [1, 64, 1300])
+@pytest.mark.parametrize(("impl", "dtype"), CASES)
+def test_widths(width, impl, dtype):
+    """Enough bytes for several threads at the last one."""
+    check_equal(calls(impl), *make(90, width=width, dtype=dtype))
+
+
+@pytest.mark.parametrize("impl", FP32)
+def test_mixed_dtypes(impl):
+    check_mixed(calls(impl), *make())
+
+
+@pytest.mark.parametrize("impl", FP32)
+def test_conversions(impl):
+    check_conversions(calls(impl))
 
 
 def test_gradcheck():
@@ -50,22 +130,24 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda e, v: pack_embeddings(token_ids, e, v, vision_index), leaves)
 
 
-def test_permuted_inputs_and_gradient():
-    inputs, grad = make()
-    expected = run(pack_embeddings, inputs, grad)
-    actual = run(pack_embeddings, [permuted(each) for each in inputs], permuted(grad))
-    for ours, theirs in zip(actual, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+@pytest.mark.parametrize(("impl", "dtype"), CASES)
+def test_permuted_inputs_and_gradient(impl, dtype):
+    check_permuted(calls(impl), *make(dtype=dtype))
 
 
-def test_expanded_inputs():
-    (token_ids, embedding, vision, vision_index), grad = make()
+@pytest.mark.parametrize("impl", FP32)
+def test_slices_and_expanded_inputs(impl):
+    (token_ids, embedding, vision, vision_index), grad = make(dtype=torch.float32)
     inputs = (token_ids, embedding[:, :1].expand_as(embedding), vision[:1].expand_as(vision), vision_index)
-    check(pack_embeddings, naive, inputs, grad)
+    check_equal(calls(impl), inputs, grad)
+    inputs = (token_ids, embedding[:, 1:4], vision[:, 2:], vision_index)
+    check_equal(calls(impl), inputs, grad.float()[:, :3])  # in its dtype already, or its slice would be copied
 
 
-def test_no_vision_and_no_text():
-    inputs, grad = make(num_vision=0)
+@pytest.mark.parametrize("impl", FP32)
+def test_no_vision_and_no_text(impl):
+    pack_embeddings = calls(impl)
+    inputs, grad = make(num_vision=0, dtype=torch.float32)
     output, grad_embedding, grad_vision = run(pack_embeddings, inputs, grad)
     torch.testing.assert_close(output, F.embedding(inputs[0], inputs[1]), rtol=0, atol=0)
     assert grad_vision.shape == (0, 5)
@@ -76,98 +158,95 @@ def test_no_vision_and_no_text():
     torch.testing.assert_close(output, vision[[2, 2, 0]], rtol=0, atol=0)
 
 
-def test_repeated_and_unused_rows():
+@pytest.mark.parametrize("impl", FP32)
+def test_repeated_and_unused_rows(impl):
     vision = torch.ones(3, 2, requires_grad=True)
     index = torch.tensor([1, -1, 1, 0, 1], dtype=torch.int32)
-    pack_embeddings(torch.zeros(5, dtype=torch.int64), torch.ones(4, 2), vision, index).sum().backward()
+    pack_embeddings(torch.zeros(5, dtype=torch.int64), torch.ones(4, 2), vision, index, impl=impl).sum().backward()
     torch.testing.assert_close(vision.grad, torch.tensor([[1.0, 1.0], [3.0, 3.0], [0.0, 0.0]]))
 
 
-def test_long_sums_are_wide():
+@pytest.mark.parametrize("impl", FP32)
+def test_long_sums_are_wide(impl):
     """In bf16 adding ones stops at 256."""
     embedding = torch.ones(1, 2, dtype=torch.bfloat16, requires_grad=True)
     vision = torch.ones(1, 2, dtype=torch.bfloat16, requires_grad=True)
     index = torch.tensor([0, -1], dtype=torch.int32).repeat(1024)
-    pack_embeddings(torch.zeros(2048, dtype=torch.int64), embedding, vision, index).sum().backward()
+    pack_embeddings(torch.zeros(2048, dtype=torch.int64), embedding, vision, index, impl=impl).sum().backward()
     assert embedding.grad.eq(1024).all()
     assert vision.grad.eq(1024).all()
 
 
-def test_mixed_dtypes_follow_the_table():
-    (token_ids, embedding, vision, vision_index), _ = make()
-    embedding = embedding.bfloat16().requires_grad_()
-    vision = vision.float().requires_grad_()
-    output = pack_embeddings(token_ids, embedding, vision, vision_index)
-    output.sum().backward()
-    assert output.dtype == embedding.grad.dtype == torch.bfloat16
-    assert vision.grad.dtype == torch.float32
-
-
 @pytest.mark.parametrize("trained", ["embedding", "vision"])
-def test_only_the_gradients_asked_for(trained, monkeypatch):
-    (token_ids, embedding, vision, vision_index), grad = make()
-    _, *expected = run(pack_embeddings, (token_ids, embedding, vision, vision_index), grad)
-    sums = []
-    sum_rows = reference._sum_rows
-    monkeypatch.setattr(reference, "_sum_rows", lambda *args: sums.append(args) or sum_rows(*args))
+@pytest.mark.parametrize("impl", FP32)
+def test_only_the_gradients_asked_for(impl, trained, monkeypatch):
+    (token_ids, embedding, vision, vision_index), grad = make(dtype=torch.float32)
+    _, *expected = run(calls(impl), (token_ids, embedding, vision, vision_index), grad)
     leaf = (embedding if trained == "embedding" else vision).requires_grad_()
-    pack_embeddings(token_ids, embedding, vision, vision_index).backward(grad)
-    torch.testing.assert_close(leaf.grad, expected[trained == "vision"])
-    assert len(sums) == 1
+    pack_embeddings(token_ids, embedding, vision, vision_index, impl=impl).backward(grad.float())
+    torch.testing.assert_close(leaf.grad, expected[trained == "vision"], rtol=0, atol=0)
+    needs = [trained == "embedding", trained == "vision"]
+    gradients = BACKWARD(grad.float(), token_ids, vision_index, 11, 7, torch.float32, needs, impl)
+    assert [each.shape for each in gradients] == [leaf.shape]
 
 
 @pytest.mark.parametrize("layout", [lambda tensor: tensor, permuted])
-def test_opcheck(layout):
+@pytest.mark.parametrize("impl", FP32)
+def test_opcheck(impl, layout):
     (token_ids, embedding, vision, vision_index), grad = make(dtype=torch.float32)
-    embedding, vision, grad = layout(embedding), layout(vision), layout(grad)
+    embedding, vision, grad = layout(embedding), layout(vision), layout(grad.float())
     needs = [True, True]
-    torch.library.opcheck(BACKWARD, (grad, token_ids, vision_index, 11, 7, torch.float32, needs, "reference"))
-    torch.library.opcheck(BACKWARD, (grad, token_ids, vision_index, 11, 7, torch.bfloat16, [False, True], "reference"))
+    torch.library.opcheck(BACKWARD, (grad, token_ids, vision_index, 11, 7, torch.float32, needs, impl))
+    torch.library.opcheck(BACKWARD, (grad, token_ids, vision_index, 11, 7, torch.bfloat16, [False, True], impl))
     leaves = embedding.requires_grad_(), vision.requires_grad_()
-    torch.library.opcheck(FORWARD, (token_ids, *leaves, vision_index, "reference"))
+    torch.library.opcheck(FORWARD, (token_ids, *leaves, vision_index, impl))
 
 
-def test_compiles_twice_at_most():
+@pytest.mark.parametrize("impl", FP32)
+def test_compiles_twice_at_most(impl):
     def leaves(rows, num_vision):
-        (token_ids, embedding, vision, vision_index), _ = make(rows, num_vision=num_vision)
+        (token_ids, embedding, vision, vision_index), _ = make(rows, num_vision=num_vision, dtype=torch.float32)
         return token_ids, embedding, vision.requires_grad_(), vision_index
 
     counts = count_compilations(
-        pack_embeddings, [leaves(*sizes) for sizes in [(37, 7), (50, 9), (61, 4), (20, 30), (77, 5)]]
+        calls(impl), [leaves(*sizes) for sizes in [(37, 7), (50, 9), (61, 4), (20, 30), (77, 5)]]
     )
     assert counts[-1] == counts[2] <= 3
 
 
-def test_compiled_equals_eager():
-    inputs, grad = make()
-    compiled = torch.compile(pack_embeddings, backend="aot_eager", fullgraph=True)
-    for ours, theirs in zip(run(compiled, inputs, grad), run(pack_embeddings, inputs, grad), strict=True):
+@pytest.mark.parametrize("impl", [*FP32, None])
+def test_compiled_equals_eager(impl):
+    inputs, grad = make(dtype=torch.float32)
+    compiled = torch.compile(calls(impl), backend="aot_eager", fullgraph=True)
+    for ours, theirs in zip(run(compiled, inputs, grad), run(calls(impl), inputs, grad), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_autocast_leaves_it_alone(compiled):
+@pytest.mark.parametrize("impl", FP32)
+def test_autocast_leaves_it_alone(impl, compiled):
     (token_ids, embedding, vision, vision_index), _ = make(dtype=torch.float32)
     inputs = (token_ids, embedding, vision.bfloat16(), vision_index)
-    function = torch.compile(pack_embeddings, backend="aot_eager", fullgraph=True) if compiled else pack_embeddings
+    function = torch.compile(calls(impl), backend="aot_eager", fullgraph=True) if compiled else calls(impl)
     with torch.autocast("cpu", torch.bfloat16):
         output, grad_embedding, grad_vision = run(function, inputs, None)
     torch.testing.assert_close(output, naive(*inputs), rtol=0, atol=0)
     assert (grad_embedding.dtype, grad_vision.dtype) == (torch.float32, torch.bfloat16)
 
 
-def test_indices_out_of_range():
-    (token_ids, embedding, vision, vision_index), _ = make()
+@pytest.mark.parametrize("impl", FP32)
+def test_indices_out_of_range(impl):
+    (token_ids, embedding, vision, vision_index), _ = make(dtype=torch.float32)
     text, picture = int((vision_index < 0).nonzero()[0]), int((vision_index >= 0).nonzero()[0])
     for wrong in (-1, 11):
         ids = token_ids.clone()
         ids[text] = wrong
         with pytest.raises(IndexError, match=rf"token_ids\[{text}\] is {wrong}, outside \[0, 11\)"):
-            pack_embeddings(ids, embedding, vision, vision_index)
+            pack_embeddings(ids, embedding, vision, vision_index, impl=impl)
     index = vision_index.clone()
     index[picture] = 7
     with pytest.raises(IndexError, match=rf"vision_index\[{picture}\] is 7, outside \[0, 7\)"):
-        pack_embeddings(token_ids, embedding, vision, index)
+        pack_embeddings(token_ids, embedding, vision, index, impl=impl)
 
 
 def test_a_device_asserts(monkeypatch):
@@ -175,12 +254,22 @@ def test_a_device_asserts(monkeypatch):
     inputs, _ = make()
     torch.testing.assert_close(pack_embeddings(*inputs), naive(*inputs))
     with pytest.raises(RuntimeError, match="vision_index has a value outside"):
-        pack_embeddings(*inputs[:3], inputs[3] + 7)
+        pack_embeddings(*inputs[:3], inputs[3] + 7, impl="reference")
 
 
-def test_which_and_unknown_implementation():
+def test_which_and_unknown_implementation(monkeypatch):
     inputs, _ = make()
-    assert str(dispatch.which(pack_embeddings, *inputs)) == "reference"
+    wide = dispatch.which(pack_embeddings, *inputs)
+    assert wide.name == "reference"
+    assert wide.refused["cuda"] == "the CUDA kernels add up in fp32, and an argument is fp64"
+    assert wide.refused["cpu"] == (host.MISSING or "adds up in fp32, embedding is torch.float64")
+    narrow = [*inputs[:1], inputs[1].float(), inputs[2].half(), inputs[3]]
+    assert dispatch.which(pack_embeddings, *narrow).refused["cuda"] == (
+        "CUDA kernels need a GPU, and the tensors are on cpu"
+    )
+    assert dispatch.which(pack_embeddings, *narrow).name == ("cpu" if host.MISSING is None else "reference")
+    monkeypatch.setattr(host, "MISSING", "the compiled module is missing")
+    assert dispatch.which(pack_embeddings, *narrow).refused["cpu"] == "the compiled module is missing"
     with pytest.raises(ValueError, match="impl='nonsense' is not an implementation"):
         pack_embeddings(*inputs, impl="nonsense")
 
@@ -212,3 +301,54 @@ def test_dtensor_is_refused(tmp_path):
     (token_ids, embedding, vision, vision_index), _ = make()
     with dtensors(tmp_path) as distribute, pytest.raises(TypeError, match="embedding is a DTensor"):
         pack_embeddings(token_ids, distribute(embedding), vision, vision_index)
+
+
+needs_host = pytest.mark.skipif(host.MISSING is not None, reason=str(host.MISSING))
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@needs_host
+def test_the_number_of_threads_changes_nothing(threads):
+    inputs, grad = make(300, width=1300, dtype=torch.bfloat16)
+    results = []
+    for count in (1, 2, 3):
+        threads(count)
+        results.append(run(calls("cpu"), inputs, grad))
+    for others in results[1:]:
+        for ours, theirs in zip(results[0], others, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@needs_host
+def test_a_forked_child_does_not_hang(threads):
+    threads(2)
+    inputs, _ = make(300, width=1300, dtype=torch.float32)
+    expected = pack_embeddings(*inputs, impl="cpu")
+    child = os.fork()
+    if child == 0:  # NumPy compares: PyTorch's own threads would hang here
+        same = np.array_equal(pack_embeddings(*inputs, impl="cpu").numpy(), expected.numpy())
+        os._exit(0 if same else 1)
+    for _ in range(200):
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail("the child hangs")
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
+@needs_host
+def test_backward_refuses_indices_that_no_row_has():
+    (token_ids, _, _, vision_index), grad = make(dtype=torch.float32)
+    for needs, message in ([True, False], "token_ids"), ([False, True], "vision_index"):
+        with pytest.raises(IndexError, match=message):
+            BACKWARD(grad.float(), token_ids, vision_index, 3, 3, torch.float32, needs, "cpu")

@@ -185,7 +185,10 @@ def test_which():
     frame = np.zeros((9, 9, 3), np.uint8)
     choice = which(pack_frames, [frame], **OPTIONS)
     assert choice.name == ("reference" if host.MISSING else "cpu")
-    assert choice.refused == ({"cpu": host.MISSING} if host.MISSING else {})
+    assert choice.refused == {
+        "cuda": "CUDA kernels need a GPU, and the tensors are on cpu",
+        **({"cpu": host.MISSING} if host.MISSING else {}),
+    }
     with pytest.raises(ValueError, match="not an implementation"):
         pack_frames([frame], **OPTIONS, impl="nothing")
 

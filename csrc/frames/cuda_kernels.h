@@ -1,0 +1,206 @@
+// pack_frames as CUDA kernels: one for frames that keep their size, and two for others, filters first.
+//
+// Outputs are looked up in a table of levels, so a kernel only moves elements, of 2, 4 or 8 bytes, whatever they are.
+#pragma once
+
+#include <cstdint>
+
+#include "../phases.h"
+#include "filter.h"
+#include "problem.h"
+
+namespace lynx::frames {
+
+// Frames and filters come with the launch, whose arguments may take 4 KB: more of them take more launches.
+constexpr int kFramesOfALaunch = 32, kFiltersOfALaunch = 48;
+
+// The filter of a Side, and where in memory it stands, from `offset` on: of each output the first input and the number
+// of inputs, (2, outputs), then the weights (most inputs, outputs).
+struct FilterPlace {
+    int64_t length, resized, start, offset;
+};
+
+struct FillFilters {
+    static constexpr int kThreads = 128, kPhases = 1;
+
+    struct Args {
+        FilterPlace places[kFiltersOfALaunch];
+        int32_t* filters;
+        int size, blocks_of_a_filter;
+    };
+    using Shared = Nothing;
+    using Registers = Nothing;
+
+    LYNX_PORTABLE static int rounds(const Args&, int) { return 1; }
+
+    template <int kPhase>
+    LYNX_PORTABLE static void phase(const Args& args, const Place& place, Shared&, Registers&) {
+        const FilterPlace& filter = args.places[place.block / args.blocks_of_a_filter];
+        const int output = place.block % args.blocks_of_a_filter * kThreads + place.thread;
+        if (output >= args.size) return;
+        const Side side = {filter.length, filter.resized, filter.start, args.size};
+        const Window window = window_of(side, output);
+        int32_t* to = args.filters + filter.offset + output;
+        to[0] = static_cast<int32_t>(window.first);
+        to[args.size] = static_cast<int32_t>(window.count);
+        for (int64_t i = 0; i < window.count; i++) to[(2 + i) * args.size] = weight_of(window, i);
+    }
+};
+
+// Where an output of a frame comes from.
+struct Pixel {
+    int channel, row, column;
+};
+
+// The inverse of patch_offset.
+LYNX_PORTABLE Pixel pixel_at(int offset, int size, int patch_size) {
+    const int in_row = offset / patch_size, in_channel = in_row / patch_size, patch = in_channel / 3;
+    const int patches = size / patch_size;
+    return {in_channel % 3, patch / patches * patch_size + in_row % patch_size,
+            patch % patches * patch_size + offset % patch_size};
+}
+
+// Frames of which every pixel of the square is one of theirs: `frames` start at the square's first, mirrored ones run
+// backwards. A thread writes kItems neighbours, 16 bytes where frames start at multiples of them.
+template <class Element, int kItems>
+struct CopyFrames {
+    static constexpr int kThreads = 256, kPhases = 1, kOutputs = kThreads * kItems;  // of a block
+
+    struct Args {
+        Frame frames[kFramesOfALaunch];
+        const Element* levels;  // (3, 256)
+        Element* out;           // (frames, 3 * size * size)
+        int size, patch_size, blocks_of_a_frame;
+    };
+    using Shared = Nothing;
+    using Registers = Nothing;
+
+    LYNX_PORTABLE static int rounds(const Args&, int) { return 1; }
+
+    template <int kPhase>
+    LYNX_PORTABLE static void phase(const Args& args, const Place& place, Shared&, Registers&) {
+        struct alignas(kItems * sizeof(Element)) Pack {
+            Element items[kItems];
+        };
+        const int frame_number = place.block / args.blocks_of_a_frame, outputs = 3 * args.size * args.size;
+        const int first = place.block % args.blocks_of_a_frame * kOutputs + place.thread * kItems;
+        if (first >= outputs) return;
+        const Frame& frame = args.frames[frame_number];
+        Pixel pixel = pixel_at(first, args.size, args.patch_size);
+        int columns_left = args.patch_size - first % args.patch_size;
+        Pack pack;
+#if defined(__CUDACC__)
+#pragma unroll
+#endif
+        for (int i = 0; i < kItems; i++) {
+            const uint8_t byte = frame.data[pixel.row * frame.row_stride + pixel.column * frame.column_stride +
+                                            pixel.channel * frame.channel_stride];
+            pack.items[i] = args.levels[256 * pixel.channel + byte];
+            pixel.column++;
+            if (--columns_left == 0) {
+                columns_left = args.patch_size;
+                pixel = pixel_at(first + i + 1, args.size, args.patch_size);
+            }
+        }
+        *reinterpret_cast<Pack*>(args.out + static_cast<int64_t>(frame_number) * outputs + first) = pack;
+    }
+};
+
+// Frames that are resized. A block has a tile of the square and goes through the rows it needs, kInputs a round: first
+// they are made as wide as the square, and rounded to bytes, then each output adds its share of them. All sums are of
+// whole numbers, so their order changes nothing.
+template <class Element>
+struct ResizeFrames {
+    static constexpr int kThreads = 256, kPhases = 2;
+    static constexpr int kRows = 16, kColumns = 32, kInputs = 16;  // a warp has 32 columns of a row and a channel
+    static constexpr int kSums = kRows * 3 * kColumns / kThreads;
+    static_assert(kInputs == kRows, "both phases deal out their pixels alike");
+
+    struct Job {
+        Frame frame;
+        int64_t row_filter, column_filter;  // offsets of a FilterPlace
+    };
+    struct Args {
+        Job jobs[kFramesOfALaunch];
+        const int32_t* filters;
+        const Element* levels;
+        Element* out;
+        int size, patch_size, tiles_of_a_row, tiles_of_a_frame;
+    };
+    struct Shared {
+        uint8_t between[kInputs][3][kColumns];
+    };
+    struct Registers {
+        int32_t sums[kSums];
+    };
+
+    LYNX_PORTABLE static int rounds(const Args& args, int block) {
+        return (last_input(args, block) - first_input(args, block) + kInputs - 1) / kInputs;
+    }
+
+    template <int kPhase>
+    LYNX_PORTABLE static void phase(const Args& args, const Place& place, Shared& shared, Registers& registers) {
+        const Job& job = args.jobs[place.block / args.tiles_of_a_frame];
+        const int32_t* row_filter = args.filters + job.row_filter;
+        const int first = first_input(args, place.block) + place.round * kInputs;  // of this round
+        const int end = last_input(args, place.block);
+#if defined(__CUDACC__)
+#pragma unroll
+#endif
+        for (int i = 0; i < kSums; i++) {
+            const int number = i * kThreads + place.thread, in_tile = number % kColumns;
+            const int column = place.block % args.tiles_of_a_row * kColumns + in_tile;
+            const int channel = number / kColumns % 3, row = number / kColumns / 3;
+            if (column >= args.size) continue;
+            if constexpr (kPhase == 0) {
+                if (first + row < end)
+                    shared.between[row][channel][in_tile] = resized_byte(args, job, first + row, column, channel);
+            } else {
+                const int output = first_row(args, place.block) + row;
+                if (output >= args.size) continue;
+                const int shift = first - row_filter[output], count = row_filter[args.size + output];
+                for (int input = 0; input < kInputs; input++)
+                    if (0 <= shift + input && shift + input < count)
+                        registers.sums[i] += row_filter[(2 + shift + input) * args.size + output] *
+                                             shared.between[input][channel][in_tile];
+                if (first + kInputs >= end) write(args, place.block, output, column, channel, registers.sums[i]);
+            }
+        }
+    }
+
+   private:
+    LYNX_PORTABLE static int first_row(const Args& args, int block) {
+        return block % args.tiles_of_a_frame / args.tiles_of_a_row * kRows;
+    }
+
+    LYNX_PORTABLE static int first_input(const Args& args, int block) {
+        return args.filters[args.jobs[block / args.tiles_of_a_frame].row_filter + first_row(args, block)];
+    }
+
+    // Behind the last input of the tile's last row: no window ends behind a later row's.
+    LYNX_PORTABLE static int last_input(const Args& args, int block) {
+        const int behind = first_row(args, block) + kRows, last = (behind < args.size ? behind : args.size) - 1;
+        const int32_t* filter = args.filters + args.jobs[block / args.tiles_of_a_frame].row_filter;
+        return filter[last] + filter[args.size + last];
+    }
+
+    LYNX_PORTABLE static uint8_t resized_byte(const Args& args, const Job& job, int row, int column, int channel) {
+        const int32_t* filter = args.filters + job.column_filter + column;
+        const Frame& frame = job.frame;
+        const uint8_t* from = frame.data + row * frame.row_stride + filter[0] * frame.column_stride +
+                              channel * frame.channel_stride;
+        const int count = filter[args.size];
+        int32_t sum = 0;
+        for (int i = 0; i < count; i++) sum += filter[(2 + i) * args.size] * from[i * frame.column_stride];
+        return byte_of(sum);
+    }
+
+    LYNX_PORTABLE static void write(const Args& args, int block, int row, int column, int channel, int32_t sum) {
+        const int frame_number = block / args.tiles_of_a_frame;
+        const int to = args.jobs[frame_number].frame.is_flipped ? args.size - 1 - column : column;
+        Element* out = args.out + static_cast<int64_t>(frame_number) * 3 * args.size * args.size;
+        out[patch_offset(channel, row, to, args.size, args.patch_size)] = args.levels[256 * channel + byte_of(sum)];
+    }
+};
+
+}  // namespace lynx::frames

@@ -1,0 +1,44 @@
+// pack_frames for torch, on a GPU. Python has checked shapes, boxes and devices.
+#include "../torch_library.h"
+#include "cuda_launches.h"
+
+namespace lynx {
+namespace {
+
+void pack_frames(const std::vector<Tensor>& frames, const Tensor& out, const Tensor& levels,
+                 const std::vector<int64_t>& boxes, const std::vector<int64_t>& flips, int64_t size,
+                 int64_t patch_size, bool is_exact, bool rounds_down) {
+    frames::Call call = {{},
+                         size,
+                         patch_size,
+                         is_exact,
+                         rounds_down,
+                         static_cast<int64_t>(out.element_size()),
+                         levels.const_data_ptr(),
+                         out.mutable_data_ptr()};
+    for (size_t i = 0; i < frames.size(); i++) {
+        const Tensor& frame = frames[i];
+        const int64_t* box = boxes.data() + 4 * i;  // top, left, height, width
+        const uint8_t* data = static_cast<const uint8_t*>(frame.const_data_ptr());
+        call.frames.push_back({data + box[0] * frame.stride(0) + box[1] * frame.stride(1), frame.stride(0),
+                               frame.stride(1), frame.stride(2), box[2], box[3], flips[i] != 0});
+    }
+    Tensor filters;  // torch keeps its memory until the kernels on this stream are done
+    frames::pack_frames(call, OnDevice(out), [&](int64_t count) {
+        filters = torch::stable::new_empty(out, {count}, torch::headeronly::ScalarType::Int);
+        return static_cast<int32_t*>(filters.mutable_data_ptr());
+    });
+}
+
+}  // namespace
+}  // namespace lynx
+
+STABLE_TORCH_LIBRARY_FRAGMENT(lynx_kernels_cuda, library) {
+    library.def(
+        "pack_frames(Tensor[] frames, Tensor(a!) out, Tensor levels, int[] boxes, int[] flips, int size, "
+        "int patch_size, bool is_exact, bool rounds_down) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lynx_kernels_cuda, CUDA, library) {
+    library.impl("pack_frames", TORCH_BOX(&lynx::pack_frames));
+}

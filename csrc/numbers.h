@@ -1,0 +1,74 @@
+// fp32, fp16 and bf16 in memory, fp32 in registers: the same bits on a CPU and on a GPU.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "portable.h"
+
+namespace lynx {
+
+struct Half {
+    uint16_t bits;
+};
+
+struct BFloat16 {
+    uint16_t bits;
+};
+
+enum class Dtype { kFloat, kHalf, kBFloat16 };
+
+// Call `use` with a value of the type in memory, which stands for it.
+template <class Use>
+void with_type(Dtype dtype, Use use) {
+    switch (dtype) {
+        case Dtype::kFloat: return use(float());
+        case Dtype::kHalf: return use(Half());
+        case Dtype::kBFloat16: return use(BFloat16());
+    }
+}
+
+LYNX_PORTABLE uint32_t bits_of(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+LYNX_PORTABLE float float_of(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+LYNX_PORTABLE float widen(float value) { return value; }
+
+LYNX_PORTABLE float widen(BFloat16 value) { return float_of(static_cast<uint32_t>(value.bits) << 16); }
+
+LYNX_PORTABLE float widen(Half value) {
+    const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16, rest = (value.bits & 0x7fffu) << 13;
+    // Exponent and mantissa stand where fp32 has them; a product, exact, moves the exponent from bias 15 to 127, and
+    // makes normal numbers of subnormal ones.
+    const float finite = float_of(rest) * 0x1p112f;
+    return float_of((rest >= 0x0f800000 ? rest | 0x7f800000 : bits_of(finite)) | sign);  // else infinite, or no number
+}
+
+// Into what memory holds, rounded to nearest, ties to even. What is not a number stays none.
+LYNX_PORTABLE void narrow(float value, float& result) { result = value; }
+
+LYNX_PORTABLE void narrow(float value, BFloat16& result) {
+    const uint32_t bits = bits_of(value);
+    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    result.bits = static_cast<uint16_t>(value == value ? rounded : bits >> 16 | 0x40);
+}
+
+LYNX_PORTABLE void narrow(float value, Half& result) {
+    const uint32_t sign = (bits_of(value) >> 16) & 0x8000, rest = bits_of(value) & 0x7fffffff;
+    // Below 2^-14 fp16 has steps of 2^-24, which are those of fp32 beside 0.5: adding it rounds.
+    const uint32_t subnormal = bits_of(float_of(rest) + 0.5f) - bits_of(0.5f);
+    const uint32_t normal = (rest - (112u << 23) + 0xfff + ((rest >> 13) & 1)) >> 13;
+    const uint32_t finite = rest < 0x38800000 ? subnormal : normal;
+    const uint32_t bounded = rest >= 0x477ff000 ? 0x7c00 : finite;  // from 65520 on: infinite
+    result.bits = static_cast<uint16_t>((rest > 0x7f800000 ? 0x7e00 : bounded) | sign);
+}
+
+}  // namespace lynx

@@ -1,0 +1,63 @@
+// A CUDA kernel as phases between barriers: one source that a GPU runs, and a test on a CPU, thread by thread.
+//
+// A kernel is a struct with
+//
+//     Args          what every thread is given: pointers and sizes
+//     kThreads      threads of a block
+//     kPhases       phases of a round; after each there is a barrier
+//     Shared        a block's shared memory, garbage at first
+//     Registers     what a thread keeps from phase to phase, zeros at first
+//     rounds        rounds(args, block): how often the block goes through its phases, at least once
+//     phase         phase<P>(args, place, shared, registers): what one thread does in phase P
+//
+// Between two barriers threads run in any order, so a phase may read of Shared only what earlier phases wrote, or what
+// its own thread did. Whatever needs the threads of a warp at once (shuffles, tensor cores) has no place in a phase.
+#pragma once
+
+#include "portable.h"
+
+namespace lynx {
+
+struct Place {
+    int block, thread, round;
+};
+
+struct Nothing {};
+
+#if defined(__CUDACC__)
+
+template <class Kernel, int kPhase>
+__device__ __forceinline__ void run_phases(const typename Kernel::Args& args, const Place& place,
+                                           typename Kernel::Shared& shared, typename Kernel::Registers& registers) {
+    Kernel::template phase<kPhase>(args, place, shared, registers);
+    if constexpr (kPhase + 1 < Kernel::kPhases) {
+        __syncthreads();
+        run_phases<Kernel, kPhase + 1>(args, place, shared, registers);
+    }
+}
+
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads) run_kernel(const __grid_constant__ typename Kernel::Args args) {
+    __shared__ typename Kernel::Shared shared;
+    typename Kernel::Registers registers = {};
+    Place place = {static_cast<int>(blockIdx.x), static_cast<int>(threadIdx.x), 0};
+    const int rounds = Kernel::rounds(args, place.block);
+    for (;;) {
+        run_phases<Kernel, 0>(args, place, shared, registers);
+        if (++place.round >= rounds) return;
+        __syncthreads();
+    }
+}
+
+#endif
+
+// Between phases it would be a race; integers only, where the order of the threads changes nothing.
+LYNX_PORTABLE void atomic_max(int* largest, int value) {
+#if defined(__CUDA_ARCH__)
+    atomicMax(largest, value);
+#else
+    if (value > *largest) *largest = value;
+#endif
+}
+
+}  // namespace lynx

@@ -1,0 +1,8 @@
+// What one source needs to be compiled for the host and by nvcc for a GPU.
+#pragma once
+
+#if defined(__CUDACC__)
+#define LYNX_PORTABLE __host__ __device__ __forceinline__
+#else
+#define LYNX_PORTABLE inline
+#endif

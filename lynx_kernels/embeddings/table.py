@@ -1,0 +1,18 @@
+"""The gradient of an embedding table, put together from PyTorch's own operators."""
+
+import torch
+from torch import Tensor
+
+from lynx_kernels.dtypes import wide
+
+
+def sum_rows(grad: Tensor, index: Tensor, used: Tensor, size: int) -> Tensor:
+    """Return (size, d) in at least fp32: row i is the sum of ``grad[used & (index == i)]``.
+
+    It is an embedding's gradient, with rows that are not used as its padding: a row past the end. On a GPU it sorts
+    the index and adds up parts of long runs side by side, without atomics, so that sums are reproducible and the rows
+    of a frequent token do not wait for each other. It rounds to the dtype of what it is given in between, so that is
+    made wide first; where a table trains it is fp32 already, and nothing is copied.
+    """
+    index = torch.where(used, index, size)
+    return torch.ops.aten.embedding_dense_backward(grad.to(wide(grad.dtype)), index, size + 1, size, False)[:size]

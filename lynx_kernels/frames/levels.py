@@ -1,0 +1,17 @@
+"""What normalisation makes of a byte, computed once as the reference computes it."""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from lynx_kernels.dtypes import wide
+
+
+@lru_cache(maxsize=64)
+def levels_of(mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype) -> Tensor:
+    """What every byte of every channel becomes, (3, 256)."""
+    compute = wide(dtype)
+    shares = (torch.arange(256, dtype=torch.float64, device="cpu") / 255).to(compute)
+    channel_mean, channel_std = (torch.tensor(each, dtype=compute, device="cpu")[:, None] for each in (mean, std))
+    return ((shares - channel_mean) / channel_std).to(dtype)

@@ -1,0 +1,135 @@
+"""The library of CUDA kernels, as they run on the CPU: ``driver.cpp`` under AddressSanitizer and UBSan."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lynx_kernels import cuda_build
+
+HERE = Path(__file__).parent
+CSRC = cuda_build.find_sources()
+COMPILER = os.environ.get("CXX") or "c++"
+MISSING = None if shutil.which(COMPILER) else f"there is no C++ compiler {COMPILER}"
+# Contracted, sums of products would not be those of csrc/frames/filter.h.
+_FLAGS = (
+    "-std=c++17",
+    "-O1",
+    "-g",
+    "-fsanitize=address,undefined",
+    "-ffp-contract=off",
+    "-fno-sanitize-recover=all",
+    "-Wall",
+    "-Wextra",
+)
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of lynx::Dtype
+
+
+class KernelError(RuntimeError):
+    """An assertion of a kernel, or what a sanitizer found."""
+
+
+def compiled(source: Path) -> Path:
+    """The program, compiled once for all test processes and as long as no header changes."""
+    digest = hashlib.sha256(" ".join((COMPILER, *_FLAGS)).encode())
+    for path in [source, *sorted(HERE.glob("*.h")), *sorted(CSRC.rglob("*.h"))]:
+        digest.update(path.read_bytes())
+    program = cuda_build.cache_folder() / f"tests-{digest.hexdigest()[:16]}" / source.stem
+
+    def make() -> None:
+        unfinished = program.with_suffix(".unfinished")
+        command = [COMPILER, *_FLAGS, f"-I{CSRC}", str(source), "-o", str(unfinished)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        assert not result.stderr, result.stderr  # warnings
+        unfinished.rename(program)
+
+    cuda_build.once(program, make)
+    return program
+
+
+def run(source: Path, *words: str, given: bytes = b"") -> bytes:
+    """What the program writes; its own address space is checked, but not what it leaves unfreed when it fails.
+
+    Raises:
+        KernelError: it failed; the message is what it said.
+    """
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=0"}
+    result = subprocess.run([compiled(source), *words], input=given, capture_output=True, env=environment)
+    if result.returncode != 0:
+        raise KernelError(result.stderr.decode(errors="replace"))
+    return result.stdout
+
+
+class HostKernels:
+    """Stands in for ``torch.ops.lynx_kernels_cuda``.
+
+    Attributes:
+        seed: of the order of blocks and threads.
+        offset: elements in front of the rows, so that these do not start at multiples of 16 bytes.
+    """
+
+    def __init__(self):
+        self.seed, self.offset = 0, 0
+
+    def pack_embeddings(self, token_ids: Tensor, embedding: Tensor, vision: Tensor, vision_index: Tensor) -> Tensor:
+        out = embedding.new_empty((token_ids.shape[0], embedding.shape[1]))
+        given = [token_ids, vision_index, embedding, vision]
+        return self._run("pack_rows", given, out, embedding=embedding, vision=vision)
+
+    def pack_embeddings_backward(
+        self, grad: Tensor, vision_index: Tensor, num_vision: int, dtype: torch.dtype
+    ) -> Tensor:
+        out = grad.new_empty((num_vision, grad.shape[1]), dtype=dtype)
+        return self._run("sum_rows", [vision_index, grad], out, grad=grad)
+
+    def pack_frames(
+        self,
+        frames: list[Tensor],
+        out: Tensor,
+        levels: Tensor,
+        boxes: list[int],
+        flips: list[int],
+        size: int,
+        patch_size: int,
+        is_exact: bool,
+        rounds_down: bool,
+    ) -> None:
+        numbers = {
+            "seed": self.seed, "frames": len(frames), "size": size, "patch_size": patch_size, "is_exact": int(is_exact),
+            "rounds_down": int(rounds_down), "element_size": out.element_size(), "out_offset": self.offset,
+        }  # fmt: skip
+        given = [_memory(levels)]
+        for index, frame in enumerate(frames):
+            top, left, height, width = boxes[4 * index : 4 * index + 4]
+            memory = _memory(frame[top : top + height, left : left + width])
+            head = [*frame.stride(), height, width, flips[index], 0, len(memory)]
+            given += [torch.tensor(head).numpy().tobytes(), memory]
+        words = [f"{name}={value}" for name, value in numbers.items()]
+        said = run(HERE / "driver.cpp", "pack_frames", *words, given=b"".join(given))
+        if said:
+            out.copy_(torch.frombuffer(bytearray(said), dtype=out.dtype).view(out.shape))
+
+    def _run(self, kernel: str, given: list[Tensor], out: Tensor, **rows: Tensor) -> Tensor:
+        numbers = {"seed": self.seed, "width": out.shape[1], "out_offset": 0}
+        for name, tensor in {**rows, "out": out}.items():
+            numbers |= {
+                f"{name}_rows": tensor.shape[0], f"{name}_stride": tensor.stride(0),
+                f"{name}_dtype": _DTYPES.index(tensor.dtype),
+            }  # fmt: skip
+            numbers.setdefault(f"{name}_offset", self.offset)
+        words = [f"{name}={value}" for name, value in numbers.items()]
+        said = run(HERE / "driver.cpp", kernel, *words, given=b"".join(map(_memory, given)))
+        return torch.frombuffer(bytearray(said), dtype=out.dtype).view(out.shape) if said else out
+
+
+def _memory(tensor: Tensor) -> bytes:
+    """From the first element to the last, what lies between rows included."""
+    if tensor.numel() == 0:
+        return b""
+    length = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    return tensor.detach().as_strided((length,), (1,)).view(torch.uint8).numpy().tobytes()

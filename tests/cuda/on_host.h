@@ -1,0 +1,55 @@
+// Runs CUDA kernels on the CPU: blocks and the threads of every phase in scrambled order, shared memory poisoned.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#include "phases.h"
+
+namespace lynx {
+
+class OnHost {
+   public:
+    explicit OnHost(unsigned seed) : random_(seed) {}
+
+    template <class Kernel>
+    void operator()(Kernel, const typename Kernel::Args& args, int blocks) {
+        for (int block : scrambled(blocks)) run_block<Kernel>(args, block);
+    }
+
+   private:
+    template <class Kernel>
+    void run_block(const typename Kernel::Args& args, int block) {
+        // By itself and exactly as large as it is: what is outside, the sanitizer sees.
+        auto shared = std::make_unique<typename Kernel::Shared>();
+        memset(static_cast<void*>(shared.get()), 0xff, sizeof *shared);  // no numbers, and no bools
+        std::vector<typename Kernel::Registers> registers(Kernel::kThreads);
+        const int rounds = Kernel::rounds(args, block);
+        for (int round = 0; round == 0 || round < rounds; round++)
+            run_phases<Kernel, 0>(args, block, round, *shared, registers);
+    }
+
+    template <class Kernel, int kPhase>
+    void run_phases(const typename Kernel::Args& args, int block, int round, typename Kernel::Shared& shared,
+                    std::vector<typename Kernel::Registers>& registers) {
+        for (int thread : scrambled(Kernel::kThreads))
+            Kernel::template phase<kPhase>(args, Place{block, thread, round}, shared, registers[thread]);
+        if constexpr (kPhase + 1 < Kernel::kPhases)
+            run_phases<Kernel, kPhase + 1>(args, block, round, shared, registers);
+    }
+
+    std::vector<int> scrambled(int count) {
+        std::vector<int> order(count);
+        std::iota(order.begin(), order.end(), 0);
+        std::shuffle(order.begin(), order.end(), random_);
+        return order;
+    }
+
+    std::mt19937 random_;
+};
+
+}  // namespace lynx

@@ -1,0 +1,93 @@
+"""The CUDA kernels of pack_frames, run on the CPU: bit for bit what the reference gives.
+
+The driver is given of every frame what its box cuts out and not a byte more, so what is read beside it shows.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from lynx_kernels.frames import pack_frames
+from tests.lynx_kernels.frame_helpers import MEAN, STD, pack_bytes, pillow_resize, random_frame, random_shapes
+
+pytestmark = pytest.mark.usefixtures("on_host")
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+def check(frames, **options):
+    options = {"size": 24, "patch_size": 8, "mean": MEAN, "std": STD, **options}
+    actual = pack_frames(frames, **options, impl="cuda")
+    expected = pack_frames(frames, **options, impl="reference")
+    assert torch.equal(actual, expected), f"{int((actual != expected).sum())} of {actual.numel()} differ"
+
+
+def some_frames(seed=0, shapes=((60, 80), (24, 24), (24, 70), (100, 30), (5, 9))):
+    generator = np.random.default_rng(seed)
+    return [random_frame(generator, *shape, harsh=index % 2 == 0) for index, shape in enumerate(shapes)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("output", ["patches", "pixels"])
+def test_dtypes_and_outputs(output, dtype):
+    check(some_frames(), dtype=dtype, output=output)
+
+
+@pytest.mark.parametrize("resize", ["short_side", "exact"])
+def test_many_shapes(resize):
+    """Up and down, single pixels, ten times as long as wide; more frames and filters than a launch takes."""
+    generator = np.random.default_rng(1)
+    frames = [random_frame(generator, *shape, harsh=True) for shape in random_shapes(generator, 70)]
+    check(frames, size=10, patch_size=5, resize=resize)
+
+
+def test_equals_pillow():
+    for frame in some_frames(2):
+        expected = pillow_resize(frame, 40, 40)
+        np.testing.assert_array_equal(pack_bytes([frame], size=40, resize="exact", impl="cuda")[0], expected)
+
+
+@pytest.mark.parametrize(("size", "patch_size"), [(1, 1), (7, 7), (16, 16), (17, 1), (33, 11), (70, 14)])
+def test_sizes(size, patch_size):
+    """Tiles of 16 rows and 32 columns, whole and not; copies in packs and one by one."""
+    check(some_frames(3, ((60, 80), (size, size), (size, size + 9))), size=size, patch_size=patch_size)
+
+
+@pytest.mark.parametrize("rounding", ["round", "floor"])
+def test_boxes_and_flips(rounding):
+    """Some leave pictures of the square's own size, some do not; with crops whose middle lies between two pixels."""
+    frames = some_frames(4, ((60, 80), (50, 40), (30, 41), (31, 24), (27, 45)))
+    boxes = [(3, 5, 40, 60), (7, 9, 24, 24), (1, 2, 24, 39), (0, 0, 31, 24), (1, 1, 25, 39)]
+    for flip in ([True] * 5, [False] * 5, [True, False, True, False, True]):
+        check(frames, crop_boxes=boxes, flip=flip, crop_rounding=rounding)
+
+
+def test_strides():
+    """Planes, every second pixel, and rows further apart than they are wide."""
+    frames = [torch.from_numpy(frame) for frame in some_frames(5)]
+    planes = [frame.permute(2, 0, 1).contiguous().permute(1, 2, 0) for frame in frames]
+    check(planes)
+    check([frame[::2, ::2] for frame in frames], size=12, patch_size=4)
+    check([frame[:, 1:-2] for frame in frames])
+
+
+def test_more_frames_than_a_launch():
+    generator = np.random.default_rng(6)
+    check([random_frame(generator, 9 + 7 * (index // 40 % 2), 9) for index in range(100)], size=9, patch_size=3)
+    check([], size=9, patch_size=3)
+
+
+@pytest.mark.parametrize("offset", [1, 4])
+def test_outputs_that_do_not_start_at_16_bytes(offset, on_host):
+    on_host.offset = offset
+    check(some_frames(7), dtype=torch.bfloat16)
+
+
+def test_the_order_of_threads_changes_nothing(on_host):
+    for seed in range(3):
+        on_host.seed = seed
+        check(some_frames(8))
+
+
+def test_sizes_that_do_not_fit():
+    with pytest.raises(RuntimeError, match="the CUDA kernels take sizes up to 4729"):
+        pack_frames(some_frames(), size=4730, patch_size=None, mean=MEAN, std=STD, output="pixels", impl="cuda")

@@ -1,0 +1,147 @@
+"""What nvcc makes of the CUDA kernels, for GPUs that need not be there."""
+
+import functools
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+from triton import knobs
+
+from lynx_kernels.cuda_build import LOG, SOURCES, MissingToolError, cached, find_tools
+
+try:
+    TOOLS = find_tools()
+except MissingToolError as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+ARCHS = ("sm_80", "sm_90a", "sm_100a")
+# How many there are of each. Forward and backward of embeddings in nine pairs of dtypes, frames in elements of three
+# sizes; where rows or outputs may be moved 16 bytes at a time, once so and once one by one.
+KERNELS = {"PackRows": 18, "SumRows": 18, "FindUses": 1, "CopyFrames": 6, "ResizeFrames": 3, "FillFilters": 1}
+# Bytes of a block; the system takes another KiB of each, or none, as the architecture has it.
+SHARED = {"SumRows": 128, "ResizeFrames": 1536}
+# 16-byte loads and stores: 4 rows of packs from either source; one a round; single bytes in, packs out.
+WIDE = {"PackRows": (8, 4), "SumRows": (1, 1), "CopyFrames": (0, 1)}
+
+
+@functools.cache
+def library():
+    return cached(TOOLS)
+
+
+def cuobjdump(*options):
+    program = shutil.which("cuobjdump") or knobs.nvidia.cuobjdump.path
+    command = [program, *options, str(library())]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@functools.cache
+def instructions(arch):
+    """The instructions of every kernel, by its mangled name."""
+    parts = re.split(r"\s+Function : (\S+)", cuobjdump("-sass", "-arch", arch))[1:]
+    return {name: text for name, text in zip(parts[::2], parts[1::2], strict=True) if "run_kernel" in name}
+
+
+@functools.cache
+def resources():
+    """(kernel, GPU) -> bytes and registers: REG, SHARED, LOCAL, ..."""
+    found, arch = {}, None
+    for line in cuobjdump("-res-usage").splitlines():
+        if match := re.match(r"arch = (\S+)", line):
+            arch = match[1]
+        elif match := re.match(r"\s*Function (\S*run_kernel\S*):", line):
+            name = match[1]
+        elif "REG:" in line and "run_kernel" in name:
+            found[name, arch] = {what: int(value) for what, value in re.findall(r"([A-Z]+):(\d+)", line)}
+            name = ""
+    return found
+
+
+def kind(name):
+    return next(each for each in KERNELS if each in name)
+
+
+def moves_packs(name):
+    """Whether the kernel moves several values at once: its last template argument."""
+    return bool(re.search(r"Li([248])E", name))
+
+
+def count(pattern, text):
+    return len(re.findall(rf"\b{pattern}\b", text))
+
+
+def test_every_kernel_is_there_for_every_gpu():
+    for arch in ARCHS:
+        assert Counter(map(kind, instructions(arch))) == KERNELS
+        assert all((name, arch) in resources() for name in instructions(arch))
+    assert len(re.findall(r"sm_80\.ptx", cuobjdump("-lptx"))) == len(SOURCES)  # for GPUs to come
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_registers_and_shared_memory(arch):
+    """At 48 registers a multiprocessor has room for 1280 threads, with 16 bytes and more of each on their way.
+
+    Resizing computes more than it reads, and has some more for its sums.
+    """
+    for name in instructions(arch):
+        used = resources()[name, arch]
+        assert used["REG"] <= (80 if kind(name) == "ResizeFrames" else 48), name
+        assert used["LOCAL"] == used["STACK"] == 0, name
+        assert used["SHARED"] - SHARED.get(kind(name), 0) in (0, 1024), name
+
+
+def test_nothing_spills():
+    said = (library().parent / LOG).read_text()
+    expected = sum(KERNELS.values()) * len(ARCHS)
+    assert len(re.findall(r"0 bytes spill stores, 0 bytes spill loads", said)) >= expected
+    assert not re.search(r"[1-9]\d* bytes spill", said)
+    for arch in ARCHS:
+        for name, text in instructions(arch).items():
+            assert not count(r"(LDL|STL)[.\w]*", text), name
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_wide_accesses(arch):
+    for name, text in instructions(arch).items():
+        loads, stores = count(r"LDG\.E[.\w]*\.128[.\w]*", text), count(r"STG\.E[.\w]*\.128[.\w]*", text)
+        if not moves_packs(name):
+            assert loads == stores == 0, name
+            continue
+        least_loads, least_stores = WIDE[kind(name)]
+        assert loads >= least_loads, name
+        assert stores >= least_stores, name
+        singles = r"STG\.E[.\w]*U16[.\w]*" if kind(name) == "CopyFrames" else r"(LDG|STG)\.E[.\w]*U16[.\w]*"
+        assert count(singles, text) == 0, name
+
+
+def test_torch_without_cuda_loads_it():
+    """In a process of its own, whatever GPU there is: schemas are known, CPU tensors are refused."""
+    code = f"""
+import torch
+torch.ops.load_library({str(library())!r})
+kernels = torch.ops.lynx_kernels_cuda
+print(kernels.pack_embeddings.default._schema)
+print(kernels.pack_embeddings_backward.default._schema)
+print(kernels.pack_frames.default._schema)
+try:
+    kernels.pack_embeddings(torch.zeros(1).long(), torch.ones(1, 4), torch.ones(1, 4), torch.zeros(1).int())
+except NotImplementedError as error:
+    print("CPU" in str(error))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    forward, backward, frames, refused = result.stdout.splitlines()
+    assert forward.endswith("(Tensor token_ids, Tensor embedding, Tensor vision, Tensor vision_index) -> Tensor")
+    assert backward.endswith("(Tensor grad, Tensor vision_index, int num_vision, ScalarType dtype) -> Tensor")
+    assert "pack_frames(Tensor[] frames, Tensor(a!) out, Tensor levels" in frames
+    assert refused == "True"
+
+
+def test_it_needs_no_cuda_library():
+    """Neither the toolkit's nor torch's: only what a CPU build of torch has too."""
+    needed = subprocess.run(["ldd", str(library())], capture_output=True, text=True, check=True).stdout
+    assert "libtorch_cpu" in needed
+    assert not re.search(r"libcuda|libcudart|libtorch_cuda|libc10_cuda", needed)
