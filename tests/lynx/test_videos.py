@@ -281,11 +281,12 @@ def without_frames(path):
     [
         (lambda path: b"", "no video of a known format, empty"),
         (lambda path: b"<html>not found</html>" * 500, "no video of a known format"),
+        (lambda path: b"YUV4MPEG2 W16 H16 F25:1\n" + (b"FRAME\n" + bytes(384)) * 3, "no video of a known format"),
         (lambda path: sound(path.with_suffix(".mkv")), "there is no video in it"),
         (lambda path: sound(path.with_suffix(".mp4"), frame(3)), "there is no video in it"),
         (lambda path: without_frames(path.with_suffix(".avi")), "no frames"),
     ],
-    ids=["empty", "junk", "sound", "sound with a cover", "no frames"],
+    ids=["empty", "junk", "a format not on the list", "sound", "sound with a cover", "no frames"],
 )
 def test_what_is_no_video_is_refused_by_name(tmp_path, make, message):
     path = tmp_path / "clip.mp4"
