@@ -5,6 +5,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
@@ -21,7 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"lynx {options.command}: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        print(f"lynx {options.command}: {error}; pip install 'lynx-kernels[demo]' brings it", file=sys.stderr)
+        advice = "" if error.name == "av" else "; pip install 'lynx-kernels[demo]' brings it"  # videos give their own
+        print(f"lynx {options.command}: {error}{advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"lynx {options.command}: interrupted", file=sys.stderr)
@@ -33,9 +35,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lynx", description="Train Lynx models and ask them about pictures.")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    ask = commands.add_parser("ask", help="answer a question about an image file")
+    ask = commands.add_parser("ask", help="answer a question about an image or video file")
     ask.add_argument("model", type=Path, help="a model folder")
-    ask.add_argument("image", type=Path, nargs="+", help="an image file; several are the frames of a video")
+    ask.add_argument("image", type=Path, nargs="+", help="a video or image file; several images are a video's frames")
     ask.add_argument("question")
     ask.add_argument("--beams", type=_positive, default=1, help="beams to search with (default: 1, greedy)")
     ask.set_defaults(run=_ask)
@@ -83,10 +85,16 @@ def _load(folder: Path):
 def _ask(options: argparse.Namespace) -> None:
     from lynx.generation import answer
     from lynx.images import load_image
+    from lynx.videos import is_video_file
 
-    frames = [load_image(path) for path in options.image]
+    part: dict[str, Any]
+    if len(options.image) > 1:
+        part = {"type": "video", "video": [load_image(path) for path in options.image]}
+    elif is_video_file(options.image[0]):
+        part = {"type": "video", "video": options.image[0]}
+    else:
+        part = {"type": "image", "image": load_image(options.image[0])}
     model, processor = _load(options.model)
-    part = {"type": "image", "image": frames[0]} if len(frames) == 1 else {"type": "video", "video": frames}
     sample = processor.encode([{"role": "user", "content": [part, {"type": "text", "text": options.question}]}])
     [text] = answer(model, processor, [sample], num_beams=options.beams)
     print(text)

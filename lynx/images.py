@@ -1,9 +1,11 @@
 """Decoding one image to RGB, and the random crop of training."""
 
+import base64
 import io
 import math
 import os
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 from PIL import Image
@@ -37,7 +39,8 @@ def load_image(source: ImageSource, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> 
     never fetched.
 
     Args:
-        source: a path, the bytes of a file, a PIL image, or a (height, width, 3) uint8 array.
+        source: a path, the bytes of a file, the same in base64 (a data URL, or bare where no file has that name), a PIL
+            image, or a (height, width, 3) uint8 array.
         max_pixels: larger images are refused, and any with a side above ``MAX_SIDE``; files by their header, before
             anything is decoded.
 
@@ -49,15 +52,19 @@ def load_image(source: ImageSource, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> 
     if isinstance(source, np.ndarray):
         return _from_array(source, max_pixels)
     if isinstance(source, Image.Image):
-        return _to_rgb(source, getattr(source, "filename", "") or "PIL image", max_pixels)
+        return to_rgb(source, getattr(source, "filename", "") or "PIL image", max_pixels)
     file: io.BytesIO | Path
     if isinstance(source, bytes):
         name, file = f"image of {len(source)} bytes", io.BytesIO(source)
     elif isinstance(source, str | os.PathLike):
-        name = os.fspath(source)
-        if "://" in name:
+        name, file = _shortened(os.fspath(source)), Path(source)
+        data = decode_base64(source) if isinstance(source, str) and not os.path.exists(source) else None
+        if data:
+            name, file = f"{name} (no such file, so read as base64)", io.BytesIO(data)
+        elif name.startswith("data:"):
+            raise ImageError(f"{name}: a data URL of an image must hold base64")
+        elif "://" in name:
             raise ImageError(f"{name}: a URL is never fetched; download the image and pass its path or bytes")
-        file = Path(source)
     else:
         raise TypeError(f"an image is a path, bytes, a PIL image or a numpy array, got {type(source).__name__}")
     Image.init()
@@ -67,7 +74,24 @@ def load_image(source: ImageSource, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> 
     except Exception as error:  # decoders raise whatever they meet: OSError, SyntaxError, struct.error, ...
         raise ImageError(f"{name}: {_reason(error)}") from error
     with image:
-        return _to_rgb(image, name, max_pixels)
+        return to_rgb(image, name, max_pixels)
+
+
+def decode_base64(text: str) -> bytes | None:
+    """The bytes of a base64 text, bare or in a data URL, line breaks allowed; None where it is no such thing."""
+    if text.startswith("data:"):
+        header, _, text = text.partition(",")
+        if not header.endswith(";base64"):
+            return None
+        text = unquote(text)
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except ValueError:
+        return None
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= 300 else f"{name[:40]}... ({len(name)} characters)"
 
 
 def _reason(error: Exception) -> str:
@@ -82,11 +106,12 @@ def _from_array(array: np.ndarray, max_pixels: int) -> Image.Image:
     name = f"array of shape {array.shape} and dtype {array.dtype}"
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
         raise ImageError(f"{name}: expected (height, width, 3) and uint8")
-    _check_size(array.shape[1], array.shape[0], name, max_pixels)
+    check_size(array.shape[1], array.shape[0], name, max_pixels)
     return Image.fromarray(array)
 
 
-def _check_size(width: int, height: int, name: str, max_pixels: int) -> None:
+def check_size(width: int, height: int, name: str, max_pixels: int) -> None:
+    """Refuse, with an ImageError about ``name``, what is empty, has too many pixels or too long a side."""
     if width * height == 0:
         raise ImageError(f"{name}: empty, {width} x {height} pixels")
     if width * height > max_pixels:
@@ -95,8 +120,9 @@ def _check_size(width: int, height: int, name: str, max_pixels: int) -> None:
         raise ImageError(f"{name}: {width} x {height} pixels have a side longer than the limit of {MAX_SIDE}")
 
 
-def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
-    _check_size(*image.size, name, max_pixels)
+def to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
+    """An image as ``load_image`` gives it, or an ImageError about ``name``."""
+    check_size(*image.size, name, max_pixels)
     try:
         image.load()
         turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION_TAG, 1))

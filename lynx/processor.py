@@ -14,6 +14,7 @@ from lynx.config import LynxConfig
 from lynx.image_processor import LynxImageProcessor
 from lynx.images import ImageSource, load_image, random_resized_crop_box
 from lynx.resampler import media_layout
+from lynx.videos import VideoSource, is_video_file, load_video
 from lynx_kernels import PackedLayout
 
 _SIGLIP = {"image_mean": (0.5,) * 3, "image_std": (0.5,) * 3, "resize": "exact"}
@@ -26,13 +27,13 @@ class Sample:
     """One conversation, ready to be packed or padded with others.
 
     Attributes:
-        media: the frames of each item in the order they appear; an image has one frame.
+        media: the frames of each item in the order they appear, an image has one; or a video file.
         is_video: whether each item is a video, whose frames have positions.
         token_ids: of the text; in the row, the vision tokens of all media stand before it.
         labels: the token ids to learn, -100 at the others.
     """
 
-    media: list[list[ImageSource]]
+    media: list[list[ImageSource] | VideoSource]
     is_video: list[bool]
     token_ids: list[int]
     labels: list[int]
@@ -47,7 +48,7 @@ class LynxProcessor(ProcessorMixin):
         image_token_id: the placeholder id of a vision token; no text ever becomes it.
         num_latents: vision tokens of one item.
         tokens_per_frame: tokens the vision tower makes of one frame.
-        max_frames: frames a video may have.
+        max_frames: frames a video may have, and that are taken from a video file.
         lowercase: whether text is lower-cased, as Lynx does it.
     """
 
@@ -130,14 +131,14 @@ class LynxProcessor(ProcessorMixin):
             images: with one text, an image or a list of them; with a list of texts, such a thing or None for each.
                 An image is a path, bytes, a PIL image or a (H, W, 3) uint8 array.
             text: a question, or a list of them.
-            videos: like images; a video is a list of images.
+            videos: like images; a video is a list of images, or the path or bytes of a video file.
 
         Returns:
             ``input_ids``, ``attention_mask`` and, where there are pictures, ``pixel_values``, ``frame_positions`` and
             ``media_layout``.
 
         Raises:
-            ValueError: an empty question, an unusable image, too many frames, or lists of different lengths.
+            ValueError: an empty question, an unusable image or video, too many frames, or lists of different lengths.
         """
         if text is None:
             raise ValueError("text is missing: pass a question, or a list of them")
@@ -170,13 +171,14 @@ class LynxProcessor(ProcessorMixin):
         Args:
             messages: ``{"role": "user" | "assistant", "content": ...}``, alternating, a user first. Content is a string
                 or a list of ``{"type": "text", "text": ...}``, ``{"type": "image", "image": ...}`` and
-                ``{"type": "video", "video": [frame, ...]}``. All media stand before the text, in their order. Every
-                answer is supervised, with the EOS after it.
+                ``{"type": "video", "video": ...}``, a list of frames or a video file. All media stand before the text,
+                in their order. Every answer is supervised, with the EOS after it.
 
         Raises:
             ValueError: roles out of turn, an empty text, an unknown content type, or a video with too many frames.
         """
-        media, is_video = [], []
+        media: list[list[ImageSource] | VideoSource] = []
+        is_video = []
         token_ids, labels = [self.tokenizer.bos_token_id], [IGNORED]
         if not messages:
             raise ValueError("the conversation is empty: it has no messages")
@@ -214,9 +216,11 @@ class LynxProcessor(ProcessorMixin):
             self._append(token_ids, labels, prompt, None)
         return Sample(media, is_video, token_ids, labels)
 
-    def _frames(self, frames: Any, turn: int) -> list[ImageSource]:
-        if not isinstance(frames, Sequence) or isinstance(frames, str | bytes):
-            raise ValueError(f"message {turn}: a video is a list of frames, got {type(frames).__name__}")
+    def _frames(self, frames: Any, turn: int) -> list[ImageSource] | VideoSource:
+        if isinstance(frames, VideoSource):
+            return frames
+        if not isinstance(frames, Sequence):
+            raise ValueError(f"message {turn}: a video is a list of frames or a file, got {type(frames).__name__}")
         if not 1 <= len(frames) <= self.max_frames:
             raise ValueError(f"message {turn}: a video has {len(frames)} frames, expected 1 to {self.max_frames}")
         return list(frames)
@@ -245,7 +249,8 @@ class LynxProcessor(ProcessorMixin):
 
         Args:
             samples: what ``encode`` gave, in the order they will stand.
-            generator: draws a random resized crop for every item, as training does; None for the centre crop.
+            generator: draws a random resized crop for every item and the frames of video files, as training does; None
+                for the centre crop and the middles.
 
         Returns:
             ``input_ids``, ``labels``, ``layout`` and, where there are pictures, ``pixel_values``, ``frame_positions``
@@ -288,8 +293,7 @@ class LynxProcessor(ProcessorMixin):
         return rows
 
     def _media(self, samples: Sequence[Sample], generator: np.random.Generator | None) -> dict[str, Any]:
-        limit = self.image_processor.max_image_pixels
-        items = [[load_image(frame, max_pixels=limit) for frame in item] for sample in samples for item in sample.media]
+        items = [self.load_frames(item, generator=generator) for sample in samples for item in sample.media]
         if not items:
             return {}
         is_video = [flag for sample in samples for flag in sample.is_video]
@@ -302,6 +306,19 @@ class LynxProcessor(ProcessorMixin):
             "frame_positions": torch.tensor(positions),
             "media_layout": media_layout(counts, self.tokens_per_frame, self.num_latents),
         }
+
+    def load_frames(
+        self, item: Sequence[ImageSource] | VideoSource, *, generator: np.random.Generator | None = None
+    ) -> list[Image.Image]:
+        """Decode one item of a ``Sample``'s media; of a video file, ``max_frames`` frames as ``load_video`` picks them.
+
+        Raises:
+            ImageError: an image or video cannot be used; the message names it.
+        """
+        limit = self.image_processor.max_image_pixels
+        if isinstance(item, VideoSource):
+            return load_video(item, self.max_frames, generator=generator, max_pixels=limit)
+        return [load_image(frame, max_pixels=limit) for frame in item]
 
     def answer_of(self, token_ids: torch.Tensor) -> str:
         """The text of newly generated ``token_ids``, up to the EOS."""
@@ -326,9 +343,11 @@ def _parts(content: Any, turn: int) -> list[dict[str, Any]]:
 
 
 def _as_list(media: Any, depth: int) -> list:
-    """A single item as a list of one; an item is ``depth`` lists deep (an image 0, a video 1)."""
+    """A single item as a list of one; an item is ``depth`` lists deep (an image 0, a video 1 unless it is a file)."""
     if media is None:
         return []
+    if isinstance(media, list | tuple) and media and is_video_file(media[0]):
+        return list(media)
     first = media
     for _ in range(depth):
         first = first[0] if isinstance(first, list | tuple) and first else None

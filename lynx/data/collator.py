@@ -9,7 +9,6 @@ import numpy as np
 from torch.utils.data import get_worker_info
 from transformers import BatchFeature
 
-from lynx.images import ImageSource, load_image
 from lynx.processor import LynxProcessor, Sample
 
 logger = logging.getLogger(__name__)
@@ -20,7 +19,8 @@ class Collator:
 
     Args:
         processor: of the model that is trained.
-        seed: of the random crops, which differ between DataLoader workers; None for the centre crop, as in evaluation.
+        seed: of the random crops and of the frames taken from video files, which differ between DataLoader workers;
+            None for the centre crop and the middles, as in evaluation.
 
     Attributes:
         skipped: how many records were left out so far.
@@ -54,8 +54,5 @@ class Collator:
 
     def _sample(self, record: dict[str, Any]) -> Sample:
         sample = self.processor.encode(record["messages"])
-        limit = self.processor.image_processor.max_image_pixels
-        media: list[list[ImageSource]] = [
-            [load_image(frame, max_pixels=limit) for frame in item] for item in sample.media
-        ]
+        media: list[Any] = [self.processor.load_frames(item, generator=self.generator) for item in sample.media]
         return replace(sample, media=media)

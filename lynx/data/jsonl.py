@@ -4,8 +4,9 @@
                                                {"type": "text", "text": "What is this?"}]},
                   {"role": "assistant", "content": "A cat."}]}
 
-A video is ``{"type": "video", "path": ["frame0.png", "frame1.png"]}``. A record's ``type`` names the group its answers
-are counted in; any other field is kept and ignored.
+A video is ``{"type": "video", "path": "clip.mp4"}``, or has a list of pictures there, its frames. A picture may also
+stand in the record itself: ``{"type": "image", "base64": ...}``, bare or as a data URL. A record's ``type`` names the
+group its answers are counted in; any other field is kept and ignored.
 """
 
 import json
@@ -16,7 +17,8 @@ from typing import Any
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from lynx.images import ImageError, load_image
+from lynx.images import ImageError, decode_base64, load_image
+from lynx.videos import load_video
 
 logger = logging.getLogger(__name__)
 
@@ -33,21 +35,22 @@ class JsonlDataset(Dataset):
     Args:
         path: the JSONL file.
         root: the folder that picture paths are relative to and may not leave; the file's own folder by default.
-        check_pictures: decode every picture once now, so that broken ones are known with their lines before a run
-            starts. False for data sets too large for that.
+        check_pictures: decode every picture, and a frame of every video file, once now, so that broken ones are known
+            with their lines before a run starts. False for data sets too large for that.
 
     Attributes:
-        records: the usable records, ``image`` and ``video`` parts holding absolute paths.
+        records: the usable records, ``image`` and ``video`` parts holding absolute paths, or the bytes of base64.
         skipped: ``(line number, reason)`` of the others.
 
     Raises:
         FileNotFoundError: there is no such file.
         RecordError: no record in it is usable.
+        ModuleNotFoundError: a video is to be checked, and PyAV is not installed.
     """
 
     def __init__(self, path: str | Path, root: str | Path | None = None, *, check_pictures: bool = True):
         self.path = Path(path)
-        self._check_pictures, self._checked = check_pictures, set[Path]()
+        self._check_pictures, self._checked = check_pictures, set[tuple[Path, bool]]()
         self.root = Path(root if root is not None else self.path.parent).resolve()
         self.records: list[dict[str, Any]] = []
         self.skipped: list[tuple[int, str]] = []
@@ -98,13 +101,25 @@ class JsonlDataset(Dataset):
         kind, path = part.get("type"), part.get("path")
         if kind == "text" and isinstance(part.get("text"), str):
             return part
+        if kind == "image" and "base64" in part:
+            return {"type": "image", "image": self._decode(part["base64"])}
         if kind == "image":
             return {"type": "image", "image": self._resolve(path)}
         if kind == "video" and isinstance(path, list):
             return {"type": "video", "video": [self._resolve(frame) for frame in path]}
-        raise RecordError(f"a content part is no text, image or video of frames: {part}")
+        if kind == "video":
+            return {"type": "video", "video": self._resolve(path, is_video=True)}
+        raise RecordError(f"a content part is no text, image or video: {part}")
 
-    def _resolve(self, path: Any) -> str:
+    def _decode(self, text: Any) -> bytes:
+        data = decode_base64(text) if isinstance(text, str) else None
+        if data is None:
+            raise RecordError("a picture's base64 is none")
+        if self._check_pictures:
+            _check(data)
+        return data
+
+    def _resolve(self, path: Any, *, is_video: bool = False) -> str:
         if not isinstance(path, str) or not path:
             raise RecordError(f"a picture's path is missing or no text: {path!r}")
         try:
@@ -115,14 +130,21 @@ class JsonlDataset(Dataset):
         if not resolved.is_relative_to(self.root):
             raise RecordError(f"the path {path!r} leaves the root folder {self.root}")
         if not is_file:
-            raise RecordError(f"no such picture: {resolved}")
-        if self._check_pictures and resolved not in self._checked:
-            try:
-                load_image(resolved)
-            except ImageError as error:
-                raise RecordError(str(error)) from error
-            self._checked.add(resolved)
+            raise RecordError(f"no such {'video' if is_video else 'picture'}: {resolved}")
+        if self._check_pictures and (resolved, is_video) not in self._checked:
+            _check(resolved, is_video=is_video)
+            self._checked.add((resolved, is_video))
         return str(resolved)
+
+
+def _check(source: Path | bytes, *, is_video: bool = False) -> None:
+    try:
+        if is_video:
+            load_video(source, 1)
+        else:
+            load_image(source)
+    except ImageError as error:
+        raise RecordError(str(error)) from error
 
 
 def text_of(message: dict[str, Any]) -> str:

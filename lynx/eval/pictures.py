@@ -12,7 +12,9 @@ from PIL import Image
 
 from lynx.eval.accuracy import Answered
 from lynx.images import load_image
+from lynx.videos import load_video
 
+_SHOWN = 4  # frames of a video file
 _RIGHT, _WRONG = "#1a7f37", "#cf222e"
 
 
@@ -66,8 +68,12 @@ def _frames(record: dict[str, Any]) -> list[Image.Image]:
     frames = []
     for message in record["messages"]:
         for part in message["content"] if isinstance(message["content"], list) else []:
-            sources = part["video"] if part["type"] == "video" else [part["image"]] if part["type"] == "image" else []
-            frames += [load_image(source) for source in sources]
+            if part["type"] == "image":
+                frames.append(load_image(part["image"]))
+            elif part["type"] == "video" and isinstance(part["video"], list):
+                frames += [load_image(frame) for frame in part["video"]]
+            elif part["type"] == "video":
+                frames += load_video(part["video"], _SHOWN)
     return frames
 
 

@@ -1,5 +1,6 @@
 """Records from JSONL, their refusals, collation, and the digits that the demo learns from."""
 
+import base64
 import json
 import os
 
@@ -12,6 +13,8 @@ from lynx.data import digits
 from lynx.data.collator import Collator
 from lynx.data.jsonl import JsonlDataset, RecordError, text_of
 from lynx.data.tokenizer import train_tokenizer
+from lynx.videos import load_video
+from tests.lynx.clips import frame, write_clip
 from tests.lynx.conftest import picture
 
 
@@ -140,6 +143,50 @@ def test_frames_of_a_video_share_their_crop(root, processor):
     dataset = JsonlDataset(write(root, video))
     first, second = Collator(processor, seed=0)([dataset[0]])["pixel_values"].chunk(2)
     assert torch.equal(first, second)
+
+
+def test_video_files(root, processor, caplog):
+    def video(path):
+        return record([{"type": "video", "path": path}, {"type": "text", "text": "What?"}])
+
+    clip = write_clip(root / "clip.mp4", [frame(i) for i in range(41)])
+    (root / "cut.mp4").write_bytes(clip.read_bytes()[:3000])
+    (root.parent / "secret.mp4").write_bytes(clip.read_bytes())
+    path = write(root, video("clip.mp4"), video("cut.mp4"), video("../secret.mp4"), video("none.mp4"), video(7))
+    dataset = JsonlDataset(path)
+    assert dataset[0]["messages"][0]["content"][0] == {"type": "video", "video": str(clip)}
+    reasons = ("cut.mp4: cut short", "leaves the root folder", "no such video", "path is missing")
+    for number, ((line, why), reason) in enumerate(zip(dataset.skipped, reasons, strict=True), start=2):
+        assert line == number
+        assert reason in why
+    unchecked = JsonlDataset(path, check_pictures=False)
+    assert len(unchecked) == 2
+    collator = Collator(processor, seed=3)
+    assert collator([unchecked[0], unchecked[1]])["frame_positions"].tolist() == [0, 1, 2, 3]
+    assert collator.skipped == 1
+    assert "cut.mp4: cut short" in caplog.text
+    first, again, other, middles = (
+        Collator(processor, seed=seed)([dataset[0]])["pixel_values"] for seed in (1, 1, 2, None)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    frames = load_video(clip, 4)
+    assert torch.equal(middles, processor(text="What?", videos=[frames])["pixel_values"])
+
+
+def test_pictures_in_base64(root):
+    def inline(text):
+        return record([{"type": "image", "base64": text}, {"type": "text", "text": "What?"}])
+
+    data = (root / "a.png").read_bytes()
+    text = base64.b64encode(data).decode()
+    url = f"data:image/png;base64,{text}"
+    path = write(root, inline(text), inline(url), inline("a.png"), inline(5), inline(text[:80]))
+    dataset = JsonlDataset(path)
+    assert [each["messages"][0]["content"][0]["image"] for each in dataset.records] == [data, data]
+    assert [line for line, _ in dataset.skipped] == [3, 4, 5]
+    assert "base64 is none" in dataset.skipped[0][1]
+    assert "image of 60 bytes" in dataset.skipped[2][1]
 
 
 def test_any_text_survives_the_tokenizer():

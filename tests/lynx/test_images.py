@@ -1,8 +1,11 @@
 """Decoding of images, the training crop, and the image processor."""
 
+import base64
 import io
 import json
+import struct
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from PIL import Image, ImageFile
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from lynx.image_processor import LynxImageProcessor
-from lynx.images import DEFAULT_MAX_PIXELS, ImageError, load_image, random_resized_crop_box
+from lynx.images import DEFAULT_MAX_PIXELS, ImageError, decode_base64, load_image, random_resized_crop_box
 from lynx_kernels.frames import pack_frames
 
 ORIENTATION = 0x0112
@@ -159,6 +162,71 @@ def test_pillow_settings_are_left_alone():
     load_image(encode(Image.new("RGB", (4, 4))), max_pixels=10**12)
     assert before == (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES)
     assert before == (DEFAULT_MAX_PIXELS, False)
+
+
+def test_base64():
+    image = Image.fromarray(noise(12, 17))
+    text = base64.b64encode(encode(image)).decode()
+    lines = "\n".join(text[start : start + 76] for start in range(0, len(text), 76))
+    quoted = text.replace("+", "%2B").replace("/", "%2F").replace("=", "%3D")
+    for source in (text, lines, f"data:image/png;base64,{text}", f"data:;base64,{quoted}"):
+        np.testing.assert_array_equal(np.asarray(load_image(source)), np.asarray(image))
+
+
+def test_a_file_comes_before_base64_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "picture1"
+    assert decode_base64(name)
+    (tmp_path / name).write_bytes(encode(Image.new("RGB", (3, 5))))
+    assert load_image(name).size == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("picture2", r"picture2 \(no such file, so read as base64\): not an image"),
+        ("", "cannot be decoded"),
+        ("data:image/svg+xml,<svg/>", "a data URL of an image must hold base64"),
+        ("data:image/png;base64,????", "must hold base64"),
+        ("data:image/png;base64", "must hold base64"),
+        ("iVBORw0KGgo" * 40 + "?", r"^iVBORw0KGgoiVBORw0KGgoiVBORw0KGgoiVBORw0\.\.\. \(441 characters\): "),
+    ],
+)
+def test_what_is_no_base64_of_an_image_is_refused(text, message):
+    with pytest.raises(ImageError, match=message):
+        load_image(text)
+
+
+def test_a_photograph_for_print():
+    image = Image.new("RGB", (16, 16), (200, 30, 60))
+    actual = np.asarray(load_image(encode(image.convert("CMYK"), "JPEG", quality=100))).astype(int)
+    assert abs(actual - np.asarray(image)).max() <= 3  # not inverted, as JPEG files keep these colours
+
+
+@pytest.mark.parametrize("image_format", ["GIF", "PNG", "WEBP"])
+def test_an_animation_gives_its_first_frame(image_format):
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "lime", "blue")]
+    file = encode(frames[0], image_format, save_all=True, append_images=frames[1:], lossless=True)
+    assert Image.open(io.BytesIO(file)).n_frames == 3
+    assert (np.asarray(load_image(file)) == np.asarray(frames[0])).all()
+
+
+def test_16_bit_colour_is_scaled():
+    file = bytearray(encode(Image.new("RGB", (2, 1))))
+    rows = zlib.compress(b"\0" + struct.pack(">6H", 0, 257, 32768, 65535, 40000, 1000))
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)), (b"IDAT", rows), (b"IEND", b"")]
+    file = file[:8] + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+    actual = np.asarray(load_image(bytes(file))).reshape(-1).astype(int)
+    np.testing.assert_allclose(actual, np.array([0, 257, 32768, 65535, 40000, 1000]) / 257, atol=1)
+
+
+def test_corrupt_files_are_refused():
+    file = bytearray(encode(Image.fromarray(noise(40, 60))))
+    file[len(file) // 2] ^= 255
+    with pytest.raises(ImageError, match="cannot be decoded"):
+        load_image(bytes(file))
 
 
 def test_other_types_are_refused():

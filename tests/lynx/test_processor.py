@@ -6,6 +6,8 @@ import torch
 
 from lynx import LynxProcessor
 from lynx.images import ImageError
+from lynx.videos import load_video
+from tests.lynx.clips import frame, numbers, write_clip
 from tests.lynx.conftest import VISION, conversation, make_config, picture
 
 
@@ -136,7 +138,7 @@ def test_call_is_for_questions(processor):
         ([{"role": "user", "content": [{"type": "audio"}]}], "no text, image or video"),
         (conversation("What?", videos=[[]]), "0 frames, expected 1 to 4"),
         (conversation("What?", videos=[[picture(0)] * 5]), "5 frames, expected 1 to 4"),
-        (conversation("What?", videos=["film.mp4"]), "a video is a list of frames, got str"),
+        (conversation("What?", videos=[7]), "a video is a list of frames or a file, got int"),
         ("hi", "message 0 is a str"),
         (conversation("\udcff"), "no valid Unicode"),
     ],
@@ -167,3 +169,36 @@ def test_a_tokenizer_without_special_tokens_is_refused(config, tokenizer):
     bare = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(ValueError, match="no bos_token"):
         LynxProcessor.for_model(config, bare)
+
+
+@pytest.fixture
+def clip(tmp_path):
+    return write_clip(tmp_path / "clip.mp4", [frame(i) for i in range(41)])
+
+
+def test_a_video_file_gives_max_frames_frames(processor, clip):
+    frames = load_video(clip, 4)
+    expected = processor(text="What?", videos=[frames])["pixel_values"]
+    for videos in (clip, str(clip), [str(clip)], clip.read_bytes()):
+        batch = processor(text="What?", videos=videos)
+        assert batch["frame_positions"].tolist() == [0, 1, 2, 3]
+        assert torch.equal(batch["pixel_values"], expected)
+    two = processor(text="What?", videos=[str(clip), str(clip)])
+    assert two["frame_positions"].tolist() == [0, 1, 2, 3] * 2
+    processor.image_processor.max_image_pixels = 100
+    with pytest.raises(ImageError, match=r"clip\.mp4: 64 x 48 pixels are more than the limit of 100"):
+        processor(text="What?", videos=clip)
+
+
+def test_training_draws_the_frames_of_a_video_file(processor, clip):
+    sample = processor.encode(conversation("What?", "this", videos=[str(clip)]))
+    generators = [None, *(np.random.default_rng(seed) for seed in (1, 2, 1))]
+    drawn = [processor.load_frames(sample.media[0], generator=generator) for generator in generators]
+    assert numbers(drawn[0]) == [5, 15, 25, 35]
+    assert numbers(drawn[1]) == numbers(drawn[3])
+    assert len({tuple(numbers(each)) for each in drawn}) == 3
+    packed = processor.pack([sample], generator=np.random.default_rng(1))["pixel_values"]
+    generator = np.random.default_rng(1)
+    frames = processor.load_frames(str(clip), generator=generator)
+    by_hand = processor.pack([processor.encode(conversation("What?", videos=[frames]))], generator=generator)
+    assert torch.equal(packed, by_hand["pixel_values"])

@@ -12,6 +12,7 @@ from lynx.data import digits
 from lynx.data.jsonl import JsonlDataset
 from lynx.eval import accuracy, pictures
 from lynx.train.run import train
+from tests.lynx.clips import frame, write_clip
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +112,9 @@ def test_ask(data, trained, capsys):
     for picture, digit in (("0000.png", "0"), ("0001.png", "1")):
         assert cli.main(["ask", str(folder), str(data.parent / "pictures" / picture), "Which digit?"]) == 0
         assert capsys.readouterr().out.strip() == digit
+    clip = write_clip(data.parent / "clip.mp4", [frame(number) for number in range(9)])
+    assert cli.main(["ask", str(folder), str(clip), "Which digit?"]) == 0
+    assert capsys.readouterr().out.strip()
 
 
 def test_evaluate(data, trained, capsys, tmp_path):
@@ -127,6 +131,7 @@ def test_evaluate(data, trained, capsys, tmp_path):
     [
         (["ask", "{model}", "{folder}/nothing.png", "What?"], "nothing.png: no such file"),
         (["ask", "{model}", "{folder}/few.jsonl", "What?"], "few.jsonl: not an image"),
+        (["ask", "{model}", "{folder}/nothing.mp4", "What?"], "nothing.mp4: no such file"),
         (["ask", "{model}", "{folder}/pictures/0000.png", " "], "empty text"),
         (["ask", "{folder}/none", "{folder}/pictures/0000.png", "What?"], "no such model folder"),
         (["ask", "{model}", *["{folder}/pictures/0000.png"] * 6, "What?"], "6 frames, expected 1 to 5"),

@@ -1,0 +1,267 @@
+"""Frames of a video file, picked by time; only what leads to them is decoded."""
+
+import io
+import os
+from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from lynx.images import DEFAULT_MAX_PIXELS, ImageError, check_size, to_rgb
+
+# Demuxers of one self-contained file: playlists, for one, would open others.
+_FORMATS = ("asf", "avi", "flv", "gif", "matroska", "mov", "mpeg", "mpegts", "ogg")
+_SUFFIXES = {
+    ".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts",
+    ".webm", ".wmv",
+}  # fmt: skip
+_UPRIGHT = {  # whether x and y change places, then whether the new x and the new y are mirrored
+    (False, True, False): Image.Transpose.FLIP_LEFT_RIGHT,
+    (False, False, True): Image.Transpose.FLIP_TOP_BOTTOM,
+    (False, True, True): Image.Transpose.ROTATE_180,
+    (True, False, False): Image.Transpose.TRANSPOSE,
+    (True, True, False): Image.Transpose.ROTATE_270,
+    (True, False, True): Image.Transpose.ROTATE_90,
+    (True, True, True): Image.Transpose.TRANSVERSE,
+}
+
+VideoSource = str | os.PathLike | bytes
+
+
+class VideoError(ImageError):
+    """A video cannot be used; the message names it and says why."""
+
+
+def is_video_file(source: Any) -> bool:
+    """Whether this is a path that ends as video files do (GIF counts as an image)."""
+    return isinstance(source, str | os.PathLike) and os.path.splitext(os.fspath(source))[1].lower() in _SUFFIXES
+
+
+def load_video(
+    source: VideoSource,
+    num_frames: int,
+    *,
+    generator: np.random.Generator | None = None,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+) -> list[Image.Image]:
+    """Decode some frames of a video to RGB, upright as its rotation says.
+
+    The time from the first frame to the end of the last is cut into ``num_frames`` equal segments, and of each the
+    frame is taken that is shown in its middle or, with a generator, at a random time in it. A video of fewer frames
+    gives some of them more than once. Times are those of the frames, whatever the header says of rate, duration and
+    number; where a file has none that can be right, its frames follow each other evenly. The last frame is taken to
+    last as long as the others do on average.
+
+    All packets are read, but of a long video only those from the nearest keyframe before each picked frame are
+    decoded. Nothing but the picked frames is kept. A URL is never fetched.
+
+    Args:
+        source: a path, or the bytes of a file.
+        num_frames: how many, at least 1.
+        generator: draws the times, as training does.
+        max_pixels: as for ``load_image``: larger frames are refused.
+
+    Raises:
+        VideoError: the file is missing, of no known format, damaged, without a video or without frames. One that was
+            cut short is damaged where its format tells; otherwise what there is of it is the video.
+        ImageError: a frame is too large, or has no defined RGB value.
+        ModuleNotFoundError: PyAV is not installed.
+        ValueError, TypeError: ``num_frames`` is below 1, or ``source`` of another type.
+    """
+    if num_frames < 1:
+        raise ValueError(f"num_frames must be at least 1, got {num_frames}")
+    name = _name(source)
+    try:
+        with io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb") as file:
+            return _Video(file, name, max_pixels).sample(num_frames, generator)
+    except OSError as error:
+        raise VideoError(f"{name}: {'no such file' if isinstance(error, FileNotFoundError) else error}") from error
+
+
+def _name(source: VideoSource) -> str:
+    if isinstance(source, bytes):
+        return f"video of {len(source)} bytes"
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(f"a video is a path or bytes, got {type(source).__name__}")
+    name = os.fspath(source)
+    if "://" in name:
+        raise VideoError(f"{name}: a URL is never fetched; download the video and pass its path or bytes")
+    return name
+
+
+def _pyav():
+    try:
+        import av
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "decoding a video needs PyAV: pip install 'lynx-kernels[video]' brings it", name="av"
+        ) from error
+    return av
+
+
+class _Video:
+    """An open file, and of its packets in the order they are decoded: ``times`` (of use if ``timed``) and ``keys``."""
+
+    def __init__(self, file: BinaryIO, name: str, max_pixels: int):
+        self.av = _pyav()
+        self.file, self.name, self.max_pixels = file, name, max_pixels
+        self.times: list[int] = []
+        self.seeks: list[int] = []  # when each is decoded, what formats without an index seek by
+        self.keys: list[int] = []  # places in ``times``
+        hidden = set()  # places of packets that are decoded but not shown, before the start of an edited film
+        cut = False
+        with self._open() as (container, stream):
+            for packet in container.demux(stream):
+                if not packet.size:  # what demux ends with
+                    continue
+                cut = packet.is_corrupt
+                if packet.is_keyframe:
+                    self.keys.append(len(self.times))
+                if packet.is_discard:
+                    hidden.add(len(self.times))
+                self.times.append(packet.pts)
+                self.seeks.append(packet.pts if packet.dts is None else packet.dts)
+            if cut:  # of those before, only what is needed has to be whole
+                raise VideoError(f"{name}: cut short in packet {len(self.times)} of the video")
+            reorders = container.format.name == "avi" and stream.codec_context.has_b_frames
+            if container.format.name.startswith("mov") and len(self.times) < len(stream.index_entries):
+                raise VideoError(
+                    f"{name}: cut short, it has {len(self.times)} of {len(stream.index_entries)} packets of the video"
+                )
+        self.shown = [time for place, time in enumerate(self.times) if place not in hidden]
+        known = [time for time in self.times if time is not None]
+        self.timed = len(set(known)) == len(self.times)
+        # AVI numbers packets as they come. If the decoder reorders them, these are not the times that frames are shown.
+        if reorders and known == sorted(known):
+            self.timed = False
+
+    def sample(self, num_frames: int, generator: np.random.Generator | None) -> list[Image.Image]:
+        if not self.shown:
+            raise VideoError(f"{self.name}: the video has no frames")
+        if self.timed:
+            picked = _pick(sorted(self.shown), num_frames, generator)
+            for seek in (True, False):  # some files lead a seek past the frame that was asked for
+                found = self._decode(picked, seek)
+                if len(found) == len(set(picked)):
+                    return [found[time] for time in picked]
+        return self._sample_in_order(num_frames, generator)
+
+    def _decode(self, picked: list[int], seek: bool) -> dict[int, Image.Image]:
+        """The images shown at these ascending times; without those that do not turn up."""
+        found: dict[int, Image.Image] = {}
+        with self._open() as (container, stream):
+            place, frames, shown, coming = 0, None, None, None
+            for time in picked:
+                if time in found:
+                    continue
+                start = self._start(time) if seek else 0
+                if frames is None or start > place:
+                    place, shown, coming = start, None, None
+                    frames = self._frames(container, stream, start)
+                while shown is None or shown.pts < time:
+                    if coming is None:
+                        place, coming = next(frames, (place, None))
+                    if coming is None or coming.pts > time:
+                        break
+                    shown, coming = coming, None
+                if shown is None:
+                    break
+                found[time] = self._image(shown)
+        return found
+
+    def _start(self, time: int) -> int:
+        """Where decoding must start for the frame of this time: at the last keyframe not shown after it.
+
+        What is decoded after a keyframe but shown before it may need the keyframe before.
+        """
+        return max((place for place in self.keys if self.times[place] <= time), default=0)
+
+    def _frames(self, container, stream, start: int) -> Iterator[tuple[int, Any]]:
+        """Each frame from packet ``start`` on, with the number of packets decoded so far."""
+        place = start
+        if start:
+            container.seek(self.seeks[start], stream=stream)
+        for packet in container.demux(stream):
+            if place == start and start and packet.pts != self.times[start]:
+                continue  # a seek may land before what it was asked for
+            place += bool(packet.size)
+            for frame in packet.decode():
+                yield place, frame
+
+    def _sample_in_order(self, num_frames: int, generator: np.random.Generator | None) -> list[Image.Image]:
+        with self._open() as (container, stream):
+            times = [frame.pts for frame in container.decode(stream)]
+        if not times:
+            raise VideoError(f"{self.name}: no frame of the video can be decoded")
+        if None in times or any(after <= before for before, after in pairwise(times)):
+            times = list(range(len(times)))
+        picked = _pick(times, num_frames, generator)
+        found = {}
+        with self._open() as (container, stream):
+            for time, frame in zip(times, container.decode(stream), strict=False):
+                if time in picked:
+                    found[time] = self._image(frame)
+                if time == picked[-1]:
+                    break
+        return [found[time] for time in picked]
+
+    @contextmanager
+    def _open(self):
+        self.file.seek(0)
+        options = {"format_whitelist": ",".join(_FORMATS), "protocol_whitelist": "none"}
+        try:
+            container = self.av.open(self.file, options=options)
+        except (self.av.FFmpegError, OSError) as error:  # an empty file is an OSError
+            reason = error.strerror or error
+            raise VideoError(f"{self.name}: no video of a known format, empty or cut short: {reason}") from error
+        try:
+            with container:
+                stream = container.streams.best("video")
+                if not container.streams:
+                    raise VideoError(f"{self.name}: cut short, or empty")
+                if stream is None or stream.disposition & self.av.stream.Disposition.attached_pic:
+                    raise VideoError(f"{self.name}: there is no video in it")
+                if stream.codec_context is None:
+                    raise VideoError(f"{self.name}: its codec is not known")
+                if stream.codec_context.width:  # otherwise the first frame tells
+                    check_size(stream.codec_context.width, stream.codec_context.height, self.name, self.max_pixels)
+                stream.codec_context.thread_count = 1  # loaders run a process a core; and none runs ahead of a seek
+                yield container, stream
+        except self.av.FFmpegError as error:
+            raise VideoError(f"{self.name}: cannot be decoded: {error.strerror or error}") from error
+
+    def _image(self, frame) -> Image.Image:
+        check_size(frame.width, frame.height, self.name, self.max_pixels)
+        if frame.is_corrupt:
+            raise VideoError(f"{self.name}: damaged, the frame at {float(frame.time or 0):.3f} s cannot be decoded")
+        has_alpha = any(component.is_alpha for component in frame.format.components) or frame.format.has_palette
+        image = Image.fromarray(frame.to_ndarray(format="rgba" if has_alpha else "rgb24"))
+        turn = _turn(frame)
+        return to_rgb(image if turn is None else image.transpose(turn), self.name, self.max_pixels)
+
+
+def _pick(times: list[int], num_frames: int, generator: np.random.Generator | None) -> list[int]:
+    """Of the ascending times that frames start at, those of the frames to take, ascending."""
+    span = times[-1] - times[0]
+    length = span + Fraction(span, max(1, len(times) - 1))
+    places = [
+        number + (Fraction(1, 2) if generator is None else Fraction(generator.random())) for number in range(num_frames)
+    ]
+    return [times[bisect_right(times, times[0] + place * length / num_frames) - 1] for place in places]
+
+
+def _turn(frame) -> Image.Transpose | None:
+    """How to turn a frame upright: by its display matrix, to the nearest right angle."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return None
+    # A pixel (x, y) is shown at (a x + c y, b x + d y).
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
+    swap = abs(b) + abs(c) > abs(a) + abs(d)
+    return _UPRIGHT.get((swap, (c if swap else a) < 0, (b if swap else d) < 0))
