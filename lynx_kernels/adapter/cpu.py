@@ -190,28 +190,28 @@ def backward(
         grad_preactivation_sum = grad_preactivation.sum(0).float()  # (r,)
     if needs_down_bias:
         gradients["down_bias"] = grad_preactivation_sum
-    from_products = norm_weight is not None and x.shape[0] > _SUMMED_TOKENS
-    if needs_down or (needs_norm and from_products):
-        normalized = stream if norm_weight is None else (stream - mean[:, None]).mul_(rstd[:, None])  # (T, d)
-        if norm_weight is not None and not from_products:
-            normalized.mul_(norm_weight)
-            normalized = normalized if norm_bias is None else normalized.add_(norm_bias)
-        gradients["down_weight"] = grad_preactivation.t() @ normalized.to(compute)  # (r, d)
-    if needs_norm and from_products:
-        gradients["norm_weight"] = (gradients["down_weight"] * down_weight).sum(0, dtype=torch.float32)
-    if needs_norm_bias and from_products:
-        gradients["norm_bias"] = grad_preactivation_sum @ down_weight.float()
-    if needs_down and from_products:
-        gradients["down_weight"] = gradients["down_weight"] * _cast(norm_weight, torch.float32)
-        if norm_bias is not None:
-            gradients["down_weight"].addr_(grad_preactivation_sum, _cast(norm_bias, torch.float32))
-    if needs_x or (norm_weight is not None and not from_products and (needs_norm or needs_norm_bias)):
+    by_products = norm_weight is not None and x.shape[0] > _SUMMED_TOKENS
+    sums_norm, sums_norm_bias = needs_norm and not by_products, needs_norm_bias and not by_products
+    if needs_down or (needs_norm and by_products):
+        affine = (None, None) if by_products else (norm_weight, norm_bias)
+        normalized = _normalize(stream, mean, rstd, *affine).to(compute)  # (T, d)
+        gradients["down_weight"] = grad_preactivation.t() @ normalized  # (r, d)
+    if by_products and norm_weight is not None:
+        if needs_norm:
+            gradients["norm_weight"] = (gradients["down_weight"] * down_weight).sum(0, dtype=torch.float32)
+        if needs_norm_bias:
+            gradients["norm_bias"] = grad_preactivation_sum @ down_weight.float()
+        if needs_down:
+            gradients["down_weight"] = gradients["down_weight"] * norm_weight.float()
+            if norm_bias is not None:
+                gradients["down_weight"].addr_(grad_preactivation_sum, norm_bias.float())
+    if needs_x or sums_norm or sums_norm_bias:
         grad_normalized = _linear(grad_preactivation, down_weight.t()).to(stream.dtype)  # (T, d)
         if norm_weight is not None:
             grad_normalized, grad_norm, grad_norm_bias = torch.ops.aten.native_layer_norm_backward(
                 grad_normalized, stream, stream.shape[1:], mean[:, None], rstd[:, None],
                 _cast(norm_weight, torch.float32), _cast(norm_bias, torch.float32),
-                [needs_x, needs_norm and not from_products, needs_norm_bias and not from_products],
+                [needs_x, sums_norm, sums_norm_bias],
             )  # fmt: skip
             gradients = {"norm_weight": grad_norm, "norm_bias": grad_norm_bias} | gradients
         if needs_x:
@@ -225,3 +225,12 @@ def backward(
         for (name, tensor), needed in zip(inputs.items(), needs, strict=True)
         if needed and tensor is not None
     ]
+
+
+def _normalize(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    if mean.numel() == 0:  # there is no LayerNorm
+        return x
+    normalized = (x - mean[:, None]).mul_(rstd[:, None])
+    if weight is not None:
+        normalized.mul_(weight)
+    return normalized if bias is None else normalized.add_(bias)
