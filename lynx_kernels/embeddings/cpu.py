@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lynx_kernels import host
+from lynx_kernels.embeddings.rows import dense
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of lynx::Dtype
 
@@ -24,10 +25,6 @@ def refusal(token_ids: Tensor, embedding: Tensor, vision: Tensor, vision_index: 
     return None
 
 
-def _dense(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 def _view(tensor: Tensor) -> tuple[int, int, int, int]:
     """Rows as the compiled module takes them."""
     return tensor.data_ptr(), _DTYPES.index(tensor.dtype), tensor.shape[0], tensor.stride(0)
@@ -41,7 +38,7 @@ def forward(
 ) -> Tensor:
     """Return the packed rows (T, d) in the dtype of the table."""
     token_ids, vision_index = token_ids.contiguous(), vision_index.contiguous()
-    embedding, vision = _dense(embedding), _dense(vision)
+    embedding, vision = dense(embedding), dense(vision)
     rows, width = token_ids.shape[0], embedding.shape[1]
     out = embedding.new_empty((rows, width))
     host.module.pack_embeddings(
@@ -61,7 +58,7 @@ def backward(
     needs: list[bool],  # which of the table and the vision rows want a gradient
 ) -> list[Tensor]:
     """Return the gradients (V, d) and (M, d) that ``needs`` asks for; the rest is not computed."""
-    grad, token_ids, vision_index = _dense(grad), token_ids.contiguous(), vision_index.contiguous()
+    grad, token_ids, vision_index = dense(grad), token_ids.contiguous(), vision_index.contiguous()
     rows, width = grad.shape
     gradients = []
     for of_table, size, dtype in ((True, num_embeddings, grad.dtype), (False, num_vision, vision_dtype)):

@@ -9,11 +9,7 @@ import torch
 from torch import Tensor
 
 from lynx_kernels import cuda_runtime
-from lynx_kernels.embeddings.table import sum_rows
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+from lynx_kernels.embeddings.rows import dense, sum_rows
 
 
 def forward(
@@ -24,7 +20,7 @@ def forward(
 ) -> Tensor:
     """Return the packed rows (T, d) in the dtype of the table."""
     return cuda_runtime.kernels().pack_embeddings(
-        token_ids.contiguous(), _dense(embedding), _dense(vision), vision_index.contiguous()
+        token_ids.contiguous(), dense(embedding), dense(vision), vision_index.contiguous()
     )
 
 
@@ -44,5 +40,5 @@ def backward(
         gradients.append(sum_rows(grad, token_ids, vision_index < 0, num_embeddings).to(grad.dtype))
     if needs_vision:
         backward = cuda_runtime.kernels().pack_embeddings_backward
-        gradients.append(backward(_dense(grad), vision_index.contiguous(), num_vision, vision_dtype))
+        gradients.append(backward(dense(grad), vision_index.contiguous(), num_vision, vision_dtype))
     return gradients

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lynx_kernels.embeddings.table import sum_rows
+from lynx_kernels.embeddings.rows import dense, sum_rows
 
 # None of these is measured: no GPU yet. 4096 columns in 16 bits are 8 KiB, 64 bytes a thread of 4 warps.
 _COLUMNS = 4096
@@ -18,11 +18,6 @@ _WARPS = 4
 _SUM_COLUMNS = 2048  # 4096 sums in fp32 are 32 registers a thread: 72 in all, and half the threads
 _SCAN = 128  # rows looked at at once for uses of a vision row
 _FIND = 1024
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    # Values of a row side by side, or loads are no vectors.
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _columns(width: int, most: int) -> int:
@@ -40,7 +35,7 @@ def forward(
     out = embedding.new_empty((rows, width))
     if out.numel() == 0:
         return out
-    embedding, vision, columns = _dense(embedding), _dense(vision), _columns(width, _COLUMNS)
+    embedding, vision, columns = dense(embedding), dense(vision), _columns(width, _COLUMNS)
     with torch.cuda.device_of(embedding):  # Triton launches on the current device, whatever its arguments are on
         # Without `debug` Triton drops assertions.
         pack_kernel[(rows, triton.cdiv(width, columns))](
@@ -66,7 +61,7 @@ def backward(
     if needs_embedding:
         gradients.append(sum_rows(grad, token_ids, vision_index < 0, num_embeddings).to(grad.dtype))
     if needs_vision:
-        gradients.append(_vision_gradient(_dense(grad), vision_index.contiguous(), num_vision, vision_dtype))
+        gradients.append(_vision_gradient(dense(grad), vision_index.contiguous(), num_vision, vision_dtype))
     return gradients
 
 

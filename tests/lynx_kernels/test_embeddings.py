@@ -1,6 +1,3 @@
-import os
-import signal
-import time
 from functools import partial
 
 import numpy as np
@@ -10,7 +7,7 @@ from torch.nn import functional as F
 
 from lynx_kernels import dispatch, host
 from lynx_kernels.embeddings import _IMPLEMENTATIONS, pack_embeddings, reference
-from tests.lynx_kernels.helpers import check, count_compilations, dtensors, permuted, run
+from tests.lynx_kernels.helpers import assert_child_ends_well, check, count_compilations, dtensors, permuted, run
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 NARROW = DTYPES[1:]
@@ -330,20 +327,8 @@ def test_a_forked_child_does_not_hang(threads):
     threads(2)
     inputs, _ = make(300, width=1300, dtype=torch.float32)
     expected = pack_embeddings(*inputs, impl="cpu")
-    child = os.fork()
-    if child == 0:  # NumPy compares: PyTorch's own threads would hang here
-        same = np.array_equal(pack_embeddings(*inputs, impl="cpu").numpy(), expected.numpy())
-        os._exit(0 if same else 1)
-    for _ in range(200):
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            break
-        time.sleep(0.1)
-    else:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        pytest.fail("the child hangs")
-    assert os.waitstatus_to_exitcode(status) == 0
+    # NumPy compares: PyTorch's own threads would hang there.
+    assert_child_ends_well(lambda: np.array_equal(pack_embeddings(*inputs, impl="cpu").numpy(), expected.numpy()))
 
 
 @needs_host

@@ -1,7 +1,5 @@
 """The compiled pack_frames of CPUs: every instruction set, any strides and sizes, threads, forked processes."""
 
-import os
-import signal
 import threading
 import time
 
@@ -26,6 +24,7 @@ from tests.lynx_kernels.frame_helpers import (
     random_frame,
     random_shapes,
 )
+from tests.lynx_kernels.helpers import assert_child_ends_well
 
 if host.MISSING is not None:
     pytest.skip(host.MISSING, allow_module_level=True)
@@ -38,27 +37,12 @@ SHAPES = [
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
-@pytest.fixture(autouse=True)
-def poison():
-    """Fill uninitialised memory with NaN, so that an output that is not written does not pass for one that is."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poison")
 
 
 @pytest.fixture(autouse=True)
-def restore_threads():
-    threads = torch.get_num_threads()
+def one_thread(restore_threads):
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(params=host.instruction_sets())
-def instruction_set(request):
-    host.force_instruction_set(request.param)
-    yield request.param
-    host.force_instruction_set(None)
 
 
 def assert_same(frames, **options):
@@ -242,19 +226,7 @@ def test_a_forked_child_does_not_hang():
     torch.set_num_threads(2)
     frames = [random_frame(np.random.default_rng(8), 90, 80)] * 4
     expected = pack_frames(frames, **OPTIONS, impl="cpu")
-    child = os.fork()
-    if child == 0:
-        os._exit(0 if torch.equal(pack_frames(frames, **OPTIONS, impl="cpu"), expected) else 1)
-    for _ in range(200):
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            break
-        time.sleep(0.1)
-    else:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        pytest.fail("the child hangs")
-    assert os.waitstatus_to_exitcode(status) == 0
+    assert_child_ends_well(lambda: torch.equal(pack_frames(frames, **OPTIONS, impl="cpu"), expected))
 
 
 class Packed(torch.utils.data.Dataset):

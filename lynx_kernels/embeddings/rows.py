@@ -1,9 +1,14 @@
-"""The gradient of an embedding table, put together from PyTorch's own operators."""
+"""Rows of an embedding table: what several implementations do with them."""
 
 import torch
 from torch import Tensor
 
 from lynx_kernels.dtypes import wide
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """The same values, those of a row side by side, or loads are no vectors."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def sum_rows(grad: Tensor, index: Tensor, used: Tensor, size: int) -> Tensor:
