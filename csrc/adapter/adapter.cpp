@@ -3,11 +3,9 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
 
 #include "../instruction_sets.h"
+#include "../memory.h"
 #include "../threads.h"
 
 namespace lynx {
@@ -27,10 +25,6 @@ const AdapterKernels& kernels() {
     return *all[static_cast<int>(instruction_set())];
 }
 
-struct Free {
-    void operator()(void* block) const { free(block); }
-};
-
 int64_t divide_up(int64_t size, int64_t part) { return (size + part - 1) / part; }
 
 }  // namespace
@@ -41,9 +35,7 @@ void adapter_forward(Adapter adapter, int threads) {
     adapter.activated_stride = divide_up(adapter.bottleneck, kRowMultiple) * kRowMultiple;
     const int64_t normalized_bytes = adapter.tokens * adapter.normalized_stride * sizeof(float);
     const int64_t activated_bytes = adapter.tokens * adapter.activated_stride * sizeof(float);
-    // Before the threads start: no exception may leave them.
-    std::unique_ptr<char, Free> operands(static_cast<char*>(aligned_alloc(64, normalized_bytes + activated_bytes)));
-    if (operands == nullptr) throw std::bad_alloc();
+    const Memory operands = allocate(normalized_bytes + activated_bytes);
     adapter.normalized = operands.get();
     adapter.activated = operands.get() + normalized_bytes;
 
