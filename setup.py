@@ -24,8 +24,15 @@ from setuptools.command.build_py import build_py
 _AVX512 = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 _X86 = {"avx512bf16": [*_AVX512, "-mavx512bf16", "-mavx512vnni"], "avx512": _AVX512, "avx2": ["-mavx2", "-mfma"]}
 INSTRUCTION_SETS = {**(_X86 if platform.machine() == "x86_64" else {}), "plain": []}
-KERNELS = ["csrc/attention/kernels.cpp", "csrc/adapter/kernels.cpp", "csrc/frames/kernels.cpp"]
-MODULE = "csrc/module.cpp"  # all that knows Python
+KERNELS = {
+    "attention": "csrc/attention/kernels.cpp",
+    "adapter": "csrc/adapter/kernels.cpp",
+    "frames": "csrc/frames/kernels.cpp",
+}
+BINDINGS = [  # all that knows Python
+    "csrc/module.cpp",
+    *(f"csrc/{each}/bindings.cpp" for each in ("adapter", "attention", "embeddings", "frames", "planner")),
+]
 SOURCES = [
     "csrc/instruction_sets.cpp",
     "csrc/threads.cpp",
@@ -58,12 +65,13 @@ def compile_all(sources: list[str], folder: Path, flags: list[str]) -> list[str]
         objects.append(str(folder / f"{name}.o"))
         commands.append([*compiler(flags), *extra, "-c", source, "-o", objects[-1]])
 
-    for source in KERNELS:  # first: they take the longest
-        operation = Path(source).parent.name
+    for kernels, source in KERNELS.items():  # first: they take the longest
         for name, extra in INSTRUCTION_SETS.items():
-            compile_later(source, f"{operation}_{name}", [*KERNEL_FLAGS, *extra, f"-DLYNX_KERNELS={operation}_{name}"])
+            compile_later(source, f"{kernels}_{name}", [*KERNEL_FLAGS, *extra, f"-DLYNX_KERNELS={kernels}_{name}"])
     for source in sources:
-        compile_later(source, Path(source).stem, [*SOURCE_FLAGS, f"-DLYNX_INSTRUCTION_SETS={sets}"])
+        compile_later(
+            source, "_".join(Path(source).with_suffix("").parts), [*SOURCE_FLAGS, f"-DLYNX_INSTRUCTION_SETS={sets}"]
+        )
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(subprocess.check_call, commands))
     return objects
@@ -89,7 +97,7 @@ class Build(build_ext):
         import pybind11
 
         includes = [f"-isystem{folder}" for folder in (pybind11.get_include(), *self.compiler.include_dirs)]
-        objects = compile_all([MODULE, *SOURCES], Path(self.build_temp), includes)
+        objects = compile_all([*BINDINGS, *SOURCES], Path(self.build_temp), includes)
         result = Path(self.get_ext_fullpath(ext.name))
         result.parent.mkdir(parents=True, exist_ok=True)
         subprocess.check_call([*compiler([]), "-shared", *objects, "-o", str(result)])
@@ -111,7 +119,7 @@ def _cuda_builder():
     return module
 
 
-EXTENSIONS = [Extension("lynx_kernels._host", [*KERNELS, MODULE, *SOURCES])]
+EXTENSIONS = [Extension("lynx_kernels._host", [*KERNELS.values(), *BINDINGS, *SOURCES])]
 if os.environ.get("LYNX_CUDA") == "1":
     # No code of it depends on Python, and its name shall not either.
     EXTENSIONS.append(Extension(CUDA, [], py_limited_api=True))

@@ -3,7 +3,9 @@
 
 #include <cstdint>
 #include <cstring>
+#include <stdexcept>
 
+#include "dtype.h"
 #include "portable.h"
 
 namespace lynx {
@@ -16,16 +18,17 @@ struct BFloat16 {
     uint16_t bits;
 };
 
-enum class Dtype { kFloat, kHalf, kBFloat16 };
-
 // Call `use` with a value of the type in memory, which stands for it.
+// Throws std::invalid_argument for doubles: fp32 registers would round them.
 template <class Use>
 void with_type(Dtype dtype, Use use) {
     switch (dtype) {
         case Dtype::kFloat: return use(float());
         case Dtype::kHalf: return use(Half());
         case Dtype::kBFloat16: return use(BFloat16());
+        case Dtype::kDouble: break;
     }
+    throw std::invalid_argument("fp64 is not computed here");
 }
 
 LYNX_PORTABLE uint32_t bits_of(float value) {

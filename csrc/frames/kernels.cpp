@@ -4,7 +4,7 @@
 
 namespace {
 
-using lynx::frames::ElementType;
+using lynx::Dtype;
 using lynx::frames::Problem;
 using lynx::frames::Unit;
 
@@ -76,13 +76,13 @@ void finish_strip(const Problem& problem, const Unit& unit, int64_t row, int64_t
                   [[maybe_unused]] bool computes_levels, const uint8_t* patches) {
 #if defined(__AVX2__)
     if (computes_levels && rows * problem.patch_size >= kWidth) {
-        if (problem.type == ElementType::kFloat32) return compute_strip<float>(problem, unit, row, rows, patches);
+        if (problem.dtype == Dtype::kFloat) return compute_strip<float>(problem, unit, row, rows, patches);
         return compute_strip<BFloat16>(problem, unit, row, rows, patches);
     }
 #endif
-    switch (problem.type) {
-        case ElementType::kFloat64: return look_up_strip<uint64_t>(problem, unit, row, rows, patches);
-        case ElementType::kFloat32: return look_up_strip<uint32_t>(problem, unit, row, rows, patches);
+    switch (problem.dtype) {
+        case Dtype::kDouble: return look_up_strip<uint64_t>(problem, unit, row, rows, patches);
+        case Dtype::kFloat: return look_up_strip<uint32_t>(problem, unit, row, rows, patches);
         default: return look_up_strip<uint16_t>(problem, unit, row, rows, patches);
     }
 }

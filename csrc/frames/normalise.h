@@ -65,8 +65,8 @@ bool computes_all(const lynx::frames::Problem& problem) {
 }
 
 bool computes_levels(const lynx::frames::Problem& problem) {
-    if (problem.type == lynx::frames::ElementType::kFloat32) return computes_all<float>(problem);
-    return problem.type == lynx::frames::ElementType::kBFloat16 && computes_all<BFloat16>(problem);
+    if (problem.dtype == lynx::Dtype::kFloat) return computes_all<float>(problem);
+    return problem.dtype == lynx::Dtype::kBFloat16 && computes_all<BFloat16>(problem);
 }
 
 #else

@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../dtype.h"
+
 namespace lynx::frames {
 
 // The part of an RGB picture that a box cuts out; strides in bytes, of any sign.
@@ -14,17 +16,15 @@ struct Frame {
     bool is_flipped;  // the result is mirrored left to right
 };
 
-enum class ElementType { kFloat64, kFloat32, kFloat16, kBFloat16 };
-
 struct Problem {
     const Frame* frames;
     int64_t num_frames;
     int64_t size, patch_size;  // patch_size divides size; equal to it for whole pictures
     bool is_exact, rounds_down;  // as square_side takes them
-    ElementType type;
-    const void* levels;      // (3, 256) of that type: what each byte of each channel becomes
+    Dtype dtype;
+    const void* levels;      // (3, 256) of that dtype: what each byte of each channel becomes
     float mean[3], std[3];   // what the levels were computed with: (byte / 255 - mean) / std, each step rounded to fp32
-    void* out;               // (num_frames, 3 * size * size) of that type
+    void* out;               // (num_frames, 3 * size * size) of that dtype
 };
 
 // One side's weights as one instruction set wants them. Inputs are taken in groups of four, counted from the crop's

@@ -41,7 +41,7 @@ def forward(
         size if patch_size is None else patch_size,  # one patch as large as the square: (channel, row, column)
         resize == "exact",
         crop_rounding == "floor",
-        getattr(host.module.ElementType, str(out.dtype).removeprefix("torch.")),
+        getattr(host.module.Dtype, str(out.dtype).removeprefix("torch.")),
         levels.data_ptr(),
         mean,
         std,

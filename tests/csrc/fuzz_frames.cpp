@@ -13,6 +13,7 @@
 
 namespace {
 
+using lynx::Dtype;
 using namespace lynx::frames;
 
 // A frame in memory that holds nothing else, so that every byte beside it is poisoned.
@@ -102,7 +103,7 @@ std::vector<uint8_t> make_levels(const Problem& problem, int64_t bytes) {
             const double exact = (byte / 255.0 - problem.mean[channel]) / problem.std[channel];
             const float rounded =
                 (static_cast<float>(byte / 255.0) - problem.mean[channel]) / problem.std[channel];
-            const uint16_t half = problem.type == ElementType::kBFloat16 ? as_bfloat16(rounded) : 256 * channel + byte;
+            const uint16_t half = problem.dtype == Dtype::kBFloat16 ? as_bfloat16(rounded) : 256 * channel + byte;
             uint8_t* to = &levels[(256 * channel + byte) * bytes];
             if (bytes == 8) memcpy(to, &exact, bytes);
             if (bytes == 4) memcpy(to, &rounded, bytes);
@@ -130,8 +131,8 @@ void fuzz_frames(uint64_t seed) {
     }
     problem.is_exact = random.flag();
     problem.rounds_down = random.flag();
-    problem.type = static_cast<ElementType>(random.number(0, 3));
-    const int64_t bytes = problem.type == ElementType::kFloat64 ? 8 : problem.type == ElementType::kFloat32 ? 4 : 2;
+    problem.dtype = static_cast<Dtype>(random.number(0, 3));
+    const int64_t bytes = problem.dtype == Dtype::kDouble ? 8 : problem.dtype == Dtype::kFloat ? 4 : 2;
     for (int channel = 0; channel < 3; channel++) {
         problem.mean[channel] = random.number(0, 1000) / 1000.0f;
         problem.std[channel] = random.number(1, 1000) / 1000.0f * (random.number(0, 9) == 0 ? 1e38f : 1.0f);

@@ -1,0 +1,52 @@
+#include "../bindings.h"
+
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+
+#include "adapter.h"
+
+namespace py = pybind11;
+
+namespace lynx {
+namespace {
+
+// (address, whether it is bf16 and not fp32); the address is 0 where the argument is absent.
+using NumbersView = std::pair<uintptr_t, bool>;
+
+Numbers numbers(const NumbersView& given) { return {pointer<void>(given.first), given.second}; }
+
+Activation activation_of(const std::string& name) {
+    if (name == "silu") return Activation::kSilu;
+    if (name == "relu") return Activation::kRelu;
+    if (name == "gelu") return Activation::kGelu;
+    if (name == "gelu_tanh") return Activation::kGeluTanh;
+    throw std::invalid_argument("adapter: there is no activation '" + name + "' here");
+}
+
+}  // namespace
+
+void bind_adapter(py::module_& module) {
+    // `sizes` are the tokens, the width and the bottleneck; statistics are fp32, and 0 without a LayerNorm.
+    module.def("adapter_forward",
+               [](const std::tuple<int64_t, int64_t, int64_t>& sizes, float eps, const std::string& activation,
+                  const NumbersView& x, const NumbersView& norm_weight, const NumbersView& norm_bias,
+                  const NumbersView& down_weight, const NumbersView& down_bias, const NumbersView& up_weight,
+                  const NumbersView& up_bias, const NumbersView& scale, const NumbersView& out, uintptr_t mean,
+                  uintptr_t rstd, const NumbersView& preactivation, int threads) {
+                   Adapter adapter = {};
+                   std::tie(adapter.tokens, adapter.width, adapter.bottleneck) = sizes;
+                   adapter.eps = eps, adapter.activation = activation_of(activation);
+                   adapter.x = numbers(x), adapter.scale = numbers(scale);
+                   adapter.norm_weight = numbers(norm_weight), adapter.norm_bias = numbers(norm_bias);
+                   adapter.down_weight = numbers(down_weight), adapter.down_bias = numbers(down_bias);
+                   adapter.up_weight = numbers(up_weight), adapter.up_bias = numbers(up_bias);
+                   adapter.out = numbers(out), adapter.preactivation = numbers(preactivation);
+                   adapter.mean = pointer<float>(mean), adapter.rstd = pointer<float>(rstd);
+                   py::gil_scoped_release release;
+                   adapter_forward(adapter, threads);
+               });
+}
+
+}  // namespace lynx

@@ -1,0 +1,58 @@
+#include "../bindings.h"
+
+#include <array>
+#include <tuple>
+#include <vector>
+
+#include "frames.h"
+
+namespace py = pybind11;
+
+namespace lynx {
+namespace {
+
+// Of a frame (address, row stride, column stride, channel stride), and (top, left, height, width) of what a box cuts
+// out.
+using FrameView = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
+using Box = std::tuple<int64_t, int64_t, int64_t, int64_t>;
+
+frames::Frame cut_out(const FrameView& view, const Box& box, bool is_flipped) {
+    const auto [address, row_stride, column_stride, channel_stride] = view;
+    const auto [top, left, height, width] = box;
+    const uint8_t* first = pointer<uint8_t>(address) + top * row_stride + left * column_stride;
+    return {first, row_stride, column_stride, channel_stride, height, width, is_flipped};
+}
+
+}  // namespace
+
+void bind_frames(py::module_& module) {
+    py::enum_<Dtype>(module, "Dtype")
+        .value("float64", Dtype::kDouble)
+        .value("float32", Dtype::kFloat)
+        .value("float16", Dtype::kHalf)
+        .value("bfloat16", Dtype::kBFloat16);
+    // `levels` (3, 256) and `out` are of `dtype`; boxes lie inside their frames.
+    module.def("pack_frames",
+               [](const std::vector<FrameView>& views, const std::vector<Box>& boxes, const std::vector<bool>& flips,
+                  int64_t size, int64_t patch_size, bool is_exact, bool rounds_down, Dtype dtype, uintptr_t levels,
+                  const std::array<float, 3>& mean, const std::array<float, 3>& std, uintptr_t out, int threads) {
+                   std::vector<frames::Frame> cut;
+                   for (size_t i = 0; i < views.size(); i++)
+                       cut.push_back(cut_out(views[i], boxes.at(i), flips.at(i)));
+                   const frames::Problem problem = {cut.data(),
+                                                    static_cast<int64_t>(cut.size()),
+                                                    size,
+                                                    patch_size,
+                                                    is_exact,
+                                                    rounds_down,
+                                                    dtype,
+                                                    pointer<void>(levels),
+                                                    {mean[0], mean[1], mean[2]},
+                                                    {std[0], std[1], std[2]},
+                                                    pointer<void>(out)};
+                   py::gil_scoped_release release;
+                   frames::pack_frames(problem, threads);
+               });
+}
+
+}  // namespace lynx
