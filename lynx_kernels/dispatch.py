@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 
+PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
+FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
 
 def _no_gradient(*args: Any) -> None:
     raise RuntimeError("this operation has no gradient")
@@ -131,7 +134,7 @@ def refuse_dtensors(operation: str, **tensors: torch.Tensor | None) -> None:
     """Raise TypeError for a DTensor: our kernels would read one rank's shard as if it were the whole."""
     for name, tensor in tensors.items():
         # Looking in vain for an attribute takes a tensor longer than all our other checks.
-        if tensor is None or type(tensor) in (torch.Tensor, torch.nn.Parameter):
+        if tensor is None or type(tensor) in PLAIN_TENSORS:
             continue
         if hasattr(tensor, "placements"):
             raise TypeError(
@@ -149,7 +152,6 @@ def require_same_device(operation: str, device: torch.device, **tensors: torch.T
 
 def require_floating(operation: str, **tensors: torch.Tensor | None) -> None:
     """Raise TypeError for a tensor that is neither fp64, fp32, fp16 nor bf16."""
-    allowed = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.dtype not in allowed:
+        if tensor is not None and tensor.dtype not in FLOATING:
             raise TypeError(f"{operation}: {name} is {tensor.dtype}, expected a floating-point tensor")

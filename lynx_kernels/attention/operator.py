@@ -57,6 +57,19 @@ def define_attention(
     )
 
 
+def _fit(num_dimensions: int, q: Tensor, keys_and_values: tuple[Tensor, ...]) -> bool:
+    """Whether nothing is wrong, and dtypes are alike: a third of the time that it takes to look for what is wrong."""
+    shape, heads = q.shape, keys_and_values[0].shape[-2:]
+    if type(q) not in dispatch.PLAIN_TENSORS or q.dtype not in dispatch.FLOATING or len(shape) != num_dimensions:
+        return False
+    for each in keys_and_values:
+        if type(each) not in dispatch.PLAIN_TENSORS or each.dtype != q.dtype or each.device != q.device:
+            return False
+        if len(each.shape) != num_dimensions or each.shape[-2:] != heads:
+            return False
+    return shape[-1] != 0 and heads[-1] == shape[-1] and heads[0] != 0 and shape[-2] % heads[0] == 0
+
+
 def check_heads(operation: str, num_dimensions: int, q: Tensor, **keys_and_values: Tensor) -> None:
     """Raise unless q (..., H, D) and every key or value (..., Hkv, D) fit together.
 
@@ -64,6 +77,8 @@ def check_heads(operation: str, num_dimensions: int, q: Tensor, **keys_and_value
         TypeError: a tensor is not floating point, or a DTensor; or fp64 is mixed with narrower dtypes.
         ValueError: ranks, devices, head dimensions or head counts do not fit; the message names the argument.
     """
+    if _fit(num_dimensions, q, tuple(keys_and_values.values())):
+        return
     tensors = {"q": q, **keys_and_values}
     dispatch.refuse_dtensors(operation, **tensors)
     dispatch.require_floating(operation, **tensors)
