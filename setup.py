@@ -26,6 +26,7 @@ _X86 = {"avx512bf16": [*_AVX512, "-mavx512bf16", "-mavx512vnni"], "avx512": _AVX
 INSTRUCTION_SETS = {**(_X86 if platform.machine() == "x86_64" else {}), "plain": []}
 KERNELS = {
     "attention": "csrc/attention/kernels.cpp",
+    "decode": "csrc/attention/decode_kernels.cpp",
     "adapter": "csrc/adapter/kernels.cpp",
     "frames": "csrc/frames/kernels.cpp",
 }
@@ -38,6 +39,7 @@ SOURCES = [
     "csrc/threads.cpp",
     "csrc/adapter/adapter.cpp",
     "csrc/attention/attention.cpp",
+    "csrc/attention/decode.cpp",
     "csrc/attention/plan.cpp",
     "csrc/planner/planner.cpp",
     "csrc/planner/balance.cpp",

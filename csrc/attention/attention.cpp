@@ -5,7 +5,7 @@
 
 #include "../instruction_sets.h"
 #include "../numbers.h"
-#include "../threads.h"
+#include "heads.h"
 
 namespace lynx {
 
@@ -31,15 +31,11 @@ void run_units(const Plan& plan, Problem& problem, int threads, ScratchBytes scr
     problem.tiles = plan.tiles.data();
     size_t bytes = 0;
     for (const Unit& unit : plan.units) bytes = std::max(bytes, scratch_bytes(problem, unit));
-    const int64_t kv_heads = problem.num_kv_heads, count = plan.units.size() * kv_heads;
-    // Heads of a unit in a row, where units are many, since each prefetches what the next one reads.
-    const int64_t in_a_row = std::clamp<int64_t>(count / (8 * usable_threads(threads)), 1, kv_heads);
-    const int64_t rows = (kv_heads + in_a_row - 1) / in_a_row;
-    share_out(plan.units.size() * rows, threads, bytes, [&](int64_t i, void* scratch) {
-        const int64_t first = i % rows * in_a_row;
-        for (int64_t head = first; head < std::min(first + in_a_row, kv_heads); head++)
-            kernel(problem, plan.units[i / rows], head, scratch);
-    });
+    share_out_heads(plan.units.size(), problem.num_kv_heads, threads, bytes,
+                    [&](int64_t unit, int64_t first_head, int64_t last_head, void* scratch) {
+                        for (int64_t head = first_head; head < last_head; head++)
+                            kernel(problem, plan.units[unit], head, scratch);
+                    });
 }
 
 // The gradients of the queries of split groups: the sums of their parts, always in the same order.

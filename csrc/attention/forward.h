@@ -1,19 +1,15 @@
 // Forward: out = softmax(scale q k^T) v and the log of the softmax's denominator, one key tile after another.
-//
-// The running maximum of a row is only roughly one: it is raised, and what was summed scaled down, where a score
-// exceeds it by more than 6. Weights then reach e^6 at most, which costs no precision, and
-// after a row's first tile hardly any pays for the maximum across lanes.
 #pragma once
 
 #include "problem.h"
 #include "scratch.h"
 #include "visibility.h"
+#include "weigh.h"
 
 namespace {
 
 constexpr int64_t kForwardRows = 48;           // queries a block: 8 register tiles
 constexpr int64_t kForwardDiagonalRows = 12;   // where queries see different keys: what none of a block sees is skipped
-constexpr float kSlack = 6;
 
 template <class Compute>
 struct ForwardScratch {
@@ -100,45 +96,6 @@ class Ahead {
     Part parts_[3] = {};
     int64_t queries_ = 0, asked_ = 0;
 };
-
-// Scores of one row become weights; what the row sums up is kept in `total`, and `sums` follows a raised maximum.
-template <class Compute>
-LYNX_INLINE void weigh(const float* scores, typename Compute::Word* weights, int64_t keys_seen, int64_t keys_computed,
-                       float scale, float& row_maximum, float* total, float* sums, int64_t dim) {
-    const Floats minus_infinity = broadcast(-__builtin_inff());
-    const int64_t whole = keys_seen / kWidth * kWidth;
-    const Ints in_last = lane_numbers() < (int32_t)(keys_seen - whole);
-    const bool has_last = keys_seen > whole;
-    Floats highest = minus_infinity;
-    for (int64_t key = 0; key < whole; key += kWidth) highest = maximum(highest, load(scores + key) * scale);
-    if (has_last) highest = maximum(highest, in_last ? load(scores + whole) * scale : minus_infinity);
-    if (any_greater(highest, broadcast(row_maximum + kSlack))) {
-        const float raised = largest(highest);
-        if (row_maximum != -__builtin_inff()) {  // until then the sums are 0
-            const Floats factor = exp(broadcast(row_maximum - raised));
-            store(total, load(total) * factor);
-            for (int64_t column = 0; column < dim; column += kWidth) store(sums + column, load(sums + column) * factor);
-        }
-        row_maximum = raised;
-    }
-    const Floats shift = broadcast(row_maximum);
-    Floats sum = load(total);
-    auto put = [&](int64_t key, Floats weight) {
-        sum += weight;
-        if constexpr (Compute::kNumbers == 1)
-            store(weights + key, weight);
-        else
-            store(reinterpret_cast<BFloat16*>(weights) + key, weight);
-    };
-    for (int64_t key = 0; key < whole; key += kWidth) put(key, exp(load(scores + key) * scale - shift));
-    int64_t key = whole;
-    if (has_last) {
-        put(key, in_last ? exp(load(scores + key) * scale - shift) : Floats{});
-        key += kWidth;
-    }
-    store(total, sum);
-    for (; key < keys_computed; key += kWidth) put(key, Floats{});
-}
 
 // One tile's part of a run's queries, for one query head. Rows of the scratch arguments are the run's queries.
 template <class Compute, class Element>

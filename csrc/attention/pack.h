@@ -14,7 +14,22 @@ struct Rows {
     int64_t count;
     int64_t dim;
 
-    // kWidth words of `row` from `word` on.
+    // Up to `most` of the rows from `row` on.
+    LYNX_INLINE Rows part(int64_t row, int64_t most) const {
+        return {first + row * stride, stride, smaller(most, count - row), dim};
+    }
+
+    // kWidth words of `row` from `word` on; all of them are there.
+    template <class Compute>
+    LYNX_INLINE Words whole_words(int64_t row, int64_t word) const {
+        const Element* from = first + row * stride + word * Compute::kNumbers;
+        if constexpr (Compute::kNumbers == 1)
+            return (Words)load(from);
+        else
+            return load_vector<Words>(from);
+    }
+
+    // Likewise where some may not be.
     template <class Compute>
     LYNX_INLINE Words words(int64_t row, int64_t word) const {
         if (row >= count) return Words{};
@@ -66,6 +81,12 @@ void pack_transposed(const Rows<Element>& rows, typename Compute::Word* out, int
     for (int64_t word = 0; word < words; word += kWidth)
         for (int64_t row = 0; row < rows.count; row += kWidth) {
             Words block[kWidth];
+            if (row + kWidth <= rows.count && (word + kWidth) * Compute::kNumbers <= rows.dim) {  // the most: quickly
+                for (int i = 0; i < kWidth; i++) block[i] = rows.template whole_words<Compute>(row + i, word);
+                transpose(block);
+                for (int i = 0; i < kWidth; i++) store_vector(out + (word + i) * stride + row, block[i]);
+                continue;
+            }
             for (int i = 0; i < kWidth; i++) block[i] = rows.template words<Compute>(row + i, word);
             transpose(block);
             for (int i = 0; i < smaller(kWidth, words - word); i++)

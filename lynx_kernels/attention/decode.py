@@ -1,17 +1,22 @@
 """Attention of the newest tokens of many branches to a cache in which a root's keys stand once."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from lynx_kernels import dispatch, triton_runtime
-from lynx_kernels.attention import reference
+from lynx_kernels.attention import cpu, decode_cpu, reference
 from lynx_kernels.attention.operator import check_heads, define_attention, resolve_scale, triton_refusal
 
 
-def _triton_refusal(*tensors: Tensor) -> str | None:
-    if torch.is_grad_enabled() and any(each.requires_grad for each in tensors):
-        return "the Triton kernels of decoding have no gradient, and an argument requires one"
-    return triton_refusal(*tensors)
+def _forward_only(refusal: Callable[..., str | None]) -> Callable[..., str | None]:
+    def refuse(*tensors: Tensor) -> str | None:
+        if torch.is_grad_enabled() and any(each.requires_grad for each in tensors):
+            return "has no gradient, and an argument requires one"
+        return refusal(*tensors)
+
+    return refuse
 
 
 _IMPLEMENTATIONS = dispatch.Operation(
@@ -19,9 +24,10 @@ _IMPLEMENTATIONS = dispatch.Operation(
     dispatch.Implementation(
         "triton",
         triton_runtime.lazy("lynx_kernels.attention.triton_decode", "forward"),
-        refusal=_triton_refusal,
+        refusal=_forward_only(triton_refusal),
         reluctance=triton_runtime.reluctance,
     ),
+    dispatch.Implementation("cpu", decode_cpu.forward, refusal=_forward_only(cpu.refusal)),
     dispatch.Implementation("reference", reference.prefix_attention_decode, reference.prefix_attention_decode_backward),
 )
 
@@ -99,8 +105,9 @@ def prefix_attention_decode(
 
 
 def _check_range(name: str, index: Tensor, least: int, most: int) -> None:
-    if index.numel() and not (least <= int(index.min()) and int(index.max()) <= most):
-        raise ValueError(f"prefix_attention_decode: {name} is {index.tolist()}, expected {least} to {most}")
+    values = index.tolist()  # as a list: each reduction of a tensor takes as long as a list of hundreds
+    if values and not (least <= min(values) and max(values) <= most):
+        raise ValueError(f"prefix_attention_decode: {name} is {values}, expected {least} to {most}")
 
 
 _OPERATOR = define_attention(

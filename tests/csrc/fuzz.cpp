@@ -11,6 +11,7 @@ int main(int count, char** arguments) {
         fuzz_adapter(strtoull(arguments[2], nullptr, 10));
         fuzz_frames(strtoull(arguments[2], nullptr, 10));
         fuzz_attention(strtoull(arguments[2], nullptr, 10));
+        fuzz_decode(strtoull(arguments[2], nullptr, 10));
         fuzz_embeddings(strtoull(arguments[2], nullptr, 10));
         return 0;
     }
@@ -24,6 +25,7 @@ int main(int count, char** arguments) {
         fuzz_adapter(seed);
         fuzz_frames(seed);
         fuzz_attention(seed);
+        fuzz_decode(seed);
         fuzz_embeddings(seed);
     }
     printf("\r%llu random calls of every entry point and instruction set: nothing found\n",

@@ -21,4 +21,5 @@ class Random {
 void fuzz_adapter(uint64_t seed);
 void fuzz_frames(uint64_t seed);
 void fuzz_attention(uint64_t seed);
+void fuzz_decode(uint64_t seed);
 void fuzz_embeddings(uint64_t seed);

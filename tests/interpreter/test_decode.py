@@ -7,22 +7,17 @@ import torch
 from lynx_kernels import prefix_attention_decode, which
 from lynx_kernels.attention import triton_decode as implementation
 from lynx_kernels.attention.triton_launches import Launch
-from tests.lynx_kernels.attention_cases import assert_case_within_budget, decode_case
+from tests.lynx_kernels.attention_cases import (
+    SEVERAL_TILES,
+    assert_case_within_budget,
+    cache_case,
+    other_strides,
+)
 from tests.lynx_kernels.helpers import permuted
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # the LSE of no keys is log 0
 
-# Roots with several branches, one and none, of several tiles of keys and without any; the branches in no order.
-SEVERAL_TILES = [2, 0, 0, 1, 2, 0], [37, 0, 50, 5], [5, 40, 33, 17, 16, 18]
-
-
-def case_of(queries, batch=SEVERAL_TILES, heads=2, kv_heads=1, dim=24, dtype=torch.float32, **options):
-    """A case whose caches hold NaN behind the lengths."""
-    case = decode_case(queries, heads, kv_heads, dim, dtype, batch=batch, impl="triton", **options)
-    for cache, lengths in zip(case.inputs[1:], [batch[1]] * 2 + [batch[2]] * 2, strict=True):
-        for row, length in zip(cache, lengths, strict=True):
-            row[length:] = float("nan")
-    return case
+case_of = partial(cache_case, impl="triton")
 
 
 @pytest.fixture
@@ -75,14 +70,10 @@ def test_heads_and_scales(heads, kv_heads, dim, scale):
 
 
 def test_strides(cut):
-    """Caches with the heads outside, as transformers keeps them, and others: the same numbers."""
     cut(Launch(16, 16, 4, 1), 2)
     case = case_of(2, ([0, 1, 0], [20, 3], [5, 2, 19]))
     expected = case.operation(*case.inputs)
-    heads_outside = [case.inputs[0], *(each.transpose(1, 2).contiguous().transpose(1, 2) for each in case.inputs[1:])]
-    mixed = [permuted(each) if i % 2 else each for i, each in enumerate(case.inputs)]
-    padded = [torch.cat([each + 1, each], -1)[..., each.shape[-1] :] for each in case.inputs]
-    for inputs in (heads_outside, mixed, padded, [permuted(each) for each in case.inputs]):
+    for inputs in other_strides(case.inputs):
         for ours, theirs in zip(case.operation(*inputs), expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
             assert ours.is_contiguous()
@@ -148,8 +139,8 @@ def test_gradients_are_refused():
     for tensor in case.inputs:
         tensor.requires_grad_()
         reason = which(call, *case.inputs, *indices).refused["triton"]
-        assert reason == "the Triton kernels of decoding have no gradient, and an argument requires one"
-        with pytest.raises(RuntimeError, match=r"impl='triton' cannot run this call: .* have no gradient"):
+        assert reason == "has no gradient, and an argument requires one"
+        with pytest.raises(RuntimeError, match=r"impl='triton' cannot run this call: has no gradient"):
             case.operation(*case.inputs)
         with torch.no_grad():
             assert which(call, *case.inputs, *indices, impl="triton").name == "triton"

@@ -16,6 +16,7 @@ from tests.lynx_kernels.attention_helpers import (
     run,
     span_visible,
 )
+from tests.lynx_kernels.helpers import permuted
 from tests.numbers import assert_within_budget
 
 GROUPS_OF_A_BATCH = [(3, [2, 0, 4]), (0, []), (0, [5]), (4, []), (2, [1]), (0, [2, 1]), (1, [0])]
@@ -98,6 +99,27 @@ def decode_case(
         inputs,
         indices,
     )
+
+
+# Roots with several branches, one and none, of several tiles of keys and without any; the branches in no order.
+SEVERAL_TILES = [2, 0, 0, 1, 2, 0], [37, 0, 50, 5], [5, 40, 33, 17, 16, 18]
+
+
+def cache_case(queries, batch=SEVERAL_TILES, heads=2, kv_heads=1, dim=24, dtype=torch.float32, **options):
+    """A case of decoding whose caches hold NaN behind the lengths."""
+    case = decode_case(queries, heads, kv_heads, dim, dtype, batch=batch, **options)
+    for cache, lengths in zip(case.inputs[1:], [batch[1]] * 2 + [batch[2]] * 2, strict=True):
+        for row, length in zip(cache, lengths, strict=True):
+            row[length:] = float("nan")
+    return case
+
+
+def other_strides(inputs):
+    """The inputs of decoding with the heads outside, as transformers keeps its caches, and with other strides."""
+    yield [inputs[0], *(each.transpose(1, 2).contiguous().transpose(1, 2) for each in inputs[1:])]
+    yield [permuted(each) if i % 2 else each for i, each in enumerate(inputs)]
+    yield [torch.cat([each + 1, each], -1)[..., each.shape[-1] :] for each in inputs]
+    yield [permuted(each) for each in inputs]
 
 
 CASES = {
