@@ -39,7 +39,6 @@ void norm_backward(const lynx::LayerNorm& norm, int64_t block) {
     const float* weight = norm.weight;
     float* weight_sums = norm.sums == nullptr ? nullptr : norm.sums + block * 2 * width;
     float* bias_sums = weight_sums + width;
-    if (weight_sums != nullptr) memset(weight_sums, 0, 2 * width * sizeof(float));
     for (int64_t token = first_token; token < last_token; token++) {
         const Stream* x = static_cast<const Stream*>(norm.x.data) + token * width;
         const Compute* normalized_grad = static_cast<const Compute*>(norm.normalized_grad.data) + token * width;

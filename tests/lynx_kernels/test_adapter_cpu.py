@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from lynx_kernels import host
 from lynx_kernels.adapter import adapter, cpu
-from tests.lynx_kernels.helpers import assert_child_ends_well, permuted, run
+from tests.lynx_kernels.helpers import assert_child_ends_well, permuted
 from tests.lynx_kernels.test_adapter import (
     ACTIVATIONS,
     BACKWARD,
@@ -226,8 +226,8 @@ def test_a_forked_child_does_not_hang(restore_threads):
 def test_backward_of_layer_norm_in_a_forked_child(restore_threads):
     """The rest of backward is PyTorch's products, which do hang there."""
     torch.set_num_threads(2)
-    (x, weight, bias, *_), grad = make((700,), 200, 35, torch.float32)
-    mean, rstd = x.mean(-1), x.var(-1).rsqrt()
+    (x, weight, bias, *_), grad = make((700,), 20, 35, torch.float32)  # PyTorch compares larger ones by threads
+    mean, rstd, grad = x.mean(-1), x.var(-1).rsqrt(), grad.float()
 
     def both():
         normalized = cpu._normalize(x, mean, rstd, weight, bias, torch.float32)
