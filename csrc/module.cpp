@@ -62,6 +62,15 @@ lynx::Activation activation_of(const std::string& name) {
     throw std::invalid_argument("adapter: there is no activation '" + name + "' here");
 }
 
+lynx::LayerNorm layer_norm(int64_t tokens, int64_t width, const Numbers& x, uintptr_t mean, uintptr_t rstd,
+                           uintptr_t weight) {
+    lynx::LayerNorm norm = {};
+    norm.tokens = tokens, norm.width = width;
+    norm.x = numbers(x), norm.weight = pointer<float>(weight);
+    norm.mean = pointer<float>(mean), norm.rstd = pointer<float>(rstd);
+    return norm;
+}
+
 lynx::Costs costs(uintptr_t tokens, uintptr_t patches, int64_t count) {
     return {pointer<int64_t>(tokens), pointer<int64_t>(patches), count};
 }
@@ -138,6 +147,25 @@ PYBIND11_MODULE(_host, module) {
                    adapter.mean = pointer<float>(mean), adapter.rstd = pointer<float>(rstd);
                    py::gil_scoped_release release;
                    lynx::adapter_forward(adapter, threads);
+               });
+
+    module.def("adapter_renormalize",
+               [](int64_t tokens, int64_t width, const Numbers& x, uintptr_t mean, uintptr_t rstd, uintptr_t weight,
+                  uintptr_t bias, const Numbers& normalized, int threads) {
+                   lynx::LayerNorm norm = layer_norm(tokens, width, x, mean, rstd, weight);
+                   norm.bias = pointer<float>(bias), norm.normalized = numbers(normalized);
+                   py::gil_scoped_release release;
+                   lynx::adapter_renormalize(norm, threads);
+               });
+    module.def("adapter_norm_backward",
+               [](int64_t tokens, int64_t width, const Numbers& x, uintptr_t mean, uintptr_t rstd, uintptr_t weight,
+                  const Numbers& normalized_grad, const Numbers& grad, const Numbers& x_grad,
+                  uintptr_t weight_grad, uintptr_t bias_grad, int threads) {
+                   lynx::LayerNorm norm = layer_norm(tokens, width, x, mean, rstd, weight);
+                   norm.normalized_grad = numbers(normalized_grad), norm.grad = numbers(grad);
+                   norm.x_grad = numbers(x_grad);
+                   py::gil_scoped_release release;
+                   lynx::adapter_norm_backward(norm, pointer<float>(weight_grad), pointer<float>(bias_grad), threads);
                });
 
     using Release = py::call_guard<py::gil_scoped_release>;
