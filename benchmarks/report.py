@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks import drawing
 from benchmarks.rows import RATIO, RESULTS, Row, newest, read
-from benchmarks.tables import as_markdown, by_case, details, fastest_peer, is_slower, summary
+from benchmarks.tables import as_markdown, by_case, details, fastest_peer, is_curve, is_slower, summary
 
 README = RESULTS.parents[1] / "README.md"
 _START, _END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
@@ -57,8 +57,8 @@ def text(rows: list[Row]) -> str:
             parts.append(f"## {device}\n")
         parts.append(f"### {kernel}\n\n{_origin(mine)} {_count(mine)}\n\n{as_markdown(summary(mine))}\n")
         parts += [f"![{figure.title}](plots/{figure.name})\n" for figure in drawing.figures(mine)]
-        for mode, dtype in dict.fromkeys((row.mode, row.shape.split()[0]) for row in mine):
-            chosen = [row for row in mine if row.mode == mode and row.shape.split()[0] == dtype]
+        for mode, dtype in dict.fromkeys((row.mode, row.dtype_and_workload[0]) for row in mine):
+            chosen = [row for row in mine if row.mode == mode and row.dtype_and_workload[0] == dtype]
             title = f"<summary>{kernel} {mode} {dtype}: every provider</summary>"
             parts.append(f"<details>{title}\n\n{as_markdown(details(chosen))}\n\n</details>\n")
         parts.append(f"#### Losses of {kernel}\n\n{_losses(mine)}\n")
@@ -69,9 +69,9 @@ def with_table(readme: str, rows: list[Row]) -> str:
     """The README's text with the table of the newest rows between its markers."""
     parts = []
     for (device, kernel), mine in _by_device_and_kernel(rows).items():
-        first = {row.shape.split()[0]: row.group for row in reversed(mine)}  # the first group of each dtype
-        shown = summary([row for row in mine if row.group in first.values()], columns=5)
-        parts.append(f"`{kernel}` on {device}. {_count(mine)}\n\n{as_markdown(shown)}")
+        first = {row.dtype_and_workload[0]: row.group for row in reversed(mine)}  # the first group of each dtype
+        shown = mine if not is_curve(mine) else [row for row in mine if row.group in first.values()]
+        parts.append(f"`{kernel}` on {device}. {_count(mine)}\n\n{as_markdown(summary(shown, columns=5))}")
     before, _, rest = readme.partition(_START)
     _, found, after = rest.partition(_END)
     if not found:

@@ -60,6 +60,12 @@ class Row:
         return self.shape.rpartition(" ")[0]
 
     @property
+    def dtype_and_workload(self) -> tuple[str, str]:
+        """The first word of the shape, and the rest."""
+        dtype, _, workload = self.shape.partition(" ")
+        return dtype, workload
+
+    @property
     def grows(self) -> tuple[str, int]:
         """Name and value of what grows, the last word of the shape."""
         name, _, value = self.shape.rpartition(" ")[2].partition("=")

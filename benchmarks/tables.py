@@ -29,6 +29,14 @@ def is_slower(ratio: Row) -> bool:
     return round(ratio.p50, 2) < 1
 
 
+def is_curve(rows: list[Row]) -> bool:
+    """Whether something grows in these rows, so that lines over it say more than workloads side by side."""
+    values: dict[str, set[int]] = {}
+    for row in rows:
+        values.setdefault(row.group, set()).add(row.grows[1])
+    return any(len(each) > 2 for each in values.values())
+
+
 def details(rows: list[Row]) -> Table:
     """A line for each provider of each case, slower ones of ours in bold."""
     baseline = next((row.metric for row in rows if row.metric.startswith(RATIO)), RATIO + "-")
@@ -73,10 +81,14 @@ def _short(value: float) -> str:
 def summary(rows: list[Row], *, columns: int | None = None) -> Table:
     """Ours against the fastest peer: a line for each mode and group, a column for what grows.
 
+    Where nothing grows: a line for each workload, a column for each dtype and mode.
+
     Args:
         rows: of one device and kernel.
         columns: at most so many values of what grows, evenly picked, the ends always; all where None.
     """
+    if not is_curve(rows):
+        return _workloads(rows)
     cells: dict[tuple[str, str], dict[tuple[str, int], str]] = {}
     for mine in by_case(rows).values():
         cells.setdefault((mine[0].mode, mine[0].group), {})[mine[0].grows] = _against_fastest(mine)
@@ -85,6 +97,16 @@ def summary(rows: list[Row], *, columns: int | None = None) -> Table:
         grown = [grown[round(i * (len(grown) - 1) / (columns - 1))] for i in range(columns)]
     table = [["mode", "shape", *(f"{name}={value}" for name, value in grown)]]
     return table + [[mode, group, *(line.get(value, "-") for value in grown)] for (mode, group), line in cells.items()]
+
+
+def _workloads(rows: list[Row]) -> Table:
+    cells: dict[str, dict[str, str]] = {}
+    for mine in by_case(rows).values():
+        dtype, workload = mine[0].dtype_and_workload
+        cells.setdefault(workload, {})[f"{dtype} {mine[0].mode}"] = _against_fastest(mine)
+    columns = list(dict.fromkeys(column for line in cells.values() for column in line))
+    lines = [[workload, *(line.get(column, "-") for column in columns)] for workload, line in cells.items()]
+    return [["workload", *columns], *lines]
 
 
 def _against_fastest(rows: list[Row]) -> str:

@@ -3,6 +3,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <vector>
 
 #include "../instruction_sets.h"
 #include "../memory.h"
@@ -52,6 +53,33 @@ void adapter_forward(Adapter adapter, int threads) {
         run.down(adapter, cut(down_blocks, part), cut(down_blocks, part + 1), cut(up_blocks, part));
 #pragma omp barrier
         run.up(adapter, cut(up_blocks, part), cut(up_blocks, part + 1));
+    }
+}
+
+void adapter_renormalize(const LayerNorm& norm, int threads) {
+    const AdapterKernels& run = kernels();
+    threads = usable_threads(threads);
+#pragma omp parallel num_threads(threads)
+    {
+        const int64_t part = omp_get_thread_num(), parts = omp_get_num_threads();
+        run.renormalize(norm, norm.tokens * part / parts, norm.tokens * (part + 1) / parts);
+    }
+}
+
+void adapter_norm_backward(LayerNorm norm, float* weight_grad, float* bias_grad, int threads) {
+    const AdapterKernels& run = kernels();
+    const int64_t blocks = divide_up(norm.tokens, kSummedTokens), width = norm.width;
+    threads = static_cast<int>(std::min<int64_t>(usable_threads(threads), std::max<int64_t>(blocks, 1)));
+    std::vector<float> sums(weight_grad == nullptr && bias_grad == nullptr ? 0 : blocks * 2 * width);
+    norm.sums = sums.empty() ? nullptr : sums.data();
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (int64_t block = 0; block < blocks; block++) run.norm_backward(norm, block);
+    for (int which = 0; which < 2; which++) {
+        float* total = which == 0 ? weight_grad : bias_grad;
+        if (total == nullptr) continue;
+        std::fill(total, total + width, 0.0f);
+        for (int64_t block = 0; block < blocks; block++)
+            for (int64_t column = 0; column < width; column++) total[column] += sums[(2 * block + which) * width + column];
     }
 }
 

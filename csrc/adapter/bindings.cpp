@@ -25,6 +25,15 @@ Activation activation_of(const std::string& name) {
     throw std::invalid_argument("adapter: there is no activation '" + name + "' here");
 }
 
+LayerNorm layer_norm(int64_t tokens, int64_t width, const NumbersView& x, uintptr_t mean, uintptr_t rstd,
+                     uintptr_t weight) {
+    LayerNorm norm = {};
+    norm.tokens = tokens, norm.width = width;
+    norm.x = numbers(x), norm.weight = pointer<float>(weight);
+    norm.mean = pointer<float>(mean), norm.rstd = pointer<float>(rstd);
+    return norm;
+}
+
 }  // namespace
 
 void bind_adapter(py::module_& module) {
@@ -46,6 +55,24 @@ void bind_adapter(py::module_& module) {
                    adapter.mean = pointer<float>(mean), adapter.rstd = pointer<float>(rstd);
                    py::gil_scoped_release release;
                    adapter_forward(adapter, threads);
+               });
+    module.def("adapter_renormalize",
+               [](int64_t tokens, int64_t width, const NumbersView& x, uintptr_t mean, uintptr_t rstd,
+                  uintptr_t weight, uintptr_t bias, const NumbersView& normalized, int threads) {
+                   LayerNorm norm = layer_norm(tokens, width, x, mean, rstd, weight);
+                   norm.bias = pointer<float>(bias), norm.normalized = numbers(normalized);
+                   py::gil_scoped_release release;
+                   adapter_renormalize(norm, threads);
+               });
+    module.def("adapter_norm_backward",
+               [](int64_t tokens, int64_t width, const NumbersView& x, uintptr_t mean, uintptr_t rstd,
+                  uintptr_t weight, const NumbersView& normalized_grad, const NumbersView& grad,
+                  const NumbersView& x_grad, uintptr_t weight_grad, uintptr_t bias_grad, int threads) {
+                   LayerNorm norm = layer_norm(tokens, width, x, mean, rstd, weight);
+                   norm.normalized_grad = numbers(normalized_grad), norm.grad = numbers(grad);
+                   norm.x_grad = numbers(x_grad);
+                   py::gil_scoped_release release;
+                   adapter_norm_backward(norm, pointer<float>(weight_grad), pointer<float>(bias_grad), threads);
                });
 }
 

@@ -1,5 +1,7 @@
 // The adapter's kernels of one instruction set. Compiled once for each, with LYNX_KERNELS the name of the result.
 #include "activations.h"
+#include "layer_norm.h"
+#include "load.h"
 #include "multiply.h"
 
 namespace {
@@ -10,18 +12,6 @@ typedef Pairs BFloat16Compute;
 typedef Single<BFloat16> BFloat16Compute;
 #endif
 typedef Single<float> FloatCompute;
-
-LYNX_INLINE Floats load_first(const lynx::Numbers& numbers, int64_t index, int64_t count) {
-    return numbers.is_bfloat16 ? load_first(static_cast<const BFloat16*>(numbers.data) + index, count)
-                               : load_first(static_cast<const float*>(numbers.data) + index, count);
-}
-
-LYNX_INLINE void store_first(const lynx::Numbers& numbers, int64_t index, Floats values, int64_t count) {
-    if (numbers.is_bfloat16)
-        store_first(static_cast<BFloat16*>(numbers.data) + index, values, count);
-    else
-        store_first(static_cast<float*>(numbers.data) + index, values, count);
-}
 
 // `function(column, x, columns)` for the vectors of a token's row; x is 0 behind the last column.
 template <class Function>
@@ -147,6 +137,6 @@ void any_up(const lynx::Adapter& adapter, int64_t first_block, int64_t last_bloc
 
 namespace lynx {
 
-extern const AdapterKernels LYNX_KERNELS = {any_normalize, any_down, any_up};
+extern const AdapterKernels LYNX_KERNELS = {any_normalize, any_down, any_up, any_renormalize, any_norm_backward};
 
 }  // namespace lynx

@@ -1,6 +1,7 @@
 """The adapter on CPUs: PyTorch's own fused operators, put together as measured best; few tokens forward in C++.
 
-The C++ of csrc/adapter reads each weight once, as fast as memory is. Elsewhere LayerNorm is ATen's kernel, the products
+The C++ of csrc/adapter reads each weight once, as fast as memory is, and goes back over the LayerNorm in a pass.
+Elsewhere LayerNorm is ATen's kernel, the products
 are oneDNN's, and the up-projection adds bias and residual before it writes: with scale * (a Wu^T + bu) = (scale * a)
 Wu^T + scale * bu the scale costs a pass over the bottleneck, not over the full width. Backward recomputes the LayerNorm
 and the activation, both cheap beside a product. The gradient of the scale is sum(grad * (a Wu^T)) = sum((grad Wu) * a).
@@ -29,11 +30,6 @@ _DTYPES = (torch.float32, torch.bfloat16)
 # (d=1024, r=64, T=1: 0.3-0.4) and 1.1-3.9 above either; in bf16 it calls oneDNN itself and never wins.
 _FEW_TOKENS = 64
 _SMALL_WEIGHT = 2**17
-# LayerNorm's own backward sums the gradients of its weight n and bias m up in the dtype of x: quick, but in bf16 they
-# were seen to be wrong by a fifth over 8192 tokens. Beyond so many tokens the sums are left to products: with
-# G = dh^T s, s the standardised input and dh the gradient of the pre-activation, dWd = G * n + (sum dh) m^T,
-# dn = colsum(G * Wd), dm = (sum dh) Wd. That takes passes over the weights, as long as 512 tokens where r = 512.
-_SUMMED_TOKENS = 256
 
 # Up to here the C++ form wins. On Zen 4 with two threads and cold weights, d=1024, r=512, T = 1, 16, 64, eager takes
 # 1.9, 2.7, 1.25 times its time in fp32 and 2.1, 1.7, 1.05 times in bf16; the form below 0.8-1.1 times everywhere.
@@ -115,6 +111,10 @@ def forward(
     return _cast(out, x.dtype), mean.view(-1), rstd.view(-1), preactivation
 
 
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def _numbers(tensor: Tensor | None) -> tuple[int, bool]:
     """A contiguous tensor as the compiled module takes it."""
     return (0, False) if tensor is None else (tensor.data_ptr(), tensor.dtype == torch.bfloat16)
@@ -186,36 +186,18 @@ def backward(
         gradients["up_weight"] = grad_compute.t() @ activated.mul_(factor)
     if needs_preactivation:
         grad_preactivation = ACTIVATION_GRADIENTS[activation](grad_activated.mul_(factor), preactivation)  # (T, r)
-    if needs_down_bias or needs_down or needs_norm_bias:
-        grad_preactivation_sum = grad_preactivation.sum(0).float()  # (r,)
     if needs_down_bias:
-        gradients["down_bias"] = grad_preactivation_sum
-    by_products = norm_weight is not None and x.shape[0] > _SUMMED_TOKENS
-    sums_norm, sums_norm_bias = needs_norm and not by_products, needs_norm_bias and not by_products
-    if needs_down or (needs_norm and by_products):
-        affine = (None, None) if by_products else (norm_weight, norm_bias)
-        normalized = _normalize(stream, mean, rstd, *affine).to(compute)  # (T, d)
-        gradients["down_weight"] = grad_preactivation.t() @ normalized  # (r, d)
-    if by_products and norm_weight is not None:
-        if needs_norm:
-            gradients["norm_weight"] = (gradients["down_weight"] * down_weight).sum(0, dtype=torch.float32)
-        if needs_norm_bias:
-            gradients["norm_bias"] = grad_preactivation_sum @ down_weight.float()
-        if needs_down:
-            gradients["down_weight"] = gradients["down_weight"] * norm_weight.float()
-            if norm_bias is not None:
-                gradients["down_weight"].addr_(grad_preactivation_sum, norm_bias.float())
-    if needs_x or sums_norm or sums_norm_bias:
-        grad_normalized = _linear(grad_preactivation, down_weight.t()).to(stream.dtype)  # (T, d)
-        if norm_weight is not None:
-            grad_normalized, grad_norm, grad_norm_bias = torch.ops.aten.native_layer_norm_backward(
-                grad_normalized, stream, stream.shape[1:], mean[:, None], rstd[:, None],
-                _cast(norm_weight, torch.float32), _cast(norm_bias, torch.float32),
-                [needs_x, sums_norm, sums_norm_bias],
-            )  # fmt: skip
-            gradients = {"norm_weight": grad_norm, "norm_bias": grad_norm_bias} | gradients
-        if needs_x:
-            gradients["x"] = grad_normalized.add_(grad)
+        gradients["down_bias"] = grad_preactivation.sum(0)
+    if needs_down:
+        normalized = stream if norm_weight is None else _normalize(stream, mean, rstd, norm_weight, norm_bias, compute)
+        gradients["down_weight"] = grad_preactivation.t() @ _cast(normalized, compute)  # (r, d)
+    if needs_x or needs_norm or needs_norm_bias:
+        grad_normalized = _linear(grad_preactivation, down_weight.t())  # (T, d)
+        if norm_weight is None:
+            gradients["x"] = grad_normalized.to(stream.dtype).add_(grad)
+        else:
+            needs_norms = (needs_x, needs_norm, needs_norm_bias)
+            gradients |= _norm_backward(grad_normalized, grad, stream, mean, rstd, norm_weight, norm_bias, needs_norms)
     inputs = {
         "x": x, "norm_weight": norm_weight, "norm_bias": norm_bias, "down_weight": down_weight,
         "down_bias": down_bias, "up_weight": up_weight, "up_bias": up_bias, "scale": scale,
@@ -227,10 +209,38 @@ def backward(
     ]
 
 
-def _normalize(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    if mean.numel() == 0:  # there is no LayerNorm
-        return x
-    normalized = (x - mean[:, None]).mul_(rstd[:, None])
-    if weight is not None:
-        normalized.mul_(weight)
-    return normalized if bias is None else normalized.add_(bias)
+def _normalize(x, mean, rstd, weight, bias, dtype: torch.dtype) -> Tensor:
+    """LayerNorm's output (T, d) again."""
+    if host.module is None:
+        normalized = (x - mean[:, None]).mul_(rstd[:, None]).mul_(weight)
+        return (normalized if bias is None else normalized.add_(bias)).to(dtype)
+    out = torch.empty_like(x, dtype=dtype)
+    floats = [None if each is None else each.float().contiguous() for each in (mean, rstd, weight, bias)]
+    host.module.adapter_renormalize(
+        *x.shape, _numbers(x), *map(_address, floats), _numbers(out), torch.get_num_threads()
+    )
+    return out
+
+
+def _norm_backward(grad_normalized, grad, x, mean, rstd, weight, bias, needs: tuple[bool, ...]) -> dict[str, Tensor]:
+    """LayerNorm's gradients, to that of x what comes past the adapter added: of x, weight and bias what ``needs`` asks.
+
+    ATen's own sums the gradients of weight and bias up in the dtype of x, which in bf16 was seen to be wrong by a fifth
+    over 8192 tokens, and takes two passes more.
+    """
+    if host.module is None:
+        grad_x, *grads = torch.ops.aten.native_layer_norm_backward(
+            grad_normalized.float(), x.float(), x.shape[1:], mean[:, None], rstd[:, None], weight.float(),
+            None if bias is None else bias.float(), list(needs),
+        )  # fmt: skip
+        found = (grad_x + grad if needs[0] else None, *grads)
+    else:
+        grad_x = torch.empty_like(x) if needs[0] else None
+        grads = [weight.new_empty(x.shape[1], dtype=torch.float32) if needed else None for needed in needs[1:]]
+        floats = [each.float().contiguous() for each in (mean, rstd, weight)]
+        host.module.adapter_norm_backward(
+            *x.shape, _numbers(x), *map(_address, floats), _numbers(grad_normalized), _numbers(grad), _numbers(grad_x),
+            *map(_address, grads), torch.get_num_threads(),
+        )  # fmt: skip
+        found = (grad_x, *grads)
+    return dict(zip(("x", "norm_weight", "norm_bias"), found, strict=True))

@@ -1,4 +1,4 @@
-// The adapter's forward with random sizes, dtypes and absent arguments, for the sanitizers; and whether every output is
+// The adapter with random sizes, dtypes and absent arguments, for the sanitizers; and whether every output is
 // written.
 #include <cmath>
 #include <cstdio>
@@ -34,10 +34,45 @@ struct Tensor {
     }
 };
 
+void fail(const std::string& instruction_set) {
+    printf("\n%s: an output is not written\n", instruction_set.c_str());
+    exit(1);
+}
+
+void fuzz_norm_backward(Random& random) {
+    LayerNorm norm = {};
+    norm.tokens = random.number(0, random.flag() ? 3 : 600);
+    norm.width = random.number(1, random.flag() ? 20 : 100);
+    const int64_t count = norm.tokens * norm.width;
+    const bool is_bfloat16 = random.flag(), needs_x = random.flag();
+    Tensor x(random, count, random.flag()), normalized(random, count, is_bfloat16);
+    Tensor normalized_grad(random, count, is_bfloat16), grad(random, count, x.numbers.is_bfloat16);
+    Tensor x_grad(random, count, x.numbers.is_bfloat16, !needs_x);
+    std::vector<float> statistics(norm.tokens, 1.5f), weight(norm.width, 1.5f), weight_grad(norm.width), bias_grad;
+    norm.x = x.numbers, norm.mean = norm.rstd = statistics.data(), norm.weight = weight.data();
+    norm.bias = random.flag() ? weight.data() : nullptr, norm.normalized = normalized.numbers;
+    norm.normalized_grad = normalized_grad.numbers, norm.grad = grad.numbers, norm.x_grad = x_grad.numbers;
+    const bool needs_weight = random.flag();
+    if (random.flag()) bias_grad.resize(norm.width);
+    for (const std::string& name : instruction_sets()) {
+        force_instruction_set(name);
+        normalized.poison(), x_grad.poison();
+        weight_grad.assign(norm.width, NAN), bias_grad.assign(bias_grad.size(), NAN);
+        adapter_renormalize(norm, random.number(1, 3));
+        adapter_norm_backward(norm, needs_weight ? weight_grad.data() : nullptr,
+                              bias_grad.empty() ? nullptr : bias_grad.data(), random.number(1, 3));
+        bool is_written = normalized.is_written() && (!needs_x || x_grad.is_written());
+        for (float each : weight_grad) is_written &= needs_weight != std::isnan(each);
+        for (float each : bias_grad) is_written &= !std::isnan(each);
+        if (!is_written) fail(name);
+    }
+}
+
 }  // namespace
 
 void fuzz_adapter(uint64_t seed) {
     Random random(seed);
+    fuzz_norm_backward(random);
     Adapter adapter = {};
     adapter.tokens = random.number(0, random.flag() ? 3 : 20);
     adapter.width = random.number(1, random.flag() ? 20 : 100);
@@ -67,10 +102,7 @@ void fuzz_adapter(uint64_t seed) {
         adapter_forward(adapter, random.number(1, 3));
         bool is_written = out.is_written() && preactivation.is_written();
         for (size_t i = 0; i < mean.size(); i++) is_written &= !std::isnan(mean[i] + rstd[i]);
-        if (!is_written) {
-            printf("\n%s: an output is not written\n", name.c_str());
-            exit(1);
-        }
+        if (!is_written) fail(name);
     }
     force_instruction_set("");
 }

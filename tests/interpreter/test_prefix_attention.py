@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lynx_kernels import PackedLayout, dispatch, prefix_attention
 from lynx_kernels.attention import triton_rows as implementation
 from lynx_kernels.attention.triton_launches import Launch
-from tests.lynx_kernels.attention_cases import GROUPS_OF_A_BATCH, grads_of
+from tests.lynx_kernels.attention_cases import GROUPS_OF_A_BATCH, Case, assert_results_within_budget, grads_of
 from tests.lynx_kernels.attention_helpers import EXAMPLES, dense_attention, packed_visible, random, run
 from tests.lynx_kernels.helpers import permuted
 from tests.numbers import assert_within_budget
@@ -47,12 +47,8 @@ def make(groups, root_is_causal, dtype=FP32, heads=1, kv_heads=1, dim=16, scale=
 def check_prefix(*case, magnitude=0.0, **options):
     """Output, LSE and gradients through both are within the budget."""
     operation, naive, inputs, grads = make(*case, **options)
-    exact_inputs = [each.double() for each in inputs]
-    actual, exact, plain = run(operation, inputs, grads), run(naive, exact_inputs, grads), run(naive, inputs, grads)
-    plain[1] = naive(*(each.float() for each in inputs))[1]  # the LSE promises fp32
-    for name, value, truth, theirs in zip(NAMES, actual, exact, plain, strict=True):
-        assert value.dtype == (FP32 if name == "lse" else inputs[0].dtype)
-        assert_within_budget(value, truth, theirs, name, magnitude)
+    results = run(operation, inputs, grads)
+    assert_results_within_budget(results, Case(operation, naive, inputs, []), grads, [magnitude] * len(results))
 
 
 @both_roots

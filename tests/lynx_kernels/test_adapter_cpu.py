@@ -8,9 +8,10 @@ from torch.nn import functional as F
 
 from lynx_kernels import host
 from lynx_kernels.adapter import adapter, cpu
-from tests.lynx_kernels.helpers import assert_child_ends_well, permuted, run
+from tests.lynx_kernels.helpers import assert_child_ends_well, permuted
 from tests.lynx_kernels.test_adapter import (
     ACTIVATIONS,
+    BACKWARD,
     FORWARD,
     NAMES,
     OPTIONAL,
@@ -188,6 +189,33 @@ def test_the_number_of_threads_changes_nothing(instruction_set, dtype, tokens, w
             assert torch.equal(first, second)
 
 
+# Of the tokens LayerNorm's gradients are summed up in blocks of 256.
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "width"), [(255, 67), (256, 16), (257, 13), (600, 35)])
+def test_backward_over_several_blocks(instruction_set, dtype, tokens, width, restore_threads):
+    inputs, grad = make((tokens,), width, 19, dtype)
+    check_adapter("cpu", inputs, grad)
+    grads = []
+    for threads in (1, 2, 3, 40):
+        torch.set_num_threads(threads)
+        _, *saved = FORWARD(*inputs, 1e-5, "silu", "cpu")
+        grads.append(BACKWARD(grad, *inputs, *saved, "silu", [i < 3 for i in range(8)], "cpu"))
+    for others in grads[1:]:
+        for first, second in zip(grads[0], others, strict=True):
+            torch.testing.assert_close(first, second, rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (0, 2), (1, 2)])
+def test_only_what_is_needed_of_layer_norm(needed):
+    inputs, grad = make((300,), 35, 19, torch.float32)
+    _, *saved = FORWARD(*inputs, 1e-5, "silu", "cpu")
+    every = BACKWARD(grad, *inputs, *saved, "silu", [True] * 8, "cpu")
+    some = BACKWARD(grad, *inputs, *saved, "silu", [i in needed for i in range(8)], "cpu")
+    assert len(some) == len(needed)
+    for index, found in zip(needed, some, strict=True):
+        assert torch.equal(found, every[index])
+
+
 def test_a_forked_child_does_not_hang(restore_threads):
     torch.set_num_threads(2)
     inputs, _ = make((7,), 200, 35, torch.float32)
@@ -195,11 +223,25 @@ def test_a_forked_child_does_not_hang(restore_threads):
     assert_child_ends_well(lambda: torch.equal(ours(*inputs), expected))
 
 
-def test_without_the_compiled_module(monkeypatch, calls):
-    inputs, _ = make((7,), dtype=torch.float32)
-    expected = run(ours, inputs, None)
-    calls.clear()
+def test_backward_of_layer_norm_in_a_forked_child(restore_threads):
+    """The rest of backward is PyTorch's products, which do hang there."""
+    torch.set_num_threads(2)
+    (x, weight, bias, *_), grad = make((700,), 20, 35, torch.float32)  # PyTorch compares larger ones by threads
+    mean, rstd, grad = x.mean(-1), x.var(-1).rsqrt(), grad.float()
+
+    def both():
+        normalized = cpu._normalize(x, mean, rstd, weight, bias, torch.float32)
+        grads = cpu._norm_backward(normalized, grad, x, mean, rstd, weight, bias, (True, True, True))
+        return [normalized, *grads.values()]
+
+    expected = both()
+    assert_child_ends_well(lambda: all(map(torch.equal, both(), expected)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("absent", [(), ("norm_bias",), ("norm_weight", "norm_bias")])
+def test_without_the_compiled_module(monkeypatch, dtype, absent, calls):
     monkeypatch.setattr(host, "module", None)
-    for first, second in zip(run(ours, inputs, None), expected, strict=True):
-        torch.testing.assert_close(first, second)
+    check_adapter("cpu", *make((7,), 35, 19, dtype, absent))
+    check_adapter("cpu", *make((5000,), 16, 8, dtype, absent))  # where sums in bf16 are far out
     assert not calls

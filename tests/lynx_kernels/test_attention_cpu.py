@@ -9,10 +9,14 @@ from hypothesis import strategies as st
 
 from lynx_kernels import PackedLayout, SpanLayout, cross_attention, host, prefix_attention, which
 from tests.lynx_kernels import attention_cases
-from tests.lynx_kernels.attention_cases import GROUPS_OF_A_BATCH, SPANS_OF_A_BATCH, grads_of
+from tests.lynx_kernels.attention_cases import (
+    GROUPS_OF_A_BATCH,
+    SPANS_OF_A_BATCH,
+    assert_results_within_budget,
+    grads_of_case,
+)
 from tests.lynx_kernels.attention_helpers import FEW_EXAMPLES, GROUPS, dense_attention, random, run, spans
 from tests.lynx_kernels.helpers import assert_child_ends_well, permuted
-from tests.numbers import assert_within_budget
 
 if host.MISSING is not None:
     pytest.skip(host.MISSING, allow_module_level=True)
@@ -35,25 +39,15 @@ def assert_case_within_budget(case, spread=lambda each: each, cancels=False):
     The two are alike with a head dimension of 1. The LSE is given in fp32, and where it is near 12, the rounding alone
     makes P wrong by up to 4 eps, differently for every query, which plain PyTorch, that keeps P, does not meet.
     """
-    dtype = case.inputs[0].dtype
-    exact_inputs = [each.double() for each in case.inputs]
-    grads = [grad.to(dtype) for grad in grads_of(case.naive(*exact_inputs))]
-    grads[1] = grads[1].float()
-    exact, plain = run(case.naive, exact_inputs, grads), run(case.naive, case.inputs, grads)
-    plain[1] = case.naive(*(each.float() for each in case.inputs))[1]  # the LSE promises fp32
+    grads, magnitudes = grads_of_case(case), [0.0] * 5
     actual = run(case.operation, [spread(each) for each in case.inputs], [spread(grad) for grad in grads])
-    magnitudes = [0.0] * len(exact)
     if cancels:
-        uncancelled = run(case.naive, exact_inputs, [grads[0], (grads[0].double() * exact[0]).sum(-1)])
-        lse_error = max(1, exact[1][exact[1].isfinite()].abs().max().item() / 2)  # in eps of a weight
+        exact_inputs = [each.double() for each in case.inputs]
+        out, lse = case.naive(*exact_inputs)
+        uncancelled = run(case.naive, exact_inputs, [grads[0], (grads[0].double() * out).sum(-1)])
+        lse_error = max(1, lse[lse.isfinite()].abs().max().item() / 2)  # in eps of a weight
         magnitudes[2:4] = [lse_error * each.abs().max().item() for each in uncancelled[2:4]]
-    seen = exact[1].isfinite()
-    assert torch.equal(actual[1].isfinite(), seen)
-    for results in (actual, exact, plain):
-        results[1] = results[1][seen]
-    names = ["output", "lse", "dq", "dk", "dv"]
-    for name, ours, truth, theirs, magnitude in zip(names, actual, exact, plain, magnitudes, strict=True):
-        assert_within_budget(ours, truth, theirs, name, magnitude)
+    assert_results_within_budget(actual, case, grads, magnitudes)
 
 
 def cases(dtype, dim, heads=2, kv_heads=1, **options):
