@@ -4,6 +4,7 @@
 //
 //     Args          what every thread is given: pointers and sizes
 //     kThreads      threads of a block
+//     kBlocks       blocks that a multiprocessor's registers shall have room for; 1 where the struct does not say
 //     kPhases       phases of a round; after each there is a barrier
 //     Shared        a block's shared memory, garbage at first
 //     Registers     what a thread keeps from phase to phase, zeros at first
@@ -14,6 +15,8 @@
 // its own thread did. Whatever needs the threads of a warp at once (shuffles, tensor cores) has no place in a phase.
 #pragma once
 
+#include <type_traits>
+
 #include "portable.h"
 
 namespace lynx {
@@ -23,6 +26,16 @@ struct Place {
 };
 
 struct Nothing {};
+
+template <class Kernel, class = void>
+struct BlocksOf {
+    static constexpr int kValue = 1;
+};
+
+template <class Kernel>
+struct BlocksOf<Kernel, std::void_t<decltype(Kernel::kBlocks)>> {
+    static constexpr int kValue = Kernel::kBlocks;
+};
 
 #if defined(__CUDACC__)
 
@@ -37,7 +50,8 @@ __device__ __forceinline__ void run_phases(const typename Kernel::Args& args, co
 }
 
 template <class Kernel>
-__global__ void __launch_bounds__(Kernel::kThreads) run_kernel(const __grid_constant__ typename Kernel::Args args) {
+__global__ void __launch_bounds__(Kernel::kThreads, BlocksOf<Kernel>::kValue)
+run_kernel(const __grid_constant__ typename Kernel::Args args) {
     __shared__ typename Kernel::Shared shared;
     typename Kernel::Registers registers = {};
     Place place = {static_cast<int>(blockIdx.x), static_cast<int>(threadIdx.x), 0};

@@ -3,6 +3,8 @@
 
 #if defined(__CUDACC__)
 #define LYNX_PORTABLE __host__ __device__ __forceinline__
+#define LYNX_UNROLL _Pragma("unroll")
 #else
 #define LYNX_PORTABLE inline
+#define LYNX_UNROLL
 #endif

@@ -4,18 +4,19 @@ import torch
 from torch import Tensor
 
 from lynx_kernels import dispatch, triton_runtime
-from lynx_kernels.attention import reference
+from lynx_kernels.attention import cuda_decode, reference
 from lynx_kernels.attention.operator import check_heads, define_attention, resolve_scale, triton_refusal
 
 
 def _triton_refusal(*tensors: Tensor) -> str | None:
-    if torch.is_grad_enabled() and any(each.requires_grad for each in tensors):
-        return "the Triton kernels of decoding have no gradient, and an argument requires one"
-    return triton_refusal(*tensors)
+    return dispatch.gradient_refusal("the Triton kernels of decoding", *tensors) or triton_refusal(*tensors)
 
 
 _IMPLEMENTATIONS = dispatch.Operation(
     "prefix_attention_decode",
+    dispatch.Implementation(
+        "cuda", cuda_decode.forward, refusal=cuda_decode.refusal, reluctance=cuda_decode.reluctance
+    ),
     dispatch.Implementation(
         "triton",
         triton_runtime.lazy("lynx_kernels.attention.triton_decode", "forward"),

@@ -7,7 +7,7 @@ import torch
 from lynx_kernels import prefix_attention_decode, which
 from lynx_kernels.attention import triton_decode as implementation
 from lynx_kernels.attention.triton_launches import Launch
-from tests.lynx_kernels.attention_cases import assert_case_within_budget, decode_case
+from tests.lynx_kernels.attention_cases import assert_case_within_budget, decode_case, poison_behind_lengths
 from tests.lynx_kernels.helpers import permuted
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # the LSE of no keys is log 0
@@ -19,10 +19,7 @@ SEVERAL_TILES = [2, 0, 0, 1, 2, 0], [37, 0, 50, 5], [5, 40, 33, 17, 16, 18]
 def case_of(queries, batch=SEVERAL_TILES, heads=2, kv_heads=1, dim=24, dtype=torch.float32, **options):
     """A case whose caches hold NaN behind the lengths."""
     case = decode_case(queries, heads, kv_heads, dim, dtype, batch=batch, impl="triton", **options)
-    for cache, lengths in zip(case.inputs[1:], [batch[1]] * 2 + [batch[2]] * 2, strict=True):
-        for row, length in zip(cache, lengths, strict=True):
-            row[length:] = float("nan")
-    return case
+    return poison_behind_lengths(case)
 
 
 @pytest.fixture

@@ -100,6 +100,16 @@ def decode_case(
     )
 
 
+def poison_behind_lengths(case):
+    """The same case of decoding, with NaN in the caches behind the lengths."""
+    _, root_lengths, branch_lengths = case.table
+    lengths = [root_lengths] * 2 + [branch_lengths] * 2
+    for cache, cache_lengths in zip(case.inputs[1:], lengths, strict=True):
+        for row, length in zip(cache, cache_lengths.tolist(), strict=True):
+            row[length:] = float("nan")
+    return case
+
+
 CASES = {
     "causal roots": partial(packed_case, True),
     "full roots": partial(packed_case, False),
