@@ -2,6 +2,8 @@
 // the kernel runs.
 #pragma once
 
+#include <type_traits>
+
 #include "numbers.h"
 #include "portable.h"
 
@@ -22,15 +24,61 @@ LYNX_PORTABLE void store(Element* to, const Pack<Element, kItems>& pack) {
     *reinterpret_cast<Pack<Element, kItems>*>(to) = pack;
 }
 
-// 16 bytes that nobody writes meanwhile and this block reads once, so that they leave the first cache to others; zeros
-// where `is_there` is false. The load stays where it stands, in front of a barrier if it does; what it brings is waited
-// for where it is used.
-template <class Element, int kItems>
-LYNX_PORTABLE Pack<Element, kItems> load_once(const Element* from, bool is_there) {
-    static_assert(sizeof(Pack<Element, kItems>) == 16);
-    Pack<Element, kItems> pack = {};
+// 16 bytes of numbers as they came, in four registers: as numbers of 16 bits the compiler gives each a register.
+struct alignas(16) Words {
+    uint32_t words[4];
+};
+
+// As widen, by the GPU's own instruction where it has one: one for the seven that the bits of Half take. What is not a number
+// stays none, with other bits.
+template <class Element>
+LYNX_PORTABLE float widen_number(Element value) {
 #if defined(__CUDA_ARCH__)
-    uint4 words;
+    if constexpr (std::is_same_v<Element, Half>) {
+        float result;
+        asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
+        return result;
+    }
+#endif
+    return widen(value);
+}
+
+template <class Element>
+LYNX_PORTABLE float item_of(const Words& words, int item) {
+    if constexpr (sizeof(Element) == 4)
+        return float_of(words.words[item]);
+    else
+        return widen_number(Element{static_cast<uint16_t>(words.words[item / 2] >> (16 * (item % 2)))});
+}
+
+// From a multiple of 16 bytes.
+template <class Element>
+LYNX_PORTABLE Words load_words(const Element* from) {
+    return *reinterpret_cast<const Words*>(from);
+}
+
+// One by one, the first `count` of them; zeros behind.
+template <class Element>
+LYNX_PORTABLE Words gather_words(const Element* from, int count) {
+    Words words = {};
+    LYNX_UNROLL
+    for (int i = 0; i < 16 / static_cast<int>(sizeof(Element)); i++) {
+        if (i >= count) continue;
+        if constexpr (sizeof(Element) == 4)
+            words.words[i] = bits_of(from[i]);
+        else
+            words.words[i / 2] |= static_cast<uint32_t>(from[i].bits) << (16 * (i % 2));
+    }
+    return words;
+}
+
+// Those that nobody writes meanwhile and this block reads once, so that they leave the first cache to others; zeros where
+// `is_there` is false. The load stays where it stands, in front of a barrier if it does; what it brings is waited for
+// where it is used.
+template <class Element>
+LYNX_PORTABLE Words load_words_once(const Element* from, bool is_there) {
+    Words words = {};
+#if defined(__CUDA_ARCH__)
     asm volatile(
         "{\n"
         ".reg .pred is_there;\n"
@@ -38,13 +86,12 @@ LYNX_PORTABLE Pack<Element, kItems> load_once(const Element* from, bool is_there
         "mov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
         "@is_there ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n"
         "}"
-        : "=&r"(words.x), "=&r"(words.y), "=&r"(words.z), "=&r"(words.w)
+        : "=&r"(words.words[0]), "=&r"(words.words[1]), "=&r"(words.words[2]), "=&r"(words.words[3])
         : "l"(from), "r"(static_cast<unsigned>(is_there)));
-    memcpy(&pack, &words, sizeof pack);
 #else
-    if (is_there) pack = load<Element, kItems>(from);
+    if (is_there) words = load_words(from);
 #endif
-    return pack;
+    return words;
 }
 
 // Numbers side by side, or rows of them; no data where an argument is absent.
@@ -88,14 +135,23 @@ LYNX_PORTABLE Raw<kItems> fetch(const Values& values, int64_t first, int count) 
     return raw;
 }
 
-template <int kItems>
-LYNX_PORTABLE void widen(const Raw<kItems>& raw, Dtype dtype, float (&to)[kItems]) {
+template <class Element, int kItems>
+LYNX_PORTABLE void widen_as(const Raw<kItems>& raw, float (&to)[kItems]) {
     LYNX_UNROLL
     for (int i = 0; i < kItems; i++) {
-        const uint16_t half = static_cast<uint16_t>(raw.words[i / 2] >> (16 * (i % 2)));
-        to[i] = dtype == Dtype::kFloat  ? float_of(raw.words[i])
-                : dtype == Dtype::kHalf ? widen(Half{half})
-                                        : widen(BFloat16{half});
+        if constexpr (sizeof(Element) == 4)
+            to[i] = float_of(raw.words[i]);
+        else
+            to[i] = widen_number(Element{static_cast<uint16_t>(raw.words[i / 2] >> (16 * (i % 2)))});
+    }
+}
+
+template <int kItems>
+LYNX_PORTABLE void widen(const Raw<kItems>& raw, Dtype dtype, float (&to)[kItems]) {
+    switch (dtype) {
+        case Dtype::kFloat: return widen_as<float>(raw, to);
+        case Dtype::kHalf: return widen_as<Half>(raw, to);
+        case Dtype::kBFloat16: return widen_as<BFloat16>(raw, to);
     }
 }
 

@@ -42,7 +42,11 @@ struct BlocksOf<Kernel, std::void_t<decltype(Kernel::kBlocks)>> {
 template <class Kernel, int kPhase>
 __device__ __forceinline__ void run_phases(const typename Kernel::Args& args, const Place& place,
                                            typename Kernel::Shared& shared, typename Kernel::Registers& registers) {
-    Kernel::template phase<kPhase>(args, place, shared, registers);
+    Place here = place;
+    // What a phase computes from the thread it computes anew in every round: all of it kept would take the registers
+    // that loads on their way need.
+    asm volatile("" : "+r"(here.thread));
+    Kernel::template phase<kPhase>(args, here, shared, registers);
     if constexpr (kPhase + 1 < Kernel::kPhases) {
         __syncthreads();
         run_phases<Kernel, kPhase + 1>(args, place, shared, registers);

@@ -29,9 +29,8 @@ struct Down {
     using Multiply = Multiplier<Weight, kTokenCount, kIsWhole>;
     static constexpr int kTokens = kTokenCount, kItems = Multiply::kItems;
     static constexpr int kThreads = Multiply::kThreads, kBlocks = Multiply::kBlocks, kPhases = 7;
-    static constexpr int kRowLanes = 32;  // that sum up a token's row,
-    static constexpr int kRowItems = 8;   // so many values at once,
-    static constexpr int kRowPacks = 4;   // and so many times those on their way
+    static constexpr int kRowLanes = kTokens <= 4 ? 64 : 32;  // that sum up a token's row,
+    static constexpr int kRowLoads = 4;                       // with so many 16-byte loads on their way
     static_assert(kTokens * kRowLanes <= kThreads, "a thread has one token at most");
 
     struct Args {
@@ -61,7 +60,7 @@ struct Down {
         const bool has_row = has_norm && place.round == 0 && row_token < kTokens &&
                              work.first_token + row_token < args.product.tokens;
         if constexpr (kPhase == 0) {
-            if (place.round == 0) Multiply::ask(args.product, place.block, 0, place.thread, registers);
+            if (place.round == 0) Multiply::ask_first(args.product, place, registers);
             if (has_row) {
                 const Sums sums = sums_of(args, work.first_token + row_token, row_lane, 0);
                 shared.sums[row_token][row_lane] = sums.values;
@@ -93,23 +92,36 @@ struct Down {
     };
 
     LYNX_PORTABLE static Sums sums_of(const Args& args, int token, int lane, float shift) {
+        switch (args.x.dtype) {
+            case Dtype::kFloat: return sums_as<float>(args, token, lane, shift);
+            case Dtype::kHalf: return sums_as<Half>(args, token, lane, shift);
+            case Dtype::kBFloat16: return sums_as<BFloat16>(args, token, lane, shift);
+        }
+        return {};
+    }
+
+    template <class Element>
+    LYNX_PORTABLE static Sums sums_as(const Args& args, int token, int lane, float shift) {
+        constexpr int kRowItems = 16 / sizeof(Element), kStep = kRowLanes * kRowItems;
+        const Element* row = static_cast<const Element*>(args.x.data) + token * args.x_stride;
         const int columns = args.product.columns;
         float values[kRowItems] = {}, squares[kRowItems] = {};
-        for (int first = lane * kRowItems; first < columns; first += kRowPacks * kRowLanes * kRowItems) {
-            Raw<kRowItems> raws[kRowPacks];
+        LYNX_UNROLL_BY(1)
+        for (int first = lane * kRowItems; first < columns; first += kRowLoads * kStep) {
+            Words words[kRowLoads];
             LYNX_UNROLL
-            for (int i = 0; i < kRowPacks; i++) {
-                const int column = first + i * kRowLanes * kRowItems;
-                raws[i] = fetch<kRowItems>(args.x, token * args.x_stride + column, columns - column);
+            for (int i = 0; i < kRowLoads; i++) {
+                const int column = first + i * kStep;
+                words[i] = args.x.takes_packs && column + kRowItems <= columns
+                               ? load_words(row + column)
+                               : gather_words(row + column, columns - column);
             }
             LYNX_UNROLL
-            for (int i = 0; i < kRowPacks; i++) {
-                float x[kRowItems];
-                widen(raws[i], args.x.dtype, x);
+            for (int i = 0; i < kRowLoads; i++) {
                 LYNX_UNROLL
                 for (int item = 0; item < kRowItems; item++) {
-                    const bool is_there = first + i * kRowLanes * kRowItems + item < columns;
-                    const float away = is_there ? x[item] - shift : 0;
+                    const bool is_there = first + i * kStep + item < columns;
+                    const float away = is_there ? item_of<Element>(words[i], item) - shift : 0;
                     values[item] += away;
                     squares[item] += away * away;
                 }
@@ -122,10 +134,14 @@ struct Down {
     }
 
     LYNX_PORTABLE static float total(const float (&parts)[kRowLanes]) {
-        float sum = 0;
-        LYNX_UNROLL
-        for (int lane = 0; lane < kRowLanes; lane++) sum += parts[lane];
-        return sum;
+        float sums[4] = {};
+        LYNX_UNROLL_BY(2)  // all at once would take registers that weights keep meanwhile
+        for (int lane = 0; lane < kRowLanes; lane += 4) {
+            const auto four = load<float, 4>(parts + lane);
+            LYNX_UNROLL
+            for (int i = 0; i < 4; i++) sums[i] += four.items[i];
+        }
+        return (sums[0] + sums[1]) + (sums[2] + sums[3]);
     }
 
     // Around the first mean, which where |mean| >> deviation is not exact enough, the second is.
@@ -145,7 +161,7 @@ struct Down {
     LYNX_PORTABLE static void fill(const Args& args, const typename Multiply::Work& work, int thread, Shared& shared) {
         const int columns = args.product.columns;
         float norm_weight[kItems], norm_bias[kItems];
-        LYNX_UNROLL
+        LYNX_UNROLL_BY(1)
         for (int i = 0; i < Multiply::kFills; i++) {
             const int pair = Multiply::pair_of(thread, i), in_tile = pair % kTokens;
             const int token = work.first_token + in_tile, column = Multiply::column_of(work, thread, pair);
@@ -214,7 +230,7 @@ struct Up {
     LYNX_PORTABLE static void phase(const Args& args, const Place& place, Shared& shared, Registers& registers) {
         const auto work = Multiply::work_of(args.product, place.block, place.round);
         if constexpr (kPhase == 0) {
-            if (place.round == 0) Multiply::ask(args.product, place.block, 0, place.thread, registers);
+            if (place.round == 0) Multiply::ask_first(args.product, place, registers);
             fill(args, work, place.thread, shared);
         } else if constexpr (kPhase == 1) {
             Multiply::multiply(args.product, place, shared, registers);
@@ -228,21 +244,17 @@ struct Up {
 
    private:
     LYNX_PORTABLE static void fill(const Args& args, const typename Multiply::Work& work, int thread, Shared& shared) {
-        Pack<Weight, kItems> packs[Multiply::kFills];
+        Words words[Multiply::kFills];
         LYNX_UNROLL
         for (int i = 0; i < Multiply::kFills; i++) {
             const int pair = Multiply::pair_of(thread, i), token = work.first_token + pair % kTokens;
             const int column = Multiply::column_of(work, thread, pair);
             const bool is_there = pair < Multiply::kPasses * kTokens && token < args.product.tokens;
             const Weight* from = args.activated + static_cast<int64_t>(token) * args.product.columns + column;
-            packs[i] = {};
-            if constexpr (kIsWhole) {
-                if (is_there && column < args.product.columns) packs[i] = load<Weight, kItems>(from);
-            } else {
-                LYNX_UNROLL
-                for (int item = 0; item < kItems; item++)
-                    if (is_there && column + item < args.product.columns) packs[i].items[item] = from[item];
-            }
+            if constexpr (kIsWhole)
+                words[i] = is_there && column < args.product.columns ? load_words(from) : Words{};
+            else
+                words[i] = gather_words(from, is_there ? args.product.columns - column : 0);
         }
         LYNX_UNROLL
         for (int i = 0; i < Multiply::kFills; i++) {
@@ -250,7 +262,7 @@ struct Up {
             if (pair >= Multiply::kPasses * kTokens) continue;
             float values[kItems];
             LYNX_UNROLL
-            for (int item = 0; item < kItems; item++) values[item] = widen(packs[i].items[item]);
+            for (int item = 0; item < kItems; item++) values[item] = item_of<Weight>(words[i], item);
             Multiply::leave_values(thread, pair, values, shared);
         }
     }

@@ -33,9 +33,9 @@ struct Multiplier {
     static constexpr int kItems = 16 / sizeof(Weight);  // a load
     static constexpr int kRows = 4;                     // of a thread: each value from shared memory serves 4 products
     static constexpr int kStrip = kRows * kGroups;
-    // Loads of a thread on their way are kPasses * kRows, and as many again behind them. A multiprocessor of an H200
-    // moves 36 bytes a ns: of 0.8 us until they come, 29 KB. 2 blocks have 32 KB on their way at least, 64 KB in two
-    // passes, for which 8 tokens leave no registers.
+    // Loads of a thread on their way are kPasses * kRows. An H200 moves 36 bytes a ns to a multiprocessor: in the 0.8 us
+    // that they take to come, by estimate, 29 KB. Two blocks have 64 KB on their way in two passes, and 32 KB in one, for
+    // 8 tokens, whose values for two would not fit into the 48 KB of a block.
     static constexpr int kPasses = kTokens <= 4 ? 2 : 1;
     static constexpr int kChunk = kPasses * kLanes * kItems;  // columns
     static constexpr int kQuads = kItems / 4;
@@ -45,7 +45,7 @@ struct Multiplier {
         kTokens * kChunk > kOutputs * kPartStride ? kTokens * kChunk : kOutputs * kPartStride;
 
     struct Registers {
-        Pack<Weight, kItems> packs[kPasses][kRows];  // of the round, until it multiplies: then of the next
+        Words weights[kPasses][kRows];  // of the round, until it has them multiplied: then of the next
         float sums[kRows][kTokens];
     };
     // First the chunk's values, (token, pass, quad, lane, 4): neighbouring lanes read neighbouring 16 bytes. Behind the
@@ -58,7 +58,7 @@ struct Multiplier {
         int first_token;
         int first_row, num_rows;  // of the strip; there may be none
         int first_column;         // of the chunk
-        bool is_first, is_last;   // chunk of its strip
+        bool is_last;             // chunk of its strip
     };
 
     LYNX_PORTABLE static int rounds(const Product& product) { return product.strips * product.chunks; }
@@ -71,34 +71,31 @@ struct Multiplier {
         const int rows = each + (row_block < rest ? 1 : 0), from = strip * product.strip_rows;
         const int to = from + product.strip_rows < rows ? from + product.strip_rows : rows;
         return {(block - row_block * product.token_tiles) * kTokens, first + from, to - from, chunk * kChunk,
-                chunk == 0, chunk == product.chunks - 1};
+                chunk == product.chunks - 1};
     }
 
     LYNX_PORTABLE static int row_of(const Work& work, int group, int i) { return work.first_row + i * kGroups + group; }
 
-    // Asks for the weights of a round, if there is one. Zeros take the place of what is outside.
-    LYNX_PORTABLE static void ask(const Product& product, int block, int round, int thread, Registers& registers) {
-        if (round >= rounds(product)) return;
-        const Work work = work_of(product, block, round);
-        const int lane = thread % kLanes, group = thread / kLanes;
+    LYNX_PORTABLE static void ask_first(const Product& product, const Place& place, Registers& registers) {
+        const Work work = work_of(product, place.block, 0);
         LYNX_UNROLL
-        for (int pass = 0; pass < kPasses; pass++) {
-            const int column = work.first_column + (pass * kLanes + lane) * kItems;
-            LYNX_UNROLL
-            for (int i = 0; i < kRows; i++) {
-                const int row = row_of(work, group, i);
-                const bool is_there = row < work.first_row + work.num_rows;
-                const Weight* from = static_cast<const Weight*>(product.weight) + row * product.weight_stride + column;
-                if constexpr (kIsWhole) {
-                    registers.packs[pass][i] = load_once<Weight, kItems>(from, is_there && column < product.columns);
-                } else {
-                    LYNX_UNROLL
-                    for (int item = 0; item < kItems; item++) {
-                        const bool is_item = is_there && column + item < product.columns;
-                        registers.packs[pass][i].items[item] = is_item ? from[item] : Weight{};
-                    }
-                }
-            }
+        for (int pass = 0; pass < kPasses; pass++) ask(product, work, pass, place.thread, registers);
+    }
+
+    // Zeros take the place of weights that are outside.
+    LYNX_PORTABLE static void ask(const Product& product, const Work& work, int pass, int thread,
+                                  Registers& registers) {
+        const int lane = thread % kLanes, first_row = work.first_row + thread / kLanes;
+        const int column = work.first_column + (pass * kLanes + lane) * kItems;
+        const Weight* from = static_cast<const Weight*>(product.weight) + first_row * product.weight_stride + column;
+        LYNX_UNROLL
+        for (int i = 0; i < kRows; i++) {
+            const bool is_there = first_row + i * kGroups < work.first_row + work.num_rows;
+            if constexpr (kIsWhole)
+                registers.weights[pass][i] = load_words_once(from, is_there && column < product.columns);
+            else
+                registers.weights[pass][i] = gather_words(from, is_there ? product.columns - column : 0);
+            from += kGroups * product.weight_stride;
         }
     }
 
@@ -125,18 +122,13 @@ struct Multiplier {
         return (((token * kPasses + pass) * kQuads + quad) * kLanes + lane) * 4;
     }
 
-    // Rows of tokens that are not there hold anything, and nobody looks at their sums.
+    // As soon as the weights of a pass are out of their registers, those of the next round are asked for. Rows of tokens
+    // that are not there hold anything, and nobody looks at their sums.
     LYNX_PORTABLE static void multiply(const Product& product, const Place& place, const Shared& shared,
                                        Registers& registers) {
-        const Work work = work_of(product, place.block, place.round);
-        Pack<Weight, kItems> packs[kPasses][kRows];
-        LYNX_UNROLL
-        for (int pass = 0; pass < kPasses; pass++) {
-            LYNX_UNROLL
-            for (int i = 0; i < kRows; i++) packs[pass][i] = registers.packs[pass][i];
-        }
-        ask(product, place.block, place.round + 1, place.thread, registers);
-        if (work.is_first) {
+        const bool has_next = place.round + 1 < rounds(product);
+        const Work next = work_of(product, place.block, place.round + 1);
+        if (place.round % product.chunks == 0) {
             LYNX_UNROLL
             for (int i = 0; i < kRows; i++) {
                 LYNX_UNROLL
@@ -145,23 +137,25 @@ struct Multiplier {
         }
         LYNX_UNROLL
         for (int pass = 0; pass < kPasses; pass++) {
-            float weights[kRows][kItems];
             LYNX_UNROLL
-            for (int i = 0; i < kRows; i++) {
+            for (int quad = 0; quad < kQuads; quad++) {
+                float weights[kRows][4];
                 LYNX_UNROLL
-                for (int item = 0; item < kItems; item++) weights[i][item] = widen(packs[pass][i].items[item]);
-            }
-            LYNX_UNROLL
-            for (int token = 0; token < kTokens; token++) {
+                for (int i = 0; i < kRows; i++) {
+                    LYNX_UNROLL
+                    for (int item = 0; item < 4; item++)
+                        weights[i][item] = item_of<Weight>(registers.weights[pass][i], 4 * quad + item);
+                }
+                if (quad == kQuads - 1 && has_next) ask(product, next, pass, place.thread, registers);
                 LYNX_UNROLL
-                for (int quad = 0; quad < kQuads; quad++) {
-                    const auto values = load<float, 4>(
-                        shared.floats + place_of(token, pass, quad, place.thread % kLanes));
+                for (int token = 0; token < kTokens; token++) {
+                    const auto values =
+                        load<float, 4>(shared.floats + place_of(token, pass, quad, place.thread % kLanes));
                     LYNX_UNROLL
                     for (int i = 0; i < kRows; i++) {
                         LYNX_UNROLL
                         for (int item = 0; item < 4; item++)
-                            registers.sums[i][token] += weights[i][4 * quad + item] * values.items[item];
+                            registers.sums[i][token] += weights[i][item] * values.items[item];
                     }
                 }
             }
@@ -194,6 +188,7 @@ struct Multiplier {
 
     LYNX_PORTABLE static float joined(int output, const Shared& shared) {
         float sums[4] = {};
+        LYNX_UNROLL_BY(4)
         for (int lane = 0; lane < kLanes; lane += 4) {
             const auto parts = load<float, 4>(shared.floats + output * kPartStride + lane);
             LYNX_UNROLL

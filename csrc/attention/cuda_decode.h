@@ -111,7 +111,7 @@ struct Attend {
     };
     struct Registers {
         Work work;  // from the first phase on
-        Pack<Element, kItems> keys[kKeys], values[kKeys];
+        Words keys[kKeys], values[kKeys];
         float sums[kTileRows][kItems];
         float denominators[kTileRows];
         float maxima[kOwnScores];  // of the rows whose scores are this thread's
@@ -189,22 +189,25 @@ struct Attend {
     // Zeros take the place of what is outside.
     template <bool kIsKey>
     LYNX_PORTABLE static void ask(const Args& args, const Work& work, int round, int thread,
-                                  Pack<Element, kItems> (&packs)[kKeys]) {
+                                  Words (&words)[kKeys]) {
         const Cache& cache =
             kIsKey ? (work.is_root ? args.root_k : args.branch_k) : (work.is_root ? args.root_v : args.branch_v);
         const int column = thread % kLanes * kItems;
         const Element* from = static_cast<const Element*>(cache.data) +
                               (work.is_root ? work.root : work.branch) * cache.strides[0] +
                               work.kv_head * cache.strides[2] + column;
+        int key = round * kChunk + thread / kLanes;
+        from += (work.first_key + key) * cache.strides[1];
         LYNX_UNROLL
         for (int i = 0; i < kKeys; i++) {
-            const int key = round * kChunk + i * kGroups + thread / kLanes;
-            packs[i] = load_once<Element, kItems>(from + (work.first_key + key) * cache.strides[1],
-                                                  key < work.num_keys && column < args.dim);
+            words[i] = load_words_once(from, key < work.num_keys && column < args.dim);
+            key += kGroups;
+            from += kGroups * cache.strides[1];
         }
     }
 
     LYNX_PORTABLE static void leave_queries(const Args& args, const Work& work, int thread, Shared& shared) {
+        LYNX_UNROLL_BY(1)
         for (int i = thread; i < kTileRows * kLanes; i += kThreads) {
             const int in_tile = i / kLanes, column = i % kLanes * kItems;
             const Row row = row_of(args, work, in_tile, shared);
@@ -224,9 +227,9 @@ struct Attend {
         LYNX_UNROLL
         for (int i = 0; i < kKeys; i++) {
             LYNX_UNROLL
-            for (int item = 0; item < kItems; item++) keys[i][item] = widen(registers.keys[i].items[item]);
+            for (int item = 0; item < kItems; item++) keys[i][item] = item_of<Element>(registers.keys[i], item);
         }
-        LYNX_UNROLL
+        LYNX_UNROLL_BY(1)  // or reads of all rows' queries are moved ahead, for which there are no registers
         for (int row = 0; row < kTileRows; row++) {
             const auto query = load<float, kItems>(shared.queries[row] + lane * kItems);
             LYNX_UNROLL
@@ -241,7 +244,7 @@ struct Attend {
 
     // A query misses the keys of its branch that are newer than its own: query i of Q the last Q - 1 - i.
     LYNX_PORTABLE static void leave_scores(const Args& args, const Work& work, const Place& place, Shared& shared) {
-        LYNX_UNROLL
+        LYNX_UNROLL_BY(1)
         for (int i = 0; i < kOwnScores; i++) {
             const int number = place.thread + i * kThreads, row = number / kChunk, key = number % kChunk;
             if (number >= kScores) continue;
@@ -267,6 +270,7 @@ struct Attend {
             if (number >= kScores) continue;
             const float before = place.round == 0 ? -INFINITY : registers.maxima[i];
             float maximum = before;
+            LYNX_UNROLL_BY(2)
             for (int other = 0; other < kChunk; other += 4) {
                 const auto scores = load<float, 4>(shared.scores[row] + other);
                 LYNX_UNROLL
@@ -295,7 +299,7 @@ struct Attend {
             const auto weights = load<float, kTileRows>(shared.weights[i * kGroups + thread / kLanes]);
             float values[kItems];
             LYNX_UNROLL
-            for (int item = 0; item < kItems; item++) values[item] = widen(registers.values[i].items[item]);
+            for (int item = 0; item < kItems; item++) values[item] = item_of<Element>(registers.values[i], item);
             LYNX_UNROLL
             for (int row = 0; row < kTileRows; row++) {
                 registers.denominators[row] += weights.items[row];
@@ -321,6 +325,7 @@ struct Attend {
     // A part without keys has 0 and -inf, which weigh nothing.
     LYNX_PORTABLE static void write(const Args& args, const Work& work, int thread, const Shared& shared) {
         constexpr int kQuads = kDim / 4;
+        LYNX_UNROLL_BY(1)
         for (int i = thread; i < kTileRows * kQuads; i += kThreads) {
             const int in_tile = i / kQuads, column = i % kQuads * 4;
             const Row row = row_of(args, work, in_tile, shared);

@@ -15,10 +15,10 @@ from lynx_kernels import cuda_runtime, dispatch
 _ACTIVATIONS = ("silu", "relu", "gelu", "gelu_tanh")  # in the order of lynx::Activation
 FEW_TOKENS = 64
 # Up to here it runs unasked, by bytes of a weight. A weight is multiplied once for every token, in fp32, by the plain
-# units of a multiprocessor. An H200 has 132 of 128 products a clock, 30 T a second at 1.75 GHz, and reads 4.8 TB/s, 2.4 T
-# weights of 2 bytes: 12 products a weight take as long as reading it. A fifth of the instructions convert and load
-#, and some time must be left: 8 tokens. Weights of 4 bytes come half as fast.
-# Beyond, Triton's tensor cores keep up. A guess, as is that this form is the faster one below: no GPU has run either.
+# units of a multiprocessor. An H200 has 132 of them with 128 products a clock, 30 T a second at 1.75 GHz, and reads 4.8
+# TB/s, 2.4 T weights of 2 bytes: 12 products a weight take as long as reading it. A third more instructions load,
+# convert and add up, so 8 tokens fill that time. Weights of 4 bytes come half as fast. Beyond, Triton's tensor cores
+# keep up. A guess, as is that this form is the faster one below: no GPU has run either.
 PREFERRED_TOKENS = {2: 8, 4: 16}
 
 

@@ -1,4 +1,4 @@
-"""Decoding in the CUDA C++ of csrc/attention: one launch over parts of the roots' keys and of the branches' own, and one
+"""Decoding in the CUDA C++ of csrc/attention: a launch over parts of the roots' keys and of the branches' own, and one
 that merges them.
 
 A root's keys are read once for as many of its branches as fill a tile of 8 rows (queries times the heads that share a
@@ -15,8 +15,8 @@ from lynx_kernels import cuda_runtime, dispatch
 _MOST_DIM, _DIM_MULTIPLE = 128, 8
 # Rows that share keys, up to which it runs unasked: a number of 2 bytes is multiplied once for every row, in fp32, by
 # the plain units of a multiprocessor. An H200 makes 12 such products in the time that reads it (adapter/cuda.py counts),
-# and a third of the instructions do other things; 8 rows are a tile, and more would read the root once for each 8. Beyond,
-# Triton's tensor cores keep up. A guess, as is that this form is the faster one below: no GPU has run either.
+# and other instructions need a third of that time; 8 rows are a tile, and more would read the root once for each 8.
+# Beyond, Triton's tensor cores keep up. A guess, as is that this form is the faster one below: no GPU has run either.
 PREFERRED_ROWS = 8
 
 

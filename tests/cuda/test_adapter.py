@@ -33,7 +33,9 @@ def test_tokens(tokens, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("tokens", "width", "bottleneck"), [(1, 4104, 24), (3, 2056, 80), (7, 1032, 136), (64, 40, 24)])
+@pytest.mark.parametrize(
+    ("tokens", "width", "bottleneck"), [(1, 4104, 24), (3, 2056, 80), (7, 1032, 136), (64, 40, 24)]
+)
 def test_several_chunks_and_strips(tokens, width, bottleneck, dtype):
     """Rows and columns that end inside a strip and a chunk; the most tokens."""
     check((tokens,), width, bottleneck, dtype)
@@ -217,14 +219,16 @@ def test_more_tokens_than_plain_products_are_for(dtype, most):
 
 
 # Tokens, width, bottleneck: of the paper, small, huge, one of everything.
-SHAPES = [(1, 4096, 2048), (5, 4096, 2048), (8, 1024, 512), (64, 4096, 64), (17, 8192, 28672), (1, 1, 1), (3, 2**20, 8)]
+SHAPES = [
+    (1, 4096, 2048), (5, 4096, 2048), (8, 1024, 512), (64, 4096, 64), (17, 8192, 28672), (1, 1, 1), (3, 2**20, 8),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 82, 108, 132, 148])
 @pytest.mark.parametrize(("tokens", "width", "bottleneck"), SHAPES)
 @pytest.mark.parametrize("dtype", [0, 2])
 def test_launches(tokens, width, bottleneck, dtype, multiprocessors):
-    """Two blocks a multiprocessor where there are as many rows, in one wave; strips and chunks that cover everything."""
+    """Two blocks a multiprocessor where there are as many rows, in one wave; strips and chunks cover everything."""
     given = {"tokens": tokens, "width": width, "bottleneck": bottleneck, "down_dtype": dtype}
     down, up = launches("few_driver.cpp", **given, multiprocessors=multiprocessors)
     for (blocks, row_blocks, tiles, strips, strip_rows, chunks, tile, chunk), rows, columns in (

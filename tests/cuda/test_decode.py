@@ -85,12 +85,12 @@ def test_newest_keys_are_seen_by_their_own_query_on(queries):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("narrow", DTYPES)
 def test_queries_of_another_dtype(dtype, narrow):
-    """Nothing is rounded but the output."""
+    """Nothing is rounded but the output; chunks of wider caches are shorter."""
     case = case_of(2, ([0, 1, 0], [20, 3], [5, 2, 19]), dim=16, dtype=dtype)
     q = case.inputs[0].to(narrow)
     out, lse = case.operation(q, *case.inputs[1:])
     expected, expected_lse = case.operation(q.float(), *(each.float() for each in case.inputs[1:]))
-    torch.testing.assert_close(out, expected.to(narrow), rtol=0, atol=torch.finfo(narrow).eps)
+    torch.testing.assert_close(out, expected.to(narrow), rtol=0, atol=4 * torch.finfo(narrow).eps)
     torch.testing.assert_close(lse, expected_lse)
 
 
@@ -191,7 +191,9 @@ def test_what_is_refused():
 def test_more_rows_than_plain_products_are_for():
     eight, nine = ([0] * 8, [4], [1] * 8), ([0] * 9, [4], [1] * 9)
     assert reason(case_of(1, eight, heads=1).inputs, eight) is None
-    assert reason(case_of(1, nine, heads=1).inputs, nine).startswith("where more than 8 rows share a root's keys, here 9")
+    assert reason(case_of(1, nine, heads=1).inputs, nine).startswith(
+        "where more than 8 rows share a root's keys, here 9"
+    )
     assert reason(case_of(1, eight, heads=2, kv_heads=1).inputs, eight).endswith("slower than tensor cores")
     assert reason(case_of(1, eight, heads=2, kv_heads=2).inputs, eight) is None
 
@@ -231,7 +233,10 @@ def test_launches(shape, dtype, multiprocessors):
     assert blocks == branches * row_tiles * kv_heads * (root_parts + branch_parts)
     fitting = (3 if tile == 8 else 4) * multiprocessors
     on_roots = min(branches, max(roots, -(-branches // slots))) * row_tiles * kv_heads
-    for parts, room, working in ((root_parts, root_room, on_roots), (branch_parts, branch_room, branches * row_tiles * kv_heads)):
+    for parts, room, working in (
+        (root_parts, root_room, on_roots),
+        (branch_parts, branch_room, branches * row_tiles * kv_heads),
+    ):
         assert (parts == 0) == (room == 0)
         assert parts <= -(-room // chunk)
         assert parts <= 1 or parts * working <= fitting
@@ -248,5 +253,10 @@ def test_blocks_of_beams_occupy_an_h200():
 
 def test_sizes_that_do_not_fit():
     shape = (2**15, 1, 64, 64, 128, 2**15, 2**15, 2**15)
-    with pytest.raises(RuntimeError, match="the number of blocks is 4294967296?, and the CUDA kernels take less than"):
-        launches("decode_driver.cpp", **dict(zip(NAMES, (2**25, *shape[1:]), strict=True)), cache_dtype=2, multiprocessors=132)
+    with pytest.raises(RuntimeError, match=r"the number of blocks is \d+, and the CUDA kernels take less than 2\^30"):
+        launches(
+            "decode_driver.cpp",
+            **dict(zip(NAMES, (2**25, *shape[1:]), strict=True)),
+            cache_dtype=2,
+            multiprocessors=132,
+        )
