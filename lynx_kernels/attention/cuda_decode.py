@@ -14,9 +14,10 @@ from lynx_kernels import cuda_runtime, dispatch
 
 _MOST_DIM, _DIM_MULTIPLE = 128, 8
 # Rows that share keys, up to which it runs unasked: a number of 2 bytes is multiplied once for every row, in fp32, by
-# the plain units of a multiprocessor. An H200 makes 12 such products in the time that reads it (adapter/cuda.py counts),
-# and other instructions need a third of that time; 8 rows are a tile, and more would read the root once for each 8.
-# Beyond, Triton's tensor cores keep up. A guess, as is that this form is the faster one below: no GPU has run either.
+# the plain units of a multiprocessor. An H200 makes 12 such products in the time that reads it (adapter/cuda.py has the
+# numbers), and other instructions need a third of that time; 8 rows are a tile, and more would read the root once for
+# each 8. Beyond, Triton's tensor cores keep up. A guess, as is that this form is the faster one below: no GPU has run
+# either.
 PREFERRED_ROWS = 8
 
 
