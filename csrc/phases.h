@@ -4,7 +4,7 @@
 //
 //     Args          what every thread is given: pointers and sizes
 //     kThreads      threads of a block
-//     kBlocks       blocks that a multiprocessor's registers shall have room for; 1 where the struct does not say
+//     kBlocks       blocks that a multiprocessor's registers shall have room for; may be absent
 //     kPhases       phases of a round; after each there is a barrier
 //     Shared        a block's shared memory, garbage at first
 //     Registers     what a thread keeps from phase to phase, zeros at first
@@ -29,7 +29,7 @@ struct Nothing {};
 
 template <class Kernel, class = void>
 struct BlocksOf {
-    static constexpr int kValue = 1;
+    static constexpr int kValue = 0;
 };
 
 template <class Kernel>
@@ -43,9 +43,9 @@ template <class Kernel, int kPhase>
 __device__ __forceinline__ void run_phases(const typename Kernel::Args& args, const Place& place,
                                            typename Kernel::Shared& shared, typename Kernel::Registers& registers) {
     Place here = place;
-    // What a phase computes from the thread it computes anew in every round: all of it kept would take the registers
-    // that loads on their way need.
-    asm volatile("" : "+r"(here.thread));
+    // Where registers are short, a phase computes what follows from the thread anew in every round: all of it kept would
+    // take those that loads on their way need.
+    if constexpr (BlocksOf<Kernel>::kValue > 0) asm volatile("" : "+r"(here.thread));
     Kernel::template phase<kPhase>(args, here, shared, registers);
     if constexpr (kPhase + 1 < Kernel::kPhases) {
         __syncthreads();

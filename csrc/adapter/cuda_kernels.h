@@ -161,7 +161,7 @@ struct Down {
     LYNX_PORTABLE static void fill(const Args& args, const typename Multiply::Work& work, int thread, Shared& shared) {
         const int columns = args.product.columns;
         float norm_weight[kItems], norm_bias[kItems];
-        LYNX_UNROLL_BY(1)
+        LYNX_UNROLL_BY(1)  // what all of them read at once would take the registers of weights
         for (int i = 0; i < Multiply::kFills; i++) {
             const int pair = Multiply::pair_of(thread, i), in_tile = pair % kTokens;
             const int token = work.first_token + in_tile, column = Multiply::column_of(work, thread, pair);

@@ -188,7 +188,7 @@ struct Multiplier {
 
     LYNX_PORTABLE static float joined(int output, const Shared& shared) {
         float sums[4] = {};
-        LYNX_UNROLL_BY(4)
+        LYNX_UNROLL_BY(2)  // more would take the registers of weights
         for (int lane = 0; lane < kLanes; lane += 4) {
             const auto parts = load<float, 4>(shared.floats + output * kPartStride + lane);
             LYNX_UNROLL

@@ -50,7 +50,7 @@ def reluctance(
 
 
 def _tokens(x: Tensor) -> int:
-    return x.shape[:-1].numel()
+    return x.numel() // x.shape[-1]
 
 
 def _with_dense_rows(tensor: Tensor) -> Tensor:

@@ -180,6 +180,15 @@ def test_scales_of_any_shape():
     assert torch.equal(kernels(*inputs[:-1], inputs[-1].reshape(1, 1))[0], expected)
 
 
+@pytest.mark.parametrize("tokens", [5, 12])
+def test_compiled(tokens):
+    """The choice is traced, for as many tokens as run unasked and for more."""
+    inputs, _ = make((tokens,), 16, 8, torch.bfloat16)
+    torch._dynamo.reset()
+    actual = torch.compile(adapter, backend="aot_eager", fullgraph=True)(*inputs)
+    assert torch.equal(actual, adapter(*inputs, impl="cuda" if tokens == 5 else None))
+
+
 def reason(inputs):
     return which(adapter, *inputs).refused.get("cuda")
 

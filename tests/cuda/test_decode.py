@@ -166,6 +166,16 @@ def test_indices_out_of_range(name, value, message, on_host):
         on_host.prefix_attention_decode(q, root, root, branch, branch, *map(torch.tensor, indices.values()), 1.0)
 
 
+def test_compiled():
+    case = case_of(1, ([1, 0], [20, 3], [3, 9]), dim=16)
+    torch._dynamo.reset()
+    compiled = torch.compile(prefix_attention_decode, backend="aot_eager", fullgraph=True)
+    for ours, theirs in zip(
+        compiled(*case.inputs, *case.table, return_lse=True), case.operation(*case.inputs), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
 def reason(inputs, indices=SEVERAL_CHUNKS):
     return which(prefix_attention_decode, *inputs, *map(torch.tensor, indices)).refused.get("cuda")
 
