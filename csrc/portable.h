@@ -3,6 +3,11 @@
 
 #if defined(__CUDACC__)
 #define LYNX_PORTABLE __host__ __device__ __forceinline__
+#define LYNX_PRAGMA(text) _Pragma(#text)
+#define LYNX_UNROLL LYNX_PRAGMA(unroll)
+#define LYNX_UNROLL_BY(times) LYNX_PRAGMA(unroll times)
 #else
 #define LYNX_PORTABLE inline
+#define LYNX_UNROLL
+#define LYNX_UNROLL_BY(times)
 #endif

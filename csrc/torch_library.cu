@@ -17,6 +17,14 @@ cudaStream_t current_stream(int device) {
     return static_cast<cudaStream_t>(stream);
 }
 
+int multiprocessors_of(int device) {
+    int count = 0;
+    const cudaError_t error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    STD_TORCH_CHECK(error == cudaSuccess, "lynx_kernels: a GPU does not tell how many multiprocessors it has: ",
+                    cudaGetErrorString(error));
+    return count;
+}
+
 Dtype dtype_of(const Tensor& tensor) {
     using torch::headeronly::ScalarType;
     switch (tensor.scalar_type()) {

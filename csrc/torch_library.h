@@ -19,13 +19,18 @@ using torch::stable::Tensor;
 // could not be loaded beside a torch without CUDA.
 cudaStream_t current_stream(int device);
 
+int multiprocessors_of(int device);
+
 Dtype dtype_of(const Tensor& tensor);
 
 // Runs kernels on the stream of a tensor's device.
 class OnDevice {
    public:
     explicit OnDevice(const Tensor& tensor)
-        : guard_(tensor.get_device_index()), stream_(current_stream(tensor.get_device_index())) {}
+        : device_(tensor.get_device_index()), guard_(device_), stream_(current_stream(device_)) {}
+
+    // How many the device has: what a launch that shall occupy it is cut by.
+    int multiprocessors() const { return multiprocessors_of(device_); }
 
     template <class Kernel>
     void operator()(Kernel, const typename Kernel::Args& args, int blocks) const {
@@ -36,6 +41,7 @@ class OnDevice {
     }
 
    private:
+    int device_;
     torch::stable::accelerator::DeviceGuard guard_;
     cudaStream_t stream_;
 };

@@ -22,7 +22,9 @@ from pathlib import Path
 
 NAME = "_cuda.so"
 LOG = "build.log"  # beside a library in the cache: what ninja, nvcc and ptxas said
-SOURCES = ("torch_library.cu", "embeddings/embeddings.cu", "frames/frames.cu")
+SOURCES = (
+    "torch_library.cu", "adapter/few.cu", "attention/cuda_decode.cu", "embeddings/embeddings.cu", "frames/frames.cu",
+)  # fmt: skip
 # What 9.0 and 10.0 have beyond the common instructions needs the "a"; the code of 8.0 also runs on 8.6 to 8.9.
 _ARCHS = ("80", "90a", "100a")
 _OTHERS = "compute_80"  # what the driver of any other GPU compiles for itself

@@ -21,6 +21,11 @@ def refusal(tensor: Tensor) -> str | None:
 
     Builds the kernels where that is all that lacks.
     """
+    return unsuited(tensor) or missing()
+
+
+def unsuited(tensor: Tensor) -> str | None:
+    """Why they could not even if they were built: what to ask before anything that depends on shapes."""
     device = tensor.device
     if device.type != "cuda":
         return f"CUDA kernels need a GPU, and the tensors are on {device.type}"
@@ -28,7 +33,7 @@ def refusal(tensor: Tensor) -> str | None:
         return "CUDA kernels need an NVIDIA GPU, and this torch is not built for any"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "CUDA kernels need compute capability 8.0 (Ampere) or newer"
-    return missing()
+    return None
 
 
 @torch.compiler.assume_constant_result  # torch.compile asks it, and does not trace it

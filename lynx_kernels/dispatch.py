@@ -130,6 +130,13 @@ def which(operation: Callable, *args: Any, **kwargs: Any) -> Choice:
     raise TypeError(f"which() needs an operation of lynx_kernels, got {operation!r}")
 
 
+def gradient_refusal(kernels: str, *tensors: torch.Tensor | None) -> str | None:
+    """Why ``kernels`` that only go forward cannot take these tensors, or None if nothing asks for a gradient."""
+    if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors):
+        return f"{kernels} have no gradient, and an argument requires one"
+    return None
+
+
 def refuse_dtensors(operation: str, **tensors: torch.Tensor | None) -> None:
     """Raise TypeError for a DTensor: our kernels would read one rank's shard as if it were the whole."""
     for name, tensor in tensors.items():

@@ -9,29 +9,15 @@
 #include <type_traits>
 
 #include "../numbers.h"
+#include "../packs.h"
 #include "../phases.h"
 
 namespace lynx {
-
-template <class Element, int kItems>
-struct alignas(kItems == 1 ? sizeof(Element) : 16) Pack {
-    Element items[kItems];
-};
 
 // As many that neither type is moved by less than 16 bytes.
 template <class First, class Second>
 constexpr int items_of_a_pack() {
     return 16 / static_cast<int>(sizeof(First) < sizeof(Second) ? sizeof(First) : sizeof(Second));
-}
-
-template <class Element, int kItems>
-LYNX_PORTABLE Pack<Element, kItems> load(const Element* from) {
-    return *reinterpret_cast<const Pack<Element, kItems>*>(from);
-}
-
-template <class Element, int kItems>
-LYNX_PORTABLE void store(Element* to, const Pack<Element, kItems>& pack) {
-    *reinterpret_cast<Pack<Element, kItems>*>(to) = pack;
 }
 
 template <class To, class From, int kItems>

@@ -4,13 +4,14 @@ import torch
 from torch import Tensor
 
 from lynx_kernels import dispatch, triton_runtime
-from lynx_kernels.adapter import cpu, reference
+from lynx_kernels.adapter import cpu, cuda, reference
 from lynx_kernels.adapter.activations import ACTIVATIONS
 from lynx_kernels.dtypes import wide
 from lynx_kernels.registration import define, lower
 
 _IMPLEMENTATIONS = dispatch.Operation(
     "adapter",
+    dispatch.Implementation("cuda", cuda.forward, refusal=cuda.refusal, reluctance=cuda.reluctance),
     dispatch.Implementation(
         "triton",
         triton_runtime.lazy("lynx_kernels.adapter.triton", "forward"),

@@ -6,28 +6,27 @@ import torch
 from torch import Tensor
 
 from lynx_kernels import dispatch, triton_runtime
-from lynx_kernels.attention import cpu, decode_cpu, reference
+from lynx_kernels.attention import cpu, cuda_decode, decode_cpu, reference
 from lynx_kernels.attention.operator import check_heads, define_attention, resolve_scale, triton_refusal
 
 
-def _forward_only(refusal: Callable[..., str | None]) -> Callable[..., str | None]:
-    def refuse(*tensors: Tensor) -> str | None:
-        if torch.is_grad_enabled() and any(each.requires_grad for each in tensors):
-            return "has no gradient, and an argument requires one"
-        return refusal(*tensors)
-
-    return refuse
+def _forward_only(kernels: str, refusal: Callable[..., str | None]) -> Callable[..., str | None]:
+    who = f"the {kernels} kernels of decoding"
+    return lambda *tensors: dispatch.gradient_refusal(who, *tensors) or refusal(*tensors)
 
 
 _IMPLEMENTATIONS = dispatch.Operation(
     "prefix_attention_decode",
     dispatch.Implementation(
+        "cuda", cuda_decode.forward, refusal=cuda_decode.refusal, reluctance=cuda_decode.reluctance
+    ),
+    dispatch.Implementation(
         "triton",
         triton_runtime.lazy("lynx_kernels.attention.triton_decode", "forward"),
-        refusal=_forward_only(triton_refusal),
+        refusal=_forward_only("Triton", triton_refusal),
         reluctance=triton_runtime.reluctance,
     ),
-    dispatch.Implementation("cpu", decode_cpu.forward, refusal=_forward_only(cpu.refusal)),
+    dispatch.Implementation("cpu", decode_cpu.forward, refusal=_forward_only("C++", cpu.refusal)),
     dispatch.Implementation("reference", reference.prefix_attention_decode, reference.prefix_attention_decode_backward),
 )
 

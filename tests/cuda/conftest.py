@@ -13,5 +13,6 @@ def on_host(monkeypatch):
         pytest.skip(host_kernels.MISSING)
     kernels = host_kernels.HostKernels()
     monkeypatch.setattr(cuda_runtime, "kernels", lambda: kernels)
-    monkeypatch.setattr(cuda_runtime, "refusal", lambda tensor: None)
+    monkeypatch.setattr(cuda_runtime, "unsuited", lambda tensor: None)
+    monkeypatch.setattr(cuda_runtime, "missing", lambda: None)
     return kernels

@@ -1,69 +1,10 @@
-// The CUDA kernels on the CPU, for tests in Python: `driver <kernel> <seed> <numbers>`, tensors as they come on the
-// standard input, the result on the standard output. Every tensor lies by itself, so that the sanitizers see every byte
-// beside it. Exits with 1 and a message if the call makes no sense.
-#include <cstdio>
-#include <cstdlib>
-#include <map>
-#include <string>
-
+// The CUDA kernels of pack_embeddings and pack_frames on the CPU: `driver <kernel> <numbers>`.
+#include "driver.h"
 #include "embeddings/cuda_launches.h"
 #include "frames/cuda_launches.h"
 #include "on_host.h"
 
 namespace {
-
-[[noreturn]] void fail(const char* message) {
-    fprintf(stderr, "driver: %s\n", message);
-    exit(1);
-}
-
-constexpr size_t kSizes[] = {4, 2, 2};  // bytes of an element, by lynx::Dtype
-
-// `bytes` of memory, after `offset` more: rows that start at no multiple of 16 bytes.
-class Buffer {
-   public:
-    explicit Buffer(size_t bytes, size_t offset = 0) : bytes_(bytes), offset_(offset), memory_(malloc(bytes + offset)) {
-        memset(memory_, 0xff, bytes + offset);
-    }
-    Buffer(const Buffer&) = delete;
-    ~Buffer() { free(memory_); }
-
-    void* data() const { return static_cast<char*>(memory_) + offset_; }
-
-    const Buffer& read() const {
-        if (fread(data(), 1, bytes_, stdin) != bytes_) fail("the input ends too early");
-        return *this;
-    }
-
-    void write() const {
-        if (fwrite(data(), 1, bytes_, stdout) != bytes_) fail("the output cannot be written");
-    }
-
-   private:
-    size_t bytes_, offset_;
-    void* memory_;
-};
-
-// The numbers of the command line, by name: "width=5".
-class Numbers {
-   public:
-    Numbers(int count, char** words) {
-        for (int i = 0; i < count; i++) {
-            const std::string word = words[i];
-            const size_t equals = word.find('=');
-            values_[word.substr(0, equals)] = atoll(word.substr(equals + 1).c_str());
-        }
-    }
-
-    int64_t operator[](const std::string& name) const {
-        const auto found = values_.find(name);
-        if (found == values_.end()) fail(("no number " + name).c_str());
-        return found->second;
-    }
-
-   private:
-    std::map<std::string, int64_t> values_;
-};
 
 // Rows of a tensor, as `<name>_rows`, `_stride`, `_dtype` and `_offset` (in elements) describe them.
 struct Matrix {

@@ -1,4 +1,4 @@
-"""The library of CUDA kernels, as they run on the CPU: ``driver.cpp`` under AddressSanitizer and UBSan."""
+"""The library of CUDA kernels, as they run on the CPU: ``*driver.cpp`` under AddressSanitizer and UBSan."""
 
 import hashlib
 import os
@@ -71,10 +71,11 @@ class HostKernels:
     Attributes:
         seed: of the order of blocks and threads.
         offset: elements in front of the rows, so that these do not start at multiples of 16 bytes.
+        multiprocessors: of the GPU. So few that a block has several strips of rows, or chunks of keys.
     """
 
     def __init__(self):
-        self.seed, self.offset = 0, 0
+        self.seed, self.offset, self.multiprocessors = 0, 0, 3
 
     def pack_embeddings(self, token_ids: Tensor, embedding: Tensor, vision: Tensor, vision_index: Tensor) -> Tensor:
         out = embedding.new_empty((token_ids.shape[0], embedding.shape[1]))
@@ -114,6 +115,70 @@ class HostKernels:
         if said:
             out.copy_(torch.frombuffer(bytearray(said), dtype=out.dtype).view(out.shape))
 
+    def adapter_few(
+        self,
+        x: Tensor,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        down_weight: Tensor,
+        down_bias: Tensor | None,
+        up_weight: Tensor,
+        up_bias: Tensor | None,
+        scale: Tensor,
+        eps: float,
+        activation: int,
+    ) -> tuple[Tensor, ...]:
+        (tokens, width), bottleneck = x.shape, down_weight.shape[0]
+        statistics = x.new_empty(tokens if norm_weight is not None else 0, dtype=torch.float32)
+        results = [x.new_empty(x.shape), statistics, statistics, down_weight.new_empty(tokens, bottleneck)]
+        if tokens == 0:
+            return tuple(results)
+        arguments = {
+            "x": x, "norm_weight": norm_weight, "norm_bias": norm_bias, "down": down_weight, "down_bias": down_bias,
+            "up": up_weight, "up_bias": up_bias, "scale": scale,
+        }  # fmt: skip
+        numbers = {
+            "seed": self.seed, "offset": self.offset, "multiprocessors": self.multiprocessors, "tokens": tokens,
+            "width": width, "bottleneck": bottleneck, "activation": activation,
+        }  # fmt: skip
+        for name, tensor in arguments.items():
+            numbers[f"{name}_dtype"] = -1 if tensor is None else _DTYPES.index(tensor.dtype)
+            if tensor is not None and tensor.dim() == 2:
+                numbers[f"{name}_stride"] = tensor.stride(0)
+        given = [_memory(torch.tensor(eps)), *(_memory(each) for each in arguments.values() if each is not None)]
+        return _run_for("few_driver.cpp", numbers, given, results)
+
+    def prefix_attention_decode(
+        self,
+        q: Tensor,
+        root_k: Tensor,
+        root_v: Tensor,
+        branch_k: Tensor,
+        branch_v: Tensor,
+        branch_to_root: Tensor,
+        root_lengths: Tensor,
+        branch_lengths: Tensor,
+        scale: float,
+    ) -> tuple[Tensor, ...]:
+        caches = {"root_k": root_k, "root_v": root_v, "branch_k": branch_k, "branch_v": branch_v}
+        indices = {"branch_to_root": branch_to_root, "root_lengths": root_lengths, "branch_lengths": branch_lengths}
+        numbers = {
+            "seed": self.seed, "multiprocessors": self.multiprocessors, "branches": q.shape[0], "queries": q.shape[1],
+            "heads": q.shape[2], "dim": q.shape[3], "kv_heads": root_k.shape[2], "roots": root_k.shape[0],
+            "root_capacity": root_k.shape[1], "branch_capacity": branch_k.shape[1], "q_dtype": _DTYPES.index(q.dtype),
+            "cache_dtype": _DTYPES.index(root_k.dtype),
+        }  # fmt: skip
+        given = [torch.tensor(scale, dtype=torch.float64).numpy().tobytes(), _memory(q)]
+        for name, cache in caches.items():
+            given.append(_memory(cache))
+            numbers[f"{name}_bytes"] = len(given[-1])
+            numbers |= {f"{name}_stride{i}": cache.stride(i) for i in range(3)}
+        for name, index in indices.items():
+            given.append(_memory(index))
+            numbers[f"{name}_is_long"] = int(index.dtype == torch.int64)
+        results = [q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)]
+        return _run_for("decode_driver.cpp", numbers, given, results)
+
     def _run(self, kernel: str, given: list[Tensor], out: Tensor, **rows: Tensor) -> Tensor:
         numbers = {"seed": self.seed, "width": out.shape[1], "out_offset": 0}
         for name, tensor in {**rows, "out": out}.items():
@@ -125,6 +190,20 @@ class HostKernels:
         words = [f"{name}={value}" for name, value in numbers.items()]
         said = run(HERE / "driver.cpp", kernel, *words, given=b"".join(map(_memory, given)))
         return torch.frombuffer(bytearray(said), dtype=out.dtype).view(out.shape) if said else out
+
+
+def launches(driver: str, **numbers: int) -> list[list[int]]:
+    """How ``driver`` says that kernels would be launched: a line of numbers each."""
+    words = [f"{name}={value}" for name, value in numbers.items()]
+    return [[int(word) for word in line.split()] for line in run(HERE / driver, "shape", *words).splitlines()]
+
+
+def _run_for(driver: str, numbers: dict[str, int], given: list[bytes], results: list[Tensor]) -> tuple[Tensor, ...]:
+    """Tensors like ``results``, with what the program writes."""
+    said = run(HERE / driver, *(f"{name}={value}" for name, value in numbers.items()), given=b"".join(given))
+    sizes = [each.nbytes for each in results]
+    parts = torch.frombuffer(bytearray(said), dtype=torch.uint8).split(sizes)
+    return tuple(part.clone().view(each.dtype).view(each.shape) for part, each in zip(parts, results, strict=True))
 
 
 def _memory(tensor: Tensor) -> bytes:

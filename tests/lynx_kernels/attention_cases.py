@@ -101,17 +101,23 @@ def decode_case(
     )
 
 
+def poison_behind_lengths(case):
+    """The same case of decoding, with NaN in the caches behind the lengths."""
+    _, root_lengths, branch_lengths = case.table
+    lengths = [root_lengths] * 2 + [branch_lengths] * 2
+    for cache, cache_lengths in zip(case.inputs[1:], lengths, strict=True):
+        for row, length in zip(cache, cache_lengths.tolist(), strict=True):
+            row[length:] = float("nan")
+    return case
+
+
 # Roots with several branches, one and none, of several tiles of keys and without any; the branches in no order.
 SEVERAL_TILES = [2, 0, 0, 1, 2, 0], [37, 0, 50, 5], [5, 40, 33, 17, 16, 18]
 
 
 def cache_case(queries, batch=SEVERAL_TILES, heads=2, kv_heads=1, dim=24, dtype=torch.float32, **options):
     """A case of decoding whose caches hold NaN behind the lengths."""
-    case = decode_case(queries, heads, kv_heads, dim, dtype, batch=batch, **options)
-    for cache, lengths in zip(case.inputs[1:], [batch[1]] * 2 + [batch[2]] * 2, strict=True):
-        for row, length in zip(cache, lengths, strict=True):
-            row[length:] = float("nan")
-    return case
+    return poison_behind_lengths(decode_case(queries, heads, kv_heads, dim, dtype, batch=batch, **options))
 
 
 def other_strides(inputs):

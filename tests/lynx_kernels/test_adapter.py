@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from lynx_kernels import dispatch, triton_runtime
-from lynx_kernels.adapter import _IMPLEMENTATIONS, adapter, cpu
+from lynx_kernels.adapter import _IMPLEMENTATIONS, adapter, cpu, reference
 from tests.lynx_kernels.helpers import check, check_results, count_compilations, dtensors, permuted, run
 from tests.numbers import assert_within_budget
 
@@ -66,6 +66,24 @@ def check_adapter(impl, inputs, grad=None, **options):
     check_adapter_results(run(with_options(adapter, impl=impl, **options), inputs, grad), inputs, grad, **options)
 
 
+def check_forward(function, inputs, **options):
+    """Output, statistics and pre-activation of an implementation that only goes forward: ``function`` is as ``adapter``
+    and gives all four."""
+    out, mean, rstd, preactivation = function(*inputs, **options)
+    wide = [each if each is None else each.double() for each in inputs]
+    assert (out.shape, out.dtype) == (inputs[0].shape, inputs[0].dtype)
+    assert_within_budget(out, naive(*wide, **options), naive(*inputs, **options))
+    given = [each.reshape(-1, each.shape[-1]) if i == 0 else each for i, each in enumerate(inputs)]
+    exact, plain = [
+        reference.forward(*tensors, options.get("eps", 1e-5), options.get("activation", "silu"))
+        for tensors in ([each if each is None else each.double() for each in given], given)
+    ]
+    names = ("mean", "rstd", "preactivation")
+    for name, ours, truth, theirs in zip(names, (mean, rstd, preactivation), exact[1:], plain[1:], strict=True):
+        assert ours.dtype == theirs.dtype, name
+        assert_within_budget(ours, truth, theirs, name)
+
+
 def scale_magnitude(inputs, grad=None, **options):
     """The gradient of the scale is one inner product, of grad with the scaled branch, and is as exact as its factors
     are long (Cauchy-Schwarz)."""
@@ -93,6 +111,15 @@ def check_autocast(function, inputs, grad):
     for name, ours, theirs, truth in zip(("output", *NAMES), actual, plain, exact, strict=True):
         assert ours.dtype == torch.float32
         assert_within_budget(ours, truth, theirs, name, precision=torch.bfloat16)
+
+
+def check_autocast_forward(function, inputs):
+    """The same of an implementation that only goes forward, ``function`` as in check_forward."""
+    with torch.autocast(inputs[0].device.type, torch.bfloat16):
+        ours, _, _, preactivation = function(*inputs)
+        plain = naive(*inputs)
+    assert (ours.dtype, preactivation.dtype) == (torch.float32, torch.bfloat16)
+    assert_within_budget(ours, naive(*(each.double() for each in inputs)), plain, precision=torch.bfloat16)
 
 
 @pytest.mark.parametrize(("impl", "dtype"), CASES)

@@ -1,0 +1,63 @@
+// prefix_attention_decode for torch, on a GPU. Python has checked shapes, dtypes, strides and devices; the device checks
+// indices.
+#include <tuple>
+
+#include "../torch_library.h"
+#include "cuda_decode_launches.h"
+
+namespace lynx {
+namespace {
+
+decode::Indices indices_of(const Tensor& tensor) {
+    return {tensor.const_data_ptr(), tensor.scalar_type() == torch::headeronly::ScalarType::Long};
+}
+
+decode::Cache cache_of(const Tensor& tensor) {
+    return {tensor.const_data_ptr(), {tensor.stride(0), tensor.stride(1), tensor.stride(2)}};
+}
+
+std::tuple<Tensor, Tensor> attention_decode(const Tensor& q, const Tensor& root_k, const Tensor& root_v,
+                                            const Tensor& branch_k, const Tensor& branch_v,
+                                            const Tensor& branch_to_root, const Tensor& root_lengths,
+                                            const Tensor& branch_lengths, double scale) {
+    using decode::narrow_size;
+    using torch::headeronly::ScalarType;
+    Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), q.size(3)});
+    Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
+    decode::Problem problem = {};
+    problem.q = {q.const_data_ptr(), dtype_of(q), reinterpret_cast<uintptr_t>(q.const_data_ptr()) % 16 == 0};
+    problem.root_k = cache_of(root_k), problem.root_v = cache_of(root_v);
+    problem.branch_k = cache_of(branch_k), problem.branch_v = cache_of(branch_v);
+    problem.branch_to_root = indices_of(branch_to_root);
+    problem.root_lengths = indices_of(root_lengths), problem.branch_lengths = indices_of(branch_lengths);
+    problem.branches = narrow_size("the number of branches", q.size(0));
+    problem.queries = narrow_size("the number of queries", q.size(1));
+    problem.heads = narrow_size("the number of heads", q.size(2));
+    problem.dim = narrow_size("the head dimension", q.size(3));
+    problem.roots = narrow_size("the number of roots", root_k.size(0));
+    problem.root_capacity = narrow_size("the room for a root's keys", root_k.size(1));
+    problem.kv_heads = narrow_size("the number of key heads", root_k.size(2));
+    problem.branch_capacity = narrow_size("the room for a branch's keys", branch_k.size(1));
+    const OnDevice run(q);
+    Tensor memory;  // torch keeps it until the kernels on this stream are done
+    decode::attend({problem, dtype_of(root_k), scale, out.mutable_data_ptr(),
+                    static_cast<float*>(lse.mutable_data_ptr()), run.multiprocessors()},
+                   run, [&](int64_t count) {
+                       memory = torch::stable::new_empty(q, {count}, ScalarType::Float);
+                       return static_cast<float*>(memory.mutable_data_ptr());
+                   });
+    return {out, lse};
+}
+
+}  // namespace
+}  // namespace lynx
+
+STABLE_TORCH_LIBRARY_FRAGMENT(lynx_kernels_cuda, library) {
+    library.def(
+        "prefix_attention_decode(Tensor q, Tensor root_k, Tensor root_v, Tensor branch_k, Tensor branch_v, "
+        "Tensor branch_to_root, Tensor root_lengths, Tensor branch_lengths, float scale) -> (Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lynx_kernels_cuda, CUDA, library) {
+    library.impl("prefix_attention_decode", TORCH_BOX(&lynx::attention_decode));
+}

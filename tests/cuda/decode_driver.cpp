@@ -1,0 +1,80 @@
+// The CUDA kernels of prefix_attention_decode on the CPU: `decode_driver <numbers>`, or `decode_driver shape <numbers>`
+// for how they would be launched.
+#include "attention/cuda_decode_launches.h"
+#include "driver.h"
+#include "on_host.h"
+
+namespace {
+
+// All but the memory.
+lynx::decode::Problem problem_of(const Numbers& numbers) {
+    lynx::decode::Problem problem = {};
+    auto number = [&](const char* name) { return static_cast<int>(numbers[name]); };
+    problem.branches = number("branches"), problem.queries = number("queries"), problem.heads = number("heads");
+    problem.kv_heads = number("kv_heads"), problem.dim = number("dim"), problem.roots = number("roots");
+    problem.root_capacity = number("root_capacity"), problem.branch_capacity = number("branch_capacity");
+    return problem;
+}
+
+void run(const Numbers& numbers) {
+    lynx::decode::Problem problem = problem_of(numbers);
+    const int64_t rows = static_cast<int64_t>(problem.branches) * problem.queries * problem.heads;
+    const auto q_dtype = static_cast<lynx::Dtype>(numbers["q_dtype"]);
+    const Buffer scale(sizeof(double)), q(rows * problem.dim * kSizes[numbers["q_dtype"]]);
+    scale.read(), q.read();
+    problem.q = {q.data(), q_dtype, true};
+    std::vector<std::unique_ptr<Buffer>> memory;
+    auto read = [&](int64_t bytes) {
+        memory.push_back(std::make_unique<Buffer>(bytes));
+        memory.back()->read();
+        return memory.back()->data();
+    };
+    auto cache = [&](const std::string& name) -> lynx::decode::Cache {
+        return {read(numbers[name + "_bytes"]),
+                {numbers[name + "_stride0"], numbers[name + "_stride1"], numbers[name + "_stride2"]}};
+    };
+    auto indices = [&](const std::string& name, int count) -> lynx::decode::Indices {
+        const bool is_long = numbers[name + "_is_long"] != 0;
+        return {read(count * (is_long ? 8 : 4)), is_long};
+    };
+    problem.root_k = cache("root_k"), problem.root_v = cache("root_v");
+    problem.branch_k = cache("branch_k"), problem.branch_v = cache("branch_v");
+    problem.branch_to_root = indices("branch_to_root", problem.branches);
+    problem.root_lengths = indices("root_lengths", problem.roots);
+    problem.branch_lengths = indices("branch_lengths", problem.branches);
+    const Buffer out(rows * problem.dim * kSizes[numbers["q_dtype"]]), lse(rows * sizeof(float));
+    lynx::decode::attend({problem, static_cast<lynx::Dtype>(numbers["cache_dtype"]), *static_cast<double*>(scale.data()),
+                          out.data(), static_cast<float*>(lse.data()), static_cast<int>(numbers["multiprocessors"])},
+                         lynx::OnHost(static_cast<unsigned>(numbers["seed"])), [&](int64_t count) {
+                             memory.push_back(std::make_unique<Buffer>(count * sizeof(float)));
+                             return static_cast<float*>(memory.back()->data());
+                         });
+    out.write(), lse.write();
+}
+
+// Of the launch over parts: blocks, rows of a tile, and how it is cut. Nothing of the launch that merges.
+struct Show {
+    template <class Element, int kDim, int kTileRows>
+    void operator()(lynx::decode::Attend<Element, kDim, kTileRows>, const lynx::decode::Problem& problem, int blocks) {
+        printf("%d %d %d %d %d %d %d\n", blocks, kTileRows, problem.slots, problem.row_tiles, problem.root_parts,
+               problem.branch_parts, lynx::decode::Attend<Element, kDim, kTileRows>::kChunk);
+    }
+    void operator()(lynx::decode::Merge, const lynx::decode::Merge::Args&, int) {}
+};
+
+void show(const Numbers& numbers) {
+    lynx::decode::Call call = {};
+    call.problem = problem_of(numbers);
+    call.cache_dtype = static_cast<lynx::Dtype>(numbers["cache_dtype"]);
+    call.multiprocessors = static_cast<int>(numbers["multiprocessors"]);
+    lynx::decode::attend(call, Show(), [](int64_t) -> float* { return nullptr; });
+}
+
+}  // namespace
+
+int main(int count, char** words) {
+    const bool shows = count > 1 && std::string(words[1]) == "shape";
+    const Numbers numbers(count - (shows ? 2 : 1), words + (shows ? 2 : 1));
+    shows ? show(numbers) : run(numbers);
+    return 0;
+}

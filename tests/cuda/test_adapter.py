@@ -1,0 +1,266 @@
+"""The CUDA kernels of the adapter for a few tokens, run on the CPU through the implementation that launches them."""
+
+import pytest
+import torch
+
+from lynx_kernels.adapter import adapter
+from lynx_kernels.dispatch import which
+from tests.cuda.host_kernels import launches
+from tests.lynx_kernels.helpers import permuted
+from tests.lynx_kernels.test_adapter import ACTIVATIONS, FORWARD, OPTIONAL, check_autocast_forward, check_forward, make
+
+pytestmark = pytest.mark.usefixtures("on_host")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+TILES = (1, 4, 8)  # tokens that a block takes
+
+
+def kernels(x, *parameters, eps=1e-5, activation="silu"):
+    """As ``adapter``, with all that the operator gives."""
+    out, *saved = FORWARD(x.reshape(-1, x.shape[-1]), *parameters, eps, activation, "cuda")
+    return out.view(x.shape), *saved
+
+
+def check(*args, absent=(), **options):
+    inputs, _ = make(*args, absent=absent)
+    check_forward(kernels, inputs, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 2, 4, 5, 8, 9])
+def test_tokens(tokens, dtype):
+    """One to two tiles of each size, full and not."""
+    check((tokens,), 72, 40, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "width", "bottleneck"), [(1, 4104, 24), (3, 2056, 80), (7, 1032, 136), (64, 40, 24)]
+)
+def test_several_chunks_and_strips(tokens, width, bottleneck, dtype):
+    """Rows and columns that end inside a strip and a chunk; the most tokens."""
+    check((tokens,), width, bottleneck, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "width", "bottleneck"), [(1, 1, 1), (3, 13, 5), (2, 77, 45), (5, 1, 9), (4, 9, 1), (9, 1031, 4)]
+)
+def test_widths_that_loads_do_not_divide(tokens, width, bottleneck, dtype):
+    check((tokens,), width, bottleneck, dtype)
+
+
+@pytest.mark.parametrize(("width", "bottleneck"), [(64, 33), (33, 64)])
+def test_one_product_in_wide_loads_and_one_not(width, bottleneck):
+    check((3,), width, bottleneck, torch.bfloat16)
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 2, 5, 108, 132, 148])
+def test_any_number_of_multiprocessors(multiprocessors, on_host):
+    """Blocks with one row, with some of a strip, with several strips that are not alike."""
+    on_host.multiprocessors = multiprocessors
+    check((4,), 40, 73, torch.float32)
+    check((11,), 40, 73, torch.bfloat16)
+
+
+@pytest.mark.parametrize("absent", OPTIONAL)
+@pytest.mark.parametrize("tokens", TILES)
+def test_optional_arguments(tokens, absent):
+    check((tokens,), 48, 24, torch.float32, absent=absent)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_activations_and_eps(activation, dtype):
+    check((5,), 48, 24, dtype, activation=activation, eps=0.3)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_at_the_ends(activation):
+    """Pre-activations beyond what exp takes, and what is no number."""
+    x = torch.tensor([[200.0, -200.0, 1e30, -1e30, torch.nan, 0.0, 1.0, -1.0]])
+    eye, scale = torch.eye(8), torch.tensor(1.0)
+    _, _, _, preactivation = kernels(x, None, None, eye[:4], None, eye[:, :4].contiguous(), None, scale)
+    assert torch.equal(preactivation.isnan(), torch.ones(1, 4).bool())  # 0 times what is no number
+    finite = torch.where(x.isnan(), 0, x)
+    out, *_ = kernels(finite, None, None, eye, None, eye, None, scale, activation=activation)
+    torch.testing.assert_close(out, finite + ACTIVATIONS[activation](finite))
+    out, *_ = kernels(torch.full((1, 8), torch.nan), None, None, eye, None, eye, None, scale, activation=activation)
+    assert out.isnan().all()
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mean_far_above_deviation(dtype, tokens):
+    inputs, _ = make((tokens,), 520, 16, dtype)
+    inputs[0] = inputs[0] + 1000
+    check_forward(kernels, inputs)
+
+
+def test_constant_rows():
+    inputs, _ = make((3,), 40, 8, torch.float32)
+    inputs[0] = torch.full_like(inputs[0], 3.0)
+    check_forward(kernels, inputs)
+
+
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_autocast(tokens):
+    """bf16 products between an fp32 stream and fp32 norms."""
+    check_autocast_forward(kernels, make((tokens,), 264, 40, torch.float32)[0])
+
+
+@pytest.mark.parametrize("stream", DTYPES)
+@pytest.mark.parametrize("weights", DTYPES)
+def test_streams_and_weights_of_any_dtypes(stream, weights):
+    """Norms and biases of yet another."""
+    (x, *parameters), _ = make((3,), 40, 16, torch.float64)
+    norms = DTYPES[(DTYPES.index(weights) + 1) % 3]
+    inputs = [x.to(stream), *(each.to(weights if each.dim() == 2 else norms) for each in parameters)]
+    out, *_ = kernels(*inputs)
+    exact, *_ = FORWARD(*(each.double() for each in inputs), 1e-5, "silu", "reference")
+    eps = torch.finfo(stream).eps + torch.finfo(weights).eps
+    assert out.dtype == stream
+    assert (out.double() - exact).abs().max() <= 4 * eps * exact.abs().max()
+
+
+@pytest.mark.parametrize("offset", [1, 2, 4])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_do_not_start_at_16_bytes(offset, dtype, on_host):
+    """The sanitizer stops any wide access at another address."""
+    on_host.offset = offset
+    check((3,), 40, 16, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strides(dtype):
+    """Rows further apart than they are wide: by wide loads, and not; columns that are not side by side."""
+    inputs, _ = make((2, 3), 40, 16, dtype)
+    expected = kernels(*inputs)
+
+    def spread(tensor, by):
+        return torch.cat([tensor, tensor.new_full((*tensor.shape[:-1], by), torch.nan)], -1)[..., : tensor.shape[-1]]
+
+    for change in (lambda each: spread(each, 8), lambda each: spread(each, 3), permuted):
+        changed = [change(each) if each is not None and each.dim() >= 2 else each for each in inputs]
+        for ours, theirs in zip(kernels(*changed), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+            assert ours.is_contiguous()
+    permuted_vectors = [permuted(each) if each.dim() == 1 else each for each in inputs]
+    assert torch.equal(kernels(*permuted_vectors)[0], expected[0])
+    assert torch.equal(kernels(inputs[0][:1, :1].expand(2, 3, 40), *inputs[1:])[0][1, 2], expected[0][0, 0])
+
+
+@pytest.mark.parametrize("tokens", [1, 6, 12])
+def test_the_order_of_threads_changes_nothing(tokens, on_host):
+    inputs, _ = make((tokens,), 1040, 24, torch.float32)
+    results = []
+    for seed in range(3):
+        on_host.seed = seed
+        results.append(kernels(*inputs))
+    for others in results[1:]:
+        for ours, theirs in zip(results[0], others, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_tokens_do_not_meet():
+    """A token alone, and beside others that are no numbers: the same bits, as long as tiles are."""
+    inputs, _ = make((7,), 72, 24, torch.float32)
+    expected, *_ = kernels(*inputs)
+    inputs[0][[0, 2, 3, 4, 5, 6]] = torch.nan
+    assert torch.equal(kernels(*inputs)[0][1], expected[1])
+
+
+def test_no_tokens():
+    inputs, _ = make((0,), 16, 8, torch.float32)
+    assert [each.shape for each in kernels(*inputs)] == [(0, 16), (0,), (0,), (0, 8)]
+
+
+def test_scales_of_any_shape():
+    inputs, _ = make((2,), 16, 8, torch.bfloat16)
+    expected = kernels(*inputs)[0]
+    assert torch.equal(kernels(*inputs[:-1], inputs[-1].reshape(1, 1))[0], expected)
+
+
+@pytest.mark.parametrize("tokens", [5, 12])
+def test_compiled(tokens):
+    """The choice is traced, for as many tokens as run unasked and for more."""
+    inputs, _ = make((tokens,), 16, 8, torch.bfloat16)
+    torch._dynamo.reset()
+    actual = torch.compile(adapter, backend="aot_eager", fullgraph=True)(*inputs)
+    assert torch.equal(actual, adapter(*inputs, impl="cuda" if tokens == 5 else None))
+
+
+def reason(inputs):
+    return which(adapter, *inputs).refused.get("cuda")
+
+
+def test_what_is_refused(on_host, monkeypatch):
+    inputs, _ = make((3,), 16, 8, torch.bfloat16)
+    assert which(adapter, *inputs).name == "cuda"
+    assert reason([each.double() for each in inputs]).endswith("an argument is fp64")
+    assert reason(make((5, 13), 16, 8, torch.bfloat16)[0]) == "the CUDA kernels take up to 64 tokens, x has 65"
+    assert reason([*inputs[:3], torch.zeros(0, 16).bfloat16(), None, torch.zeros(16, 0).bfloat16(), *inputs[6:]]) == (
+        "down_weight is empty: (0, 16)"
+    )
+    for tensor in inputs:
+        tensor.requires_grad_()
+        assert reason(inputs) == "the CUDA kernels of the adapter have no gradient, and an argument requires one"
+        with torch.no_grad():
+            assert which(adapter, *inputs).name == "cuda"
+        tensor.requires_grad_(False)
+
+
+def test_nothing_is_built_for_calls_that_are_refused(monkeypatch):
+    monkeypatch.setattr("lynx_kernels.cuda_runtime.missing", lambda: pytest.fail("the kernels would be built"))
+    inputs, _ = make((3,), 16, 8, torch.float32)
+    assert reason(make((65,), 16, 8, torch.float32)[0])
+    assert reason([each.requires_grad_() for each in inputs])
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 16), (torch.float16, 8), (torch.bfloat16, 8)])
+def test_more_tokens_than_plain_products_are_for(dtype, most):
+    assert which(adapter, *make((most,), 16, 8, dtype)[0]).name == "cuda"
+    inputs, _ = make((most + 1,), 16, 8, dtype)
+    assert reason(inputs).startswith(f"beyond {most} tokens, and x has {most + 1}, plain products")
+    assert which(adapter, *inputs, impl="cuda").name == "cuda"
+    if dtype == torch.float32:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert reason(make((9,), 16, 8, dtype)[0]).startswith("beyond 8 tokens")
+
+
+# Tokens, width, bottleneck: of the paper, small, huge, one of everything.
+SHAPES = [
+    (1, 4096, 2048), (5, 4096, 2048), (8, 1024, 512), (64, 4096, 64), (17, 8192, 28672), (1, 1, 1), (3, 2**20, 8),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 82, 108, 132, 148])
+@pytest.mark.parametrize(("tokens", "width", "bottleneck"), SHAPES)
+@pytest.mark.parametrize("dtype", [0, 2])
+def test_launches(tokens, width, bottleneck, dtype, multiprocessors):
+    """Two blocks a multiprocessor where there are as many rows, in one wave; strips and chunks cover everything."""
+    given = {"tokens": tokens, "width": width, "bottleneck": bottleneck, "down_dtype": dtype}
+    down, up = launches("few_driver.cpp", **given, multiprocessors=multiprocessors)
+    for (blocks, row_blocks, tiles, strips, strip_rows, chunks, tile, chunk), rows, columns in (
+        (down, bottleneck, width),
+        (up, width, bottleneck),
+    ):
+        assert blocks == row_blocks * tiles
+        assert tiles == -(-tokens // tile)
+        assert row_blocks == min(max(1, 2 * multiprocessors // tiles), rows)
+        most = -(-rows // row_blocks)
+        assert strip_rows <= 8
+        assert (strips - 1) * strip_rows < most <= strips * strip_rows
+        assert strips == -(-most // 8)
+        assert (chunks - 1) * chunk < columns <= chunks * chunk
+
+
+def test_blocks_of_the_paper_occupy_an_h200():
+    (down, *_), (up, *_) = launches(
+        "few_driver.cpp", tokens=5, width=4096, bottleneck=2048, down_dtype=2, multiprocessors=132
+    )
+    assert down == up == 2 * 132
+
+
+def test_sizes_that_do_not_fit():
+    with pytest.raises(RuntimeError, match="a side of a weight is 1073741824, and the CUDA kernels take less than"):
+        launches("few_driver.cpp", tokens=1, width=2**30, bottleneck=8, down_dtype=2, multiprocessors=132)

@@ -1,0 +1,270 @@
+"""The CUDA kernels of prefix_attention_decode, run on the CPU through the implementation that launches them."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from lynx_kernels import prefix_attention_decode
+from lynx_kernels.dispatch import which
+from tests.cuda.host_kernels import KernelError, launches
+from tests.lynx_kernels.attention_cases import assert_case_within_budget, cache_case
+from tests.lynx_kernels.helpers import permuted
+
+pytestmark = pytest.mark.usefixtures("on_host")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# Roots with several branches, one and none, of several chunks of keys and without any; the branches in no order.
+SEVERAL_CHUNKS = [2, 0, 0, 1, 2, 0], [137, 0, 50, 5], [5, 40, 133, 17, 16, 18]
+
+
+def case_of(queries, batch=SEVERAL_CHUNKS, **options):
+    return cache_case(queries, batch, impl="cuda", **options)
+
+
+def check(*args, **options):
+    assert_case_within_budget(case_of(*args, **options), gradients=False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [8, 64, 72, 128])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_head_dims(queries, dim, dtype):
+    """All lanes of either width, and some of them."""
+    check(queries, dim=dim, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("queries", "heads", "kv_heads", "batch"),
+    [
+        (1, 2, 2, ([1, 0], [70, 3], [9, 1])),  # one row
+        (1, 2, 2, ([0, 0, 0], [70], [9, 1, 40])),  # up to four
+        (1, 1, 1, ([0] * 19, [40], list(range(1, 20)))),  # three tiles over the root
+        (2, 3, 1, ([1, 0, 1, 1], [40, 9], [9, 2, 40, 33])),  # 6 rows a branch: one in a tile
+        (3, 6, 2, ([0, 1, 0], [40, 9], [9, 3, 40])),  # 9 rows a branch: two tiles
+        (5, 7, 1, ([0, 0], [35], [5, 70])),  # 35
+        (1, 4, 1, ([0, 1, 0, 1, 0], [35, 40], [1, 2, 3, 4, 5])),  # two branches in a tile, and one
+    ],
+)
+@pytest.mark.parametrize("multiprocessors", [1, 40])
+def test_tiles_of_rows(queries, heads, kv_heads, batch, multiprocessors, on_host):
+    """In one part and in as many as there are chunks."""
+    on_host.multiprocessors = multiprocessors
+    check(queries, batch, heads, kv_heads)
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 2, 3, 7, 132])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_parts(dim, multiprocessors, on_host):
+    """Parts of several chunks, of one, and without any, where others are longer."""
+    on_host.multiprocessors = multiprocessors
+    check(2, ([0, 1, 0], [300, 10], [5, 150, 2]), dim=dim, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("scale", [None, -0.3, 0.0, 30.0])
+def test_scales(scale):
+    check(2, heads=4, kv_heads=2, dim=16, scale=scale, index_dtype=torch.int64)
+
+
+def test_scores_that_exp_does_not_take():
+    """Larger ones in later chunks, and in later parts, and much smaller ones."""
+    case = case_of(1, ([0], [200], [40]), dim=8)
+    case.inputs[0] *= 100
+    case.inputs[1][0, :100] *= -5
+    assert_case_within_budget(case, gradients=False)
+
+
+@pytest.mark.parametrize("queries", [2, 5, 40])
+def test_newest_keys_are_seen_by_their_own_query_on(queries):
+    """As many keys as queries, and few more: where some queries see nothing of a chunk or a part."""
+    check(queries, ([0, 0, 1], [0, 3], [queries, queries + 1, queries + 33]), dim=8, heads=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("narrow", DTYPES)
+def test_queries_of_another_dtype(dtype, narrow):
+    """Nothing is rounded but the output; chunks of wider caches are shorter."""
+    case = case_of(2, ([0, 1, 0], [20, 3], [5, 2, 19]), dim=16, dtype=dtype)
+    q = case.inputs[0].to(narrow)
+    out, lse = case.operation(q, *case.inputs[1:])
+    expected, expected_lse = case.operation(q.float(), *(each.float() for each in case.inputs[1:]))
+    torch.testing.assert_close(out, expected.to(narrow), rtol=0, atol=4 * torch.finfo(narrow).eps)
+    torch.testing.assert_close(lse, expected_lse)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strides(dtype):
+    """Caches with the heads outside, as transformers keeps them, and others; keys and values that lie differently; rows
+    that do not start at 16 bytes: the same numbers."""
+    case = case_of(2, ([0, 1, 0], [20, 3], [5, 2, 19]), kv_heads=2, dim=16, dtype=dtype)
+    expected = case.operation(*case.inputs)
+    q, *caches = case.inputs
+    heads_outside = [each.transpose(1, 2).contiguous().transpose(1, 2) for each in caches]
+    mixed = [each if i % 2 else permuted(caches[i]) for i, each in enumerate(heads_outside)]
+    spread = [torch.cat([each + 1, each], -1)[..., each.shape[-1] :] for each in caches]
+    shifted = [torch.cat([each[..., :1], each, each[..., :7]], -1)[..., 1:17] for each in caches]
+    odd = [torch.cat([each, each[..., :1]], -1)[..., :16] for each in caches]
+    for changed in (heads_outside, mixed, spread, shifted, odd, [permuted(each) for each in caches]):
+        for ours, theirs in zip(case.operation(permuted(q), *changed), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+            assert ours.is_contiguous()
+
+
+def test_strides_of_indices():
+    case = case_of(1, ([1, 0], [20, 3], [3, 9]))
+    expected = case.operation(*case.inputs)
+    indices = [torch.tensor(each, dtype=torch.int32) for each in ([1, 0], [20, 3], [3, 9])]
+    call = partial(prefix_attention_decode, return_lse=True, impl="cuda")
+    for given in (map(permuted, indices), [indices[0], indices[1].long(), indices[2]]):
+        for ours, theirs in zip(call(*case.inputs, *given), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_roots_without_keys():
+    case = case_of(2, ([0, 1], [0, 0], [3, 2]))
+    without_room = [each[:, :0] if i in (1, 2) else each for i, each in enumerate(case.inputs)]
+    for inputs in (case.inputs, without_room):
+        assert_case_within_budget(replace(case, inputs=inputs), gradients=False)
+
+
+@pytest.mark.parametrize(("branches", "queries"), [(0, 1), (2, 0)])
+def test_nothing_to_decode(branches, queries):
+    root, branch, q = torch.ones(1, 3, 1, 16), torch.ones(branches, 2, 1, 16), torch.ones(branches, queries, 1, 16)
+    indices = [torch.zeros(branches, dtype=torch.int32), torch.ones(1, dtype=torch.int32)]
+    indices.append(torch.ones(branches, dtype=torch.int32))
+    assert prefix_attention_decode(q, root, root, branch, branch, *indices, impl="cuda").shape == q.shape
+
+
+def test_the_order_of_threads_changes_nothing(on_host):
+    case = case_of(3, heads=4, kv_heads=2)
+    results = []
+    for seed in range(3):
+        on_host.seed = seed
+        results.append(case.operation(*case.inputs))
+    for others in results[1:]:
+        for ours, theirs in zip(results[0], others, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("branch_to_root", [0, 2], "a root is out of range"),
+        ("branch_to_root", [-1, 0], "a root is out of range"),
+        ("root_lengths", [6, 2], "a length exceeds the cache"),
+        ("branch_lengths", [1, 5], "a length exceeds the cache"),
+        ("branch_lengths", [1, -1], "a length is negative"),
+    ],
+)
+def test_indices_out_of_range(name, value, message, on_host):
+    """As on a GPU, the kernel asserts."""
+    indices = {"branch_to_root": [0, 1], "root_lengths": [5, 2], "branch_lengths": [1, 4]} | {name: value}
+    root, branch, q = torch.ones(2, 5, 1, 8), torch.ones(2, 4, 1, 8), torch.ones(2, 1, 1, 8)
+    with pytest.raises(KernelError, match=message):
+        on_host.prefix_attention_decode(q, root, root, branch, branch, *map(torch.tensor, indices.values()), 1.0)
+
+
+def test_compiled():
+    case = case_of(1, ([1, 0], [20, 3], [3, 9]), dim=16)
+    torch._dynamo.reset()
+    compiled = torch.compile(prefix_attention_decode, backend="aot_eager", fullgraph=True)
+    for ours, theirs in zip(
+        compiled(*case.inputs, *case.table, return_lse=True), case.operation(*case.inputs), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+def reason(inputs, indices=SEVERAL_CHUNKS):
+    return which(prefix_attention_decode, *inputs, *map(torch.tensor, indices)).refused.get("cuda")
+
+
+def test_what_is_refused():
+    inputs = case_of(1).inputs
+    assert reason(inputs) is None
+    assert reason([each.double() for each in inputs]).endswith("an argument is fp64")
+    assert reason(case_of(1, dim=20).inputs).endswith("is a multiple of 8, up to 128, and it is 20")
+    assert reason(case_of(1, dim=136).inputs).endswith("is a multiple of 8, up to 128, and it is 136")
+    mixed = [*inputs[:4], inputs[4].half()]
+    assert reason(mixed) == "the CUDA kernels take caches of one dtype, these are torch.float16, torch.float32"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert reason(mixed) is None
+    for tensor in inputs:
+        tensor.requires_grad_()
+        assert reason(inputs) == "the CUDA kernels of decoding have no gradient, and an argument requires one"
+        with torch.no_grad():
+            assert reason(inputs) is None
+        tensor.requires_grad_(False)
+
+
+def test_more_rows_than_plain_products_are_for():
+    eight, nine = ([0] * 8, [4], [1] * 8), ([0] * 9, [4], [1] * 9)
+    assert reason(case_of(1, eight, heads=1).inputs, eight) is None
+    assert reason(case_of(1, nine, heads=1).inputs, nine).startswith(
+        "where more than 8 rows share a root's keys, here 9"
+    )
+    assert reason(case_of(1, eight, heads=2, kv_heads=1).inputs, eight).endswith("slower than tensor cores")
+    assert reason(case_of(1, eight, heads=2, kv_heads=2).inputs, eight) is None
+
+
+def test_autocast():
+    """As transformers calls it: queries and keys in fp32, values in bf16. The same as all in bf16."""
+    case = case_of(1, ([0, 1, 0], [20, 3], [5, 2, 19]), dim=16)
+    narrow = [each.bfloat16() for each in case.inputs]
+    mixed = [each.bfloat16() if i in (2, 4) else each for i, each in enumerate(case.inputs)]
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = case.operation(*mixed)
+    for ours, theirs in zip(actual, case.operation(*narrow), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+# Branches, queries, heads, key heads, head_dim, roots, room of a root, room of a branch.
+SHAPES = [
+    (5, 1, 32, 32, 128, 1, 577, 128), (1, 1, 32, 8, 128, 1, 576, 512), (80, 1, 32, 32, 128, 16, 577, 128),
+    (8, 1, 32, 32, 128, 1, 577, 64), (1, 1, 1, 1, 8, 1, 0, 1), (320, 4, 64, 8, 64, 64, 2**17, 4096),
+    (3, 1, 14, 2, 64, 5, 40, 2**20),
+]  # fmt: skip
+NAMES = ("branches", "queries", "heads", "kv_heads", "dim", "roots", "root_capacity", "branch_capacity")
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 82, 108, 132, 148])
+@pytest.mark.parametrize("dtype", [0, 2])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_launches(shape, dtype, multiprocessors):
+    """Rows have places, keys have parts, and neither kind of parts takes more blocks than fit, but for one part."""
+    branches, queries, heads, kv_heads, _, roots, root_room, branch_room = shape
+    [[blocks, tile, slots, row_tiles, root_parts, branch_parts, chunk]] = launches(
+        "decode_driver.cpp", **dict(zip(NAMES, shape, strict=True)), cache_dtype=dtype, multiprocessors=multiprocessors
+    )
+    rows = queries * heads // kv_heads
+    assert slots * rows <= tile or slots == 1
+    assert row_tiles == -(-rows // tile)
+    assert blocks == branches * row_tiles * kv_heads * (root_parts + branch_parts)
+    fitting = (3 if tile == 8 else 4) * multiprocessors
+    on_roots = min(branches, max(roots, -(-branches // slots))) * row_tiles * kv_heads
+    for parts, room, working in (
+        (root_parts, root_room, on_roots),
+        (branch_parts, branch_room, branches * row_tiles * kv_heads),
+    ):
+        assert (parts == 0) == (room == 0)
+        assert parts <= -(-room // chunk)
+        assert parts <= 1 or parts * working <= fitting
+
+
+def test_blocks_of_beams_occupy_an_h200():
+    """Five beams of one picture of 576 tokens: the root alone has two blocks a multiprocessor."""
+    [[_, tile, slots, _, root_parts, _, _]] = launches(
+        "decode_driver.cpp", **dict(zip(NAMES, SHAPES[0], strict=True)), cache_dtype=2, multiprocessors=132
+    )
+    assert (tile, slots) == (8, 8)
+    assert 32 * root_parts >= 2 * 132
+
+
+def test_sizes_that_do_not_fit():
+    shape = (2**15, 1, 64, 64, 128, 2**15, 2**15, 2**15)
+    with pytest.raises(RuntimeError, match=r"the number of blocks is \d+, and the CUDA kernels take less than 2\^30"):
+        launches(
+            "decode_driver.cpp",
+            **dict(zip(NAMES, (2**25, *shape[1:]), strict=True)),
+            cache_dtype=2,
+            multiprocessors=132,
+        )

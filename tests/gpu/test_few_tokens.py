@@ -1,0 +1,233 @@
+"""What generation asks of a GPU at every token: the adapter for a few tokens and decoding's attention, forward only."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from lynx_kernels import dispatch, prefix_attention_decode
+from lynx_kernels.adapter import _IMPLEMENTATIONS as ADAPTERS
+from lynx_kernels.adapter import adapter
+from lynx_kernels.attention import decode
+from tests.gpu import bench
+from tests.lynx_kernels.attention_cases import (
+    assert_case_within_budget,
+    assert_results_within_budget,
+    decode_case,
+    grads_of_case,
+    poison_behind_lengths,
+)
+from tests.lynx_kernels.helpers import permuted
+from tests.lynx_kernels.test_adapter import ACTIVATIONS, FORWARD, OPTIONAL, check_autocast_forward, check_forward
+from tests.lynx_kernels.test_adapter import make as make_on
+
+BF16 = torch.bfloat16
+ON_GPU = bench.DEVICE == "cuda"
+PAPER = {"width": 4096, "bottleneck": 2048} if ON_GPU else {"width": 96, "bottleneck": 48}
+DECODERS = decode._IMPLEMENTATIONS
+# Beams of two pictures, one without a beam; the same sizes with other lengths.
+BEAMS = [0, 2, 0, 0, 2, 0], [576, 33, 0], [3, 70, 64, 128, 5, 17]
+OTHER_BEAMS = [2, 1, 1, 0, 0, 2], [576, 0, 500], [128, 3, 70, 64, 5, 9]
+HEADS = {"heads": 32, "kv_heads": 32, "dim": 128} if ON_GPU else {"heads": 4, "kv_heads": 4, "dim": 16}
+
+
+def make(*args, **options):
+    return make_on(*args, **options, device=bench.DEVICE)[0]
+
+
+def decoding(queries, batch=BEAMS, impl=None, dtype=BF16, **options):
+    options = {**HEADS, **options}
+    case = decode_case(queries, batch=batch, impl=impl, dtype=dtype, device=bench.DEVICE, **options)
+    return poison_behind_lengths(case)
+
+
+def runs(call, *args):
+    try:
+        dispatch.which(call, *args)
+    except RuntimeError:
+        return False
+    return True
+
+
+adapters = pytest.mark.parametrize(
+    ("impl", "dtype"),
+    [
+        (impl, dtype)
+        for impl in ADAPTERS.names
+        for dtype in bench.DTYPES
+        if bench.PRESENT and runs(partial(adapter, impl=impl), *make((3,), dtype=dtype))
+    ],
+)
+decoders = pytest.mark.parametrize(
+    ("impl", "dtype"),
+    [
+        (impl, dtype)
+        for impl in DECODERS.names
+        for dtype in bench.DTYPES
+        if bench.PRESENT and runs((case := decoding(1, impl=impl, dtype=dtype)).operation, *case.inputs)
+    ],
+)
+
+
+def forward(impl):
+    def call(x, *parameters, eps=1e-5, activation="silu"):
+        out, *saved = FORWARD(x.reshape(-1, x.shape[-1]), *parameters, eps, activation, impl)
+        return out.view(x.shape), *saved
+
+    return call
+
+
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("dtype", bench.DTYPES)
+def test_the_kernels_run_unless_another_is_named(dtype):
+    assert dispatch.which(adapter, *make((5,), **PAPER, dtype=dtype)).name == "cuda"
+    assert dispatch.which(adapter, *make((64,), **PAPER, dtype=dtype)).name == "triton"
+    case = decoding(1, dtype=dtype)
+    assert dispatch.which(prefix_attention_decode, *case.inputs, *case.table).name == "cuda"
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5, 8, 9, 16, 64])
+@adapters
+def test_size_of_the_paper(impl, dtype, tokens):
+    check_forward(forward(impl), make((tokens,), **PAPER, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "width", "bottleneck"),
+    [(1, 1, 1), (1, 16, 16), (5, 77, 45), (8, 130, 20), (3, 40, 1), (2, 4104, 2056), (64, 257, 65), (7, 1000, 129)],
+)
+@adapters
+def test_ragged_sizes(impl, dtype, tokens, width, bottleneck):
+    check_forward(forward(impl), make((tokens,), width, bottleneck, dtype))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@adapters
+def test_activations_and_eps(impl, dtype, activation):
+    check_forward(forward(impl), make((5,), 256, 128, dtype), activation=activation, eps=0.3)
+
+
+@pytest.mark.parametrize("absent", OPTIONAL[1:], ids=" ".join)
+@adapters
+def test_optional_arguments(impl, dtype, absent):
+    check_forward(forward(impl), make((5,), 256, 128, dtype, absent))
+
+
+@adapters
+def test_permuted_inputs(impl, dtype):
+    inputs = [permuted(each) for each in make((5,), 256, 128, dtype)]
+    check_forward(forward(impl), inputs)
+    assert all(each.is_contiguous() for each in forward(impl)(*inputs))
+
+
+@adapters
+def test_mean_far_above_deviation(impl, dtype):
+    inputs = make((5,), **PAPER, dtype=dtype)
+    inputs[0] = inputs[0] + 1000
+    check_forward(forward(impl), inputs)
+
+
+@pytest.mark.parametrize("impl", ADAPTERS.names)
+def test_autocast(impl):
+    inputs = make((5,), **PAPER, dtype=torch.float32)
+    if not runs(partial(adapter, impl=impl), *inputs):
+        pytest.skip(f"{impl} does not run here")
+    check_autocast_forward(forward(impl), inputs)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 64])
+@adapters
+def test_adapters_are_deterministic(impl, dtype, tokens):
+    inputs = make((tokens,), **PAPER, dtype=dtype)
+    bench.check_deterministic(lambda: forward(impl)(*inputs))
+
+
+@pytest.mark.usefixtures("cuda")
+@adapters
+def test_adapters_never_wait(impl, dtype):
+    inputs = make((5,), **PAPER, dtype=dtype)
+    bench.check_never_waits(lambda: forward(impl)(*inputs))
+
+
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("tokens", [1, 4, 5, 64])
+@adapters
+def test_graphs_of_adapters_replay_with_new_inputs(impl, dtype, tokens):
+    inputs = make((tokens,), **PAPER, dtype=dtype)
+    new = [each.flip(0) if each.dim() else each * 0.5 for each in inputs]
+    actual = bench.replayed(lambda: forward(impl)(*inputs), inputs, new)
+    check_forward(lambda *_: actual, new)
+
+
+@pytest.mark.parametrize("dim", [64, 80, 128])
+@pytest.mark.parametrize("queries", [1, 3])
+@decoders
+def test_beams(impl, dtype, queries, dim):
+    assert_case_within_budget(decoding(queries, impl=impl, dtype=dtype, dim=dim), gradients=False)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(32, 8), (8, 1), (14, 2)])
+@decoders
+def test_heads_that_share_keys(impl, dtype, heads, kv_heads):
+    assert_case_within_budget(decoding(2, impl=impl, dtype=dtype, heads=heads, kv_heads=kv_heads), gradients=False)
+
+
+@decoders
+def test_strides_of_caches(impl, dtype):
+    """The heads outside, as transformers keeps them; and any."""
+    case = decoding(1, impl=impl, dtype=dtype)
+    q, *caches = case.inputs
+    for change in (lambda each: each.transpose(1, 2).contiguous().transpose(1, 2), permuted):
+        actual = case.operation(q, *map(change, caches))
+        assert_results_within_budget(actual, case, grads_of_case(case))
+
+
+@decoders
+def test_decoding_is_deterministic(impl, dtype):
+    case = decoding(1, impl=impl, dtype=dtype)
+    bench.check_deterministic(lambda: case.operation(*case.inputs))
+
+
+@pytest.mark.usefixtures("cuda")
+@decoders
+def test_decoding_never_waits(impl, dtype):
+    if impl == "reference":
+        pytest.skip("the reference may wait")
+    case = decoding(1, impl=impl, dtype=dtype)
+    bench.check_never_waits(lambda: case.operation(*case.inputs))
+
+
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("queries", [1, 3])
+@decoders
+def test_graphs_of_decoding_replay_with_new_lengths(impl, dtype, queries):
+    if impl == "reference":
+        pytest.skip("the reference may wait")
+    case, other = (decoding(queries, batch, impl=impl, dtype=dtype) for batch in (BEAMS, OTHER_BEAMS))
+    call = lambda: case.operation(*case.inputs)  # noqa: E731
+    actual = bench.replayed(call, [*case.inputs, *case.table], [*other.inputs, *other.table])
+    assert_results_within_budget(actual, other, grads_of_case(other))
+
+
+@pytest.mark.usefixtures("cuda")
+def test_a_cache_of_more_than_2_to_the_31_elements():
+    """Only the last root has a branch."""
+    bench.need_free(12)
+    case = decoding(2, ([0], [576], [9]), impl="cuda")
+    q, root_k, root_v, branch_k, branch_v = case.inputs
+    roots = 65
+
+    def last_of_many(root):
+        wide = root.new_zeros(roots, 8192, *root.shape[2:])
+        wide[-1, : root.shape[1]] = root[0]
+        return wide
+
+    to_root, root_lengths, branch_lengths = case.table
+    lengths = root_lengths.new_zeros(roots)
+    lengths[-1:] = root_lengths
+    caches = last_of_many(root_k), last_of_many(root_v), branch_k, branch_v
+    actual = prefix_attention_decode(
+        q, *caches, to_root + roots - 1, lengths, branch_lengths, return_lse=True, impl="cuda"
+    )
+    assert caches[0].numel() > 2**31
+    assert_results_within_budget(actual, case, grads_of_case(case))
