@@ -205,8 +205,7 @@ class _Video:
                 continue  # a seek may land before what it was asked for
             place += bool(packet.size)
             for frame in packet.decode():
-                # What is shown before the keyframe it is decoded after may build on what a seek left out.
-                if frame.is_corrupt and not (start and frame.pts is not None and frame.pts < self.times[start]):
+                if frame.is_corrupt:
                     raise VideoError(
                         f"{self.name}: damaged, the frame at {float(frame.time or 0):.3f} s cannot be decoded"
                     )
