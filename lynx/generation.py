@@ -22,7 +22,7 @@ def answer(
         options: any of transformers' ``generate``: ``num_beams``, ``do_sample``, ...
     """
     batch = processor.pad(samples)
-    del batch["labels"]
+    del batch["labels"], batch["max_supervised"]
     batch = batch.to(model.device)
     tokens = model.generate(**batch, max_new_tokens=max_new_tokens, **options)
     return [processor.answer_of(row) for row in tokens[:, batch["input_ids"].shape[1] :]]

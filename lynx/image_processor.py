@@ -1,8 +1,7 @@
-"""Images to ``pixel_values``: the image processor of Lynx, on Pillow, numpy and torch alone."""
+"""Images to ``pixel_values``: the image processor of Lynx, which of image libraries needs Pillow and numpy alone."""
 
-import os
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -29,6 +28,11 @@ class LynxImagesKwargs(TypedDict, total=False):
 
 class LynxImageProcessor(BaseImageProcessor):
     """Decodes, resizes, crops and normalises images, and cuts them into patches.
+
+    ``from_pretrained`` and ``from_dict`` also take the configurations of transformers' processors that do the same, as
+    CLIP's, SigLIP's and BLIP's are, and give their numbers: bit for bit those of their Pillow backends. Two things are
+    done where they are not: images are turned as their EXIF orientation says, and transparent ones laid on white. And
+    from 12.2 on, Pillow filters some tall images in another order; ours stays, as ``lynx_kernels.pack_frames`` says.
 
     Args:
         size: side of the square that an image becomes, in pixels.
@@ -65,7 +69,7 @@ class LynxImageProcessor(BaseImageProcessor):
 
     def preprocess(
         self,
-        images: ImageSource | torch.Tensor | Sequence[ImageSource | torch.Tensor],
+        images: ImageSource | torch.Tensor | Sequence[Any],
         *,
         crop_boxes: Sequence[Sequence[int]] | None = None,
         return_tensors: str | None = "pt",
@@ -74,8 +78,9 @@ class LynxImageProcessor(BaseImageProcessor):
         """Turn images into ``pixel_values``, as ``lynx_kernels.pack_frames`` lays them out.
 
         Args:
-            images: one image or a flat list of them, each as ``lynx.images.load_image`` takes it or a (height, width,
-                3) uint8 tensor; or frames stacked in one (N, height, width, 3) array or tensor.
+            images: one image or a list of them, each as ``lynx.images.load_image`` takes it, or a uint8 array or
+                tensor (height, width, 3) or (3, height, width); or frames stacked in one, (N, height, width, 3) or (N,
+                3, height, width). Lists in lists count as one.
             crop_boxes: for training, (top, left, height, width) in each upright image: it is cropped, and the box is
                 resized to the square exactly.
             return_tensors: ``"pt"``, ``"np"``, or None for a torch tensor as well.
@@ -107,15 +112,64 @@ class LynxImageProcessor(BaseImageProcessor):
         """The attributes as JSON holds them, ``patch_size`` also where it is None."""
         return super().to_dict() | {"patch_size": self.patch_size}
 
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs):
+        """The processor of a configuration: one of its own, or of transformers'.
 
-def _as_list(images) -> Sequence:
-    single = isinstance(images, str | os.PathLike | bytes | Image.Image)
-    if single or (isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 3):
+        Raises:
+            ValueError: transformers' processor does what this one does not; the message says what.
+        """
+        return super().from_dict(_translated(image_processor_dict), **kwargs)
+
+
+def _translated(theirs: dict[str, Any]) -> dict[str, Any]:
+    """A configuration of transformers' CLIP or SigLIP processor in the words of this one; one of ours as it is."""
+    if "do_resize" not in theirs:
+        return theirs
+    crops = bool(theirs.get("do_center_crop"))
+    size, crop_size = theirs.get("size"), theirs.get("crop_size")
+    if isinstance(size, int):  # as the configurations of old checkpoints have it
+        size = {"shortest_edge": size} if crops else {"height": size, "width": size}
+    if isinstance(crop_size, int):
+        crop_size = {"height": crop_size, "width": crop_size}
+    side = (size or {}).get("shortest_edge" if crops else "height")
+    square = {"height": side, "width": side}
+    expected = {
+        "do_resize": True, "resample": Image.Resampling.BICUBIC, "do_rescale": True, "rescale_factor": 1 / 255,
+        "do_normalize": True, "do_pad": False,
+    }  # fmt: skip
+    wrong = [f"{name}={theirs[name]}" for name, value in expected.items() if theirs.get(name, value) != value]
+    wrong += [f"no {name}" for name in ("resample", "image_mean", "image_std") if name not in theirs]
+    if size != ({"shortest_edge": side} if crops else square) or (crops and crop_size != square):
+        wrong.append(f"size={size}" + (f" with crop_size={crop_size}" if crops else ""))
+    if wrong:
+        raise ValueError(
+            f"LynxImageProcessor cannot do as this configuration says: {', '.join(wrong)}. It resizes by bicubic "
+            "interpolation, either both sides to a square or the short side to that of the crop, and normalises"
+        )
+    return {
+        "size": side,
+        "patch_size": None,
+        "image_mean": theirs["image_mean"],
+        "image_std": theirs["image_std"],
+        "resize": "short_side" if crops else "exact",
+        "crop_rounding": "floor",
+        "output": "pixels",
+    }
+
+
+def _as_list(images) -> list:
+    is_array = isinstance(images, np.ndarray | torch.Tensor)
+    if is_array and images.ndim == 4:
+        return list(images)
+    if is_array or isinstance(images, str | bytes) or not isinstance(images, Sequence):
         return [images]
-    return images
+    return [image for each in images for image in _as_list(each)]
 
 
 def _frame(image, max_pixels: int) -> np.ndarray | torch.Tensor:
-    if isinstance(image, np.ndarray | torch.Tensor):
-        return image  # decoded already; pack_frames checks its shape and dtype
-    return np.array(load_image(image, max_pixels=max_pixels))
+    if not isinstance(image, np.ndarray | torch.Tensor):
+        return np.array(load_image(image, max_pixels=max_pixels))
+    if image.ndim == 3 and image.shape[0] == 3 and image.shape[2] != 3:
+        return image.permute(1, 2, 0) if isinstance(image, torch.Tensor) else image.transpose(1, 2, 0)
+    return image  # pack_frames checks its shape and dtype

@@ -160,6 +160,7 @@ class LynxForConditionalGeneration(PreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        max_supervised: int | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs,
@@ -180,6 +181,8 @@ class LynxForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 the output's ``logits`` are None.
             num_items_in_batch: what to divide the summed loss by, the supervised tokens of the whole accumulated
                 batch; this batch's own if None.
+            max_supervised: at least the number of labels that are not -100, as ``LynxProcessor`` counts them: on a
+                device, whose labels the host does not read, only so many rows then reach the vocabulary projection.
 
         Raises:
             ValueError: the arguments do not fit together; the message names them.
@@ -217,7 +220,7 @@ class LynxForConditionalGeneration(PreTrainedModel, GenerationMixin):
         hidden = outputs.last_hidden_state
         loss = logits = None
         if labels is not None:
-            loss = self._loss(hidden, labels, layout, num_items_in_batch)
+            loss = self._loss(hidden, labels, layout, num_items_in_batch, max_supervised)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.get_output_embeddings()(hidden[:, kept])
@@ -245,7 +248,7 @@ class LynxForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 f"{implementation!r}, which cannot read a layout"
             )
 
-    def _loss(self, hidden, labels, layout, num_items) -> Tensor:
+    def _loss(self, hidden, labels, layout, num_items, max_supervised) -> Tensor:
         if labels.shape != hidden.shape[:2]:
             raise ValueError(f"labels have shape {tuple(labels.shape)}, the batch {tuple(hidden.shape[:2])}")
         if layout is not None:
@@ -253,7 +256,9 @@ class LynxForConditionalGeneration(PreTrainedModel, GenerationMixin):
         else:
             targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100).flatten()
         weight = self.get_output_embeddings().weight
-        return linear_cross_entropy(hidden.flatten(0, 1), weight, targets, num_items=num_items)
+        return linear_cross_entropy(
+            hidden.flatten(0, 1), weight, targets, num_items=num_items, max_supervised=max_supervised
+        )
 
     @torch.no_grad()
     def generate(

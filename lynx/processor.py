@@ -162,7 +162,7 @@ class LynxProcessor(ProcessorMixin):
             ]
             samples.append(self.encode([{"role": "user", "content": content}]))
         batch = self.pad(samples)
-        del batch["labels"]
+        del batch["labels"], batch["max_supervised"]
         return batch
 
     def encode(self, messages: Sequence[dict[str, Any]]) -> Sample:
@@ -253,8 +253,8 @@ class LynxProcessor(ProcessorMixin):
                 for the centre crop and the middles.
 
         Returns:
-            ``input_ids``, ``labels``, ``layout`` and, where there are pictures, ``pixel_values``, ``frame_positions``
-            and ``media_layout``.
+            ``input_ids``, ``labels``, ``max_supervised`` (how many labels there are), ``layout`` and, where there are
+            pictures, ``pixel_values``, ``frame_positions`` and ``media_layout``.
         """
         rows = self._rows(samples)
         prefixes = [len(sample.media) * self.num_latents for sample in samples]
@@ -263,13 +263,14 @@ class LynxProcessor(ProcessorMixin):
             {
                 "input_ids": torch.tensor([[token for ids, _ in rows for token in ids]], dtype=torch.int64),
                 "labels": torch.tensor([[label for _, labels in rows for label in labels]], dtype=torch.int64),
+                "max_supervised": _num_supervised(samples),
                 "layout": layout,
                 **self._media(samples, generator),
             }
         )
 
     def pad(self, samples: Sequence[Sample], *, generator: np.random.Generator | None = None) -> BatchFeature:
-        """A left-padded batch, (B, L): ``input_ids``, ``attention_mask``, ``labels``, the pictures as in ``pack``."""
+        """A left-padded batch, (B, L): ``input_ids``, ``attention_mask``, ``labels``, the rest as in ``pack``."""
         rows = self._rows(samples)
         length = max(len(ids) for ids, _ in rows)
         pad = self.tokenizer.pad_token_id
@@ -278,6 +279,7 @@ class LynxProcessor(ProcessorMixin):
                 "input_ids": torch.tensor([[pad] * (length - len(ids)) + ids for ids, _ in rows]),
                 "attention_mask": torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids, _ in rows]),
                 "labels": torch.tensor([[IGNORED] * (length - len(labels)) + labels for _, labels in rows]),
+                "max_supervised": _num_supervised(samples),
                 **self._media(samples, generator),
             }
         )
@@ -323,6 +325,10 @@ class LynxProcessor(ProcessorMixin):
     def answer_of(self, token_ids: torch.Tensor) -> str:
         """The text of newly generated ``token_ids``, up to the EOS."""
         return self.tokenizer.decode(token_ids, skip_special_tokens=True).strip()
+
+
+def _num_supervised(samples: Sequence[Sample]) -> int:
+    return sum(label != IGNORED for sample in samples for label in sample.labels)
 
 
 def _crop_boxes(frames: list[Image.Image], generator: np.random.Generator) -> list[tuple[int, int, int, int]]:

@@ -27,6 +27,33 @@ void add_to(Pack& pack, const Sample& sample) {
     pack.patches += sample.patches;
 }
 
+Step balanced(std::vector<Pack> packs) {
+    balance(packs);
+    Step step;
+    for (const Pack& pack : packs) {
+        std::vector<int64_t>& indices = step.emplace_back();
+        for (const Sample& each : pack.samples) indices.push_back(each.index);
+        std::sort(indices.begin(), indices.end());
+    }
+    return step;
+}
+
+// The index of a step's first sample. No pack is empty.
+int64_t first_of(const Step& step) {
+    int64_t least = step[0][0];
+    for (const std::vector<int64_t>& pack : step) least = std::min(least, pack[0]);
+    return least;
+}
+
+Planner waiting_longest_first(std::vector<Sample> samples, int64_t token_budget, int64_t ranks) {
+    std::sort(samples.begin(), samples.end(), [](const Sample& left, const Sample& right) {
+        return left.tokens != right.tokens ? left.tokens > right.tokens : left.index < right.index;
+    });
+    Planner planner(token_budget, ranks, 0);
+    planner.restore(0, samples);
+    return planner;
+}
+
 }  // namespace
 
 Planner::Planner(int64_t token_budget, int64_t ranks, int64_t lookahead)
@@ -38,14 +65,14 @@ std::vector<Step> Planner::push(const Costs& costs) {
         const Sample sample = {num_seen_++, costs.tokens[i], costs.patches[i]};
         if (sample.tokens > token_budget_) continue;
         add(sample);
-        while (waiting_tokens_ >= enough_) steps.push_back(make_step());
+        while (waiting_tokens_ >= enough_) steps.push_back(balanced(fill_packs()));
     }
     return steps;
 }
 
 std::vector<Step> Planner::flush() {
     std::vector<Step> steps;
-    while (!by_length_.empty()) steps.push_back(make_step());
+    while (!by_length_.empty()) steps.push_back(balanced(fill_packs()));
     return steps;
 }
 
@@ -87,44 +114,45 @@ Sample Planner::remove(ByLength::iterator found) {
     return sample;
 }
 
-Step Planner::make_step() {
+std::vector<Pack> Planner::fill_packs() {
     std::vector<Pack> packs(ranks_, Pack{token_budget_, 0, {}});
-    while (const std::optional<Sample> sample = take_oldest(std::max_element(packs.begin(), packs.end(), tighter)->room))
-        add_to(*(sample->patches ? fewest_patches(packs, sample->tokens)
-                                 : &*std::max_element(packs.begin(), packs.end(), tighter)),
-               *sample);
+    const int64_t average = waiting_tokens_ / static_cast<int64_t>(by_length_.size());
+    const int64_t kept = ranks_ * std::min(average * 3 / 2, token_budget_ * 3 / 4);  // room for what is chosen
+    for (int64_t room = ranks_ * token_budget_; room > kept;) {
+        Pack& roomiest = *std::max_element(packs.begin(), packs.end(), tighter);
+        const std::optional<Sample> sample = take_oldest(roomiest.room);
+        if (!sample) break;
+        add_to(sample->patches ? *fewest_patches(packs, sample->tokens) : roomiest, *sample);
+        room -= sample->tokens;
+    }
     while (!by_length_.empty()) {
         Pack* target = fewest_patches(packs, by_length_.begin()->tokens);
         if (target == nullptr) break;
         add_to(*target, take_longest(target->room));
     }
-    balance(packs);
-    Step step(ranks_);
-    for (int64_t rank = 0; rank < ranks_; ++rank) {
-        for (const Sample& each : packs[rank].samples) step[rank].push_back(each.index);
-        std::sort(step[rank].begin(), step[rank].end());
-    }
-    return step;
+    return packs;
 }
 
 std::vector<Step> plan_known(const Costs& costs, int64_t token_budget, int64_t ranks) {
     std::vector<Sample> samples;
     for (int64_t i = 0; i < costs.count; ++i)
         if (costs.tokens[i] <= token_budget) samples.push_back({i, costs.tokens[i], costs.patches[i]});
-    std::stable_sort(samples.begin(), samples.end(),
-                     [](const Sample& left, const Sample& right) { return left.tokens > right.tokens; });
-    Planner planner(token_budget, ranks, 0);
-    planner.restore(costs.count, samples);
-    std::vector<Step> steps = planner.flush();
-    const auto first = [](const Step& step) {
-        int64_t least = INT64_MAX;
-        for (const auto& pack : step)
-            if (!pack.empty()) least = std::min(least, pack.front());
-        return least;
-    };
-    if (!steps.empty())
-        std::sort(steps.begin(), steps.end() - 1,
-                  [&](const Step& left, const Step& right) { return first(left) < first(right); });
+    Planner filling = waiting_longest_first(std::move(samples), token_budget, 1);
+    std::vector<Pack> packs;
+    while (!filling.is_empty()) packs.push_back(std::move(filling.fill_packs()[0]));
+    std::stable_sort(packs.begin(), packs.end(),
+                     [](const Pack& left, const Pack& right) { return left.patches > right.patches; });
+    std::vector<Step> steps;
+    const auto full = packs.end() - static_cast<int64_t>(packs.size()) % ranks;
+    for (auto first = packs.begin(); first != full; first += ranks)
+        steps.push_back(balanced({std::make_move_iterator(first), std::make_move_iterator(first + ranks)}));
+    std::sort(steps.begin(), steps.end(),
+              [](const Step& left, const Step& right) { return first_of(left) < first_of(right); });
+    std::vector<Sample> rest;
+    for (auto pack = full; pack != packs.end(); ++pack)
+        rest.insert(rest.end(), pack->samples.begin(), pack->samples.end());
+    for (Step& step : waiting_longest_first(std::move(rest), token_budget, ranks).flush())
+        steps.push_back(std::move(step));
     return steps;
 }
 

@@ -16,6 +16,12 @@ struct Sample {
     int64_t patches;  // of the vision tower
 };
 
+struct Pack {
+    int64_t room;     // tokens that are left of the budget
+    int64_t patches;  // of all samples
+    std::vector<Sample> samples;
+};
+
 // The indices of each rank's samples, ascending.
 using Step = std::vector<std::vector<int64_t>>;
 
@@ -36,6 +42,8 @@ class Planner {
     int64_t num_seen() const { return num_seen_; }
     std::vector<Sample> waiting() const;  // in order of arrival
     void restore(int64_t num_seen, const std::vector<Sample>& waiting);
+    bool is_empty() const { return by_length_.empty(); }
+    std::vector<Pack> fill_packs();  // of the next step, not yet balanced; some sample must wait
 
   private:
     // Shortest first and, among equals, the newest first: so the last that fits is the one to take.
@@ -51,7 +59,6 @@ class Planner {
     std::optional<Sample> take_oldest(int64_t room);
     Sample take_longest(int64_t room);
     Sample remove(ByLength::iterator found);
-    Step make_step();
 
     int64_t token_budget_, ranks_, enough_;
     int64_t num_seen_ = 0;

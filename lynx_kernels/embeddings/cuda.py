@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lynx_kernels import cuda_runtime
-from lynx_kernels.embeddings.rows import dense, sum_rows
+from lynx_kernels.embeddings.rows import backward_by, dense
 
 
 def forward(
@@ -24,21 +24,8 @@ def forward(
     )
 
 
-def backward(
-    grad: Tensor,  # (T, d), in the dtype of the table
-    token_ids: Tensor,  # (T,)
-    vision_index: Tensor,  # (T,)
-    num_embeddings: int,
-    num_vision: int,
-    vision_dtype: torch.dtype,
-    needs: list[bool],  # which of the table and the vision rows want a gradient
-) -> list[Tensor]:
-    """Return the gradients (V, d) and (M, d) that ``needs`` asks for; the rest is not computed."""
-    needs_embedding, needs_vision = needs
-    gradients = []
-    if needs_embedding:
-        gradients.append(sum_rows(grad, token_ids, vision_index < 0, num_embeddings).to(grad.dtype))
-    if needs_vision:
-        backward = cuda_runtime.kernels().pack_embeddings_backward
-        gradients.append(backward(dense(grad), vision_index.contiguous(), num_vision, vision_dtype))
-    return gradients
+def _vision_gradient(grad: Tensor, vision_index: Tensor, num_vision: int, dtype: torch.dtype) -> Tensor:
+    return cuda_runtime.kernels().pack_embeddings_backward(dense(grad), vision_index.contiguous(), num_vision, dtype)
+
+
+backward = backward_by(_vision_gradient)

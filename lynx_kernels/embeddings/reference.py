@@ -8,7 +8,7 @@ Shapes: T rows, V tokens in the table, M vision rows, width d.
 import torch
 from torch import Tensor
 
-from lynx_kernels.embeddings.rows import sum_rows
+from lynx_kernels.embeddings.rows import backward_by, sum_rows
 
 
 def forward(
@@ -25,24 +25,11 @@ def forward(
     return torch.where(is_vision[:, None], _rows(vision, vision_index).to(text.dtype), text)
 
 
-def backward(
-    grad: Tensor,  # (T, d), in the dtype of the table
-    token_ids: Tensor,  # (T,)
-    vision_index: Tensor,  # (T,)
-    num_embeddings: int,
-    num_vision: int,
-    vision_dtype: torch.dtype,
-    needs: list[bool],  # which of the table and the vision rows want a gradient
-) -> list[Tensor]:
-    """Return the gradients (V, d) and (M, d) that ``needs`` asks for; the rest is not computed."""
-    needs_embedding, needs_vision = needs
-    is_vision = vision_index >= 0
-    gradients = []
-    if needs_embedding:
-        gradients.append(sum_rows(grad, token_ids, ~is_vision, num_embeddings).to(grad.dtype))
-    if needs_vision:
-        gradients.append(sum_rows(grad, vision_index.long(), is_vision, num_vision).to(vision_dtype))
-    return gradients
+def _vision_gradient(grad: Tensor, vision_index: Tensor, num_vision: int, dtype: torch.dtype) -> Tensor:
+    return sum_rows(grad, vision_index.long(), vision_index >= 0, num_vision).to(dtype)
+
+
+backward = backward_by(_vision_gradient)
 
 
 def _host_may_read(tensor: Tensor) -> bool:

@@ -1,5 +1,7 @@
 """Rows of an embedding table: what several implementations do with them."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -21,3 +23,28 @@ def sum_rows(grad: Tensor, index: Tensor, used: Tensor, size: int) -> Tensor:
     """
     index = torch.where(used, index, size)
     return torch.ops.aten.embedding_dense_backward(grad.to(wide(grad.dtype)), index, size + 1, size, False)[:size]
+
+
+def backward_by(vision_gradient: Callable[[Tensor, Tensor, int, torch.dtype], Tensor]) -> Callable[..., list[Tensor]]:
+    """The backward of an implementation: the table's gradient is PyTorch's own, that of the vision rows (M, d) is
+    ``vision_gradient(grad, vision_index, num_vision, dtype)``."""
+
+    def backward(
+        grad: Tensor,  # (T, d), in the dtype of the table
+        token_ids: Tensor,  # (T,)
+        vision_index: Tensor,  # (T,)
+        num_embeddings: int,
+        num_vision: int,
+        vision_dtype: torch.dtype,
+        needs: list[bool],  # which of the table and the vision rows want a gradient
+    ) -> list[Tensor]:
+        """Return the gradients (V, d) and (M, d) that ``needs`` asks for; the rest is not computed."""
+        needs_embedding, needs_vision = needs
+        gradients = []
+        if needs_embedding:
+            gradients.append(sum_rows(grad, token_ids, vision_index < 0, num_embeddings).to(grad.dtype))
+        if needs_vision:
+            gradients.append(vision_gradient(grad, vision_index, num_vision, vision_dtype))
+        return gradients
+
+    return backward

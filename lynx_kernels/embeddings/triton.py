@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lynx_kernels.embeddings.rows import dense, sum_rows
+from lynx_kernels.embeddings.rows import backward_by, dense
 
 # None of these is measured: no GPU yet. 4096 columns in 16 bits are 8 KiB, 64 bytes a thread of 4 warps.
 _COLUMNS = 4096
@@ -46,26 +46,8 @@ def forward(
     return out
 
 
-def backward(
-    grad: Tensor,  # (T, d), in the dtype of the table
-    token_ids: Tensor,  # (T,)
-    vision_index: Tensor,  # (T,)
-    num_embeddings: int,
-    num_vision: int,
-    vision_dtype: torch.dtype,
-    needs: list[bool],  # which of the table and the vision rows want a gradient
-) -> list[Tensor]:
-    """Return the gradients (V, d) and (M, d) that ``needs`` asks for; the rest is not computed."""
-    needs_embedding, needs_vision = needs
-    gradients = []
-    if needs_embedding:
-        gradients.append(sum_rows(grad, token_ids, vision_index < 0, num_embeddings).to(grad.dtype))
-    if needs_vision:
-        gradients.append(_vision_gradient(dense(grad), vision_index.contiguous(), num_vision, vision_dtype))
-    return gradients
-
-
 def _vision_gradient(grad: Tensor, vision_index: Tensor, num_vision: int, dtype: torch.dtype) -> Tensor:
+    grad, vision_index = dense(grad), vision_index.contiguous()
     rows, width = grad.shape
     out = grad.new_empty((num_vision, width), dtype=dtype)
     if out.numel() == 0:
@@ -79,6 +61,9 @@ def _vision_gradient(grad: Tensor, vision_index: Tensor, num_vision: int, dtype:
             D=width, BD=columns, BT=_SCAN, num_warps=_WARPS,
         )  # fmt: skip
     return out
+
+
+backward = backward_by(_vision_gradient)
 
 
 @triton.jit(do_not_specialize=["n_embeddings", "n_vision"])

@@ -53,7 +53,8 @@ def linear_cross_entropy(
     and loss are in fp32, or fp64 if an input is (``"one_pass"`` on CPUs rounds bf16 logits to bf16); under autocast
     hidden and weight are cast to its dtype first. A frozen weight's gradient is not computed. ``"one_pass"``, for
     ``"mean"`` and ``"sum"``, computes the gradients that are wanted in forward and saves them for backward: (T, d) in
-    hidden's dtype and, where the weight trains, (V, d) in fp32. ``"reference"`` saves nothing but the arguments.
+    hidden's dtype and, where the weight trains, (V, d) in its own, in fp32 for fp16. ``"reference"`` saves nothing but
+    the arguments.
 
     Returns:
         () or, with ``"none"``, (T,), in fp32, or fp64 if an input is.
@@ -142,11 +143,10 @@ def _autograd(ctx, grad):
 
 
 def _sum_fake(hidden, weight, shift_labels, label_smoothing, ignore_index, max_supervised, needs):
-    dtype = wide(compute_dtype(hidden, weight))
     return (
-        hidden.new_empty((), dtype=dtype),
+        hidden.new_empty((), dtype=wide(compute_dtype(hidden, weight))),
         hidden.new_empty(hidden.shape if needs[0] else 0),
-        weight.new_empty(weight.shape if needs[1] else 0, dtype=dtype),
+        weight.new_empty(weight.shape if needs[1] else 0, dtype=one_pass.summed_dtype(weight)),
     )
 
 

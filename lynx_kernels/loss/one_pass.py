@@ -35,15 +35,15 @@ def forward(
     max_supervised: int,
     needs: list[bool],  # which of hidden and weight want a gradient
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the sum of the losses () and its gradients: hidden's (T, d) in its dtype, the weight's (V, d) in at least
-    fp32, each (0,) where it is not wanted."""
+    """Return the sum of the losses () and its gradients: hidden's (T, d) in its dtype, the weight's (V, d) in
+    ``summed_dtype``, each (0,) where it is not wanted."""
     supervised_rows.check_labels(labels, weight.shape[0], ignore_index)
     compute = supervised_rows.compute_dtype(hidden, weight)
     needs_hidden, needs_weight = needs
     total = hidden.new_zeros((), dtype=wide(compute))
     grad_hidden = hidden.new_zeros(hidden.shape if needs_hidden else 0)
-    grad_weight = weight.new_zeros(weight.shape if needs_weight else 0, dtype=wide(compute))
-    weight = weight.to(compute)
+    grad_weight = None
+    kept_dtype, weight = summed_dtype(weight), weight.to(compute)
     for rows in supervised_rows.chunks(labels, ignore_index, CHUNK, max_supervised):
         supervised = (labels[rows] != ignore_index)[:, None]  # (n, 1)
         label = torch.where(supervised, labels[rows][:, None], 0)
@@ -62,8 +62,15 @@ def forward(
         if needs_hidden:
             grad_hidden[rows] = _product(grad_logits, weight).to(hidden.dtype)
         if needs_weight:
-            _add_product(grad_weight, grad_logits.t(), x)
-    return total, grad_hidden, grad_weight
+            grad_weight = _add_product(grad_weight, grad_logits.t(), x)
+    if grad_weight is None:
+        return total, grad_hidden, weight.new_zeros(weight.shape if needs_weight else 0, dtype=kept_dtype)
+    return total, grad_hidden, grad_weight.to(kept_dtype)
+
+
+def summed_dtype(weight: Tensor) -> torch.dtype:
+    """The weight's own dtype, but for fp16: a sum over many rows, not yet divided by their number, may exceed it."""
+    return torch.float32 if weight.dtype == torch.float16 else weight.dtype
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
@@ -75,8 +82,11 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     return left.to(wide(left.dtype)) @ right.to(wide(right.dtype))
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    # The first product is the sum so far: with one chunk nothing of the weight's size is filled, added or widened.
+    if total is None:
+        return _product(left, right)
+    total = total.to(wide(total.dtype))
     if left.dtype == total.dtype:
-        total.addmm_(left, right)  # without a second tensor of the weight's size
-    else:
-        total += _product(left, right)
+        return total.addmm_(left, right)  # without a second tensor of the weight's size
+    return total.add_(_product(left, right))

@@ -107,7 +107,7 @@ class PackPlanner:
     @property
     def max_wait(self) -> int:
         """The most steps that are made after a sample came until it leaves, its own included."""
-        return 2 * (self.ranks + self.lookahead)
+        return 4 * (self.ranks + self.lookahead) + 1
 
     @property
     def num_seen(self) -> int:
@@ -175,8 +175,9 @@ def plan_packs(
 ) -> list[Step]:
     """Cut samples whose costs are all known into steps: fewer packs than ``PackPlanner`` needs, in no order of arrival.
 
-    The longest go first and shorter ones fill the rest, which with one rank is first-fit decreasing. Steps stand in the
-    order of their first samples, but for the last one made: it alone may be short, and have empty packs.
+    The longest go first and shorter ones fill the rest: first-fit decreasing. Packs with like numbers of patches make a
+    step; what does not fill one is shared among the ranks of the last, where alone packs may be nearly or quite empty.
+    The other steps stand in the order of their first samples.
 
     Args:
         tokens, patches, token_budget, ranks, too_long, impl: as of ``PackPlanner``; samples are numbered as they stand.

@@ -1,15 +1,16 @@
 """The definition of the planner, in plain Python: what runs where the compiled module is missing.
 
 A step is a pack for each rank, made from the samples that wait. In order of arrival, samples go to the packs that have
-room for them: one with patches to the pack with the fewest, one without to the pack with the most room. The first that
-fits nowhere ends this. Then, of the packs that have room for any, the one with the fewest patches takes the longest
-that fits it, until none has. So samples leave nearly in the order they came; only what is left of a pack is filled out
-of turn.
+room for them: one with patches to the pack with the fewest, one without to the pack with the most room. This ends when
+the packs have room for no more than 1.5 samples of average length each, or for 3/4 of their budgets if that is less, or
+at the first sample that fits nowhere. Then, of the packs that have room for any, the one with the fewest patches takes
+the longest that fits it, until none has. So short samples leave nearly in the order they came, and the last of a pack
+is chosen among all that wait, even where a pack holds but two.
 
-Nothing starves. A step ends its part in order at a sample that no pack has room for, and the next step begins with that
-very sample: together they take more than ``token_budget`` tokens from the front of the queue. Fewer than
-``(ranks + lookahead) * token_budget`` tokens stand before a new sample, so it leaves in ``2 * (ranks + lookahead)``
-steps at most.
+Nothing starves. Of the tokens at the front of the queue a step takes at least a quarter of ``token_budget``; or it ends
+at a sample that no pack has room for, with which the next step begins: together these two take more than
+``token_budget``. Fewer than ``(ranks + lookahead) * token_budget`` tokens stand before a new sample, so it leaves in
+``4 * (ranks + lookahead) + 1`` steps at most.
 
 Then samples are swapped between packs to balance the patches, the budgets kept, each swap the one that brings the pack
 with the most patches and the one with the fewest (the next, where there is no swap) nearest to each other.
@@ -68,7 +69,7 @@ class Planner:
     def restore(self, num_seen: int, waiting: Iterable[tuple[int, int, int]]) -> None:
         """Start from samples ``(number, tokens, patches)`` that wait, in order of arrival."""
         self.num_seen = num_seen
-        self._waiting_tokens = 0
+        self._waiting_tokens = self.num_waiting = 0
         self._arrivals: deque[Sample] = deque()  # those that were taken out of turn are still among them
         self._by_length: dict[int, deque[Sample]] = {}
         self._lengths: list[int] = []  # the keys of _by_length, sorted
@@ -89,14 +90,14 @@ class Planner:
                 continue
             self._add(sample)
             while self._waiting_tokens >= self._enough:
-                steps.append(self._make_step())
+                steps.append(_balanced(self.fill_packs()))
         return steps
 
     def flush(self) -> list[Step]:
         """The steps of all that waits."""
         steps = []
-        while self._by_length:
-            steps.append(self._make_step())
+        while self.num_waiting:
+            steps.append(_balanced(self.fill_packs()))
         return steps
 
     def _add(self, sample: Sample) -> None:
@@ -106,6 +107,7 @@ class Planner:
         self._by_length[sample.tokens].append(sample)
         self._arrivals.append(sample)
         self._waiting_tokens += sample.tokens
+        self.num_waiting += 1
 
     def _waits(self, sample: Sample) -> bool:
         # Of one length the oldest leaves first, so those that wait are the newest.
@@ -128,11 +130,18 @@ class Planner:
             del self._by_length[length]
             del self._lengths[bisect_left(self._lengths, length)]
         self._waiting_tokens -= length
+        self.num_waiting -= 1
         return sample
 
-    def _make_step(self) -> Step:
+    def fill_packs(self) -> list[Pack]:
+        """The packs of the next step, not yet balanced. Some sample must wait."""
         packs = [Pack(self._token_budget) for _ in range(self._ranks)]
-        while (sample := self._take_oldest(max(pack.room for pack in packs))) is not None:
+        average = self._waiting_tokens // self.num_waiting
+        kept = self._ranks * min(average * 3 // 2, self._token_budget * 3 // 4)  # room for what is chosen
+        while sum(pack.room for pack in packs) > kept:
+            sample = self._take_oldest(max(pack.room for pack in packs))
+            if sample is None:
+                break
             fitting = [pack for pack in packs if pack.room >= sample.tokens]
             if sample.patches:
                 _fewest_patches(fitting).add(sample)
@@ -141,8 +150,7 @@ class Planner:
         while self._lengths and (fitting := [pack for pack in packs if pack.room >= self._lengths[0]]):
             target = _fewest_patches(fitting)
             target.add(self._take_longest(target.room))
-        _balance(packs)
-        return [sorted(each.number for each in pack.samples) for pack in packs]
+        return packs
 
 
 def _fewest_patches(packs: list[Pack]) -> Pack:
@@ -150,17 +158,38 @@ def _fewest_patches(packs: list[Pack]) -> Pack:
 
 
 def plan_known(all_tokens: Sequence[int], all_patches: Sequence[int], token_budget: int, ranks: int) -> list[Step]:
-    """Steps for samples that are all known: as if they waited in order of their length, the longest first."""
+    """Steps for samples that are all known.
+
+    Packs are filled as if the samples waited in order of their length, the longest first. Those with like numbers of
+    patches then make a step. What is in the last few packs is dealt out anew, so that no rank is without.
+    """
     known = [
-        (index, tokens, patches)
-        for index, (tokens, patches) in enumerate(zip(all_tokens, all_patches, strict=True))
+        Sample(tokens, patches, number)
+        for number, (tokens, patches) in enumerate(zip(all_tokens, all_patches, strict=True))
         if tokens <= token_budget
     ]
+    filling = _waiting_longest_first(known, token_budget, 1)
+    packs: list[Pack] = []
+    while filling.num_waiting:
+        packs += filling.fill_packs()
+    packs.sort(key=lambda pack: -pack.patches)
+    full = len(packs) // ranks * ranks
+    steps = [_balanced(packs[start : start + ranks]) for start in range(0, full, ranks)]
+    steps.sort(key=lambda step: min(pack[0] for pack in step))
+    left = [sample for pack in packs[full:] for sample in pack.samples]
+    return steps + _waiting_longest_first(left, token_budget, ranks).flush()
+
+
+def _waiting_longest_first(samples: Iterable[Sample], token_budget: int, ranks: int) -> Planner:
     planner = Planner(token_budget, ranks, 0)
-    planner.restore(len(all_tokens), sorted(known, key=lambda sample: -sample[1]))
-    *full, last = planner.flush() or [[]]
-    steps = sorted(full, key=lambda step: min(pack[0] for pack in step if pack))
-    return [*steps, last] if last else []
+    longest_first = sorted(samples, key=lambda sample: (-sample.tokens, sample.number))
+    planner.restore(0, [(each.number, each.tokens, each.patches) for each in longest_first])
+    return planner
+
+
+def _balanced(packs: list[Pack]) -> Step:
+    _balance(packs)
+    return [sorted(each.number for each in pack.samples) for pack in packs]
 
 
 def _balance(packs: list[Pack]) -> None:

@@ -83,6 +83,9 @@ def test_cases(monkeypatch):
         asked = list(loss.cases(quick=False, device=device))
         assert len({str(case) for case in asked}) == len(asked) == (10 if device == "cpu" else 12)
         assert {case.mode for case in asked} == {"frozen", "train"}
+        quick = [str(case) for case in loss.cases(quick=True, device=device)]
+        assert len(quick) == 4
+        assert all("T=256" in name for name in quick)
     rows = measure(Case("loss", "frozen", "fp32 d=8 supervised=50", partial(tiny, "frozen")), rounds=2)
     saved = {row.provider: row.p50 * 2**20 for row in rows if row.metric == "saved memory"}
     assert saved["lynx one_pass"] == 40 * 8 * 4 + 8  # the gradient of hidden, and the number of rows

@@ -35,7 +35,7 @@ def test_two_long_samples_a_pack():
     """A third to two thirds of the budget, where order costs most: two short ones in turn leave room for none."""
     tokens = np.random.default_rng(0).integers(1366, 2731, 20_000)
     steps = PackPlanner(4096).push(tokens)
-    assert np.mean([tokens[step[0]].sum() / 4096 for step in steps]) > 0.92
+    assert np.mean([tokens[step[0]].sum() / 4096 for step in steps]) > 0.95
     assert planner.fill(planner.known("reference", 1, (tokens, 0 * tokens)), (tokens, tokens)) > 0.99
 
 

@@ -16,6 +16,7 @@ from lynx_kernels.adapter import _IMPLEMENTATIONS as ADAPTER
 from lynx_kernels.attention.cross import _IMPLEMENTATIONS as CROSS
 from lynx_kernels.attention.decode import _IMPLEMENTATIONS as DECODE
 from lynx_kernels.attention.prefix import _IMPLEMENTATIONS as PREFIX
+from lynx_kernels.embeddings import _IMPLEMENTATIONS as EMBEDDINGS
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
@@ -27,7 +28,7 @@ class Case:
 
     Attributes:
         kernels: what is launched, in order.
-        compute: the dtype of products.
+        compute: the dtype of products, or of sums where there are none.
     """
 
     operation: str
@@ -196,4 +197,32 @@ ATTENTION_CASES = [
     _decode_case(32, 32, 64, FP32),
 ]
 
-CASES = [*ADAPTER_CASES, *ATTENTION_CASES]
+
+# The packed input row, through a table of 32000 tokens.
+
+
+def embeddings(rows, num_vision, width, table, vision):
+    """The packed rows and the gradient of the vision rows."""
+    token_ids, index = _meta(rows, dtype=torch.int64), _meta(rows, dtype=torch.int32)
+    source = _meta(num_vision, width, dtype=vision)
+    out = EMBEDDINGS.forward(token_ids, _meta(32000, width, dtype=table), source, index, "triton")
+    _assert_alike([out], [_meta(rows, width, dtype=table)])
+    results = EMBEDDINGS.backward(out, token_ids, index, 32000, num_vision, vision, [False, True], "triton")
+    _assert_alike(results, [source])
+
+
+def _embeddings_case(table, vision, rows=8192, num_vision=512, width=4096) -> Case:
+    dtype = NAMES[table] if table == vision else f"{NAMES[vision]} into {NAMES[table]}"
+    launch = partial(embeddings, rows, num_vision, width, table, vision)
+    kernels = ("pack_kernel", "find_kernel", "sum_kernel")
+    return Case(EMBEDDINGS.name, f"T={rows} M={num_vision} d={width}", dtype, launch, kernels, FP32)
+
+
+EMBEDDINGS_CASES = [
+    *(_embeddings_case(table, vision) for table, vision in ((BF16, BF16), (FP32, BF16), (BF16, FP32), (FP32, FP32))),
+    # Sizes that are one, and no multiples of 16.
+    _embeddings_case(FP16, FP16, 1000, 77, 77),
+    _embeddings_case(BF16, BF16, 1, 1, 1),
+]
+
+CASES = [*ADAPTER_CASES, *ATTENTION_CASES, *EMBEDDINGS_CASES]

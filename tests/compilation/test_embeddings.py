@@ -1,54 +1,47 @@
-"""The launches of pack_embeddings, through the launchers."""
+"""What the compiler makes of the kernels of pack_embeddings."""
 
 import pytest
-import torch
 
-from lynx_kernels.embeddings import triton as implementation
-from tests.compilation.offline import GFX942, GFX942_SHARED_MEMORY, SHARED_MEMORY, compiling_for
+from tests.compilation import table
+from tests.compilation.cases import EMBEDDINGS_CASES
+from tests.compilation.offline import SHARED_MEMORY, compiling_for
 
-ARCHS = list(SHARED_MEMORY)
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 LOAD, STORE = "ld.global.v4.b32", "st.global.v4.b32"  # 16 bytes a thread
+WIDE = [case for case in EMBEDDINGS_CASES if case.shape.endswith("d=4096")]
+RAGGED = [case for case in EMBEDDINGS_CASES if case not in WIDE]
 
 
-def compile_embeddings(arch, table=BF16, vision=BF16, width=4096):
-    def meta(*shape, dtype):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    token_ids, index = meta(1000, dtype=torch.int64), meta(1000, dtype=torch.int32)
-    rows = meta(300, width, dtype=vision)
-    with compiling_for(arch) as compiled:
-        out = implementation.forward(token_ids, meta(32000, width, dtype=table), rows, index)
-        [gradient] = implementation.backward(out, token_ids, index, 32000, 300, vision, [False, True])
-    assert (out.shape, out.dtype) == ((1000, width), table)
-    assert (gradient.shape, gradient.dtype) == (rows.shape, vision)
-    assert [each.name for each in compiled] == ["pack_kernel", "find_kernel", "sum_kernel"]
-    for kernel in compiled:
-        assert kernel.spilled == 0, kernel
-    return compiled
+def compiled(case, arch):
+    with compiling_for(arch) as kernels:
+        case.launch()
+    return kernels
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize(("table", "vision"), [(BF16, BF16), (FP32, BF16), (BF16, FP32), (FP32, FP32)])
-def test_wide_accesses(table, vision, arch):
-    """Every access to rows moves 16 bytes; of registers so few that 1024 threads share a multiprocessor."""
-    pack, find, total = compile_embeddings(arch, table, vision)
+@pytest.mark.parametrize("arch", table.ARCHS)
+@pytest.mark.parametrize("case", EMBEDDINGS_CASES, ids=str)
+def test_no_spills(case, arch):
+    """And registers so few that 1024 threads share a multiprocessor; threads of an MI300 have twice as many."""
+    for row in table.results(case, arch):
+        assert row.spilled == 0, row
+        assert row.registers <= (64 if arch in SHARED_MEMORY else 128), row
+
+
+@pytest.mark.parametrize("arch", SHARED_MEMORY)
+@pytest.mark.parametrize("case", WIDE, ids=str)
+def test_wide_accesses(case, arch):
+    """Every access to rows moves 16 bytes."""
+    pack, find, total = compiled(case, arch)
     for kernel in (pack, total):
         assert kernel.has(LOAD), kernel
         assert kernel.has(STORE), kernel
         for narrow in ("global.b16", "global.v2.b16", "global.v2.b32", "global.v4.b16"):
             assert narrow not in kernel.assembly, kernel
-        assert kernel.registers <= 64, kernel
     assert pack.assembly.count(".b8 assertMessage_") == 2, pack  # ours, and none of integer overflow
     assert find.has("atom") or find.has("red"), find
 
 
-def test_rows_that_start_anywhere():
-    """A width of 77: no access may be wider than a value."""
-    for kernel in compile_embeddings(80, FP16, FP16, 77):
+@pytest.mark.parametrize("case", RAGGED, ids=str)
+def test_rows_that_start_anywhere(case):
+    """No access may be wider than a value."""
+    for kernel in compiled(case, 80):
         assert not kernel.has(LOAD), kernel
-
-
-def test_gfx942():
-    for kernel in compile_embeddings(GFX942):
-        assert 0 <= kernel.shared <= GFX942_SHARED_MEMORY, kernel

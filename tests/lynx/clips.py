@@ -2,6 +2,7 @@
 
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -24,14 +25,18 @@ def write_clip(
     pixels: str = "yuv420p",
     source: str = "rgb24",
     options: dict[str, str] | None = None,
+    context: dict[str, Any] | None = None,
 ) -> Path:
-    """Encode frames, a keyframe every 8; ``times`` are theirs in units of 1/rate s, by default 0, 1, 2, ..."""
+    """Encode frames, a keyframe every 8; ``times`` are theirs in units of 1/rate s, by default 0, 1, 2, ...;
+    ``options`` are the codec's own, ``context`` what it has in common with others."""
     with av.open(path, "w", container_options={"movflags": "faststart"} if path.suffix == ".mp4" else {}) as container:
         exact = _EXACT if codec == "mpeg4" else {}
         stream = container.add_stream(codec, rate=rate, options={**exact, **(options or {})})
         stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], pixels
         stream.codec_context.gop_size = 8
         stream.codec_context.time_base = Fraction(1, rate)
+        for name, value in (context or {}).items():
+            setattr(stream.codec_context, name, value)
         for number, pixels_of in enumerate(frames):
             picture = av.VideoFrame.from_ndarray(pixels_of, format=source)
             picture.pts = number if times is None else times[number]

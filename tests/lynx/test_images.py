@@ -1,21 +1,17 @@
-"""Decoding of images, the training crop, and the image processor."""
+"""Decoding of images, and the training crop."""
 
 import base64
 import io
-import json
 import struct
-import warnings
 import zlib
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFile
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from lynx.image_processor import LynxImageProcessor
 from lynx.images import DEFAULT_MAX_PIXELS, ImageError, decode_base64, load_image, random_resized_crop_box
-from lynx_kernels.frames import pack_frames
 
 ORIENTATION = 0x0112
 
@@ -266,71 +262,3 @@ def test_random_crops_are_the_generators():
 def test_an_endless_strip_is_refused():
     with pytest.raises(ImageError, match="32769 x 1 pixels have a side longer than the limit of 32768"):
         load_image(encode(Image.new("RGB", (32769, 1))))
-
-
-def test_processor_equals_pack_frames(tmp_path):
-    arrays = [noise(40, 60), noise(70, 33)]
-    path = tmp_path / "picture.png"
-    path.write_bytes(encode(Image.fromarray(arrays[0])))
-    processor = LynxImageProcessor(size=28)
-    expected = pack_frames(arrays, size=28, patch_size=14, mean=processor.image_mean, std=processor.image_std)
-    assert torch.equal(processor([path, Image.fromarray(arrays[1])], return_tensors="pt").pixel_values, expected)
-    assert torch.equal(processor([arrays[0], torch.from_numpy(arrays[1])]).pixel_values, expected)
-    assert torch.equal(processor(str(path)).pixel_values, expected[:4])
-    assert torch.equal(processor(np.stack([arrays[0]] * 2)).pixel_values, torch.cat([expected[:4]] * 2))
-    as_numpy = processor(arrays, return_tensors="np").pixel_values
-    np.testing.assert_array_equal(as_numpy, expected.numpy())
-
-
-def test_processor_equals_clip():
-    processor = LynxImageProcessor(size=28, output="pixels", crop_rounding="floor")
-    clip = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    images = [Image.fromarray(noise(41, 60)), Image.fromarray(noise(28, 31))]
-    expected = clip(images, return_tensors="pt").pixel_values
-    torch.testing.assert_close(processor(images).pixel_values, expected, rtol=0, atol=0)
-
-
-def test_processor_crops_to_boxes():
-    processor = LynxImageProcessor(size=28)
-    images = [noise(60, 50), noise(44, 44)]
-    boxes = [(3, 2, 50, 40), (0, 4, 44, 33)]
-    options = {"size": 28, "patch_size": 14, "mean": processor.image_mean, "std": processor.image_std}
-    expected = pack_frames(images, **options, resize="exact", crop_boxes=boxes)
-    assert torch.equal(processor(images, crop_boxes=boxes).pixel_values, expected)
-
-
-def test_a_call_overrides_attributes_but_only_known_ones():
-    processor = LynxImageProcessor(size=28)
-    assert processor([noise(30, 30)], size=42, output="pixels").pixel_values.shape == (1, 3, 42, 42)
-    assert processor.size == 28
-    with pytest.raises(TypeError, match="do_resize"):
-        processor([noise(30, 30)], do_resize=False)
-    with pytest.raises(ImageError, match="more than the limit of 10"):
-        processor(Image.new("RGB", (5, 5)), max_image_pixels=10)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {
-            "size": 56, "patch_size": None, "image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.25),
-            "resize": "exact", "crop_rounding": "floor", "output": "pixels", "max_image_pixels": 10_000,
-        },
-    ],
-)  # fmt: skip
-def test_save_and_load(options, tmp_path):
-    processor = LynxImageProcessor(**options)
-    processor.save_pretrained(tmp_path)
-    saved = json.loads((tmp_path / "preprocessor_config.json").read_text())
-    assert saved["image_processor_type"] == "LynxImageProcessor"
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        loaded = LynxImageProcessor.from_pretrained(tmp_path)
-    assert loaded.to_dict() == processor.to_dict()
-    for name in LynxImageProcessor.valid_kwargs.__annotations__:
-        assert getattr(loaded, name) == getattr(processor, name)
-        assert name in saved
-    image = noise(60, 70)
-    assert torch.equal(loaded(image).pixel_values, processor(image).pixel_values)
-    assert LynxImageProcessor.from_pretrained(tmp_path, size=14, output="pixels").size == 14

@@ -10,6 +10,8 @@ from transformers import CohereConfig, GraniteConfig, LlamaForCausalLM
 from lynx import LynxForConditionalGeneration, LynxProcessor
 from lynx.generation import answer
 from lynx_kernels import PackedLayout
+from lynx_kernels.loss import one_pass
+from lynx_kernels.loss import rows as loss_rows
 from tests.lynx.conftest import VISION, conversation, make_config, make_model, picture
 
 
@@ -93,6 +95,19 @@ def test_loss_is_the_cross_entropy_of_the_answers(model, processor, samples):
     torch.testing.assert_close(model(**processor.pack(samples)).loss, expected, rtol=1e-5, atol=1e-6)
     total = model(**processor.pack(samples), num_items_in_batch=7).loss * 7
     torch.testing.assert_close(total, expected * (padded["labels"] != -100).sum(), rtol=1e-5, atol=1e-6)
+
+
+def test_unsupervised_rows_do_not_reach_the_vocabulary_on_a_device(model, processor, samples, monkeypatch):
+    """The batch says how many rows are supervised, where the host may not read its labels."""
+    batch = processor.pack(samples)
+    expected = model(**batch).loss
+    monkeypatch.setattr(loss_rows, "host_may_read", lambda tensor: False)
+    seen = []
+    product = one_pass._product
+    monkeypatch.setattr(one_pass, "_product", lambda left, right: seen.append(left.shape[0]) or product(left, right))
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).loss, expected)
+    assert sum(seen) == batch["max_supervised"] < batch["labels"].numel()
 
 
 def test_every_parameter_learns(model, processor, samples):

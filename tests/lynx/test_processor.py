@@ -83,6 +83,7 @@ def test_pack(processor, samples):
     prefixes = [3, 0, 3, 6, 3]
     lengths = [prefix + len(sample.token_ids) for prefix, sample in zip(prefixes, samples, strict=True)]
     assert batch["input_ids"].shape == batch["labels"].shape == (1, sum(lengths))
+    assert batch["max_supervised"] == (batch["labels"] != -100).sum()
     rows = batch["input_ids"][0].split(lengths)
     for row, prefix, sample in zip(rows, prefixes, samples, strict=True):
         assert row.tolist() == [processor.image_token_id] * prefix + sample.token_ids
@@ -102,6 +103,7 @@ def test_pad(processor, samples):
     assert torch.equal(batch["labels"][real], packed["labels"][0])
     assert (batch["input_ids"][~real] == processor.tokenizer.pad_token_id).all()
     assert (batch["labels"][~real] == -100).all()
+    assert batch["max_supervised"] == packed["max_supervised"]
     assert real[:, -1].all(), "padded on the left"
 
 
@@ -118,6 +120,7 @@ def test_call_is_for_questions(processor):
     many = processor(text=["What?"], images=[picture(0)])
     assert torch.equal(one["input_ids"], many["input_ids"])
     assert "labels" not in one
+    assert "max_supervised" not in one
     video = [picture(0), picture(1)]
     for videos in (video, [video]):
         assert processor(text="What?", videos=videos)["frame_positions"].tolist() == [0, 1]

@@ -1,15 +1,15 @@
-"""Frames of video files: which are picked, what is decoded for them, and every refusal."""
+"""Frames of video files: which are picked, what is decoded for them, how they are shown."""
 
 import io
-import os
 import struct
 import sys
-import warnings
 from bisect import bisect_right
+from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from lynx import videos
 from lynx.images import ImageError
@@ -180,6 +180,55 @@ def test_rotation_is_carried_out(tmp_path, matrix, upright):
     np.testing.assert_array_equal(np.asarray(image), upright(picture))
 
 
+@pytest.mark.parametrize(("ratio", "size"), [((16, 11), (93, 48)), ((8, 9), (64, 54))])
+@pytest.mark.parametrize(("suffix", "codec"), [("mp4", "libx264"), ("mkv", "mpeg4")])
+def test_pixels_become_square(tmp_path, suffix, codec, ratio, size):
+    picture = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+    context = {"sample_aspect_ratio": Fraction(*ratio)}
+    path = write_clip(tmp_path / f"clip.{suffix}", [picture] * 3, codec, context=context)
+    [image] = load_video(path, 1)
+    assert image.size == size
+    stored = Image.fromarray(every_frame(path)[1])
+    np.testing.assert_array_equal(np.asarray(image), np.asarray(stored.resize(size, Image.Resampling.BICUBIC)))
+    with pytest.raises(ImageError, match=f"{size[0]} x {size[1]} pixels are more than the limit of {64 * 48}"):
+        load_video(path, 1, max_pixels=64 * 48)
+
+
+def test_ten_bits_become_eight(tmp_path):
+    frames = [frame(i) for i in range(COUNT)]
+    path = write_clip(tmp_path / "clip.mkv", frames, "ffv1", pixels="yuv420p10le")
+    assert numbers(load_video(path, COUNT)) == list(range(COUNT))
+
+
+@pytest.mark.parametrize(("space", "red", "blue"), [(1, 0.2126, 0.0722), (5, 0.299, 0.114), (9, 0.2627, 0.0593)])
+def test_colours_by_the_matrix_that_the_file_names(tmp_path, space, red, blue):
+    """Pixels are written by BT.601, so that another matrix shows in what is read. Numbers of spaces: ITU-T H.273."""
+    r, g, b = 60, 170, 60
+    luma = 0.299 * r + 0.587 * g + 0.114 * b
+    r, b = luma + (1 - red) / 0.701 * (r - luma), luma + (1 - blue) / 0.886 * (b - luma)
+    expected = r, (luma - red * r - blue * b) / (1 - red - blue), b
+    picture = np.full((48, 64, 3), (60, 170, 60), np.uint8)
+    context = {"colorspace": space}
+    path = write_clip(tmp_path / "clip.mkv", [picture] * 3, "ffv1", pixels="yuv444p", context=context)
+    actual = np.asarray(load_video(path, 1)[0])[24, 32].astype(int)
+    np.testing.assert_allclose(actual, expected, atol=2.5)
+    assert space == 5 or abs(np.asarray(expected) - (60, 170, 60)).max() > 6
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_high_dynamic_range(tmp_path, suffix):
+    """HLG is made for usual screens too; PQ is not."""
+    frames = [frame(i) for i in range(COUNT)]
+    wide = {"color_primaries": 9, "colorspace": 9}  # BT.2020
+    hlg = write_clip(tmp_path / f"hlg.{suffix}", frames, "libx264", context={**wide, "color_trc": 18})
+    with av.open(str(hlg)) as container:
+        assert container.streams.video[0].codec_context.color_trc == 18
+    assert numbers(load_video(hlg, 2)) == [10, 30]
+    pq = write_clip(tmp_path / f"pq.{suffix}", frames, "libx264", context={**wide, "color_trc": 16})
+    with pytest.raises(VideoError, match=rf"pq\.{suffix}: .*high dynamic range \(PQ\), .* convert it"):
+        load_video(pq, 2)
+
+
 def test_transparency_lies_on_white(tmp_path):
     picture = np.zeros((32, 48, 4), np.uint8)
     picture[:16] = 255, 10, 20, 30  # alpha first
@@ -226,126 +275,6 @@ def test_what_an_edit_cuts_away_is_not_shown(tmp_path):
     cut = patched(data, b"elst", 12, begin + 11 * 512)  # 11 frames
     assert numbers(load_video(cut, 1)) == [11 + (COUNT - 11) // 2]
     assert numbers(load_video(cut, 30)) == list(range(11, COUNT))
-
-
-@pytest.mark.parametrize(
-    ("suffix", "keep", "message"),
-    [
-        ("mp4", 0.6, "cut short"),
-        ("mp4", "packet", "cut short, it has 20 of 41 packets"),
-        ("mov", 0.6, "cut short"),  # its index is at the end
-        ("avi", 0.6, "cut short"),
-        ("flv", 0.6, "cut short in packet"),
-    ],
-)
-def test_truncated_files_are_refused_by_name(tmp_path, suffix, keep, message):
-    path = write_clip(
-        tmp_path / f"half.{suffix}", [frame(i) for i in range(COUNT)], "flv" if suffix == "flv" else "mpeg4"
-    )
-    data = path.read_bytes()
-    path.write_bytes(data[: packets(path)[20][0] if keep == "packet" else int(len(data) * keep)])
-    with pytest.raises(VideoError, match=rf"half\.{suffix}: .*({message})"):
-        load_video(path, 5)
-
-
-def test_formats_that_do_not_tell_give_what_is_there(tmp_path):
-    path = write_clip(tmp_path / "half.mkv", [frame(i) for i in range(COUNT)])
-    path.write_bytes(path.read_bytes()[: packets(path)[21][0]])
-    assert numbers(load_video(path, 2)) == [5, 15]
-
-
-def sound(path, cover=None):
-    with av.open(path, "w") as container:
-        stream = container.add_stream("aac", rate=8000, layout="mono")
-        samples = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
-        samples.sample_rate = 8000
-        if cover is not None:
-            picture = container.add_stream("png", rate=1)
-            picture.height, picture.width, picture.pix_fmt = *cover.shape[:2], "rgb24"
-            picture.disposition = av.stream.Disposition.attached_pic
-            container.mux(picture.encode(av.VideoFrame.from_ndarray(cover, format="rgb24")))
-        container.mux([*stream.encode(samples), *stream.encode()])
-    return path.read_bytes()
-
-
-def without_frames(path):
-    with av.open(path, "w") as container:
-        stream = container.add_stream("mpeg4", rate=25)
-        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
-        container.start_encoding()
-    return path.read_bytes()
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda path: b"", "no video of a known format, empty"),
-        (lambda path: b"<html>not found</html>" * 500, "no video of a known format"),
-        (lambda path: b"YUV4MPEG2 W16 H16 F25:1\n" + (b"FRAME\n" + bytes(384)) * 3, "no video of a known format"),
-        (lambda path: sound(path.with_suffix(".mkv")), "there is no video in it"),
-        (lambda path: sound(path.with_suffix(".mp4"), frame(3)), "there is no video in it"),
-        (lambda path: without_frames(path.with_suffix(".avi")), "no frames"),
-    ],
-    ids=["empty", "junk", "a format not on the list", "sound", "sound with a cover", "no frames"],
-)
-def test_what_is_no_video_is_refused_by_name(tmp_path, make, message):
-    path = tmp_path / "clip.mp4"
-    path.write_bytes(make(tmp_path / "other"))
-    with pytest.raises(VideoError, match=rf"clip\.mp4: .*{message}"):
-        load_video(path, 2)
-
-
-def test_missing_files_folders_and_urls(tmp_path):
-    with pytest.raises(VideoError, match=r"none\.mp4: no such file"):
-        load_video(tmp_path / "none.mp4", 2)
-    with pytest.raises(VideoError, match="Is a directory"):
-        load_video(tmp_path, 2)
-    with pytest.raises(VideoError, match="never fetched"):
-        load_video("https://example.org/clip.mp4", 2)
-
-
-def test_playlists_do_not_open_other_files(clip, tmp_path):
-    segment = write_clip(tmp_path / "clip.ts", [frame(1)] * 9, "mpeg2video")
-    lists = {
-        "concat": f"ffconcat version 1.0\nfile '{clip.name}'\n",
-        "hls": f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{segment.name}\n#EXT-X-ENDLIST\n",
-    }
-    for kind, text in lists.items():
-        path = tmp_path / f"{kind}.mp4"
-        path.write_text(text)
-        with pytest.raises(VideoError, match=kind):
-            load_video(path, 2)
-
-
-def test_frames_too_large_are_refused(clip, tmp_path):
-    assert len(load_video(clip, 2, max_pixels=48 * 64)) == 2
-    with pytest.raises(ImageError, match=r"clip\.mp4: 64 x 48 pixels are more than the limit of 3071"):
-        load_video(clip, 2, max_pixels=48 * 64 - 1)
-    growing = b"".join(
-        write_clip(tmp_path / f"{side}.ts", [frame(2, side, side)] * 12, "mpeg2video").read_bytes() for side in (32, 64)
-    )
-    assert {image.size for image in load_video(growing, 12)} >= {(64, 64)}
-    with pytest.raises(ImageError, match="64 x 64 pixels are more than the limit of 1024"):
-        load_video(growing, 12, max_pixels=32 * 32)
-
-
-def test_files_are_closed_whatever_happens(clip, tmp_path):
-    cut = tmp_path / "cut.mp4"
-    cut.write_bytes(clip.read_bytes()[: clip.stat().st_size // 2])
-    other = tmp_path / "sound.mkv"
-    sound(other)
-    before = len(os.listdir("/proc/self/fd"))
-    held = []  # exceptions keep the frames of the stack, and what is open there, alive
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for path, options in ((clip, {}), (cut, {}), (other, {}), (clip, {"max_pixels": 5})):
-            try:
-                load_video(path, 3, **options)
-            except ImageError as error:
-                held.append(error)
-            assert len(os.listdir("/proc/self/fd")) == before
-    assert len(held) == 3
-    assert not [each for each in caught if issubclass(each.category, ResourceWarning)]
 
 
 def test_without_pyav_the_error_says_what_to_install(clip, monkeypatch):

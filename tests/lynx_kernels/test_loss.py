@@ -50,7 +50,11 @@ def products(monkeypatch):
 
         monkeypatch.setattr(module, name, run)
 
-    monkeypatch.setattr(one_pass, "_add_product", lambda total, *factors: total.add_(one_pass._product(*factors)))
+    def add_product(total, left, right):
+        product = one_pass._product(left, right)
+        return product if total is None else total + product
+
+    monkeypatch.setattr(one_pass, "_add_product", add_product)
     for module in (one_pass, reference):
         spy(module, "_product")
     return found
@@ -155,6 +159,15 @@ def test_logits_beyond_fp16():
         torch.testing.assert_close(losses, torch.tensor(expected))
 
 
+def test_sums_of_gradients_beyond_fp16():
+    """The mean's gradient fits where the sum's does not."""
+    rows = 400
+    hidden = torch.full((rows, 4), 300.0, dtype=torch.float16)
+    weight = torch.zeros(2, 4, dtype=torch.float16, requires_grad=True)
+    linear_cross_entropy(hidden, weight, torch.zeros(rows, dtype=torch.int64)).backward()
+    torch.testing.assert_close(weight.grad, torch.tensor([[-150.0] * 4, [150.0] * 4], dtype=torch.float16))
+
+
 def test_permuted_inputs_and_gradient():
     inputs = make()
     grad = torch.randn(37, dtype=torch.float64)
@@ -241,9 +254,14 @@ def test_one_graph_serves_two_backwards_and_no_second_derivative(preferred):
 
 
 def test_what_is_saved(preferred):
-    hidden, weight, labels = make(dtype=torch.bfloat16)
-    for trained, expected in ((False, 37 * 13 * 2), (True, 37 * 13 * 2 + 19 * 13 * 4)):
+    for dtype, trained, expected in (
+        (torch.bfloat16, False, 37 * 13 * 2),
+        (torch.bfloat16, True, 37 * 13 * 2 + 19 * 13 * 2),
+        (torch.float16, True, 37 * 13 * 2 + 19 * 13 * 4),
+        (torch.float32, True, 37 * 13 * 4 + 19 * 13 * 4),
+    ):
         kept = []
+        hidden, weight, labels = make(dtype=dtype)
         weight.requires_grad_(trained)
         with torch.autograd.graph.saved_tensors_hooks(
             lambda each, kept=kept: kept.append(each) or each, lambda each: each

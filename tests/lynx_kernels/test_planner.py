@@ -112,7 +112,7 @@ def test_nothing_waits_longer_than_the_bound(impl, costs, chosen):
     for step in made.flush():
         count += 1
         left |= {each: count for pack in step for each in pack}
-    assert made.max_wait == 2 * (chosen["ranks"] + chosen["lookahead"])
+    assert made.max_wait == 4 * (chosen["ranks"] + chosen["lookahead"]) + 1
     assert max((left[index] - came[index] for index in came), default=0) <= made.max_wait
 
 
@@ -142,6 +142,22 @@ def test_order_of_arrival_then_the_longest_that_fits(impl):
     made.push([3, 4, 5, 2, 3, 3, 1])
     # 3 and 4 in order; 5 does not fit, of the rest a 3 does, the older one. Then 5 2 3, and 1 is left.
     assert made.flush() == [[[0, 1, 4]], [[2, 3, 5]], [[6]]]
+
+
+@forms
+@pytest.mark.parametrize(
+    ("budget", "tokens", "expected"),
+    [
+        (10, [4, 3, 6, 3], [[0, 2], [1, 3]]),  # the average is 4: order ends where room for 6 is left
+        (10, [3, 4, 6, 3], [[0, 1, 3], [2]]),  # with 7 left it goes on
+        (8, [1, 8, 8, 8], [[0], [1], [2], [3]]),  # a quarter of the budget goes by order, whatever the average
+        (8, [2, 1, 6, 7, 8], [[0, 2], [1, 3], [4]]),  # but no more than that
+    ],
+)
+def test_the_last_of_a_pack_is_chosen_among_all(impl, budget, tokens, expected):
+    made = PackPlanner(budget, lookahead=9, impl=impl)
+    assert made.push(tokens) == []
+    assert [step[0] for step in made.flush()] == expected
 
 
 @forms
@@ -193,6 +209,15 @@ def test_known_samples_fill_packs_as_first_fit_decreasing(impl):
     assert plan_packs(tokens, token_budget=10, impl=impl) == expected
     assert plan_packs([], token_budget=10, ranks=2, impl=impl) == []
     assert plan_packs([2, 3], token_budget=10, ranks=3, impl=impl) == [[[1], [0], []]]
+
+
+@forms
+def test_known_packs_of_like_patches_make_a_step(impl):
+    patches = [9, 0, 1, 8, 0, 0, 3, 2]
+    steps = plan_packs([10] * 8, patches, token_budget=10, ranks=2, impl=impl)
+    assert steps == [[[0], [3]], [[2], [1]], [[4], [5]], [[6], [7]]]
+    # Three packs for two ranks: the samples of the one left over are shared out.
+    assert plan_packs([10, 10, 5, 5], token_budget=10, ranks=2, impl=impl) == [[[0], [1]], [[2], [3]]]
 
 
 @forms
