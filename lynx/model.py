@@ -236,12 +236,12 @@ class LynxForConditionalGeneration(PreTrainedModel, GenerationMixin):
             position_ids = layout.position_ids[None] if position_ids is None else position_ids
             kwargs["layout"] = layout
         else:
-            begins = past_key_values is None or past_key_values.get_seq_length() == 0
-            rows = inputs_embeds.shape[:2]
-            if begins and attention_mask is not None and attention_mask.shape != rows:
-                raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, the batch {tuple(rows)}")
             if position_ids is None and attention_mask is not None and past_key_values is None:
+                rows = inputs_embeds.shape[:2]
+                if attention_mask.shape != rows:
+                    raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, the batch {tuple(rows)}")
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+            begins = past_key_values is None or past_key_values.get_seq_length() == 0
             if begins and not self.config.prefix_is_causal:
                 if prefix_lengths is None and input_ids is not None:
                     prefix_lengths = prefix.lengths(input_ids, attention_mask, self.config.image_token_id)
