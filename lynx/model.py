@@ -104,9 +104,10 @@ class LynxForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         features = vision.encode(self.vision_tower, pixel_values)  # (N, tokens, media width)
         num_frames, tokens = features.shape[:2]
-        if layout is None:
+        is_resampled = self.config.bridge == "resampler"
+        if layout is None and is_resampled:
             layout = media_layout([1] * num_frames, tokens, self.config.num_latents)
-        if layout.num_keys != num_frames * tokens:
+        if layout is not None and layout.num_keys != num_frames * tokens:
             raise ValueError(
                 f"media_layout describes {layout.num_keys} vision tokens, but pixel_values holds {num_frames} frames "
                 f"of {tokens} tokens"
@@ -121,7 +122,7 @@ class LynxForConditionalGeneration(PreTrainedModel, GenerationMixin):
             (frame_positions < self.config.max_frames).all(),
             f"frame_positions must be below max_frames, {self.config.max_frames}",
         )
-        if self.config.bridge != "resampler":
+        if not is_resampled:
             return self.projection(features.to(self.projection.frame_position.dtype), frame_positions)
         features = features.to(self.resampler.latents.dtype)
         return self.resampler(features, frame_positions, layout.to(features.device))
@@ -219,6 +220,8 @@ class LynxForConditionalGeneration(PreTrainedModel, GenerationMixin):
             vision_tokens = None
             if self.config.fusion == "cross_attention":
                 if pixel_values is not None or cross_layout is not None:
+                    if past_key_values is not None and past_key_values.get_seq_length() > 0:
+                        raise ValueError("past_key_values holds the media of its text; run the whole text to add more")
                     media = self.read_media(pixel_values, frame_positions, media_layout, cross_layout)
             elif pixel_values is not None:
                 vision_tokens = self.encode_media(pixel_values, frame_positions, media_layout)
@@ -290,6 +293,11 @@ class LynxForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if inputs_embeds.shape[:2] != (1, layout.num_tokens):
             raise ValueError(
                 f"a packed batch is (1, {layout.num_tokens}) as its layout says, got {tuple(inputs_embeds.shape[:2])}"
+            )
+        if layout.max_root_length > 0 and layout.root_is_causal != self.config.prefix_is_causal:
+            raise ValueError(
+                f"the layout has root_is_causal={layout.root_is_causal}, the model prefix_is_causal="
+                f"{self.config.prefix_is_causal}"
             )
         implementation = self.get_decoder().config._attn_implementation
         if implementation != attention_integration.NAME:

@@ -479,6 +479,8 @@ def test_bad_batches_say_what_is_wrong(tokenizer, model, processor, samples, que
         model.generate(**questions, max_new_tokens=2, cache_implementation="static")
     with pytest.raises(ValueError, match="no media reached LlamaDecoderLayerWithCrossAttention"):
         model.language_model(torch.tensor([[1, 2]]))
+    with pytest.raises(ValueError, match="past_key_values holds the media of its text"):
+        model(**questions, past_key_values=model(**questions).past_key_values)
     prefix = make_model(make_config(tokenizer))
     with pytest.raises(ValueError, match="cross_layout is for fusion='cross_attention', this model has 'prefix'"):
         prefix(**packed)

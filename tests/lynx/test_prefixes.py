@@ -137,6 +137,13 @@ def test_another_attention_refuses_full_prefixes(tokenizer):
         make_model(config)(**inputs(processor.pad([two_pictures(processor)])))
 
 
+def test_a_layout_of_another_kind_is_refused(tokenizer):
+    model, _ = build(tokenizer, prefix_is_causal=False)
+    _, causal = build(tokenizer)
+    with pytest.raises(ValueError, match="layout has root_is_causal=True, the model prefix_is_causal=False"):
+        model(**causal.pack([two_pictures(causal)]))
+
+
 def test_a_video_file_has_as_many_tokens_as_its_frames(tokenizer, tmp_path):
     model, processor = build(tokenizer, bridge="linear")
     clip = write_clip(tmp_path / "clip.mp4", [frame(i) for i in range(9)])
@@ -175,8 +182,11 @@ def test_contradictory_configurations_are_refused(tokenizer, options, message):
 @pytest.mark.parametrize(
     ("part", "field", "value", "message"),
     [
-        ("text_config", "num_key_value_heads", 3, "text_config: num_key_value_heads, 3, do not divide num_attention_h"),
-        ("text_config", "num_attention_heads", 0, "text_config: num_attention_heads is 0"),
+        ("text_config", "num_key_value_heads", 3, "text_config: num_key_value_heads, 3, do not divide"),
+        ("text_config", "num_attention_heads", 0, "text_config is no configuration of model_type 'llama'"),
+        ("text_config", "num_attention_heads", 5, r"text_config is no configuration .*\(32\) is not a multiple"),
+        ("text_config", "model_type", "parrot", "text_config is no configuration of model_type 'parrot'"),
+        ("vision_config", "num_attention_heads", 0, "vision_config: num_attention_heads is 0"),
         (
             "vision_config",
             "num_attention_heads",
