@@ -52,7 +52,8 @@ def resampler(request):
     torch.manual_seed(0)
     options = {"num_latents": 3, "depth": 2, "num_heads": 2, "head_dim": 4, "expansion": 2, "max_frames": 4}
     options["concatenates_latents"] = request.param
-    resampler = Resampler(5, 5, **options, latent_initializer_range=1.0).double()
+    width = 5 if request.param else 6  # what is concatenated must have one width
+    resampler = Resampler(width, 5, **options, latent_initializer_range=1.0).double()
     for parameter in resampler.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return resampler
