@@ -44,10 +44,10 @@ def read(path: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} is refused: it is no checkpoint, or holds more than tensors and plain values, so that reading it "
             "could run code. If you trust where it is from, save its tensors alone in a file of their own. "
-            f"({str(error).splitlines()[0]})"
+            f"({_first_line(error)})"
         ) from error
     except (RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read, truncated perhaps: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path} cannot be read, truncated perhaps: {_first_line(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a dict of tensors")
     return content
@@ -69,3 +69,7 @@ def _read_folder(folder: Path) -> dict[str, Any]:
             raise FileNotFoundError(f"{found} names {shard}, which is no file of the folder")
         content.update(read(folder / shard))
     return content
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -23,9 +23,7 @@ def of_lynx(content: Mapping[str, Any]) -> dict[str, Tensor]:
     """
     content = _unwrapped(content)
     if not any(_without(key, "module.", "model.").startswith(SECTIONS) for key in content):
-        raise ValueError(
-            f"these are no weights of Lynx: the keys are {_some(content)}, expected {', '.join(SECTIONS)}"
-        )
+        raise ValueError(f"these are no weights of Lynx: the keys are {_some(content)}, expected {', '.join(SECTIONS)}")
     return _split_qkv(_renamed(content, lambda key: _without(key, "module.", "model.")))
 
 

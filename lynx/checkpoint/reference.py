@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -21,6 +20,7 @@ from lynx.checkpoint import files, keys, names, shapes
 from lynx.checkpoint.folder import save
 from lynx.config import LynxConfig
 from lynx.model import LynxForConditionalGeneration
+from lynx.presets import on_meta
 from lynx.processor import LynxProcessor
 
 logger = logging.getLogger(__name__)
@@ -28,6 +28,10 @@ logger = logging.getLogger(__name__)
 _FREQUENCIES = ".self_attn.rotary_emb.inv_freq"
 _TABLES = ("LLM.model.embed_tokens.weight", "LLM.lm_head.weight")
 _POSITIONS = "vision_encoder.pos_embed"
+_RELEASE = {
+    "fusion": "prefix", "bridge": "resampler", "prefix_is_causal": True, "resampler_concatenates_latents": False,
+    "adapter_activation": "silu",
+}  # fmt: skip
 
 
 def load_reference(
@@ -74,8 +78,7 @@ def load_reference(
     frequencies = {key: state.pop(key) for key in list(state) if key.endswith(_FREQUENCIES)}
     if vision_state_dict is not None:
         _drop_last_blocks(state, config)
-    with init_empty_weights(include_buffers=False):
-        model = LynxForConditionalGeneration(config)
+    model = on_meta(config)
     expected = export_reference(model)
     problems = [*_misfits(state, expected), *_other_frequencies(frequencies, model)]
     if problems:
@@ -98,11 +101,15 @@ def export_reference(model: LynxForConditionalGeneration) -> dict[str, Tensor]:
     Raises:
         ValueError: the model has parts that the release does not know.
     """
-    if model.config.fusion != "prefix" or not vision.takes_patches(model.config.vision_config):
-        raise ValueError(
-            f"the release knows prefix fusion and EVA's vision tower, but this model has fusion="
-            f"{model.config.fusion!r} and a tower of type {model.config.vision_config.model_type!r}"
-        )
+    unlike = [
+        f"{name}={getattr(model.config, name)!r}"
+        for name, value in _RELEASE.items()
+        if getattr(model.config, name) != value
+    ]
+    if not vision.takes_patches(model.config.vision_config):
+        unlike.append(f"vision_config.model_type={model.config.vision_config.model_type!r}")
+    if unlike:
+        raise ValueError(f"the release knows no {', '.join(unlike)}")
     state: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         state.update(names.to_reference(name, tensor))
@@ -142,6 +149,9 @@ def convert(
         overrides.setdefault("vision_config", {})["image_size"] = image_size
     vocabulary = None if tokenizer is None else _tokenizer(tokenizer)
     if vocabulary is not None:
+        if vocabulary.pad_token is None:
+            vocabulary.add_special_tokens({"pad_token": "[PAD]"})
+            text.setdefault("vocab_size", len(vocabulary))
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             text.setdefault(name, getattr(vocabulary, name))
     model = load_reference(
@@ -271,7 +281,4 @@ def _read_overrides(path: str | Path | None) -> dict[str, Any]:
 def _tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"{folder}: no such tokenizer folder")
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    if tokenizer.pad_token is None:
-        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    return tokenizer
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -38,6 +38,9 @@ def configuration(state: Mapping[str, Tensor], overrides: Mapping[str, Any]) -> 
     if unknown:
         raise ValueError(f"LynxConfig has no {', '.join(unknown)}, which config overrides")
     text = {**_text(sizes, text), **text}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if isinstance(text[name], int) and text[name] >= text["vocab_size"]:
+            raise ValueError(f"text_config: {name} is {text[name]}, but vocab_size {text['vocab_size']}")
     width = text["hidden_size"]
     inner = sizes.of(512, ("bridge.layers.*.0.to_q.weight", 0), ("bridge.layers.*.0.to_out.weight", 1))
     heads = top.get("resampler_heads") or inner // top.get("resampler_head_dim", max(1, inner // 8))
