@@ -60,13 +60,13 @@ def test_lynx_7b_has_the_paper_s_sizes(frequency, adapters):
 
 
 def test_lynx_7b_cross_has_its_parts():
-    """A block before every fourth layer; the resampler is deeper, and no adapter is left."""
+    """A block before every fourth layer reads the tower's width; the resampler keeps it and is deeper; no adapters."""
     model = presets.on_meta(presets.PRESETS["lynx-7b-cross"]())
     block = (
-        norm(4096) + 3 * linear(4096, 512, False) + linear(512, 4096, False) + 1
+        norm(4096) + linear(4096, 512, False) + linear(1408, 2 * 512, False) + linear(512, 4096, False) + 1
         + norm(4096) + linear(4096, 4 * 4096, False) + linear(4 * 4096, 4096, False) + 1
     )  # fmt: skip
-    deeper = resampler(4096, 1408, 8 * 64, depth=6, latents=64, frames=5) + LATENTS_SEEN
+    deeper = resampler(1408, 1408, 8 * 64, depth=6, latents=64, frames=5)
     assert count(model.vision_tower) == VISION
     assert count(model.resampler) == deeper
     assert count(model.language_model) == VICUNA + 8 * block
