@@ -16,7 +16,7 @@ from lynx.config import LynxConfig
 VICUNA_ROWS = 32000  # of Vicuna's tables, without the row of [PAD]
 _EVA_G_WIDTH = 1408
 _EVA_G_BLOCKS = 40  # of the original, of which Lynx leaves out the last
-_ROPE_OPTIONS = {"rope_theta", "rope_scaling"}  # transformers takes them, but keeps them under another name
+_OTHER_NAMES = {"rope_theta", "rope_scaling", "attn_implementation"}  # that transformers takes, and keeps otherwise
 
 
 def configuration(state: Mapping[str, Tensor], overrides: Mapping[str, Any]) -> LynxConfig:
@@ -139,7 +139,7 @@ def _divided(key: str, size: int, name: str, heads: int) -> int:
 def _fields(name: str, overrides: Any, defaults: Any) -> dict[str, Any]:
     if not isinstance(overrides, Mapping):
         raise ValueError(f"config's {name} is a {type(overrides).__name__}, expected a dict of what to override")
-    unknown = sorted(field for field in overrides if not hasattr(defaults, field) and field not in _ROPE_OPTIONS)
+    unknown = sorted(field for field in overrides if not hasattr(defaults, field) and field not in _OTHER_NAMES)
     if unknown:
         raise ValueError(f"{type(defaults).__name__} has no {', '.join(unknown)}, which config's {name} overrides")
     return dict(overrides)
