@@ -156,7 +156,7 @@ class Harmful:
 def test_code_in_a_pickle_is_not_run(weights, tmp_path, monkeypatch):
     monkeypatch.setenv("LYNX_TEST_HARM", str(tmp_path / "harm"))
     torch.save({"model": weights, "args": Harmful()}, tmp_path / "bad.pt")
-    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Harmful()))
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Harmful(), protocol=2))
     for name in ("bad.pt", "plain.pt"):
         with pytest.raises(ValueError, match=f"{name} is refused.*could run code"):
             files.read(tmp_path / name)
