@@ -96,14 +96,19 @@ class LynxForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Args:
             pixel_values: of all frames, as ``lynx.vision.encode`` wants them.
             frame_positions: (N,) int64, a frame's place in its video or -1 for an image; all images if None.
-            layout: which latents see which frames' tokens, from ``lynx.resampler.media_layout``; needed for videos, and
-                of no meaning without a resampler.
+            layout: which latents see which frames' tokens, from ``lynx.resampler.media_layout``; needed for videos.
+                Without a resampler it says only by its ``num_queries`` how many of the tokens go on, all if None.
 
         Returns:
             (items * num_latents, width), or without a resampler (frames * tokens, width).
         """
         features = vision.encode(self.vision_tower, pixel_values)  # (N, tokens, media width)
         num_frames, tokens = features.shape[:2]
+        if layout is not None and layout.num_keys != num_frames * tokens:
+            raise ValueError(
+                f"media_layout describes {layout.num_keys} vision tokens, but pixel_values holds {num_frames} frames "
+                f"of {tokens} tokens"
+            )
         if frame_positions is None:
             frame_positions = torch.full((num_frames,), -1, device=features.device)
         if tuple(frame_positions.shape) != (num_frames,):
@@ -115,14 +120,10 @@ class LynxForConditionalGeneration(PreTrainedModel, GenerationMixin):
             f"frame_positions must be below max_frames, {self.config.max_frames}",
         )
         if self.config.bridge != "resampler":
-            return self.projection(features.to(self.projection.frame_position.dtype), frame_positions)
+            vision_tokens = self.projection(features.to(self.projection.frame_position.dtype), frame_positions)
+            return vision_tokens if layout is None else vision_tokens[: layout.num_queries]
         if layout is None:
             layout = media_layout([1] * num_frames, tokens, self.config.num_latents)
-        if layout.num_keys != num_frames * tokens:
-            raise ValueError(
-                f"media_layout describes {layout.num_keys} vision tokens, but pixel_values holds {num_frames} frames "
-                f"of {tokens} tokens"
-            )
         features = features.to(self.resampler.latents.dtype)
         return self.resampler(features, frame_positions, layout.to(features.device))
 
@@ -132,14 +133,19 @@ class LynxForConditionalGeneration(PreTrainedModel, GenerationMixin):
         frame_positions: Tensor | None,
         media_layout: SpanLayout | None,
         cross_layout: SpanLayout | None,
+        input_ids: Tensor | None,
     ) -> Media:
         """What cross-attention reads of a batch; the arguments are those of ``forward``.
 
         Raises:
-            ValueError: cross_layout is missing, or describes other vision tokens.
+            ValueError: cross_layout is missing, or describes other vision tokens or another text.
         """
         if cross_layout is None:
             raise ValueError("cross_layout is missing: who sees the pictures? LynxProcessor's batches say it")
+        if input_ids is not None and cross_layout.num_queries != input_ids.numel():
+            raise ValueError(
+                f"cross_layout describes {cross_layout.num_queries} tokens, but input_ids holds {input_ids.numel()}"
+            )
         if pixel_values is None:
             tokens = self.get_input_embeddings().weight.new_empty(0, self.resampler.latents.shape[1])
         else:
@@ -221,7 +227,7 @@ class LynxForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 if pixel_values is not None or cross_layout is not None:
                     if past_key_values is not None and past_key_values.get_seq_length() > 0:
                         raise ValueError("past_key_values holds the media of its text; run the whole text to add more")
-                    media = self.read_media(pixel_values, frame_positions, media_layout, cross_layout)
+                    media = self.read_media(pixel_values, frame_positions, media_layout, cross_layout, input_ids)
             elif pixel_values is not None:
                 vision_tokens = self.encode_media(pixel_values, frame_positions, media_layout)
             inputs_embeds = self.embed(input_ids, vision_tokens)
@@ -333,7 +339,7 @@ class LynxForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise ValueError("generate takes a left-padded batch, as LynxProcessor makes it, not a packed row")
         if self.config.fusion == "cross_attention":
             if pixel_values is not None or cross_layout is not None:
-                kwargs["media"] = self.read_media(pixel_values, frame_positions, media_layout, cross_layout)
+                kwargs["media"] = self.read_media(pixel_values, frame_positions, media_layout, cross_layout, input_ids)
         elif pixel_values is not None:
             if input_ids is None:
                 raise ValueError("generate: pixel_values need input_ids with a picture token for each vision token")
