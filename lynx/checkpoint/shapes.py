@@ -163,6 +163,9 @@ class _Sizes:
         return next((size for size, _ in Counter(self.all(*places)).most_common(1)), default)
 
     def depth(self, prefix: str, default: int) -> int:
-        """How many layers there are under a prefix."""
-        numbers = [re.match(r"\d+", key.removeprefix(prefix)) for key in self.keys if key.startswith(prefix)]
-        return max((int(number[0]) + 1 for number in numbers if number), default=default)
+        """How many layers there are under a prefix; a number far beyond the others is no layer but a wrong key."""
+        matches = (re.match(re.escape(prefix) + r"(\d{1,6})\.", key) for key in self.keys)
+        numbers = {int(match[1]) for match in matches if match}
+        if not numbers:
+            return default
+        return max(numbers) + 1 if max(numbers) < 2 * len(numbers) else len(numbers)
