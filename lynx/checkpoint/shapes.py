@@ -16,7 +16,7 @@ from lynx.config import LynxConfig
 VICUNA_ROWS = 32000  # of Vicuna's tables, without the row of [PAD]
 _EVA_G_WIDTH = 1408
 _EVA_G_BLOCKS = 40  # of the original, of which Lynx leaves out the last
-_OTHER_NAMES = {"rope_theta", "rope_scaling", "attn_implementation"}  # that transformers takes, and keeps otherwise
+_OTHER_NAMES = {"rope_theta", "rope_scaling"}  # that transformers takes, and keeps under another
 
 
 def configuration(state: Mapping[str, Tensor], overrides: Mapping[str, Any]) -> LynxConfig:
