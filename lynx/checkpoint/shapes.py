@@ -166,6 +166,6 @@ class _Sizes:
         """How many layers there are under a prefix; a number far beyond the others is no layer but a wrong key."""
         matches = (re.match(re.escape(prefix) + r"(\d{1,6})\.", key) for key in self.keys)
         numbers = {int(match[1]) for match in matches if match}
-        if not numbers:
-            return default
-        return max(numbers) + 1 if max(numbers) < 2 * len(numbers) else len(numbers)
+        while numbers and max(numbers) >= 2 * len(numbers):
+            numbers.remove(max(numbers))
+        return max(numbers, default=default - 1) + 1
