@@ -89,8 +89,8 @@ class SharedRootCache(Cache):
         repeats, rest = divmod(rows, len(self._branches))
         if rest or length != self._prompt_length:
             raise ValueError(
-                f"the cache holds an unread prompt of {len(self._branches)} rows of {self._prompt_length} tokens, which "
-                f"an input of {rows} rows of {length} cannot stand for; pass past_key_values=DynamicCache() to generate"
+                f"an input of {rows} rows of {length} tokens cannot stand for the cache's unread prompt of "
+                f"{len(self._branches)} rows of {self._prompt_length}; pass past_key_values=DynamicCache() to generate"
             )
         device = self.layout.segments.device
         branches = [each for each in self._branches for _ in range(repeats)]
@@ -240,7 +240,7 @@ class SharedRootCache(Cache):
 
 
 def _slots(ranges: Sequence[range], device: torch.device) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
-    """Where ranges of tokens stand when each gets a row: the tokens, their rows and columns, and the ranges' lengths."""
+    """Where ranges of tokens stand when each gets a row: the tokens, their rows and columns; the ranges' lengths."""
     tokens = [token for each in ranges for token in each]
     rows = [row for row, each in enumerate(ranges) for _ in each]
     columns = [column for each in ranges for column in range(len(each))]

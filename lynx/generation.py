@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 from typing import Any
 
 import numpy as np
@@ -76,8 +75,7 @@ def generate_answers(
     Raises:
         ValueError: there are no settings of this name.
     """
-    if settings is not None and settings not in SETTINGS:
-        raise ValueError(f"settings={settings!r} is not known; there are {', '.join(SETTINGS)}")
+    check_settings(settings)
     if not samples:
         return []
     options = {**(_DEFAULTS if settings is None else SETTINGS[settings]), **options}
@@ -97,6 +95,12 @@ def generate_answers(
     return [Answer(processor.answer_of(torch.tensor(ids, dtype=torch.int64)), ids) for ids in new]
 
 
+def check_settings(name: str | None) -> None:
+    """Raise ValueError unless there are settings of this name, or none is asked for."""
+    if name is not None and name not in SETTINGS:
+        raise ValueError(f"settings={name!r} is not known; there are {', '.join(SETTINGS)}")
+
+
 def _generate_shared(
     model: LynxForConditionalGeneration,
     processor: LynxProcessor,
@@ -111,7 +115,7 @@ def _generate_shared(
     lengths = []
     for group, prefix in zip(groups, prefixes, strict=True):
         texts = [sample.token_ids for sample in group]
-        common = len(commonprefix(texts))
+        common = _common(texts) if model.config.prefix_is_causal else 0  # a full root is vision tokens alone
         packed += [image_token] * prefix + texts[0][:common]
         packed += [token for text in texts for token in text[common:]]
         lengths.append((prefix + common, [len(text) - common for text in texts]))
@@ -125,6 +129,12 @@ def _generate_shared(
     stand_ins = prompt[0, cache.last_tokens][:, None]  # one token a row, in place of which the cache's prompt is read
     options = {**options, "cache_implementation": None}
     return model.generate(inputs_embeds=stand_ins, past_key_values=cache, **options).tolist()
+
+
+def _common(texts: Sequence[Sequence[int]]) -> int:
+    """How many first tokens all texts have."""
+    agree = (len(set(tokens)) == 1 for tokens in zip(*texts, strict=False))
+    return next((i for i, same in enumerate(agree) if not same), min(map(len, texts)))
 
 
 def _by_pictures(samples: Sequence[Sample]) -> list[list[int]]:
@@ -184,7 +194,14 @@ class FirstAnswerStreamer(TextStreamer):
 
     def __init__(self, processor: LynxProcessor):
         super().__init__(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._has_begun = False
 
     def put(self, value: torch.Tensor) -> None:
         """Take the next token of every row."""
         super().put(value[:1])
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Print some more of the answer, without the blank before it."""
+        text = text if self._has_begun else text.lstrip()
+        self._has_begun = self._has_begun or bool(text)
+        super().on_finalized_text(text, stream_end)

@@ -3,13 +3,9 @@
 pixels -> vision tower -> resampler -> packed embeddings -> decoder with adapters -> logits or loss
 """
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
-from transformers.masking_utils import create_masks_for_generate
+from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lynx import vision
@@ -17,18 +13,13 @@ from lynx.cache import SharedRootCache
 from lynx.config import LynxConfig
 from lynx.fusion import prefix
 from lynx.resampler import Resampler, media_layout
+from lynx.sharing import SharedRootGeneration
 from lynx_kernels import PackedLayout, SpanLayout, linear_cross_entropy, pack_embeddings
 from lynx_kernels.integrations import transformers as attention_integration
 from lynx_kernels.layout import require
 
-# Options of generate which read several tokens at once, want what is not computed, or say what the cache knows better.
-_NEED_ANOTHER_CACHE = (
-    "past_key_values", "position_ids", "assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size",
-    "custom_generate", "output_hidden_states", "output_attentions",
-)  # fmt: skip
 
-
-class LynxForConditionalGeneration(PreTrainedModel, GenerationMixin):
+class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration):
     """A vision tower, a resampler, and a decoder with adapters.
 
     Args:
@@ -197,7 +188,7 @@ class LynxForConditionalGeneration(PreTrainedModel, GenerationMixin):
             ValueError: the arguments do not fit together; the message names them.
         """
         if isinstance(past_key_values, SharedRootCache):
-            return self._forward_shared(past_key_values, input_ids, inputs_embeds, **kwargs)
+            return self.forward_shared(past_key_values, input_ids, inputs_embeds, **kwargs)
         if input_ids is not None and inputs_embeds is None:
             vision_tokens = None
             if pixel_values is not None:
@@ -241,31 +232,6 @@ class LynxForConditionalGeneration(PreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-        )
-
-    def _forward_shared(
-        self,
-        cache: SharedRootCache,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-        **kwargs,
-    ) -> CausalLMOutputWithPast:
-        """The cache's prompt, or the next tokens of every row; masks and positions are what the cache says."""
-        rows, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]  # type: ignore[union-attr]
-        if cache.prompt is not None:
-            options = cache.read(rows, length)
-        else:
-            options = {
-                "inputs_embeds": self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-            }
-            options |= cache.advance(length)
-        hidden = self.get_decoder()(past_key_values=cache, use_cache=True, **options, **kwargs).last_hidden_state
-        if "layout" not in options:
-            return CausalLMOutputWithPast(logits=self.get_output_embeddings()(hidden), past_key_values=cache)
-        logits = self.get_output_embeddings()(hidden[0, cache.last_tokens])[:, None]
-        return CausalLMOutputWithPast(
-            logits=logits.repeat_interleave(rows // len(logits), 0),  # beams of a row begin with the same
-            past_key_values=cache,
         )
 
     def _check_packed(self, inputs_embeds, layout, attention_mask, past_key_values) -> None:
@@ -319,66 +285,8 @@ class LynxForConditionalGeneration(PreTrainedModel, GenerationMixin):
             vision_tokens = self.encode_media(pixel_values, frame_positions, media_layout)
             kwargs["inputs_embeds"] = self.embed(input_ids, vision_tokens)
         if self.shares_roots(kwargs):
-            kwargs = self._with_shared_roots(input_ids, kwargs)
+            kwargs = self.with_shared_roots(input_ids, kwargs)
         return super().generate(input_ids, **kwargs)
-
-    def shares_roots(self, options: dict[str, Any]) -> bool:
-        """Whether ``generate`` with these options can take a ``SharedRootCache``."""
-        if (
-            self.config.fusion != "prefix"
-            or self.get_decoder().config._attn_implementation != attention_integration.NAME
-        ):
-            return False
-        config = options.get("generation_config") or self.generation_config
-        asked = {name: options.get(name, getattr(config, name, None)) for name in _NEED_ANOTHER_CACHE}
-        kind = options.get("cache_implementation", config.cache_implementation)
-        uses_cache = options.get("use_cache", config.use_cache) is not False
-        return not any(each not in (None, False) for each in asked.values()) and kind in (None, "static") and uses_cache
-
-    def _with_shared_roots(self, input_ids: Tensor | None, options: dict[str, Any]) -> dict[str, Any]:
-        """The options of ``generate`` with a cache that holds the left-padded prompt, if it is known what its pads are."""
-        embeds, mask = options.get("inputs_embeds"), options.get("attention_mask")
-        if embeds is None and input_ids is None:
-            return options
-        if mask is None and input_ids is not None and bool((input_ids == self.config.pad_token_id).any()):
-            return options  # whether they are pads is transformers' guess
-        if embeds is None:
-            embeds = self.embed(input_ids)
-        mask = torch.ones(embeds.shape[:2], device=embeds.device) if mask is None else mask
-        if mask.shape != embeds.shape[:2]:
-            raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, the batch {tuple(embeds.shape[:2])}")
-        mask = mask.to(embeds.device, torch.bool)
-        groups = [(length, [0]) for length in mask.sum(1).tolist()]  # all beams have all of the prompt
-        cache = self.shared_cache(embeds[mask][None], groups, options, prompt_length=embeds.shape[1])
-        return {**options, "cache_implementation": None, "past_key_values": cache}
-
-    def shared_cache(
-        self,
-        prompt: Tensor,
-        groups: Sequence[tuple[int, Sequence[int]]],
-        options: dict[str, Any],
-        *,
-        prompt_length: int = 1,
-    ) -> SharedRootCache:
-        """A ``SharedRootCache`` of this model for ``generate`` with these options; see there."""
-        config = options.get("generation_config") or self.generation_config
-        is_static = options.get("cache_implementation", config.cache_implementation) == "static"
-        max_new_tokens = options.get("max_new_tokens", config.max_new_tokens)
-        if is_static and max_new_tokens is None:
-            raise ValueError("cache_implementation='static' needs max_new_tokens: how much room to make")
-        return SharedRootCache(
-            prompt,
-            groups,
-            num_layers=len(self.get_decoder().layers),
-            prompt_length=prompt_length,
-            max_new_tokens=max_new_tokens if is_static else None,
-        )
-
-    def create_masks_for_generate(self, *, past_key_values=None, attention_mask=None, **kwargs):
-        """What transformers calls before each step over a cache of static shapes; our own says what is seen itself."""
-        if isinstance(past_key_values, SharedRootCache):
-            return None
-        return create_masks_for_generate(past_key_values=past_key_values, attention_mask=attention_mask, **kwargs)
 
 
 def _refuse_unknown_heads(language_model: PreTrainedModel) -> None:
