@@ -1,5 +1,6 @@
 """Answers to questions about pictures, with the settings of the paper."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -128,7 +129,9 @@ def _generate_shared(
     cache = model.shared_cache(prompt, lengths, options)
     stand_ins = prompt[0, cache.last_tokens][:, None]  # one token a row, in place of which the cache's prompt is read
     options = {**options, "cache_implementation": None}
-    return model.generate(inputs_embeds=stand_ins, past_key_values=cache, **options).tolist()
+    with warnings.catch_warnings():  # of what generate_answers says of n-grams
+        warnings.filterwarnings("ignore", message="Passing `.*` with `inputs_embeds`")
+        return model.generate(inputs_embeds=stand_ins, past_key_values=cache, **options).tolist()
 
 
 def _common(texts: Sequence[Sequence[int]]) -> int:

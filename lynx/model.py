@@ -5,7 +5,7 @@ pixels -> vision tower -> resampler -> packed embeddings -> decoder with adapter
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
+from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lynx import vision
@@ -19,7 +19,7 @@ from lynx_kernels.integrations import transformers as attention_integration
 from lynx_kernels.layout import require
 
 
-class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration):
+class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, GenerationMixin):
     """A vision tower, a resampler, and a decoder with adapters.
 
     Args:

@@ -20,7 +20,7 @@ _NEED_ANOTHER_CACHE = (
 
 
 class SharedRootGeneration(GenerationMixin):
-    """What a model inherits in place of ``GenerationMixin``."""
+    """What a model inherits before ``GenerationMixin`` itself, which transformers looks for among its bases."""
 
     def forward_shared(
         self,
