@@ -120,11 +120,10 @@ def _generate_shared(
         packed += [image_token] * prefix + texts[0][:common]
         packed += [token for text in texts for token in text[common:]]
         lengths.append((prefix + common, [len(text) - common for text in texts]))
-    media = {name: batch[name] for name in ("pixel_values", "frame_positions", "media_layout") if name in batch}
     vision_tokens = None
-    if media:
-        pixels, positions, layout = (each.to(model.device) for each in media.values())
-        vision_tokens = model.encode_media(pixels, positions, layout)
+    if "pixel_values" in batch:
+        media = (batch.get(name) for name in ("pixel_values", "frame_positions", "media_layout"))
+        vision_tokens = model.encode_media(*(each if each is None else each.to(model.device) for each in media))
     prompt = model.embed(torch.tensor([packed], device=model.device), vision_tokens)
     cache = model.shared_cache(prompt, lengths, options)
     stand_ins = prompt[0, cache.last_tokens][:, None]  # one token a row, in place of which the cache's prompt is read
@@ -170,26 +169,27 @@ def describe_first(
         conversations: in transformers' messages format; pictures of the first message are described.
         options: of ``generate_answers``, before those of ``SETTINGS["description"]``.
     """
-    media = [_media_of(messages[0]) for messages in conversations]
-    rounds = [[{"role": "user", "content": [*parts, {"type": "text", "text": DESCRIBE}]}] for parts in media]
+    split = [_split(messages[0].get("content")) for messages in conversations]
+    rounds = [[{"role": "user", "content": [*media, {"type": "text", "text": DESCRIBE}]}] for media, _ in split]
     samples = [processor.encode(each) for each in rounds]
     groups = [group for group in _by_pictures(samples) if samples[group[0]].media]
     heads = [samples[group[0]] for group in groups]
     described = [list(messages) for messages in conversations]
     for group, text in zip(groups, answer(model, processor, heads, settings="description", **options), strict=True):
         for number in group if text else ():
-            described[number] = [
-                {"role": "user", "content": DESCRIBE},
-                {"role": "assistant", "content": text},
-                *described[number],
-            ]
+            first, *later = described[number]
+            said = {"role": "assistant", "content": text}
+            described[number] = [*rounds[number], said, {**first, "content": split[number][1]}, *later]
     return described
 
 
-def _media_of(message: dict[str, Any]) -> list[dict[str, Any]]:
-    content = message.get("content")
-    parts = content if isinstance(content, Sequence) and not isinstance(content, str) else []
-    return [part for part in parts if part.get("type") != "text"]
+def _split(content: Any) -> tuple[list[Any], Any]:
+    """The media of a message's content, and what is left of it."""
+    if isinstance(content, str) or not isinstance(content, Sequence):
+        return [], content
+    is_text = [isinstance(part, dict) and part.get("type") == "text" for part in content]
+    parts = list(zip(content, is_text, strict=True))
+    return [part for part, text in parts if not text], [part for part, text in parts if text]
 
 
 class FirstAnswerStreamer(TextStreamer):

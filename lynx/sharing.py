@@ -63,7 +63,8 @@ class SharedRootGeneration(GenerationMixin):
     def with_shared_roots(self, input_ids: Tensor | None, options: dict[str, Any]) -> dict[str, Any]:
         """The options of ``generate`` with a cache that holds the left-padded prompt, if its parts are known."""
         embeds, mask = options.get("inputs_embeds"), options.get("attention_mask")
-        if input_ids is None and (embeds is None or not self.config.prefix_is_causal):
+        prefixes = options.get("prefix_lengths")
+        if (input_ids is None and embeds is None) or (prefixes is None and not self.config.prefix_is_causal):
             return options  # nothing says which of the embeddings are vision tokens
         if mask is None and input_ids is not None and bool((input_ids == self.config.pad_token_id).any()):
             return options  # whether they are pads is transformers' guess
@@ -76,8 +77,7 @@ class SharedRootGeneration(GenerationMixin):
         lengths = mask.sum(1).tolist()
         groups = [(length, [0]) for length in lengths]  # all beams have all of the prompt
         if not self.config.prefix_is_causal:
-            prefixes = (input_ids == self.config.image_token_id).sum(1).tolist()
-            groups = [(prefix, [length - prefix]) for prefix, length in zip(prefixes, lengths, strict=True)]
+            groups = [(prefix, [length - prefix]) for prefix, length in zip(prefixes.tolist(), lengths, strict=True)]
         cache = self.shared_cache(embeds[mask][None], groups, options, prompt_length=embeds.shape[1])
         return {**options, "cache_implementation": None, "past_key_values": cache}
 

@@ -295,11 +295,14 @@ def test_description_first(model, processor, monkeypatch):
     assert [processor.answer_of(torch.tensor(each.token_ids)) for each in described] == [
         "User: describe the image in detail.\nBot:"
     ] * 2, "each picture once"
+    image, question = conversations[0][0]["content"]
     rounds = [
-        {"role": "user", "content": "Describe the image in detail."},
+        {"role": "user", "content": [image, {"type": "text", "text": "Describe the image in detail."}]},
         {"role": "assistant", "content": "A cat."},
     ]
-    assert found == [rounds + conversations[0], conversations[1], rounds + dialog, conversations[3]]
+    assert found[1::2] == conversations[1::2]
+    assert found[0] == [*rounds, {"role": "user", "content": [question]}]
+    assert found[2] == [*rounds, {"role": "user", "content": dialog[0]["content"][1:]}, *dialog[1:]]
     sample = processor.encode(found[0])
     text = processor.tokenizer.decode(sample.token_ids, skip_special_tokens=True)
     assert text == "User: describe the image in detail.\nBot: a cat.\nUser: which?\nBot:"
