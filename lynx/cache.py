@@ -36,8 +36,8 @@ class SharedRootCache(Cache):
         root_is_causal: as in ``PackedLayout``.
         prompt_length: tokens a row that stand for the prompt in the first forward pass. Others are an error: some ways
             of decoding give it more than a prompt.
-        max_new_tokens: given, shapes are static: branches have room for so many tokens more, and ``generate`` compiles
-            its steps where it does so. Otherwise branches grow.
+        max_new_tokens: given, shapes are static: branches have room for so many tokens more, and on GPUs the steps of
+            ``generate`` are compiled. Otherwise branches grow.
 
     Raises:
         ValueError: a row has no token at all, or ``prompt`` holds other than the groups' tokens.
@@ -140,6 +140,8 @@ class SharedRootCache(Cache):
             if layer_idx == 0:
                 self.root_keys, self.branch_keys = self._allocate(keys)
                 self.root_values, self.branch_values = self._allocate(values)
+                if self.is_compileable:
+                    self._stay_where_they_are()
             self._allocated += 1
             for roots, branches, new in (
                 (self.root_keys, self.branch_keys, keys[0]),
@@ -160,6 +162,15 @@ class SharedRootCache(Cache):
             new.new_empty(self._num_layers, len(self._roots), longest, *heads),
             new.new_empty(self._num_layers, len(self._rows), self._capacity, *heads),
         )
+
+    def _stay_where_they_are(self) -> None:
+        """Tell the compiler that these tensors keep their addresses: CUDA graphs then write them in place."""
+        if not torch.compiler.is_compiling():
+            for each in (
+                self.root_keys, self.root_values, self.branch_keys, self.branch_values,
+                self.root_lengths, self.branch_lengths, self.branch_to_root, self._rows,
+            ):  # fmt: skip
+                torch._dynamo.mark_static_address(each)
 
     def _grow(self, capacity: int) -> None:
         old = self._capacity

@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 2 after an error a person can mend, with one line saying what."""
-    options = _parser().parse_args(arguments)
+    options = _options(arguments)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -30,6 +30,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"lynx {options.command}: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    # Of Python 3.11 the files of ask that stand after its options come back as unknown.
+    options, rest = _parser().parse_known_args(arguments)
+    if rest and (options.command != "ask" or any(each.startswith("-") for each in rest)):
+        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.picture += rest
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:

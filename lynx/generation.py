@@ -122,8 +122,9 @@ def _generate_shared(
         lengths.append((prefix + common, [len(text) - common for text in texts]))
     vision_tokens = None
     if "pixel_values" in batch:
-        media = (batch.get(name) for name in ("pixel_values", "frame_positions", "media_layout"))
-        vision_tokens = model.encode_media(*(each if each is None else each.to(model.device) for each in media))
+        layout = batch["media_layout"].to(model.device) if "media_layout" in batch else None  # a resampler's
+        pixels, positions = (batch[name].to(model.device) for name in ("pixel_values", "frame_positions"))
+        vision_tokens = model.encode_media(pixels, positions, layout)
     prompt = model.embed(torch.tensor([packed], device=model.device), vision_tokens)
     cache = model.shared_cache(prompt, lengths, options)
     stand_ins = prompt[0, cache.last_tokens][:, None]  # one token a row, in place of which the cache's prompt is read

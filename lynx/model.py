@@ -326,7 +326,7 @@ class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, Genera
         """``GenerationMixin.generate`` for a left-padded batch.
 
         However many beams, or answers of a row, pictures are encoded and prompts read once, into a
-        ``SharedRootCache`` (with ``cache_implementation="static"`` one of static shapes, which ``generate`` compiles on
+        ``SharedRootCache`` (with ``cache_implementation="static"`` one of static shapes, whose steps are compiled on
         GPUs). Where a cache is passed, or something is asked for that needs another one, transformers' own serves.
 
         Returns what transformers returns: the prompt, its picture placeholders included, and the new tokens.

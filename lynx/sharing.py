@@ -30,6 +30,9 @@ class SharedRootGeneration(GenerationMixin):
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """The cache's prompt, or the next tokens of every row; masks and positions are what the cache says."""
+        if self._compiles(cache):
+            step = self.get_compiled_call(self.generation_config.compile_config)
+            return step(input_ids=input_ids, inputs_embeds=inputs_embeds, past_key_values=cache)
         rows, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]  # type: ignore[union-attr]
         if cache.prompt is not None:
             options = cache.read(rows, length)
@@ -47,6 +50,11 @@ class SharedRootGeneration(GenerationMixin):
             past_key_values=cache,
         )
 
+    def _compiles(self, cache: SharedRootCache) -> bool:
+        """Whether to compile a step here: transformers compiles those of sampling, but not those of beam search."""
+        is_step = cache.is_compileable and cache.prompt is None
+        return is_step and self.device.type == "cuda" and not torch.compiler.is_compiling()
+
     def shares_roots(self, options: dict[str, Any]) -> bool:
         """Whether ``generate`` with these options can take a ``SharedRootCache``."""
         if (
@@ -63,8 +71,8 @@ class SharedRootGeneration(GenerationMixin):
     def with_shared_roots(self, input_ids: Tensor | None, options: dict[str, Any]) -> dict[str, Any]:
         """The options of ``generate`` with a cache that holds the left-padded prompt, if its parts are known."""
         embeds, mask = options.get("inputs_embeds"), options.get("attention_mask")
-        prefixes = options.get("prefix_lengths")
-        if (input_ids is None and embeds is None) or (prefixes is None and not self.config.prefix_is_causal):
+        is_causal, prefixes = self.config.prefix_is_causal, options.get("prefix_lengths")
+        if (input_ids is None and embeds is None) or (prefixes is None and not is_causal):
             return options  # nothing says which of the embeddings are vision tokens
         if mask is None and input_ids is not None and bool((input_ids == self.config.pad_token_id).any()):
             return options  # whether they are pads is transformers' guess
@@ -76,7 +84,7 @@ class SharedRootGeneration(GenerationMixin):
         mask = mask.to(embeds.device, torch.bool)
         lengths = mask.sum(1).tolist()
         groups = [(length, [0]) for length in lengths]  # all beams have all of the prompt
-        if not self.config.prefix_is_causal:
+        if prefixes is not None and not is_causal:
             groups = [(prefix, [length - prefix]) for prefix, length in zip(prefixes.tolist(), lengths, strict=True)]
         cache = self.shared_cache(embeds[mask][None], groups, options, prompt_length=embeds.shape[1])
         return {**options, "cache_implementation": None, "past_key_values": cache}

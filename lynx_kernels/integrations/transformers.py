@@ -213,7 +213,7 @@ def _decode(
     module: Any, query: Tensor, key: Tensor, value: Tensor, roots: SharedRoots, scaling: float | None
 ) -> Tensor:
     q, branch_k, branch_v = (tensor.transpose(1, 2) for tensor in (query, key, value))  # (B, L, heads, D)
-    return prefix_attention_decode(
+    out = prefix_attention_decode(
         q,
         roots.keys[module.layer_idx],
         roots.values[module.layer_idx],
@@ -224,6 +224,8 @@ def _decode(
         roots.branch_lengths,
         scale=scaling,
     )
+    assert isinstance(out, Tensor)
+    return out
 
 
 def _layout_of(table: Tensor, rows: int, length: int) -> PackedLayout:

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from PIL import Image
-from transformers import DynamicCache, GenerationConfig
+from transformers import CompileConfig, DynamicCache, GenerationConfig
 
 from lynx import cache as cache_module
 from lynx import cli, generation
@@ -74,6 +74,32 @@ def test_generate_says_what_transformers_says(model, batch, reads, search, input
 def test_static_shapes_change_nothing(model, batch, search):
     expected = model.generate(**batch, **SEARCHES[search], **NEW)
     assert torch.equal(model.generate(**batch, **SEARCHES[search], **NEW, cache_implementation="static"), expected)
+
+
+@pytest.mark.parametrize("search", ["greedy", "beams"])
+def test_steps_of_static_shapes_compile_once(model, batch, search, monkeypatch):
+    """As on GPUs: those of sampling by transformers, those of beam search by us."""
+    expected = model.generate(**batch, **SEARCHES[search], **NEW)
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    compile_config = CompileConfig(fullgraph=True, backend=backend, mode=None)
+    compile_config._compile_all_devices = True
+    model.generation_config.compile_config = compile_config
+    if search == "beams":
+        compiles = type(model)._compiles
+        monkeypatch.setattr(type(model), "_compiles", lambda self, cache: compiles(OnGpu(), cache))
+    torch._dynamo.reset()
+    options = {**SEARCHES[search], **NEW, "cache_implementation": "static"}
+    assert torch.equal(model.generate(**batch, **options), expected)
+    assert len(compiled) == 1
+
+
+class OnGpu:
+    device = torch.device("cuda")
 
 
 def test_full_prefixes(tokenizer, processor):
@@ -394,6 +420,22 @@ def test_ask_describes_first(processor, ask, monkeypatch):
     ask("0.png", "Which?", "--describe-first")
     texts = [processor.answer_of(torch.tensor(each.token_ids)) for each in seen]
     assert texts == ["User: which?\nBot:", "User: hello\nBot:"]
+
+
+def test_ask_takes_options_anywhere(ask):
+    said = {
+        ask(*each)[1]
+        for each in (
+            ["--beams", "2", "0.png", "1.png", "Which?"],
+            ["0.png", "1.png", "Which?", "--beams", "2"],
+            ["0.png", "--beams", "2", "1.png", "Which?"],
+        )
+    }
+    assert len(said) == 1
+    with pytest.raises(SystemExit):
+        ask("0.png", "Which?", "--beam-me-up")
+    with pytest.raises(SystemExit):
+        cli.main(["demo", "0.png"])
 
 
 def test_ask_keeps_case_and_draws(processor, ask):
