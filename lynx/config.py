@@ -90,8 +90,8 @@ class LynxConfig(PreTrainedConfig):
         latent_initializer_range: float = 0.02,
         **kwargs,
     ):
-        self.text_config = _as_config(text_config, _DEFAULT_TEXT)
-        self.vision_config = _as_config(vision_config, _DEFAULT_VISION)
+        self.text_config = _as_config("text_config", text_config, _DEFAULT_TEXT)
+        self.vision_config = _as_config("vision_config", vision_config, _DEFAULT_VISION)
         self.fusion = fusion
         self.bridge = bridge
         self.prefix_is_causal = prefix_is_causal
@@ -185,11 +185,14 @@ def _listed(choices: tuple[str, ...]) -> str:
     return ", ".join(map(repr, choices))
 
 
-def _as_config(config: PreTrainedConfig | dict[str, Any] | None, model_type: str) -> PreTrainedConfig:
+def _as_config(name: str, config: PreTrainedConfig | dict[str, Any] | None, default_type: str) -> PreTrainedConfig:
     if isinstance(config, PreTrainedConfig):
         return config
     options = dict(config or {})
-    model_type = options.pop("model_type", model_type)
-    if model_type == Blip2VisionConfig.model_type:  # which older releases of transformers do not find by name
-        return Blip2VisionConfig(**options)
-    return AutoConfig.for_model(model_type, **options)
+    model_type = options.pop("model_type", default_type)
+    try:
+        if model_type == Blip2VisionConfig.model_type:  # which older releases of transformers do not find by name
+            return Blip2VisionConfig(**options)
+        return AutoConfig.for_model(model_type, **options)
+    except Exception as error:  # configurations raise what they like, ZeroDivisionError among it
+        raise ValueError(f"{name} is no configuration of model_type {model_type!r}: {error}") from error

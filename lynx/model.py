@@ -106,13 +106,6 @@ class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, Genera
         """
         features = vision.encode(self.vision_tower, pixel_values)  # (N, tokens, media width)
         num_frames, tokens = features.shape[:2]
-        if layout is None:
-            layout = media_layout([1] * num_frames, tokens, self.config.num_latents)
-        if layout.num_keys != num_frames * tokens:
-            raise ValueError(
-                f"media_layout describes {layout.num_keys} vision tokens, but pixel_values holds {num_frames} frames "
-                f"of {tokens} tokens"
-            )
         if frame_positions is None:
             frame_positions = torch.full((num_frames,), -1, device=features.device)
         if tuple(frame_positions.shape) != (num_frames,):
@@ -125,6 +118,13 @@ class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, Genera
         )
         if self.config.bridge != "resampler":
             return self.projection(features.to(self.projection.frame_position.dtype), frame_positions)
+        if layout is None:
+            layout = media_layout([1] * num_frames, tokens, self.config.num_latents)
+        if layout.num_keys != num_frames * tokens:
+            raise ValueError(
+                f"media_layout describes {layout.num_keys} vision tokens, but pixel_values holds {num_frames} frames "
+                f"of {tokens} tokens"
+            )
         features = features.to(self.resampler.latents.dtype)
         return self.resampler(features, frame_positions, layout.to(features.device))
 
@@ -224,6 +224,8 @@ class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, Genera
             vision_tokens = None
             if self.config.fusion == "cross_attention":
                 if pixel_values is not None or cross_layout is not None:
+                    if past_key_values is not None and past_key_values.get_seq_length() > 0:
+                        raise ValueError("past_key_values holds the media of its text; run the whole text to add more")
                     media = self.read_media(pixel_values, frame_positions, media_layout, cross_layout)
             elif pixel_values is not None:
                 vision_tokens = self.encode_media(pixel_values, frame_positions, media_layout)
@@ -241,12 +243,12 @@ class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, Genera
             position_ids = layout.position_ids[None] if position_ids is None else position_ids
             kwargs["layout"] = layout
         else:
-            begins = past_key_values is None or past_key_values.get_seq_length() == 0
-            rows = inputs_embeds.shape[:2]
-            if begins and attention_mask is not None and attention_mask.shape != rows:
-                raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, the batch {tuple(rows)}")
             if position_ids is None and attention_mask is not None and past_key_values is None:
+                rows = inputs_embeds.shape[:2]
+                if attention_mask.shape != rows:
+                    raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, the batch {tuple(rows)}")
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+            begins = past_key_values is None or past_key_values.get_seq_length() == 0
             if begins and not self.config.prefix_is_causal:
                 if prefix_lengths is None and input_ids is not None:
                     prefix_lengths = prefix.lengths(input_ids, attention_mask, self.config.image_token_id)
@@ -296,6 +298,11 @@ class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, Genera
             raise ValueError(
                 f"a packed batch is (1, {layout.num_tokens}) as its layout says, got {tuple(inputs_embeds.shape[:2])}"
             )
+        if layout.max_root_length > 0 and layout.root_is_causal != self.config.prefix_is_causal:
+            raise ValueError(
+                f"the layout has root_is_causal={layout.root_is_causal}, the model prefix_is_causal="
+                f"{self.config.prefix_is_causal}"
+            )
         implementation = self.get_decoder().config._attn_implementation
         if implementation != attention_integration.NAME:
             raise ValueError(
@@ -333,12 +340,12 @@ class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, Genera
         """
         if kwargs.get("layout") is not None:
             raise ValueError("generate takes a left-padded batch, as LynxProcessor makes it, not a packed row")
-        if pixel_values is not None and input_ids is None:
-            raise ValueError("generate: pixel_values need input_ids with a picture token for each vision token")
         if self.config.fusion == "cross_attention":
             if pixel_values is not None or cross_layout is not None:
                 kwargs["media"] = self.read_media(pixel_values, frame_positions, media_layout, cross_layout)
         elif pixel_values is not None:
+            if input_ids is None:
+                raise ValueError("generate: pixel_values need input_ids with a picture token for each vision token")
             vision_tokens = self.encode_media(pixel_values, frame_positions, media_layout)
             kwargs["inputs_embeds"] = self.embed(input_ids, vision_tokens)
         if not self.config.prefix_is_causal and input_ids is not None:

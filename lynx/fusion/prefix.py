@@ -45,7 +45,7 @@ def lengths(input_ids: Tensor, attention_mask: Tensor | None, image_token_id: in
     Raises:
         ValueError: a row has vision tokens elsewhere.
     """
-    is_picture = input_ids == image_token_id
+    is_picture = input_ids == image_token_id  # (B, L)
     counts = is_picture.sum(1)
     is_token = torch.ones_like(is_picture) if attention_mask is None else attention_mask != 0
     begins_row = is_token & (is_token.cumsum(1) <= counts[:, None])
@@ -66,7 +66,8 @@ def full_mask(
         implementation: the decoder's attention.
 
     Raises:
-        ValueError: the attention cannot say it, or prefix_lengths are missing.
+        ValueError: the attention cannot say it, prefix_lengths are missing, or the mask is of another shape (dense, as
+            for a static cache).
     """
     if implementation != attention_integration.NAME:
         raise ValueError(
@@ -75,6 +76,11 @@ def full_mask(
         )
     if prefix_lengths is None:
         raise ValueError("prefix_is_causal=False: pass prefix_lengths beside inputs_embeds")
+    if attention_mask is not None and attention_mask.shape != inputs_embeds.shape[:2]:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, but beside prefix_is_causal=False it must be "
+            f"{tuple(inputs_embeds.shape[:2])}"
+        )
     if attention_mask is None:
         attention_mask = inputs_embeds.new_ones(inputs_embeds.shape[:2])
     return attention_integration.padded_mask(
