@@ -70,8 +70,8 @@ def generate_answers(
         samples: what ``processor.encode`` made of the conversations.
         settings: a name of ``SETTINGS``; without one, greedy and at most 64 new tokens.
         options: any of transformers' ``generate``, before the settings' own: ``num_beams``, ``do_sample``,
-            ``streamer``, ... As with every decoder that is given embeddings, ``no_repeat_ngram_size`` and its like look
-            at the new tokens, not at the question.
+            ``streamer``, ... Where roots are shared (``model.shares_roots``), ``no_repeat_ngram_size`` and its like
+            look at the new tokens alone, as with every decoder that is given embeddings; elsewhere at the question too.
 
     Raises:
         ValueError: there are no settings of this name.

@@ -7,6 +7,7 @@ from torch._dynamo.testing import CompileCounter
 from lynx import cache as cache_module
 from lynx.cache import SharedRootCache
 from lynx_kernels import PackedLayout
+from tests.lynx.conftest import make_config, make_model
 
 GROUPS = [(5, [2, 0, 3]), (0, [4]), (3, [1])]  # an empty branch, a root of no tokens
 
@@ -87,7 +88,8 @@ def test_rows_go_on_from_their_prompts(model, repeats, static, monkeypatch):
     assert rows.cache.branch_keys.shape[2] == 16, "branches in blocks of 4: 4 tokens and 9 new ones"
 
 
-def test_full_roots(model):
+def test_full_roots(tokenizer):
+    model = make_model(make_config(tokenizer, prefix_is_causal=False)).double()
     rows = Rows(model, [(4, [2, 3]), (3, [0])], root_is_causal=False)
     rows.read()
     rows.step(2)
