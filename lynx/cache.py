@@ -158,6 +158,7 @@ class SharedRootCache(Cache):
     def _allocate(self, new: Tensor) -> tuple[Tensor, Tensor]:
         heads = new.shape[2:]
         longest = max(len(root) for root in self._roots)
+        longest = _in_blocks(longest) if self.is_compileable else longest  # prompts of about one length then fit
         return (
             new.new_empty(self._num_layers, len(self._roots), longest, *heads),
             new.new_empty(self._num_layers, len(self._rows), self._capacity, *heads),
@@ -170,7 +171,8 @@ class SharedRootCache(Cache):
                 self.root_keys, self.root_values, self.branch_keys, self.branch_values,
                 self.root_lengths, self.branch_lengths, self.branch_to_root, self._rows,
             ):  # fmt: skip
-                torch._dynamo.mark_static_address(each)
+                # Unguarded: another generation has other addresses, which must not compile everything again.
+                torch._dynamo.mark_static_address(each, guard=False)
 
     def _grow(self, capacity: int) -> None:
         old = self._capacity
@@ -229,7 +231,7 @@ class SharedRootCache(Cache):
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """-1, branches growing, or how long rows can be."""
-        return max(map(len, self._roots)) + self._capacity if self.is_compileable else -1
+        return self.root_keys.shape[2] + self._capacity if self.is_compileable else -1
 
     def __len__(self) -> int:
         return self._num_layers

@@ -77,7 +77,7 @@ def test_static_shapes_change_nothing(model, batch, search):
 
 
 @pytest.mark.parametrize("search", ["greedy", "beams"])
-def test_steps_of_static_shapes_compile_once(model, batch, search, monkeypatch):
+def test_steps_of_static_shapes_compile_once(model, processor, batch, search, monkeypatch):
     """As on GPUs: those of sampling by transformers, those of beam search by us."""
     expected = model.generate(**batch, **SEARCHES[search], **NEW)
     compiled = []
@@ -96,6 +96,9 @@ def test_steps_of_static_shapes_compile_once(model, batch, search, monkeypatch):
     options = {**SEARCHES[search], **NEW, "cache_implementation": "static"}
     assert torch.equal(model.generate(**batch, **options), expected)
     assert len(compiled) == 1
+    other = processor(text=["Which digit is that?", "Hello", "Bye"], images=[picture(3), None, None])
+    assert torch.equal(model.generate(**other, **options), model.generate(**other, **SEARCHES[search], **NEW))
+    assert len(compiled) == 1, "another generation, with prompts of other lengths, takes what is compiled"
 
 
 class OnGpu:
