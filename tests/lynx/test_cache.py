@@ -153,6 +153,9 @@ def test_crop_forgets_the_newest(model, static):
     rows.step()
     with pytest.raises(ValueError, match="cannot forget 5 tokens of every row: one has 4"):
         rows.cache.crop(-5)
+    rows.cache.crop(-4)
+    rows.texts = [text[:-4] for text in rows.texts]
+    rows.step()
 
 
 def test_static_shapes_compile_once(model):
