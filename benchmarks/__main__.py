@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import adapter, attention, embeddings, frames, loss, planner, report
+from benchmarks import adapter, attention, embeddings, frames, generation, loss, planner, report
 from benchmarks.harness import Case, measure
 from benchmarks.rows import RESULTS, append
 from benchmarks.tables import as_text
@@ -18,6 +18,7 @@ OPERATIONS: dict[str, Callable[..., Iterator[Case]]] = {
     "attention": attention.cases,
     "embeddings": embeddings.cases,
     "frames": frames.cases,
+    "generation": generation.cases,
     "loss": loss.cases,
     "planner": planner.cases,
 }

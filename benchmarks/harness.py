@@ -42,6 +42,7 @@ class Setup:
         left_out: why other providers, by name, do not answer; stored and shown.
         threads: of PyTorch, where the case asks for its own number; it is then part of its shape.
         frames: that a call handles; given, rates are in frames too.
+        tokens: that a call generates, likewise.
     """
 
     providers: Mapping[str, Callable[[Any], object]]
@@ -58,6 +59,7 @@ class Setup:
     left_out: Mapping[str, str] = field(default_factory=dict)
     threads: int | None = None
     frames: int = 0
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,8 @@ def _measure(setup: Setup, about: dict[str, str], rounds: int, timer: Timer) -> 
             values["M items/s"] = [1e-6 * setup.items / each for each in times[name]]
         if setup.frames and name not in floors:
             values["frames/s"] = [setup.frames / each for each in times[name]]
+        if setup.tokens and name not in floors:
+            values["tokens/s"] = [setup.tokens / each for each in times[name]]
         call = partial(setup.providers[name], setup.copies[0]) if name in setup.providers else None
         if call is not None and setup.qualities:
             result = call()

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 2 after an error a person can mend, with one line saying what."""
-    options = _parser().parse_args(arguments)
+    options = _options(arguments)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -31,15 +32,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    # Of Python 3.11 the files of ask that stand after its options come back as unknown.
+    options, rest = _parser().parse_known_args(arguments)
+    if rest and (options.command != "ask" or any(each.startswith("-") for each in rest)):
+        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.picture += rest
+    return options
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lynx", description="Train Lynx models and ask them about pictures.")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    ask = commands.add_parser("ask", help="answer a question about an image or video file")
+    ask = commands.add_parser(
+        "ask",
+        help="answer questions about image and video files",
+        usage="%(prog)s [options] MODEL PICTURE... QUESTION\n"
+        "       %(prog)s [options] MODEL [PICTURE...] [-p PICTURE...]... -q QUESTION [-q QUESTION]...",
+        description="Every question is asked about every item. An item is an image or video file, or several images, "
+        "which are a video's frames.",
+    )
     ask.add_argument("model", type=Path, help="a model folder")
-    ask.add_argument("image", type=Path, nargs="+", help="a video or image file; several images are a video's frames")
-    ask.add_argument("question")
-    ask.add_argument("--beams", type=_positive, default=1, help="beams to search with (default: 1, greedy)")
+    ask.add_argument("picture", nargs="*", help="the files of an item; without -q the last argument is the question")
+    ask.add_argument("--picture", "-p", dest="items", nargs="+", action="append", default=[], help="one more item")
+    ask.add_argument("--question", "-q", dest="questions", action="append", default=[], help="a question")
+    ask.add_argument("--settings", help="how to search, as in the paper: open-vqa-image, open-vqa-video, owleval, demo")
+    ask.add_argument("--beams", type=_positive, help="beams to search with (default: the settings', or 1: greedy)")
+    ask.add_argument("--max-new-tokens", type=_positive, help="of an answer (default: the settings', or 64)")
+    ask.add_argument("--describe-first", action="store_true", help="describe every item first, and show the model that")
+    ask.add_argument("--keep-case", action="store_true", help="do not lower-case the questions")
+    ask.add_argument("--seed", type=int, help="of answers that are drawn (default: another each time)")
     ask.set_defaults(run=_ask)
 
     train = commands.add_parser("train", help="train on the conversations of a JSONL file")
@@ -94,21 +118,60 @@ def _load(folder: Path):
 
 
 def _ask(options: argparse.Namespace) -> None:
-    from lynx.generation import answer
+    import torch
+
+    from lynx import generation
+
+    pictures, questions = options.picture, options.questions
+    if not questions and pictures:
+        *pictures, question = pictures
+        questions = [question]
+    items = [[Path(file) for file in item] for item in (pictures, *options.items) if item]
+    if not questions or not items:
+        raise ValueError("say at least one picture and one question; 'lynx ask --help' shows how")
+    parts = [_part(item) for item in items]
+    search = {"num_beams": options.beams, "max_new_tokens": options.max_new_tokens}
+    search = {name: value for name, value in search.items() if value is not None}
+    generation.check_settings(options.settings)
+    model, processor = _load(options.model)
+    if options.keep_case:
+        processor.lowercase = False
+    if options.seed is not None:
+        torch.manual_seed(options.seed)
+    conversations = [
+        [{"role": "user", "content": [part, {"type": "text", "text": question}]}]
+        for part in parts
+        for question in questions
+    ]
+    if options.describe_first:
+        conversations = generation.describe_first(model, processor, conversations)
+    samples = [processor.encode(messages) for messages in conversations]
+    about = [f"{' '.join(map(str, item))}: {question}" for item in items for question in questions]
+    beams = search.get("num_beams", generation.SETTINGS.get(options.settings, {}).get("num_beams", 1))
+    streams = beams == 1  # of several beams nobody knows the answer before the end
+    if streams:
+        search["streamer"] = generation.FirstAnswerStreamer(processor)
+        print(f"{about[0]}\n" if len(about) > 1 else "", end="", flush=True)
+    start = time.perf_counter()
+    answers = generation.generate_answers(model, processor, samples, settings=options.settings, **search)
+    seconds = time.perf_counter() - start
+    for number, each in enumerate(answers):
+        if number > 0 or not streams:
+            print(f"{about[number]}\n{each.text}" if len(about) > 1 else each.text)
+    tokens = sum(len(each.token_ids) for each in answers)
+    print(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s", file=sys.stderr)
+
+
+def _part(item: list[Path]) -> dict[str, Any]:
+    """An item as a part of a message; several files are a video's frames."""
     from lynx.images import load_image
     from lynx.videos import is_video_file
 
-    part: dict[str, Any]
-    if len(options.image) > 1:
-        part = {"type": "video", "video": [load_image(path) for path in options.image]}
-    elif is_video_file(options.image[0]):
-        part = {"type": "video", "video": options.image[0]}
-    else:
-        part = {"type": "image", "image": load_image(options.image[0])}
-    model, processor = _load(options.model)
-    sample = processor.encode([{"role": "user", "content": [part, {"type": "text", "text": options.question}]}])
-    [text] = answer(model, processor, [sample], num_beams=options.beams)
-    print(text)
+    if len(item) > 1:
+        return {"type": "video", "video": [load_image(path) for path in item]}
+    if is_video_file(item[0]):
+        return {"type": "video", "video": item[0]}
+    return {"type": "image", "image": load_image(item[0])}
 
 
 def _train(options: argparse.Namespace) -> None:

@@ -1,9 +1,43 @@
-"""Answers to questions about pictures."""
+"""Answers to questions about pictures, with the settings of the paper."""
 
+import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import TextStreamer
 
 from lynx.model import LynxForConditionalGeneration
 from lynx.processor import LynxProcessor, Sample
+
+# Table 6 of arXiv 2307.02469, as options of transformers' generate.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "open-vqa-image": {
+        "max_new_tokens": 64, "num_beams": 5, "do_sample": False, "length_penalty": -2.0, "no_repeat_ngram_size": 2,
+    },
+    "open-vqa-video": {
+        "max_new_tokens": 128, "num_beams": 3, "do_sample": False, "length_penalty": -1.0, "no_repeat_ngram_size": 3,
+    },
+    "owleval": {
+        "max_new_tokens": 256, "num_beams": 3, "do_sample": True, "top_p": 0.9, "top_k": 3, "length_penalty": 1.0,
+        "no_repeat_ngram_size": 3,
+    },
+    "description": {"max_new_tokens": 128, "num_beams": 1, "do_sample": True, "top_p": 0.9, "top_k": 3},
+}  # fmt: skip
+SETTINGS["demo"] = SETTINGS["owleval"]
+_DEFAULTS: dict[str, Any] = {"max_new_tokens": 64}
+DESCRIBE = "Describe the image in detail."
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said: the text, and the new tokens it is made of, the EOS included."""
+
+    text: str
+    token_ids: list[int]
 
 
 def answer(
@@ -11,18 +45,167 @@ def answer(
     processor: LynxProcessor,
     samples: Sequence[Sample],
     *,
-    max_new_tokens: int = 64,
+    settings: str | None = None,
     **options,
 ) -> list[str]:
+    """The texts of ``generate_answers``."""
+    return [each.text for each in generate_answers(model, processor, samples, settings=settings, **options)]
+
+
+@torch.no_grad()
+def generate_answers(
+    model: LynxForConditionalGeneration,
+    processor: LynxProcessor,
+    samples: Sequence[Sample],
+    *,
+    settings: str | None = None,
+    **options,
+) -> list[Answer]:
     """The model's answer to each conversation that ends with a question.
+
+    Conversations about the same pictures are branches of one root: the pictures are encoded and read once, and so are
+    the words all of them begin with. Pictures are the same where they are the same object, path or bytes.
 
     Args:
         samples: what ``processor.encode`` made of the conversations.
-        max_new_tokens: at most this many for an answer.
-        options: any of transformers' ``generate``: ``num_beams``, ``do_sample``, ...
+        settings: a name of ``SETTINGS``; without one, greedy and at most 64 new tokens.
+        options: any of transformers' ``generate``, before the settings' own: ``num_beams``, ``do_sample``,
+            ``streamer``, ... Where roots are shared (``model.shares_roots``), ``no_repeat_ngram_size`` and its like
+            look at the new tokens alone, as with every decoder that is given embeddings; elsewhere at the question too.
+
+    Raises:
+        ValueError: there are no settings of this name.
     """
-    batch = processor.pad(samples)
-    del batch["labels"], batch["max_supervised"]
-    batch = batch.to(model.device)
-    tokens = model.generate(**batch, max_new_tokens=max_new_tokens, **options)
-    return [processor.answer_of(row) for row in tokens[:, batch["input_ids"].shape[1] :]]
+    check_settings(settings)
+    if not samples:
+        return []
+    options = {**(_DEFAULTS if settings is None else SETTINGS[settings]), **options}
+    if model.shares_roots(options):
+        groups = _by_pictures(samples)
+        rows = _generate_shared(model, processor, [[samples[i] for i in group] for group in groups], options)
+        numbers = [i for group in groups for i in group]
+    else:
+        batch = processor.pad(samples).to(model.device)
+        del batch["labels"], batch["max_supervised"]
+        rows = model.generate(**batch, **options)[:, batch["input_ids"].shape[1] :].tolist()
+        numbers = list(range(len(samples)))
+    repeats = len(rows) // len(numbers)  # num_return_sequences
+    places = sorted(range(len(rows)), key=lambda row: numbers[row // repeats])
+    eos = processor.tokenizer.eos_token_id
+    new = [rows[row][: rows[row].index(eos) + 1] if eos in rows[row] else rows[row] for row in places]
+    return [Answer(processor.answer_of(torch.tensor(ids, dtype=torch.int64)), ids) for ids in new]
+
+
+def check_settings(name: str | None) -> None:
+    """Raise ValueError unless there are settings of this name, or none is asked for."""
+    if name is not None and name not in SETTINGS:
+        raise ValueError(f"settings={name!r} is not known; there are {', '.join(SETTINGS)}")
+
+
+def _generate_shared(
+    model: LynxForConditionalGeneration,
+    processor: LynxProcessor,
+    groups: Sequence[Sequence[Sample]],
+    options: dict[str, Any],
+) -> list[list[int]]:
+    """The new tokens of every sample, group after group; a group's samples have the same pictures."""
+    batch = processor.pad([group[0] for group in groups])
+    image_token = model.config.image_token_id
+    prefixes = (batch["input_ids"] == image_token).sum(1).tolist()
+    packed: list[int] = []
+    lengths = []
+    for group, prefix in zip(groups, prefixes, strict=True):
+        texts = [sample.token_ids for sample in group]
+        common = _common(texts) if model.config.prefix_is_causal else 0  # a full root is vision tokens alone
+        packed += [image_token] * prefix + texts[0][:common]
+        packed += [token for text in texts for token in text[common:]]
+        lengths.append((prefix + common, [len(text) - common for text in texts]))
+    vision_tokens = None
+    if "pixel_values" in batch:
+        layout = batch["media_layout"].to(model.device) if "media_layout" in batch else None  # a resampler's
+        pixels, positions = (batch[name].to(model.device) for name in ("pixel_values", "frame_positions"))
+        vision_tokens = model.encode_media(pixels, positions, layout)
+    prompt = model.embed(torch.tensor([packed], device=model.device), vision_tokens)
+    cache = model.shared_cache(prompt, lengths, options)
+    stand_ins = prompt[0, cache.last_tokens][:, None]  # one token a row, in place of which the cache's prompt is read
+    options = {**options, "cache_implementation": None}
+    with warnings.catch_warnings():  # of what generate_answers says of n-grams
+        warnings.filterwarnings("ignore", message="Passing `.*` with `inputs_embeds`")
+        return model.generate(inputs_embeds=stand_ins, past_key_values=cache, **options).tolist()
+
+
+def _common(texts: Sequence[Sequence[int]]) -> int:
+    """How many first tokens all texts have."""
+    agree = (len(set(tokens)) == 1 for tokens in zip(*texts, strict=False))
+    return next((i for i, same in enumerate(agree) if not same), min(map(len, texts)))
+
+
+def _by_pictures(samples: Sequence[Sample]) -> list[list[int]]:
+    """The numbers of the samples, those with the same pictures together; samples without any stay alone."""
+    groups: dict[Any, list[int]] = {}
+    for number, sample in enumerate(samples):
+        key = (tuple(map(_identity, sample.media)), tuple(sample.is_video)) if sample.media else number
+        groups.setdefault(key, []).append(number)
+    return list(groups.values())
+
+
+def _identity(source: Any) -> Any:
+    if isinstance(source, list):
+        return tuple(map(_identity, source))
+    return id(source) if isinstance(source, Image.Image | np.ndarray) else source
+
+
+def describe_first(
+    model: LynxForConditionalGeneration,
+    processor: LynxProcessor,
+    conversations: Sequence[Sequence[dict[str, Any]]],
+    **options,
+) -> list[list[dict[str, Any]]]:
+    """The conversations with a round before them in which the model describes their pictures: the paper's strategy.
+
+    Pictures are described once, however many conversations are about them. A conversation without pictures, or whose
+    pictures the model says nothing about, stays as it is.
+
+    Args:
+        conversations: in transformers' messages format; pictures of the first message are described.
+        options: of ``generate_answers``, before those of ``SETTINGS["description"]``.
+    """
+    split = [_split(messages[0].get("content")) for messages in conversations]
+    rounds = [[{"role": "user", "content": [*media, {"type": "text", "text": DESCRIBE}]}] for media, _ in split]
+    samples = [processor.encode(each) for each in rounds]
+    groups = [group for group in _by_pictures(samples) if samples[group[0]].media]
+    heads = [samples[group[0]] for group in groups]
+    described = [list(messages) for messages in conversations]
+    for group, text in zip(groups, answer(model, processor, heads, settings="description", **options), strict=True):
+        for number in group if text else ():
+            first, *later = described[number]
+            said = {"role": "assistant", "content": text}
+            described[number] = [*rounds[number], said, {**first, "content": split[number][1]}, *later]
+    return described
+
+
+def _split(content: Any) -> tuple[list[Any], Any]:
+    """The media of a message's content, and what is left of it."""
+    if isinstance(content, str) or not isinstance(content, Sequence):
+        return [], content
+    is_text = [isinstance(part, dict) and part.get("type") == "text" for part in content]
+    parts = list(zip(content, is_text, strict=True))
+    return [part for part, text in parts if not text], [part for part, text in parts if text]
+
+
+class FirstAnswerStreamer(TextStreamer):
+    """Prints the first row's answer as its tokens come; of one beam only, as all of transformers' streamers."""
+
+    def __init__(self, processor: LynxProcessor):
+        super().__init__(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._has_begun = False
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take the next token of every row."""
+        super().put(value[:1])
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Print some more of the answer, without the blank before it."""
+        text = text if self._has_begun else text.lstrip()
+        self._has_begun = self._has_begun or bool(text)
+        super().on_finalized_text(text, stream_end)

@@ -10,17 +10,19 @@ from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTraine
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lynx import vision
+from lynx.cache import SharedRootCache
 from lynx.config import LynxConfig
 from lynx.fusion import cross_attention, fuse, prefix
 from lynx.fusion.cross_attention import Media
 from lynx.projection import Projection
 from lynx.resampler import Resampler, media_layout
+from lynx.sharing import SharedRootGeneration
 from lynx_kernels import PackedLayout, SpanLayout, linear_cross_entropy, pack_embeddings
 from lynx_kernels.integrations import transformers as attention_integration
 from lynx_kernels.layout import require
 
 
-class LynxForConditionalGeneration(PreTrainedModel, GenerationMixin):
+class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, GenerationMixin):
     """A vision tower, a bridge, and a decoder with adapters or cross-attention.
 
     The bridge is the submodule ``resampler`` or ``projection``, by ``config.bridge``; what fusion adds to the decoder's
@@ -210,7 +212,8 @@ class LynxForConditionalGeneration(PreTrainedModel, GenerationMixin):
             media: with cross-attention, what ``read_media`` made of pixel_values and cross_layout, in their place.
             prefix_lengths: (B,) int64, the vision tokens each padded row begins with; needed where a prefix is not
                 causal and only inputs_embeds are there.
-            past_key_values, use_cache, logits_to_keep: as everywhere in transformers.
+            past_key_values, use_cache, logits_to_keep: as everywhere in transformers. A ``SharedRootCache`` with an
+                unread prompt has it read in place of the inputs; its rows' last logits, (B, 1, V), are returned.
             inputs_embeds: (B, L, width) instead of input_ids and pixel_values.
             labels: (B, L) int64 token ids, -100 where not supervised. With labels no (B, L, V) logits are computed:
                 the output's ``logits`` are None.
@@ -224,6 +227,8 @@ class LynxForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         if cross_layout is not None and self.config.fusion != "cross_attention":
             raise ValueError(f"cross_layout is for fusion='cross_attention', this model has {self.config.fusion!r}")
+        if isinstance(past_key_values, SharedRootCache):
+            return self.forward_shared(past_key_values, input_ids, inputs_embeds, **kwargs)
         if input_ids is not None and inputs_embeds is None:
             vision_tokens = None
             if self.config.fusion == "cross_attention":
@@ -336,7 +341,11 @@ class LynxForConditionalGeneration(PreTrainedModel, GenerationMixin):
         cross_layout: SpanLayout | None = None,
         **kwargs,
     ):
-        """``GenerationMixin.generate`` for a left-padded batch; pictures are encoded once, however many beams.
+        """``GenerationMixin.generate`` for a left-padded batch.
+
+        However many beams, or answers of a row, pictures are encoded and prompts read once, into a
+        ``SharedRootCache`` (with ``cache_implementation="static"`` one of static shapes, whose steps are compiled on
+        GPUs). Where a cache is passed, or something is asked for that needs another one, transformers' own serves.
 
         Returns what transformers returns: the prompt, its picture placeholders included, and the new tokens.
         """
@@ -353,6 +362,8 @@ class LynxForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if not self.config.prefix_is_causal and input_ids is not None:
             mask = kwargs.get("attention_mask")
             kwargs["prefix_lengths"] = prefix.lengths(input_ids, mask, self.config.image_token_id)
+        if self.shares_roots(kwargs):
+            kwargs = self.with_shared_roots(input_ids, kwargs)
         return super().generate(input_ids, **kwargs)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):

@@ -1,19 +1,22 @@
 """``attn_implementation="lynx"`` for the models of transformers: who sees whom comes from a layout, not from a mask.
 
-Three ways lead through a layer, and each says exactly what the model's own eager attention says:
+Four ways lead through a layer, and each says exactly what the model's own eager attention says:
 
 - packed: one batch row with its ``PackedLayout`` in the model's keyword arguments, ``layout=``, and
   ``attention_mask=packed_mask(layout)``. Runs ``prefix_attention``.
 - padded: plain causal rows, or plain full ones of a decoder with ``is_causal=False`` in its configuration, padded on
   either side or not at all. The mask function makes the layout of them from the 2-D mask, once for all layers. Runs
   ``prefix_attention``; what it writes at pads means nothing.
-- everything else runs PyTorch's scaled_dot_product_attention with transformers' own dense mask: decoding over a KV
+- decoding over a cache in which rows share roots, said by ``shared_roots=`` in the model's keyword arguments. Runs
+  ``prefix_attention_decode``.
+- everything else runs PyTorch's scaled_dot_product_attention with transformers' own dense mask: decoding over another
   cache, masks with a pattern added (PaliGemma's full prefix), 4-D masks of the caller, padded encoders (theirs could
   be the mask of a cross-attention, whose queries are other tokens than its keys), layers that get no mask at all.
 
 What neither knows, sliding windows, chunked masks, soft caps, sinks and biases, is refused by name.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,7 +30,7 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
-from lynx_kernels.attention import prefix_attention
+from lynx_kernels.attention import prefix_attention, prefix_attention_decode
 from lynx_kernels.layout import PackedLayout
 
 NAME = "lynx"
@@ -37,6 +40,22 @@ _UNSUPPORTED = {  # what layers pass to the attention function for features we l
     "s_aux": "attention sinks",
     "position_bias": "position biases",
 }
+
+
+@dataclass(frozen=True)
+class SharedRoots:
+    """What all layers of a decoder need beside its cache's branches, which are the keys and values of a layer's rows.
+
+    Attributes:
+        keys, values: (layers, R, Lr, Hkv, D), the roots'; a layer's are at its ``layer_idx``.
+        branch_to_root, root_lengths, branch_lengths: as ``prefix_attention_decode`` wants them, the new tokens counted.
+    """
+
+    keys: Tensor
+    values: Tensor
+    branch_to_root: Tensor
+    root_lengths: Tensor
+    branch_lengths: Tensor
 
 
 def register() -> None:
@@ -138,6 +157,7 @@ def attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     layout: PackedLayout | None = None,
+    shared_roots: SharedRoots | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """An attention function of transformers' AttentionInterface; returns (B, L, H, D) and no weights.
@@ -155,6 +175,9 @@ def attention(
                 f"{_name(config)}"
             )
     rows, _, length, _ = query.shape
+    if shared_roots is not None:
+        _refuse_dropout(dropout)
+        return _decode(module, query, key, value, shared_roots, scaling), None
     if layout is not None:
         if rows != 1:
             raise ValueError(f"a packed row is a batch of one, but the batch has {rows} rows beside a layout")
@@ -174,12 +197,35 @@ def attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    _refuse_dropout(dropout)
+    q, k, v = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))  # (B * L, heads, D)
+    return prefix_attention(q, k, v, layout, scale=scaling).unflatten(0, (rows, length)), None
+
+
+def _refuse_dropout(dropout: float) -> None:
     if dropout != 0.0:
         raise ValueError(
             f"attn_implementation={NAME!r} has no dropout, but attention_dropout is {dropout}; set it to 0"
         )
-    q, k, v = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))  # (B * L, heads, D)
-    return prefix_attention(q, k, v, layout, scale=scaling).unflatten(0, (rows, length)), None
+
+
+def _decode(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, roots: SharedRoots, scaling: float | None
+) -> Tensor:
+    q, branch_k, branch_v = (tensor.transpose(1, 2) for tensor in (query, key, value))  # (B, L, heads, D)
+    out = prefix_attention_decode(
+        q,
+        roots.keys[module.layer_idx],
+        roots.values[module.layer_idx],
+        branch_k,
+        branch_v,
+        roots.branch_to_root,
+        roots.root_lengths,
+        roots.branch_lengths,
+        scale=scaling,
+    )
+    assert isinstance(out, Tensor)
+    return out
 
 
 def _layout_of(table: Tensor, rows: int, length: int) -> PackedLayout:

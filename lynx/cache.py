@@ -1,0 +1,266 @@
+"""The cache of generation, in which what rows share stands once.
+
+Beams of one prompt, and questions about one picture, have the same first keys and values. Here they are the *root*,
+computed and kept once however many rows read it; what a row has for itself, the rest of its prompt and its new tokens,
+is its *branch*. A prompt is one packed row of roots and branches and is read by ``prefix_attention``, new tokens by
+``prefix_attention_decode``.
+
+Beam search moves branches and ``branch_to_root``, never a root. Where rows of one root search with several beams each,
+the rest of a row's prompt, its question, is kept once a beam: the root is where the picture is.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from lynx_kernels import PackedLayout
+from lynx_kernels.integrations.transformers import SharedRoots, packed_mask
+
+BLOCK = 64  # tokens: branches grow by so many, and not at every token
+
+
+class SharedRootCache(Cache):
+    """Keys and values of roots (layers, R, Lr, Hkv, D) and of branches (layers, B, Lb, Hkv, D).
+
+    It begins with an unread prompt: the model's first forward pass over it reads ``prompt`` in place of its own inputs,
+    whose rows may be each row of the prompt several times over: beams, or answers of one row.
+
+    Args:
+        prompt: (1, T, width) embeddings of the packed row.
+        groups: ``(root length, [branch length, ...])`` of each group of it, in tokens; a branch, which may be empty, is
+            a row of the batch.
+        num_layers: of the decoder.
+        root_is_causal: as in ``PackedLayout``.
+        prompt_length: tokens a row that stand for the prompt in the first forward pass. Others are an error: some ways
+            of decoding give it more than a prompt.
+        max_new_tokens: given, shapes are static: branches have room for so many tokens more, and on GPUs the steps of
+            ``generate`` are compiled. Otherwise branches grow.
+
+    Raises:
+        ValueError: a row has no token at all, or ``prompt`` holds other than the groups' tokens.
+    """
+
+    def __init__(
+        self,
+        prompt: Tensor,
+        groups: Sequence[tuple[int, Sequence[int]]],
+        *,
+        num_layers: int,
+        root_is_causal: bool = True,
+        prompt_length: int = 1,
+        max_new_tokens: int | None = None,
+    ):
+        super().__init__(layers=[])  # all layers are in the same tensors: beams then move in one step
+        self.layout = PackedLayout.from_groups(groups, root_is_causal=root_is_causal, device=prompt.device)
+        if tuple(prompt.shape[:2]) != (1, self.layout.num_tokens):
+            raise ValueError(f"prompt is {tuple(prompt.shape)}, but its groups hold {self.layout.num_tokens} tokens")
+        self.prompt: Tensor | None = prompt
+        self._num_layers = num_layers
+        self._prompt_length = prompt_length
+        self._max_new_tokens = max_new_tokens
+        self._allocated = 0  # layers that have read the prompt
+        self._roots: list[range] = []  # tokens of the packed row
+        self._branches: list[tuple[int, range]] = []  # a root's number, tokens
+        start = 0
+        for number, (root, branches) in enumerate(groups):
+            self._roots.append(range(start, start + root))
+            start += root
+            for length in branches:
+                if root + length == 0:
+                    raise ValueError(f"row {len(self._branches)} of the prompt has no token")
+                self._branches.append((number, range(start, start + length)))
+                start += length
+
+    @property
+    def last_tokens(self) -> Tensor:
+        """The packed row's index of each row's last token, (rows,)."""
+        ends = [(branch or self._roots[root])[-1] for root, branch in self._branches]
+        return torch.tensor(ends, device=self.layout.segments.device)
+
+    def read(self, rows: int, length: int) -> dict[str, Any]:
+        """What a decoder is called with to read the prompt, ``rows`` rows of ``length`` tokens standing for it.
+
+        Raises:
+            ValueError: they are no multiple of the prompt's rows, or not as long as the prompt.
+        """
+        repeats, rest = divmod(rows, len(self._branches))
+        if rest or length != self._prompt_length:
+            raise ValueError(
+                f"an input of {rows} rows of {length} tokens cannot stand for the cache's unread prompt of "
+                f"{len(self._branches)} rows of {self._prompt_length}; pass past_key_values=DynamicCache() to generate"
+            )
+        device = self.layout.segments.device
+        branches = [each for each in self._branches for _ in range(repeats)]
+        self._root_tokens, self._root_slots, self.root_lengths = _slots(self._roots, device)
+        self._branch_tokens, self._branch_slots, self.branch_lengths = _slots([each for _, each in branches], device)
+        self.branch_to_root = torch.tensor([root for root, _ in branches], device=device)
+        self._rows = torch.arange(rows, device=device)[:, None]
+        self._filled = max(len(each) for _, each in branches)  # of the longest branch; at most, where static
+        self._capacity = _in_blocks(self._filled + (self._max_new_tokens or 1))
+        if self.is_compileable:
+            self._filled = self._capacity
+        prompt, self.prompt = self.prompt, None
+        return {
+            "inputs_embeds": prompt,
+            "attention_mask": packed_mask(self.layout),
+            "position_ids": self.layout.position_ids[None],
+            "layout": self.layout,
+        }
+
+    def advance(self, length: int) -> dict[str, Any]:
+        """What a decoder is called with to read the next ``length`` tokens of every row, their embeddings aside."""
+        if not self.is_compileable:
+            self._filled += length
+            if self._filled > self._capacity:
+                self._grow(_in_blocks(self._filled))
+        self.branch_lengths += length
+        self._new_slots = self.branch_lengths[:, None] + torch.arange(-length, 0, device=self.branch_lengths.device)
+        return {
+            "attention_mask": packed_mask(self.layout),
+            "position_ids": self.root_lengths[self.branch_to_root][:, None] + self._new_slots,
+            "shared_roots": SharedRoots(
+                self.root_keys, self.root_values, self.branch_to_root, self.root_lengths, self.branch_lengths
+            ),
+        }
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
+        """Store a layer's new keys and values.
+
+        Args:
+            key_states, value_states: (1, Hkv, T, D) of the prompt, then (B, Hkv, length, D).
+
+        Returns:
+            Of the prompt what came in; then the branches', (B, Hkv, Lb, D).
+        """
+        keys, values = key_states.transpose(1, 2), value_states.transpose(1, 2)
+        if self._allocated < self._num_layers:
+            if layer_idx == 0:
+                self.root_keys, self.branch_keys = self._allocate(keys)
+                self.root_values, self.branch_values = self._allocate(values)
+                if self.is_compileable:
+                    self._stay_where_they_are()
+            self._allocated += 1
+            for roots, branches, new in (
+                (self.root_keys, self.branch_keys, keys[0]),
+                (self.root_values, self.branch_values, values[0]),
+            ):
+                roots[layer_idx].index_put_(self._root_slots, new[self._root_tokens])
+                branches[layer_idx].index_put_(self._branch_slots, new[self._branch_tokens])
+            return key_states, value_states
+        slots = (self._rows, self._new_slots)
+        branch_keys = self.branch_keys[layer_idx].index_put_(slots, keys)
+        branch_values = self.branch_values[layer_idx].index_put_(slots, values)
+        return branch_keys.transpose(1, 2), branch_values.transpose(1, 2)
+
+    def _allocate(self, new: Tensor) -> tuple[Tensor, Tensor]:
+        heads = new.shape[2:]
+        longest = max(len(root) for root in self._roots)
+        longest = _in_blocks(longest) if self.is_compileable else longest  # prompts of about one length then fit
+        return (
+            new.new_empty(self._num_layers, len(self._roots), longest, *heads),
+            new.new_empty(self._num_layers, len(self._rows), self._capacity, *heads),
+        )
+
+    def _stay_where_they_are(self) -> None:
+        """Tell the compiler that these tensors keep their addresses: CUDA graphs then write them in place."""
+        if not torch.compiler.is_compiling():
+            for each in (
+                self.root_keys, self.root_values, self.branch_keys, self.branch_values,
+                self.root_lengths, self.branch_lengths, self.branch_to_root, self._rows,
+            ):  # fmt: skip
+                # Unguarded: another generation has other addresses, which must not compile everything again.
+                torch._dynamo.mark_static_address(each, guard=False)
+
+    def _grow(self, capacity: int) -> None:
+        old = self._capacity
+        self._capacity = capacity
+        for name in ("branch_keys", "branch_values"):
+            before = getattr(self, name)
+            after = before.new_empty(*before.shape[:2], capacity, *before.shape[3:])
+            after[:, :, :old] = before
+            setattr(self, name, after)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i goes on from what was row ``beam_idx[i]``; in place, so that addresses stay."""
+        beam_idx = beam_idx.to(self.branch_to_root.device)
+        for index in (self.branch_to_root, self.branch_lengths):
+            index.copy_(index[beam_idx])
+        for branches in (self.branch_keys, self.branch_values):
+            branches[:, :, : self._filled] = branches[:, beam_idx, : self._filled]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows that ``indices`` names, numbers or (rows,) bool, in this order."""
+        self.branch_to_root, self.branch_lengths = self.branch_to_root[indices], self.branch_lengths[indices]
+        self.branch_keys, self.branch_values = self.branch_keys[:, indices], self.branch_values[:, indices]
+        self._rows = torch.arange(len(self.branch_to_root), device=self._rows.device)[:, None]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row ``repeats`` times; roots still stand once."""
+        self.batch_select_indices(torch.arange(self.batch_size, device=self._rows.device).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest ``-tokens_to_remove`` tokens of every row; a positive number is the length to keep.
+
+        Raises:
+            ValueError: a branch has not so many: what is in a root stays.
+        """
+        remove = max(0, self.get_seq_length() - tokens_to_remove) if tokens_to_remove > 0 else -tokens_to_remove
+        shortest = int(self.branch_lengths.min())
+        if remove > shortest:
+            raise ValueError(f"cannot forget {remove} tokens of every row: one has {shortest} beside its root")
+        self.branch_lengths -= remove
+        if not self.is_compileable:
+            self._filled -= remove
+
+    def reset(self) -> None:
+        """Raise ValueError: the prompt is read once."""
+        raise ValueError("a SharedRootCache belongs to one prompt; make another one for another generation")
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens of the longest row, root and branch; 0 while the prompt is unread. Reads the device."""
+        if self.prompt is not None:
+            return 0
+        return int((self.root_lengths[self.branch_to_root] + self.branch_lengths).max())
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Length and offset of the keys; for transformers' masks, which this cache's own forward pass does without."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1, branches growing, or how long rows can be."""
+        return self.root_keys.shape[2] + self._capacity if self.is_compileable else -1
+
+    def __len__(self) -> int:
+        return self._num_layers
+
+    @property
+    def batch_size(self) -> int:
+        """Rows, B."""
+        return len(self._branches) if self.prompt is not None else len(self._rows)
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether shapes are static."""
+        return self._max_new_tokens is not None
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether the prompt is read."""
+        return self._allocated == self._num_layers
+
+
+def _slots(ranges: Sequence[range], device: torch.device) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+    """Where ranges of tokens stand when each gets a row: the tokens, their rows and columns; the ranges' lengths."""
+    tokens = [token for each in ranges for token in each]
+    rows = [row for row, each in enumerate(ranges) for _ in each]
+    columns = [column for each in ranges for column in range(len(each))]
+    lengths = torch.tensor([len(each) for each in ranges], device=device)
+    all_three = torch.tensor([tokens, rows, columns], dtype=torch.int64, device=device)
+    return all_three[0], (all_three[1], all_three[2]), lengths
+
+
+def _in_blocks(tokens: int) -> int:
+    return -(-tokens // BLOCK) * BLOCK

@@ -1,0 +1,119 @@
+"""``generate`` of transformers over a cache in which rows share roots, for models whose decoder has our attention."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin
+from transformers.masking_utils import create_masks_for_generate
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from lynx.cache import SharedRootCache
+from lynx_kernels.integrations import transformers as attention_integration
+
+# Options of generate which read several tokens at once, want what is not computed, or say what the cache knows better.
+_NEED_ANOTHER_CACHE = (
+    "past_key_values", "position_ids", "assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size",
+    "custom_generate", "output_hidden_states", "output_attentions",
+)  # fmt: skip
+
+
+class SharedRootGeneration(GenerationMixin):
+    """What a model inherits before ``GenerationMixin`` itself, which transformers looks for among its bases."""
+
+    def forward_shared(
+        self,
+        cache: SharedRootCache,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """The cache's prompt, or the next tokens of every row; masks and positions are what the cache says."""
+        if self._compiles(cache):
+            step = self.get_compiled_call(self.generation_config.compile_config)
+            return step(input_ids=input_ids, inputs_embeds=inputs_embeds, past_key_values=cache)
+        rows, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]  # type: ignore[union-attr]
+        if cache.prompt is not None:
+            options = cache.read(rows, length)
+        else:
+            options = {
+                "inputs_embeds": self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+            }
+            options |= cache.advance(length)
+        hidden = self.get_decoder()(past_key_values=cache, use_cache=True, **options, **kwargs).last_hidden_state
+        if "layout" not in options:
+            return CausalLMOutputWithPast(logits=self.get_output_embeddings()(hidden), past_key_values=cache)
+        logits = self.get_output_embeddings()(hidden[0, cache.last_tokens])[:, None]
+        return CausalLMOutputWithPast(
+            logits=logits.repeat_interleave(rows // len(logits), 0),  # beams of a row begin with the same
+            past_key_values=cache,
+        )
+
+    def _compiles(self, cache: SharedRootCache) -> bool:
+        """Whether to compile a step here: transformers compiles those of sampling, but not those of beam search."""
+        is_step = cache.is_compileable and cache.prompt is None
+        return is_step and self.device.type == "cuda" and not torch.compiler.is_compiling()
+
+    def shares_roots(self, options: dict[str, Any]) -> bool:
+        """Whether ``generate`` with these options can take a ``SharedRootCache``."""
+        if (
+            self.config.fusion != "prefix"
+            or self.get_decoder().config._attn_implementation != attention_integration.NAME
+        ):
+            return False
+        config = options.get("generation_config") or self.generation_config
+        asked = {name: options.get(name, getattr(config, name, None)) for name in _NEED_ANOTHER_CACHE}
+        kind = options.get("cache_implementation", config.cache_implementation)
+        uses_cache = options.get("use_cache", config.use_cache) is not False
+        return not any(each not in (None, False) for each in asked.values()) and kind in (None, "static") and uses_cache
+
+    def with_shared_roots(self, input_ids: Tensor | None, options: dict[str, Any]) -> dict[str, Any]:
+        """The options of ``generate`` with a cache that holds the left-padded prompt, if its parts are known."""
+        embeds, mask = options.get("inputs_embeds"), options.get("attention_mask")
+        is_causal, prefixes = self.config.prefix_is_causal, options.get("prefix_lengths")
+        if (input_ids is None and embeds is None) or (prefixes is None and not is_causal):
+            return options  # nothing says which of the embeddings are vision tokens
+        if mask is None and input_ids is not None and bool((input_ids == self.config.pad_token_id).any()):
+            return options  # whether they are pads is transformers' guess
+        if embeds is None:
+            embeds = self.embed(input_ids)
+        mask = torch.ones(embeds.shape[:2], device=embeds.device) if mask is None else mask
+        if mask.shape != embeds.shape[:2]:
+            raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, the batch {tuple(embeds.shape[:2])}")
+        mask = mask.to(embeds.device, torch.bool)
+        lengths = mask.sum(1).tolist()
+        groups = [(length, [0]) for length in lengths]  # all beams have all of the prompt
+        if prefixes is not None and not is_causal:
+            groups = [(prefix, [length - prefix]) for prefix, length in zip(prefixes.tolist(), lengths, strict=True)]
+        cache = self.shared_cache(embeds[mask][None], groups, options, prompt_length=embeds.shape[1])
+        return {**options, "cache_implementation": None, "past_key_values": cache}
+
+    def shared_cache(
+        self,
+        prompt: Tensor,
+        groups: Sequence[tuple[int, Sequence[int]]],
+        options: dict[str, Any],
+        *,
+        prompt_length: int = 1,
+    ) -> SharedRootCache:
+        """A ``SharedRootCache`` of this model for ``generate`` with these options; see there."""
+        config = options.get("generation_config") or self.generation_config
+        is_static = options.get("cache_implementation", config.cache_implementation) == "static"
+        max_new_tokens = options.get("max_new_tokens", config.max_new_tokens)
+        if is_static and max_new_tokens is None:
+            raise ValueError("cache_implementation='static' needs max_new_tokens: how much room to make")
+        return SharedRootCache(
+            prompt,
+            groups,
+            num_layers=len(self.get_decoder().layers),
+            root_is_causal=self.config.prefix_is_causal,
+            prompt_length=prompt_length,
+            max_new_tokens=max_new_tokens if is_static else None,
+        )
+
+    def create_masks_for_generate(self, *, past_key_values=None, attention_mask=None, **kwargs):
+        """What transformers calls before each step over a cache of static shapes; our own says what is seen itself."""
+        if isinstance(past_key_values, SharedRootCache):
+            return None
+        return create_masks_for_generate(past_key_values=past_key_values, attention_mask=attention_mask, **kwargs)
