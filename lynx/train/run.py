@@ -8,8 +8,9 @@ import torch
 from transformers import TrainingArguments, set_seed
 
 from lynx import checkpoint, recipes
-from lynx.data.collator import Collator
-from lynx.data.jsonl import JsonlDataset, text_of
+from lynx.data.collator import RecordCollator
+from lynx.data.jsonl import JsonlDataset
+from lynx.data.records import text_of
 from lynx.data.tokenizer import train_tokenizer
 from lynx.model import LynxForConditionalGeneration
 from lynx.processor import PROMPT, LynxProcessor
@@ -76,7 +77,7 @@ def train(
         model,
         arguments,
         train_dataset=dataset,
-        data_collator=Collator(processor, seed=seed),
+        data_collator=RecordCollator(processor, seed=seed),
         processing_class=processor,
     )
     trainer.train()
