@@ -97,9 +97,9 @@ def test_no_sample_is_taken_twice_or_lost(make, ranks):
 def test_packs_keep_the_budget_and_are_nearly_full(make, ranks):
     reports = []
     for rank in range(ranks):
-        for batch in islice(load(make(ranks=ranks, rank=rank, lookahead=8)), STEPS):
-            assert batch["input_ids"].numel() == batch["report"].tokens <= BUDGET
-            assert batch["report"].budget == BUDGET
+        for batch in islice(load(make(ranks=ranks, rank=rank, token_budget=600)), STEPS):
+            assert batch["input_ids"].numel() == batch["report"].tokens <= 600
+            assert batch["report"].budget == 600
             reports.append(batch["report"])
     total = sum(reports, Report())
     assert 0.95 < total.fill <= 1
