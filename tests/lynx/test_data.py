@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 from lynx.data import digits
-from lynx.data.collator import Collator
-from lynx.data.jsonl import JsonlDataset, RecordError, text_of
+from lynx.data.collator import RecordCollator
+from lynx.data.jsonl import JsonlDataset
+from lynx.data.records import RecordError, text_of
 from lynx.data.tokenizer import train_tokenizer
 from lynx.videos import load_video
 from tests.lynx.clips import frame, write_clip
@@ -116,7 +117,7 @@ def test_collator_leaves_out_what_cannot_be_used(root, processor, caplog):
     path = write(root, image("a.png"), image("cut.png"), record("  "), record())
     assert [line for line, _ in JsonlDataset(path).skipped] == [2]
     dataset = JsonlDataset(path, check_pictures=False)
-    collator = Collator(processor)
+    collator = RecordCollator(processor)
     batch = collator([dataset[index] for index in range(4)])
     assert collator.skipped == 2
     assert "cut.png" in caplog.text
@@ -132,7 +133,7 @@ def test_collator_seed_decides_the_crops(root, processor):
     records = [JsonlDataset(write(root, image("a.png")))[0]] * 3
 
     def pixels(seed):
-        return Collator(processor, seed=seed)(records)["pixel_values"]
+        return RecordCollator(processor, seed=seed)(records)["pixel_values"]
 
     assert torch.equal(pixels(1), pixels(1))
     assert not torch.equal(pixels(1), pixels(2))
@@ -141,7 +142,7 @@ def test_collator_seed_decides_the_crops(root, processor):
 def test_frames_of_a_video_share_their_crop(root, processor):
     video = record([{"type": "video", "path": ["a.png", "a.png"]}, {"type": "text", "text": "What?"}])
     dataset = JsonlDataset(write(root, video))
-    first, second = Collator(processor, seed=0)([dataset[0]])["pixel_values"].chunk(2)
+    first, second = RecordCollator(processor, seed=0)([dataset[0]])["pixel_values"].chunk(2)
     assert torch.equal(first, second)
 
 
@@ -161,12 +162,12 @@ def test_video_files(root, processor, caplog):
         assert reason in why
     unchecked = JsonlDataset(path, check_pictures=False)
     assert len(unchecked) == 2
-    collator = Collator(processor, seed=3)
+    collator = RecordCollator(processor, seed=3)
     assert collator([unchecked[0], unchecked[1]])["frame_positions"].tolist() == [0, 1, 2, 3]
     assert collator.skipped == 1
     assert "cut.mp4: cut short" in caplog.text
     first, again, other, middles = (
-        Collator(processor, seed=seed)([dataset[0]])["pixel_values"] for seed in (1, 1, 2, None)
+        RecordCollator(processor, seed=seed)([dataset[0]])["pixel_values"] for seed in (1, 1, 2, None)
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
