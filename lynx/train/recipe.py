@@ -58,7 +58,7 @@ class Stage:
     schedule: Literal["linear", "cosine"] = "linear"
     resolution: int | None = None
     tokens_per_step: int | None = None
-    data: str | dict[str, Any] | None = None
+    data: str | list[Any] | dict[str, Any] | None = None
     weight_decay: float = 0.01
     betas: tuple[float, ...] = (0.9, 0.999)
     epsilon: float = 1e-8
@@ -74,12 +74,13 @@ class Recipe:
         model: a folder that ``lynx.checkpoint.save`` wrote, or the name of a preset: a shape with fresh weights.
         language_model, vision_tower: folders of transformers to take a preset's decoder and tower from.
         model_options: fields of ``LynxConfig`` that differ from the preset's.
-        data: a JSONL file, or what ``lynx.data.mixture`` takes.
-        root: the folder that picture paths are relative to and may not leave; the data file's own by default.
+        data: a file, or a mixture, as ``lynx.train.start`` says.
+        datasets: files of the paper's data sets, a list as in ``lynx.data.sources``, or a YAML file with one.
+        root: of the pictures where ``data`` is a file: they may not leave it; the file's own folder by default.
         output: the folder for checkpoints, the log and the model.
         stages: what happens, one after another.
         token_budget: language model tokens of one pack, the micro-batch of one rank.
-        lookahead: samples that the planner sees at once.
+        lookahead: packs that may wait to be filled, as of ``lynx_kernels.PackPlanner``.
         precision: ``"bf16"``: frozen parameters in bf16, autocast to it; ``"fp32"``: everything in fp32. Trainable
             parameters are fp32 in both.
         gradient_checkpointing, compile: spend time on memory; spend time at the start on speed.
@@ -98,10 +99,11 @@ class Recipe:
     language_model: str | None = None
     vision_tower: str | None = None
     model_options: dict[str, Any] = field(default_factory=dict)
-    data: str | dict[str, Any] | None = None
+    data: str | list[Any] | dict[str, Any] | None = None
+    datasets: str | list[Any] | None = None
     root: str | None = None
     token_budget: int = 4096
-    lookahead: int = 1024
+    lookahead: int = 16
     precision: Literal["bf16", "fp32"] = "bf16"
     gradient_checkpointing: bool = False
     compile: bool = False
@@ -331,9 +333,9 @@ def _typed(value: Any, hint: Any) -> Any:
     elif origin is tuple:
         if isinstance(value, list | tuple):
             return tuple(_typed(each, get_args(hint)[0]) for each in value)
-    elif origin is dict:
-        if isinstance(value, dict):
-            return dict(value)
+    elif origin in (dict, list):
+        if isinstance(value, origin):
+            return value
     elif hint is NoneType:
         if value is None:
             return None

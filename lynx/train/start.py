@@ -1,31 +1,21 @@
 """What a stage starts from: a model and its processor, and the data.
 
-A recipe's ``data`` is a JSONL file, a folder that ``datasets.Dataset.save_to_disk`` wrote, or a mixture of such, in
-groups by weight:
-
-    data:
-      groups:
-        - name: captions
-          weight: 2
-          datasets:
-            cats: cats.jsonl
-            dogs: {path: dogs.jsonl, root: /pictures, task: caption}
-
-or the paper's, whose data sets are looked for in a folder, by their names (``CC3M.jsonl`` or ``CC3M/``):
-
-    data: {paper: finetuning, folder: /data, without: [text tasks, Baize]}
+A recipe's ``data`` is a JSONL file or a folder that ``datasets.Dataset.save_to_disk`` wrote; groups of such by weight, as
+``lynx.data.sources`` takes them; or the paper's mixture, ``{paper: finetuning, without: [Baize, text tasks]}``, whose
+data sets are those of the recipe's ``datasets``. Paths are relative to the working directory.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from lynx import checkpoint, recipes
 from lynx.data.collator import Collator
-from lynx.data.columns import ColumnRecords
-from lynx.data.jsonl import JsonlRecords
-from lynx.data.mixture import Group, Mixture, paper_groups
-from lynx.data.records import Record, RecordError, text_of
+from lynx.data.mixture import Mixture, paper_groups
+from lynx.data.records import RecordError, text_of
+from lynx.data.sources import open_mixture
 from lynx.data.stream import PackDataset, PackSampler
 from lynx.data.tokenizer import train_tokenizer
 from lynx.model import LynxForConditionalGeneration
@@ -74,73 +64,32 @@ def data(
 
 def mixture(recipe: Recipe, stage: Stage) -> Mixture:
     """The mixture of a stage; errors as ``data`` has them."""
-    return Mixture(list(_groups(recipe, stage)), seed=recipe.seed)
+    source: Any = stage.data
+    try:
+        if isinstance(source, str):
+            only = {"name": Path(source).stem, "path": source, "root": recipe.root}
+            source = [{"name": "data", "weight": 1, "datasets": [only]}]
+        elif isinstance(source, dict) and "datasets" not in source:
+            source = _of_paper(recipe, **source)
+        return open_mixture(source, Path(), seed=recipe.seed)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"stage {stage.name}: data: {error}") from error
 
 
-def _groups(recipe: Recipe, stage: Stage) -> Iterator[Group]:
-    source = stage.data
-    where = f"stage {stage.name}: data"
-    if isinstance(source, str):
-        yield Group("data", 1.0, {Path(source).stem: _records(source, recipe.root)})
-    elif isinstance(source, dict) and "groups" in source:
-        for group in _strict(source, where, groups=list)["groups"]:
-            options = _strict(group, f"{where}: a group", name=str, weight=(int, float), datasets=dict)
-            sets = {name: _described(each, recipe.root, f"{where}: {name}") for name, each in options["datasets"].items()}
-            yield Group(options["name"], float(options["weight"]), sets)
-    elif isinstance(source, dict) and "paper" in source:
-        options = _strict({"without": [], **source}, where, paper=str, folder=str, without=list)
-        yield from _paper(options["paper"], Path(options["folder"]), options["without"], recipe.root)
-    else:
-        raise RecipeError(f"{where} is {source!r}: a file, a folder, or a mapping with groups or paper was expected")
-
-
-def _strict(options: Any, where: str, **expected: Any) -> dict[str, Any]:
-    """A mapping with exactly these keys, of these types."""
-    if not isinstance(options, Mapping) or options.keys() != expected.keys():
-        found = sorted(options) if isinstance(options, Mapping) else options
-        raise RecipeError(f"{where} has {found}, expected {sorted(expected)}")
-    for key, kind in expected.items():
-        if not isinstance(options[key], kind):
-            raise RecipeError(f"{where}: {key} is {options[key]!r}")
-    return dict(options)
-
-
-def _described(description: Any, root: str | None, where: str) -> Any:
-    if isinstance(description, str):
-        return _records(description, root)
-    known = ("path", "root", "task", "columns")
-    if not isinstance(description, Mapping) or "path" not in description or description.keys() - set(known):
-        raise RecipeError(f"{where} is {description!r}, expected a path or a mapping with {', '.join(known)}")
-    return _records(**{"root": root, **description})
-
-
-def _records(
-    path: str, root: str | None, task: str | None = None, columns: Mapping[str, str] | None = None
-) -> JsonlRecords | ColumnRecords:
-    if Path(path).is_dir():
-        return ColumnRecords.from_disk(path, columns=columns, root=root, task=task)
-    if columns is not None:
-        raise RecipeError(f"{path} is a JSONL file: its records have fields, not columns")
-    return JsonlRecords(path, root, task=task)
-
-
-def _paper(phase: str, folder: Path, without: list[str], root: str | None) -> Iterator[Group]:
-    unknown = set(without)
-    missing = []
-    for group in paper_groups(phase):
-        unknown -= {group.name, *group.datasets}
-        names = [name for name in group.datasets if name not in without and group.name not in without]
-        paths = {name: path for name in names for path in (folder / f"{name}.jsonl", folder / name) if path.exists()}
-        missing += [name for name in names if name not in paths]
-        if paths:
-            yield Group(group.name, group.weight, {name: _records(str(path), root) for name, path in paths.items()})
-    if unknown:
-        raise RecipeError(f"data.without: the paper's {phase} has no {', '.join(sorted(unknown))}")
-    if missing:
-        raise FileNotFoundError(
-            f"{folder} lacks {', '.join(missing)}: expected each as NAME.jsonl or a folder NAME of datasets; or list "
-            "what to leave out in data.without"
-        )
+def _of_paper(recipe: Recipe, paper: str, without: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
+    """The paper's mixture of a phase without some of its groups or data sets, the recipe's files in it."""
+    groups = paper_groups(paper)
+    known = {name: group.name for group in groups for name in group.datasets}
+    if unknown := sorted(set(without) - {*known, *known.values()}):
+        raise ValueError(f"without: the paper's {paper} has no {', '.join(unknown)}")
+    wanted = [name for name, group in known.items() if name not in without and group not in without]
+    files = recipe.datasets
+    if isinstance(files, str):
+        files = yaml.safe_load(Path(files).read_text())
+    found = {each["name"]: each for each in files or []}
+    if missing := [name for name in wanted if name not in found]:
+        raise ValueError(f"datasets lacks {', '.join(missing)}; give their files, or name them in data.without")
+    return {"paper": paper, "datasets": [found[name] for name in wanted], "partial": bool(without)}
 
 
 def _texts(mixture: Mixture) -> Iterator[str]:
@@ -148,7 +97,7 @@ def _texts(mixture: Mixture) -> Iterator[str]:
     for dataset in mixture.datasets:
         for index in range(min(len(dataset), _TEXTS // len(mixture.datasets))):
             try:
-                record: Record = dataset[index]
+                record = dataset[index]
             except RecordError:
                 continue  # counted when it is drawn
             for messages in record.conversations:
