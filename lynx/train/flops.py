@@ -32,13 +32,21 @@ class StepFlops:
         head = model.get_output_embeddings().weight
         trained = {part_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
         media_flows = bool(trained & {"vision_tower", "frame_positions"})
-        self.flows = {"vision_tower": "vision_tower" in trained, "resampler": True, "decoder": bool(trained)}
+        self.flows = {  # whether a gradient goes through
+            "vision_tower": "vision_tower" in trained,
+            "resampler": media_flows or "resampler" in trained,
+            "decoder": bool(trained),
+        }
         self.per_row = dict.fromkeys(("frames", "media", "latents", "tokens", "supervised"), 0)  # operations a row
         for name, parameter in model.named_parameters():
             rows = "supervised" if parameter is head else _rows(name, parameter)
             if rows is None:
                 continue
-            flows = {"frames": self.flows["vision_tower"], "media": media_flows}.get(rows, bool(trained))
+            flows = {
+                "frames": self.flows["vision_tower"],
+                "media": media_flows,
+                "latents": self.flows["resampler"],
+            }.get(rows, self.flows["decoder"])
             self.per_row[rows] += 2 * parameter.numel() * (1 + flows + parameter.requires_grad)
 
     def __call__(self, batch: Mapping[str, Any]) -> int:

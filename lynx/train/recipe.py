@@ -77,6 +77,8 @@ class Recipe:
         data: a file, or a mixture, as ``lynx.train.start`` says.
         datasets: files of the paper's data sets, a list as in ``lynx.data.sources``, or a YAML file with one.
         root: of the pictures where ``data`` is a file: they may not leave it; the file's own folder by default.
+        prompts: a file for ``lynx.data.prompts.Prompts``; ``"one"`` for the first ones only of the package's, all of
+            those by default.
         output: the folder for checkpoints, the log and the model.
         stages: what happens, one after another.
         token_budget: language model tokens of one pack, the micro-batch of one rank.
@@ -102,6 +104,7 @@ class Recipe:
     data: str | list[Any] | dict[str, Any] | None = None
     datasets: str | list[Any] | None = None
     root: str | None = None
+    prompts: str | None = None
     token_budget: int = 4096
     lookahead: int = 16
     precision: Literal["bf16", "fp32"] = "bf16"

@@ -1,19 +1,33 @@
 """What a stage starts from: a model and its processor, and the data.
 
-A recipe's ``data`` is a JSONL file or a folder that ``datasets.Dataset.save_to_disk`` wrote; groups of such by weight, as
-``lynx.data.sources`` takes them; or the paper's mixture, ``{paper: finetuning, without: [Baize, text tasks]}``, whose
-data sets are those of the recipe's ``datasets``. Paths are relative to the working directory.
+A recipe's ``data`` is a JSONL file or a folder that ``datasets.Dataset.save_to_disk`` wrote; groups of such by weight,
+as ``lynx.data.sources`` takes them; or the paper's mixture, ``{paper: finetuning, without: [Baize, text tasks]}``,
+whose data sets are those of the recipe's ``datasets``. Paths are relative to the working directory.
 """
 
+import difflib
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Blip2VisionConfig,
+    Blip2VisionModel,
+    PreTrainedModel,
+)
 
-from lynx import checkpoint, recipes
+from lynx import checkpoint, presets
+from lynx.config import LynxConfig
 from lynx.data.collator import Collator
 from lynx.data.mixture import Mixture, paper_groups
+from lynx.data.prompts import Prompts
 from lynx.data.records import RecordError, text_of
 from lynx.data.sources import open_mixture
 from lynx.data.stream import PackDataset, PackSampler
@@ -21,6 +35,7 @@ from lynx.data.tokenizer import train_tokenizer
 from lynx.model import LynxForConditionalGeneration
 from lynx.processor import PROMPT, LynxProcessor
 from lynx.train.recipe import Recipe, RecipeError, Stage
+from lynx_kernels.integrations import transformers as attention_integration
 
 _TEXTS = 20000  # records that a tokenizer is learned from
 
@@ -29,15 +44,84 @@ def model(recipe: Recipe) -> tuple[LynxForConditionalGeneration, LynxProcessor]:
     """The model that a recipe's first stage starts from, and its processor.
 
     Raises:
-        RecipeError: the recipe's ``model`` is neither a folder nor a preset.
+        RecipeError: the recipe's ``model`` is neither a folder nor a preset, an option is unknown, or a preset with
+            pretrained parts is not told where they are.
+        OSError: a folder cannot be read.
     """
     if Path(recipe.model).is_dir():
-        return checkpoint.load(recipe.model)
-    if recipe.model != "tiny":
-        raise RecipeError(f"model is {recipe.model!r}, neither a folder nor a preset")
-    tokenizer = train_tokenizer(_texts(mixture(recipe, recipe.stages[0])))
-    config = recipes.tiny(tokenizer)
-    return LynxForConditionalGeneration(config), LynxProcessor.for_model(config, tokenizer)
+        if recipe.model_options or recipe.language_model or recipe.vision_tower:
+            raise RecipeError(
+                f"model is the folder {recipe.model}, which has its own options, decoder and vision tower; "
+                "model_options, language_model and vision_tower are for presets"
+            )
+        return checkpoint.load(recipe.model, dtype=torch.float32)
+    _check_options(recipe.model_options)
+    if recipe.model == "tiny" and recipe.language_model is None:
+        tokenizer = train_tokenizer(_texts(mixture(recipe, recipe.stages[0])))
+        config = _with_options(presets.tiny(tokenizer), recipe.model_options)
+        fresh = LynxForConditionalGeneration(config, vision_tower=_tower(recipe))
+        return fresh, LynxProcessor.for_model(config, tokenizer)
+    if recipe.model == "smollm2-135m":
+        return presets.build_smollm2_135m(**recipe.model_options)
+    if recipe.model not in presets.PRESETS:
+        near = difflib.get_close_matches(recipe.model, [*presets.PRESETS, "tiny"])
+        raise RecipeError(
+            f"model is {recipe.model!r}, neither a folder nor a preset{f'; did you mean {near[0]}?' if near else ''}; "
+            f"there are {', '.join([*presets.PRESETS, 'tiny'])}"
+        )
+    if recipe.language_model is None or recipe.vision_tower is None:
+        raise RecipeError(
+            f"the preset {recipe.model} is built on a pretrained decoder and vision tower: give language_model=FOLDER "
+            "and vision_tower=FOLDER, or model=FOLDER where a whole model is"
+        )
+    return _built(recipe)
+
+
+def _built(recipe: Recipe) -> tuple[LynxForConditionalGeneration, LynxProcessor]:
+    """A preset on a decoder and a vision tower that are there."""
+    source = {"local_files_only": True, "dtype": torch.float32}
+    tokenizer = AutoTokenizer.from_pretrained(recipe.language_model, local_files_only=True)
+    decoder = AutoModelForCausalLM.from_pretrained(
+        recipe.language_model, use_safetensors=True, attn_implementation=attention_integration.NAME, **source
+    )
+    if tokenizer.pad_token is None:
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    rows = decoder.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:  # new tokens start as the mean of the others, as in the release
+        decoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        with torch.no_grad():
+            for table in {decoder.get_input_embeddings().weight, decoder.get_output_embeddings().weight}:
+                table[rows:] = table[:rows].mean(0)
+    tower = _tower(recipe)
+    config = presets.PRESETS[recipe.model](
+        **{"image_token_id": max(len(tokenizer), decoder.config.vocab_size), **recipe.model_options}
+    )
+    config.text_config, config.vision_config = decoder.config, tower.config
+    model = LynxForConditionalGeneration(config, language_model=decoder, vision_tower=tower)
+    return model, LynxProcessor.for_model(config, tokenizer)
+
+
+def _tower(recipe: Recipe) -> PreTrainedModel | None:
+    if recipe.vision_tower is None:
+        return None
+    config = AutoConfig.from_pretrained(recipe.vision_tower, local_files_only=True)
+    is_eva = config.model_type in ("blip-2", Blip2VisionConfig.model_type)  # which AutoModel does not know alone
+    loader = Blip2VisionModel if is_eva else AutoModel
+    return loader.from_pretrained(recipe.vision_tower, use_safetensors=True, local_files_only=True, dtype=torch.float32)
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    known = [name for name in inspect.signature(LynxConfig).parameters if name not in ("kwargs", "args")]
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known)
+            raise RecipeError(
+                f"model_options: LynxConfig has no {name!r}{f'; did you mean {near[0]}?' if near else ''}"
+            )
+
+
+def _with_options(config: LynxConfig, options: dict[str, Any]) -> LynxConfig:
+    return LynxConfig.from_dict({**config.to_dict(), **options})
 
 
 def data(
@@ -54,12 +138,26 @@ def data(
         mixture(recipe, stage),
         processor,
         token_budget=recipe.token_budget,
+        prompts=_prompts(recipe.prompts),
         ranks=ranks,
         rank=rank,
         lookahead=recipe.lookahead,
         seed=recipe.seed,
     )
     return sampler, sampler.dataset, Collator(processor, recipe.token_budget, always_vision=True)
+
+
+def _prompts(source: str | None) -> Prompts:
+    if source is not None and source != "one":
+        return Prompts.read(source)
+    prompts = Prompts.default()
+    if source is None:
+        return prompts
+    first: dict[str, list[str]] = {}
+    for task, texts in prompts.tasks.items():  # one that puts a question, one that asks where a record does not
+        found = {"{question}" in text: text for text in reversed(texts)}
+        first[task] = list(found.values())
+    return Prompts(first)
 
 
 def mixture(recipe: Recipe, stage: Stage) -> Mixture:

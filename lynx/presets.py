@@ -1,0 +1,3 @@
+from lynx.recipes import tiny  # noqa: F401
+
+PRESETS = {}
