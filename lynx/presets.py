@@ -1,3 +1,0 @@
-from lynx.recipes import tiny  # noqa: F401
-
-PRESETS = {}
