@@ -64,6 +64,17 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--sheet", type=Path, help="draw the first answers into this PNG")
     evaluate.set_defaults(run=_evaluate)
 
+    convert = commands.add_parser("convert", help="make a model folder of the release's checkpoint files")
+    convert.add_argument("checkpoint", type=Path, help="finetune_lynx.pt or another file in its layout")
+    convert.add_argument("output", type=Path, help="the folder to save the model in")
+    convert.add_argument("--vision", type=Path, help="EVA ViT-g's checkpoint, where the first file lacks the tower")
+    convert.add_argument("--llm", type=Path, help="Vicuna's folder or file, where the first file lacks the decoder")
+    convert.add_argument("--tokenizer", type=Path, help="the folder of Vicuna's tokenizer, for lynx ask and train")
+    convert.add_argument("--image-size", type=_positive, help="in pixels (default: as the position embedding is)")
+    convert.add_argument("--config", type=Path, help='JSON, what is not as in the release: {"text_config": {...}, ...}')
+    convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: as in the files)")
+    convert.set_defaults(run=_convert)
+
     demo = commands.add_parser("demo", help="train and test a small model on real handwritten digits")
     demo.add_argument("--folder", type=Path, default=Path("demo"), help="where everything goes (default: demo)")
     demo.add_argument("--seed", type=int, default=0)
@@ -136,6 +147,30 @@ def _evaluate(options: argparse.Namespace) -> None:
 
         pictures.answer_sheet(answered[:24], options.sheet)
         print(options.sheet)
+
+
+def _convert(options: argparse.Namespace) -> None:
+    import torch
+
+    from lynx import checkpoint
+
+    model = checkpoint.convert(
+        options.checkpoint,
+        options.output,
+        vision=options.vision,
+        language_model=options.llm,
+        tokenizer=options.tokenizer,
+        config=options.config,
+        image_size=options.image_size,
+        dtype=None if options.dtype is None else getattr(torch, options.dtype),
+    )
+    config = model.config
+    print(
+        f"{config.vision_config.num_hidden_layers} vision blocks at {config.vision_config.image_size} px, "
+        f"{config.text_config.num_hidden_layers} layers with adapters every {config.adapter_frequency}, "
+        f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters in {model.dtype}"
+    )
+    print(options.output)
 
 
 def _demo(options: argparse.Namespace) -> None:

@@ -275,7 +275,7 @@ def test_a_projection_with_a_bias_is_refused(tokenizer):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"adapter_activation": "tanhh"}, "adapter_activation is 'tanhh'"),
+        ({"adapter_activation": "tanhh"}, "adapter_activation='tanhh'"),
         ({"num_latents": "3"}, "num_latents is '3'"),
         ({"fusion": "telepathy"}, "fusion='telepathy'"),
         ({"adapter_frequency": 4}, "text_config has 3 layers"),

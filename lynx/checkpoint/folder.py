@@ -26,13 +26,14 @@ _WEIGHTS = ("model.safetensors", _INDEX)
 def save(
     folder: str | Path,
     model: LynxForConditionalGeneration,
-    processor: LynxProcessor,
+    processor: LynxProcessor | None,
     *,
     state_dict: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Write a folder that ``load``, ``AutoModel`` and ``AutoProcessor`` read; weights as safetensors.
 
-    ``state_dict`` holds the weights of a model whose own are spread over several processes.
+    Without a processor it is one that only ``from_pretrained`` reads; ``load`` says what it lacks. ``state_dict`` holds
+    the weights of a model whose own are spread over several processes.
 
     Files come to their place whole. A model that was there before is gone from the moment the new files move in, and
     config.json comes last: whenever this is cut off, ``load`` finds the old model, the new one, or refuses the folder.
@@ -41,10 +42,10 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as unfinished:
         model.save_pretrained(unfinished, state_dict=state_dict)
-        processor.save_pretrained(unfinished)
-        (folder / "config.json").unlink(missing_ok=True)
-        for stale in folder.glob("model*.safetensors*"):
-            stale.unlink()
+        if processor is not None:
+            processor.save_pretrained(unfinished)
+        for stale in (*(folder / name for name in _FILES), *folder.glob("model*.safetensors*")):
+            stale.unlink(missing_ok=True)
         for path in sorted(Path(unfinished).iterdir(), key=lambda path: path.name == "config.json"):
             path.replace(folder / path.name)
 
