@@ -39,7 +39,8 @@ class LynxConfig(PreTrainedConfig):
         resampler_depth, resampler_heads, resampler_head_dim, resampler_expansion: the resampler's layers, their
             attention heads, the width of a head, and the feed-forward's width over the model's.
         resampler_concatenates_latents: whether its latents see, beside the media, all latents of their item, as in
-            Flamingo, or the media only, as in Lynx.
+            Flamingo, or the media only, as in Lynx. As both pass one projection, the resampler then has the vision
+            tower's width, which with prefix fusion must be the language model's.
         max_frames: frames of a video that have a learned position.
         adapter_frequency: with prefix fusion an adapter follows every k-th decoder layer, from the first one on (paper
             1, release 2).
@@ -89,8 +90,8 @@ class LynxConfig(PreTrainedConfig):
         latent_initializer_range: float = 0.02,
         **kwargs,
     ):
-        self.text_config = _as_config(text_config, _DEFAULT_TEXT)
-        self.vision_config = _as_config(vision_config, _DEFAULT_VISION)
+        self.text_config = _as_config("text_config", text_config, _DEFAULT_TEXT)
+        self.vision_config = _as_config("vision_config", vision_config, _DEFAULT_VISION)
         self.fusion = fusion
         self.bridge = bridge
         self.prefix_is_causal = prefix_is_causal
@@ -155,7 +156,15 @@ class LynxConfig(PreTrainedConfig):
         if self.fusion == "prefix" and self.sees_media != "preceding":
             raise ValueError(f"sees_media={self.sees_media!r} needs fusion='cross_attention'; a prefix is seen by all")
         if self.bridge != "resampler" and self.resampler_concatenates_latents:
-            raise ValueError(f"resampler_concatenates_latents, but with bridge={self.bridge!r} there is no resampler")
+            raise ValueError(
+                f"resampler_concatenates_latents=True, but with bridge={self.bridge!r} there is no resampler"
+            )
+        widths = self.vision_config.hidden_size, self.text_config.hidden_size
+        if self.fusion == "prefix" and self.resampler_concatenates_latents and widths[0] != widths[1]:
+            raise ValueError(
+                f"resampler_concatenates_latents=True gives tokens of vision_config's hidden_size, {widths[0]}, but a "
+                f"prefix needs text_config's, {widths[1]}"
+            )
 
 
 def _check_heads(name: str, config: PreTrainedConfig) -> None:
@@ -176,11 +185,14 @@ def _listed(choices: tuple[str, ...]) -> str:
     return ", ".join(map(repr, choices))
 
 
-def _as_config(config: PreTrainedConfig | dict[str, Any] | None, model_type: str) -> PreTrainedConfig:
+def _as_config(name: str, config: PreTrainedConfig | dict[str, Any] | None, default_type: str) -> PreTrainedConfig:
     if isinstance(config, PreTrainedConfig):
         return config
     options = dict(config or {})
-    model_type = options.pop("model_type", model_type)
-    if model_type == Blip2VisionConfig.model_type:  # which older releases of transformers do not find by name
-        return Blip2VisionConfig(**options)
-    return AutoConfig.for_model(model_type, **options)
+    model_type = options.pop("model_type", default_type)
+    try:
+        if model_type == Blip2VisionConfig.model_type:  # which older releases of transformers do not find by name
+            return Blip2VisionConfig(**options)
+        return AutoConfig.for_model(model_type, **options)
+    except Exception as error:  # configurations raise what they like, ZeroDivisionError among it
+        raise ValueError(f"{name} is no configuration of model_type {model_type!r}: {error}") from error

@@ -122,6 +122,10 @@ def _check_agreement(folder: Path, config: LynxConfig, processor: LynxProcessor)
     expected = {
         "image_token_id": (processor.image_token_id, config.image_token_id),
         "num_latents": (processor.num_latents, config.num_latents),
+        "fusion": (processor.fusion, config.fusion),
+        "bridge": (processor.bridge, config.bridge),
+        "prefix_is_causal": (processor.prefix_is_causal, config.prefix_is_causal),
+        "sees_media": (processor.sees_media, config.sees_media),
         "max_frames": (processor.max_frames, config.max_frames),
         "tokens_per_frame": (processor.tokens_per_frame, vision.tokens_per_frame(vision_config)),
         "size": (processor.image_processor.size, vision_config.image_size),
