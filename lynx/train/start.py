@@ -144,7 +144,11 @@ def data(
         lookahead=recipe.lookahead,
         seed=recipe.seed,
     )
-    return sampler, sampler.dataset, Collator(processor, recipe.token_budget, always_vision=True)
+    return (
+        sampler,
+        sampler.dataset,
+        Collator(processor, recipe.token_budget, always_vision=processor.bridge == "resampler"),
+    )
 
 
 def _prompts(source: str | None) -> Prompts:

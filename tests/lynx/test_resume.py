@@ -127,7 +127,7 @@ def test_killed_and_resumed_it_is_the_same_run(workers, data, whole, tmp_path):
         what = "step" if attempt % 2 == 0 else "write"
         kill = (what, draw.randrange(3, 8) if what == "step" else draw.randrange(40), signal.SIGKILL)
         code = processes.exit_code(go, changes, kill)
-        assert code == -signal.SIGKILL or (what == "write" and code == 0), f"{kill}: {code}"
+        assert code in (0, -signal.SIGKILL), f"{kill}: {code}"
         newest = checkpoints.latest(folder)
         assert good is None or (newest is not None and checkpoints.step_of(newest) >= checkpoints.step_of(good))
         good = newest
@@ -135,13 +135,13 @@ def test_killed_and_resumed_it_is_the_same_run(workers, data, whole, tmp_path):
             break
     else:
         assert processes.exit_code(go, changes) == 0
-    assert good is not None
+    assert attempt >= 2, "it came through too soon"
     check_same(tmp_path / "out", whole)
 
 
-@pytest.mark.parametrize("number", range(0, 40, 4))
+@pytest.mark.parametrize("number", [0, 2, 4, 9, 16, 18, 20])
 def test_killed_while_saving_the_last_checkpoint_stays(number, data, whole, tmp_path):
-    """At every fourth thing that saving does to the disk, from the second checkpoint on."""
+    """At several of the things that saving does to the disk: before, between and after the files, and at the renaming."""
     changes = changes_for(data, tmp_path / "out")
     folder = tmp_path / "out" / "checkpoints" / "train"
     assert processes.exit_code(go, changes, ("step", 2 * EVERY, signal.SIGKILL)) == -signal.SIGKILL

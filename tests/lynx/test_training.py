@@ -7,8 +7,9 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 
-from lynx import checkpoint, cli
+from lynx import LynxProcessor, checkpoint, cli
 from lynx.data import digits
 from lynx.data.jsonl import JsonlDataset
 from lynx.eval import accuracy, pictures
@@ -218,6 +219,37 @@ def test_three_stages_as_in_the_paper(tmp_path):
     trains = recipe.load("lynx").stages[2].trains
     number = sum(parts.part_of(name) in trains for name, _ in large.named_parameters())
     assert len(saved["state"]) == number, "frozen parameters have no optimizer state"
+
+
+@pytest.mark.parametrize("name", ["lynx-cross-frozen", "lynx-cross-trained"])
+def test_both_modes_of_cross_attention(name, tmp_path):
+    """The gates open, and the decoder trains in one of the recipes only."""
+    data = write_records(tmp_path, 12)
+    changes = {
+        "model": "tiny", "model_options.fusion": "cross_attention", "stages": ["finetune"], "steps": 3, "workers": 0,
+        "token_budget": 150, "tokens_per_step": 300, "finetune.data": str(data), "resolution": 16, "warmup_from": 2e-5,
+    }  # fmt: skip
+    log = train(data, tmp_path / "out", name, **changes)
+    assert [entry["step"] for entry in log] == [1, 2, 3]
+    model, _ = checkpoint.load(tmp_path / "out", dtype=torch.float32)
+    gates = [value for key, value in model.named_parameters() if "cross_attention" in key and key.endswith("gate")]
+    assert gates
+    assert all(gate.abs().sum() > 0 for gate in gates)
+    saved = load_file(tmp_path / "out/checkpoints/finetune/checkpoint-3/trained.safetensors")
+    of_decoder = [key for key in saved if key.startswith("language_model") and "cross_attention" not in key]
+    assert bool(of_decoder) == (name == "lynx-cross-trained")
+
+
+def test_questions_about_one_picture_share_it_with_cross_attention(tokenizer):
+    config = make_config(tokenizer, fusion="cross_attention")
+    model, processor = make_model(config), LynxProcessor.for_model(config, tokenizer)
+    pairs = (("Which digit?", "seven"), ("Odd or even?", "odd"), ("And which is it?", "7 seven"))
+    alone = [processor.encode(conversation(*pair, [picture(0)])) for pair in pairs]
+    first, *others = (conversation(*pair, [picture(0)] if pair == pairs[0] else ()) for pair in pairs)
+    together = processor.encode_branches([first, *others])
+    with torch.no_grad():
+        expected, shared = model(**processor.pack(alone)).loss, model(**processor.pack([together])).loss
+    assert shared == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"precision": "bf16"}, {"workers": 1}])
