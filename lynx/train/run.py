@@ -202,7 +202,10 @@ def _model(recipe: Recipe, index: int) -> tuple[LynxForConditionalGeneration, Ly
     if index:
         return checkpoint.load(_folder(recipe, index - 1), dtype=torch.float32)
     set_seed(recipe.seed)
-    return start.model(recipe)
+    model, processor = start.model(recipe)
+    if noise := start.untrained(recipe, model):
+        logger.warning("%s: from nothing, and no stage trains it", ", ".join(noise))
+    return model, processor
 
 
 def _save(trainer: LynxTrainer, folder: Path, processor: LynxProcessor) -> None:

@@ -34,6 +34,7 @@ from lynx.data.stream import PackDataset, PackSampler
 from lynx.data.tokenizer import train_tokenizer
 from lynx.model import LynxForConditionalGeneration
 from lynx.processor import PROMPT, LynxProcessor
+from lynx.train import parts
 from lynx.train.recipe import Recipe, RecipeError, Stage
 from lynx_kernels.integrations import transformers as attention_integration
 
@@ -122,6 +123,17 @@ def _check_options(options: dict[str, Any]) -> None:
 
 def _with_options(config: LynxConfig, options: dict[str, Any]) -> LynxConfig:
     return LynxConfig.from_dict({**config.to_dict(), **options})
+
+
+def untrained(recipe: Recipe, model: LynxForConditionalGeneration) -> list[str]:
+    """The parts of a preset's model that start from nothing and that no stage trains: they would stay noise."""
+    if Path(recipe.model).is_dir():
+        return []
+    present = {parts.part_of(name) for name, _ in model.named_parameters()}
+    given = set() if recipe.model == "tiny" else {"language_model"}
+    if recipe.vision_tower is not None:
+        given.add("vision_tower")
+    return sorted(present - given - {part for stage in recipe.stages for part in stage.trains})
 
 
 def data(

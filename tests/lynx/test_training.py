@@ -8,6 +8,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 from lynx import LynxProcessor, checkpoint, cli
 from lynx.data import digits
@@ -192,7 +193,7 @@ def test_a_finished_run_is_kept(data, trained, tmp_path):
         train(data, tmp_path, steps=2)
 
 
-def test_three_stages_as_in_the_paper(tmp_path):
+def test_three_stages_as_in_the_paper(tmp_path, caplog):
     """The recipe of Table 5 on the tiny model: pictures grow, each stage goes on from the one before."""
     data = write_records(tmp_path, 12)
     changes = {
@@ -202,6 +203,7 @@ def test_three_stages_as_in_the_paper(tmp_path):
     }  # fmt: skip
     output = tmp_path / "out"
     log = train(data, output, "lynx", **changes)
+    assert "language_model, vision_tower: from nothing, and no stage trains it" in caplog.text
     assert [(entry["stage"], entry["step"]) for entry in log] == [
         (stage, step) for stage in ("pretrain-224", "pretrain-420", "finetune") for step in (1, 2)
     ]
@@ -257,6 +259,14 @@ def test_options_change_the_cost_and_not_the_learning(options, data, tmp_path):
     plain, changed = train(data, tmp_path / "plain", steps=3), train(data, tmp_path / "changed", steps=3, **options)
     tolerance = 2e-2 if "precision" in options else 1e-6
     assert [entry["loss"] for entry in changed] == pytest.approx([entry["loss"] for entry in plain], rel=tolerance)
+
+
+def test_compiled_training(data, tmp_path, monkeypatch):
+    """Through torch.compile, by the backend that needs no compiler."""
+    plain = train(data, tmp_path / "plain", steps=2)
+    monkeypatch.setattr(run, "TrainingArguments", partial(TrainingArguments, torch_compile_backend="eager"))
+    compiled = train(data, tmp_path / "compiled", steps=2, compile=True)
+    assert [entry["loss"] for entry in compiled] == pytest.approx([entry["loss"] for entry in plain], rel=1e-5)
 
 
 def test_a_budget_that_does_not_divide_is_refused(data, tmp_path):
