@@ -7,6 +7,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -38,7 +39,8 @@ def go(changes, kill=None):
 
     def note(self, batch):
         with (output / "consumed").open("a") as file:
-            file.write(json.dumps([self.state.global_step, batch["input_ids"].flatten().tolist()]) + "\n")
+            drawn = [torch.rand(()).item(), random.random(), float(np.random.rand())]  # as dropout might
+            file.write(json.dumps([self.state.global_step, batch["input_ids"].flatten().tolist(), drawn]) + "\n")
         see(self, batch)
 
     trainer.LynxTrainer._see = note
@@ -89,11 +91,11 @@ def whole(data, tmp_path_factory):
 
 
 def consumed(output):
-    """The packs of each step, as they were consumed the last time."""
+    """The packs of each step and what was drawn beside them, as they were consumed the last time."""
     steps: dict[int, list] = {}
     for line in (output / "consumed").read_text().splitlines():
-        step, tokens = json.loads(line)
-        steps.setdefault(step, []).append(tokens)
+        step, *pack = json.loads(line)
+        steps.setdefault(step, []).append(pack)
     return {step: packs[-2:] for step, packs in steps.items()}  # two packs a step
 
 
@@ -109,7 +111,7 @@ def check_same(output, whole):
 
 
 def test_the_whole_run_learns_from_different_packs(whole):
-    packs = [tuple(pack) for packs in consumed(whole).values() for pack in packs]
+    packs = [tuple(tokens) for packs in consumed(whole).values() for tokens, _ in packs]
     assert len(packs) == 2 * STEPS
     assert len(set(packs)) == 2 * STEPS
     losses = [entry["loss"] for entry in watch.read_log(whole / run.LOG) if "loss" in entry]
