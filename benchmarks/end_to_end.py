@@ -121,12 +121,16 @@ def setup(name: str, number: int, dtype: torch.dtype, device: str) -> Setup:
             assert error <= tolerance * max(largest, 1e-6), f"{what}: error {error:.1e} beside {largest:.1e}"
 
     return Setup(
-        providers={provider: lambda _, step=step: step() for provider, step in steps.items()},
+        providers={provider: partial(_call, step) for provider, step in steps.items()},
         check=check,
         items=sum(int((sample.labels != IGNORED).sum()) for sample in chosen),
         device=device,
         parameters=list(model.parameters()),
     )
+
+
+def _call(step: "Step", _: Any) -> Tensor:
+    return step()
 
 
 def _patches(config: LynxConfig) -> int:

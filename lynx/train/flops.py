@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lynx import vision
+from lynx.model import LynxForConditionalGeneration
 from lynx.train.parts import part_of
 
 # Dense bf16 of the tensor cores, operations a second, from the vendors' data sheets.
@@ -26,7 +27,7 @@ class StepFlops:
         model: a ``LynxForConditionalGeneration``, its parameters frozen or not as they will be.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: LynxForConditionalGeneration):
         self.config = model.config
         self.tokens_per_frame = vision.tokens_per_frame(model.config.vision_config)
         head = model.get_output_embeddings().weight

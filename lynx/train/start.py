@@ -94,6 +94,7 @@ def _built(recipe: Recipe) -> tuple[LynxForConditionalGeneration, LynxProcessor]
             for table in {decoder.get_input_embeddings().weight, decoder.get_output_embeddings().weight}:
                 table[rows:] = table[:rows].mean(0)
     tower = _tower(recipe)
+    assert tower is not None  # the caller has seen to it
     config = presets.PRESETS[recipe.model](
         **{"image_token_id": max(len(tokenizer), decoder.config.vocab_size), **recipe.model_options}
     )

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
 from lynx.data.broken import BrokenRecords
+from lynx.model import LynxForConditionalGeneration
 from lynx.train import checkpoints, flops, parts
 from lynx.train.recipe import Stage
 from lynx.train.schedule import scheduler
@@ -58,9 +59,12 @@ class LynxTrainer(Trainer):
         samples, supervised: samples and supervised tokens of every data set since the stage began, on this rank.
     """
 
+    optimizer: torch.optim.Optimizer | None
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None
+
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: LynxForConditionalGeneration,
         args: TrainingArguments,
         *,
         stage: Stage,
@@ -261,13 +265,13 @@ class LynxTrainer(Trainer):
         Raises:
             ValueError: the checkpoint was written by another number of ranks.
         """
+        checkpoint = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else None
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = checkpoints.latest(Path(self.args.output_dir))
-        if resume_from_checkpoint:
-            resume_from_checkpoint = str(resume_from_checkpoint)
-            self._load_data_state(Path(resume_from_checkpoint))
+            checkpoint = checkpoints.latest(Path(self.args.output_dir))
+        if checkpoint is not None:
+            self._load_data_state(checkpoint)
         self._window = Window()
-        return super().train(resume_from_checkpoint or None, *args, **kwargs)
+        return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
 
     def _load_data_state(self, checkpoint: Path) -> None:
         path = checkpoint / f"{self.args.process_index}-{_DATA}"
