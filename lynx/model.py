@@ -104,14 +104,6 @@ class LynxForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         features = vision.encode(self.vision_tower, pixel_values)  # (N, tokens, media width)
         num_frames, tokens = features.shape[:2]
-        is_resampled = self.config.bridge == "resampler"
-        if layout is None and is_resampled:
-            layout = media_layout([1] * num_frames, tokens, self.config.num_latents)
-        if layout is not None and layout.num_keys != num_frames * tokens:
-            raise ValueError(
-                f"media_layout describes {layout.num_keys} vision tokens, but pixel_values holds {num_frames} frames "
-                f"of {tokens} tokens"
-            )
         if frame_positions is None:
             frame_positions = torch.full((num_frames,), -1, device=features.device)
         if tuple(frame_positions.shape) != (num_frames,):
@@ -122,8 +114,15 @@ class LynxForConditionalGeneration(PreTrainedModel, GenerationMixin):
             (frame_positions < self.config.max_frames).all(),
             f"frame_positions must be below max_frames, {self.config.max_frames}",
         )
-        if not is_resampled:
+        if self.config.bridge != "resampler":
             return self.projection(features.to(self.projection.frame_position.dtype), frame_positions)
+        if layout is None:
+            layout = media_layout([1] * num_frames, tokens, self.config.num_latents)
+        if layout.num_keys != num_frames * tokens:
+            raise ValueError(
+                f"media_layout describes {layout.num_keys} vision tokens, but pixel_values holds {num_frames} frames "
+                f"of {tokens} tokens"
+            )
         features = features.to(self.resampler.latents.dtype)
         return self.resampler(features, frame_positions, layout.to(features.device))
 
@@ -332,12 +331,12 @@ class LynxForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         if kwargs.get("layout") is not None:
             raise ValueError("generate takes a left-padded batch, as LynxProcessor makes it, not a packed row")
-        if pixel_values is not None and input_ids is None:
-            raise ValueError("generate: pixel_values need input_ids with a picture token for each vision token")
         if self.config.fusion == "cross_attention":
             if pixel_values is not None or cross_layout is not None:
                 kwargs["media"] = self.read_media(pixel_values, frame_positions, media_layout, cross_layout)
         elif pixel_values is not None:
+            if input_ids is None:
+                raise ValueError("generate: pixel_values need input_ids with a picture token for each vision token")
             vision_tokens = self.encode_media(pixel_values, frame_positions, media_layout)
             kwargs["inputs_embeds"] = self.embed(input_ids, vision_tokens)
         if not self.config.prefix_is_causal and input_ids is not None:

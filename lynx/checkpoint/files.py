@@ -46,7 +46,9 @@ def read(path: str | Path) -> dict[str, Any]:
             "could run code. If you trust where it is from, save its tensors alone in a file of their own. "
             f"({_first_line(error)})"
         ) from error
-    except (RuntimeError, EOFError, KeyError, ValueError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # of a damaged file torch's unpickler raises almost anything
         raise ValueError(f"{path} cannot be read, truncated perhaps: {_first_line(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a dict of tensors")

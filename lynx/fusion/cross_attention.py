@@ -25,13 +25,13 @@ class CrossAttentionCache(DynamicCache):
     next tokens see.
 
     Attributes:
-        spans: (rows, 2) int32, that span's first key and its end; None before the prompt is read.
+        spans: (rows, 2) int32, that span's first key and its end; no rows before the prompt is read.
         keys_values: of the blocks so far, by their number.
     """
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config=config)
-        self.spans: Tensor | None = None
+        self.spans = torch.empty(0, 2, dtype=torch.int32)
         self.keys_values: dict[int, tuple[Tensor, Tensor]] = {}
         self.num_keys = self.max_span_length = 0
 
@@ -50,20 +50,17 @@ class CrossAttentionCache(DynamicCache):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i goes on from what row ``beam_idx[i]`` was."""
         super().reorder_cache(beam_idx)
-        self._map_spans(lambda spans: spans.index_select(0, beam_idx.to(spans.device)))
+        self.spans = self.spans.index_select(0, beam_idx.to(self.spans.device))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row ``repeats`` times."""
         super().batch_repeat_interleave(repeats)
-        self._map_spans(lambda spans: spans.repeat_interleave(repeats, 0))
+        self.spans = self.spans.repeat_interleave(repeats, 0)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Only the rows ``indices``."""
         super().batch_select_indices(indices)
-        self._map_spans(lambda spans: spans[indices])
-
-    def _map_spans(self, function) -> None:
-        self.spans = None if self.spans is None else function(self.spans)
+        self.spans = self.spans[indices]
 
 
 class Media(NamedTuple):
@@ -188,7 +185,7 @@ def add_blocks(decoder: nn.ModuleList, *, frequency: int, width: int, media_widt
         names.add(
             layers.insert(layer, "cross_attention", GatedCrossAttention(width, media_width, **options), _with_block)
         )
-        layer.cross_attention_number = number  # its place in the cache
+        layer.cross_attention_number = number  # type: ignore[assignment]  # its place in the cache
     return names
 
 

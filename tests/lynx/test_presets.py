@@ -59,6 +59,20 @@ def test_lynx_7b_has_the_paper_s_sizes(frequency, adapters):
     assert f"{RESAMPLER / 1e6:.0f} {ADAPTER / 1e6:.1f} {VICUNA / 1e9:.2f} {VISION / 1e9:.2f}" == "420 16.8 6.74 0.99"
 
 
+def test_lynx_7b_cross_has_its_parts():
+    """A block before every fourth layer reads the tower's width; the resampler keeps it and is deeper; no adapters."""
+    model = presets.on_meta(presets.PRESETS["lynx-7b-cross"]())
+    block = (
+        norm(4096) + linear(4096, 512, False) + linear(1408, 2 * 512, False) + linear(512, 4096, False) + 1
+        + norm(4096) + linear(4096, 4 * 4096, False) + linear(4 * 4096, 4096, False) + 1
+    )  # fmt: skip
+    deeper = resampler(1408, 1408, 8 * 64, depth=6, latents=64, frames=5)
+    assert count(model.vision_tower) == VISION
+    assert count(model.resampler) == deeper
+    assert count(model.language_model) == VICUNA + 8 * block
+    assert count(model) == VISION + deeper + VICUNA + 8 * block
+
+
 def test_lynx_7b_is_what_released_weights_give():
     """The configuration that the shapes of such a checkpoint tell is the preset's, but for what they say otherwise."""
     preset = presets.lynx_7b(adapter_frequency=2)

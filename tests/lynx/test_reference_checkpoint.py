@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -517,6 +518,7 @@ def test_truncated_files_are_refused(weights, tmp_path, legacy):
 def test_files_are_mapped_not_read(weights, tmp_path):
     torch.save({"model": weights}, tmp_path / "lynx.pt")
     content = files.read(tmp_path / "lynx.pt")
+    assert str(tmp_path / "lynx.pt") in Path("/proc/self/maps").read_text()
     model = load(content, copy=False)
     table = model.get_input_embeddings().weight
     assert table.data_ptr() == content["model"]["LLM.model.embed_tokens.weight"].data_ptr()
@@ -590,13 +592,15 @@ def test_convert_makes_a_folder_that_answers(release, tokenizer, capsys):
     assert str(release / "model") in capsys.readouterr().out
     model, processor = checkpoint.load(release / "model")
     assert model.config.vision_config.image_size == processor.image_processor.size == 20
-    assert model.config.eos_token_id == tokenizer.eos_token_id
+    assert model.config.pad_token_id == tokenizer.pad_token_id == 0
     batch = processor.pad([processor.encode(conversation("What?", images=[picture(0)]))])
     del batch["labels"]
     assert model.generate(**batch, max_new_tokens=2).shape[1] == batch["input_ids"].shape[1] + 2
 
 
 def test_convert_without_a_tokenizer_says_what_is_lacking(release, caplog):
+    """Also where a model with a processor was before: its processor goes with it."""
+    assert main(command(release, "--tokenizer", str(release / "tokenizer"))) == 0
     assert main(command(release)) == 0
     assert "lacks the processor and the tokenizer" in caplog.text
     assert AutoModel.from_pretrained(release / "model").config.max_frames == 3
