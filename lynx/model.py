@@ -96,14 +96,19 @@ class LynxForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Args:
             pixel_values: of all frames, as ``lynx.vision.encode`` wants them.
             frame_positions: (N,) int64, a frame's place in its video or -1 for an image; all images if None.
-            layout: which latents see which frames' tokens, from ``lynx.resampler.media_layout``; needed for videos, and
-                of no meaning without a resampler.
+            layout: which latents see which frames' tokens, from ``lynx.resampler.media_layout``; needed for videos.
+                Without a resampler it says only by its ``num_queries`` how many of the tokens go on, all if None.
 
         Returns:
             (items * num_latents, width), or without a resampler (frames * tokens, width).
         """
         features = vision.encode(self.vision_tower, pixel_values)  # (N, tokens, media width)
         num_frames, tokens = features.shape[:2]
+        if layout is not None and layout.num_keys != num_frames * tokens:
+            raise ValueError(
+                f"media_layout describes {layout.num_keys} vision tokens, but pixel_values holds {num_frames} frames "
+                f"of {tokens} tokens"
+            )
         if frame_positions is None:
             frame_positions = torch.full((num_frames,), -1, device=features.device)
         if tuple(frame_positions.shape) != (num_frames,):
@@ -115,14 +120,10 @@ class LynxForConditionalGeneration(PreTrainedModel, GenerationMixin):
             f"frame_positions must be below max_frames, {self.config.max_frames}",
         )
         if self.config.bridge != "resampler":
-            return self.projection(features.to(self.projection.frame_position.dtype), frame_positions)
+            vision_tokens = self.projection(features.to(self.projection.frame_position.dtype), frame_positions)
+            return vision_tokens if layout is None else vision_tokens[: layout.num_queries]
         if layout is None:
             layout = media_layout([1] * num_frames, tokens, self.config.num_latents)
-        if layout.num_keys != num_frames * tokens:
-            raise ValueError(
-                f"media_layout describes {layout.num_keys} vision tokens, but pixel_values holds {num_frames} frames "
-                f"of {tokens} tokens"
-            )
         features = features.to(self.resampler.latents.dtype)
         return self.resampler(features, frame_positions, layout.to(features.device))
 

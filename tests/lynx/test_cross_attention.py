@@ -428,6 +428,16 @@ def test_going_on_from_a_cache_by_hand(model, processor):
         torch.testing.assert_close(out.logits, logits.repeat_interleave(2, 0), rtol=0, atol=1e-5)
 
 
+def test_the_cache_notes_what_the_last_tokens_saw(config):
+    """Of rows of three tokens: an item before the very last one, none at all, an empty segment at the end."""
+    spans = [(0, 0), (0, 3), (0, 0), (3, 5), (5, 6)]
+    cache = CrossAttentionCache(config.text_config)
+    cache.start(SpanLayout.from_spans([2, 1, 3, 3, 0], spans, 6), rows=3)
+    assert cache.spans.tolist() == [[0, 3], [0, 0], [3, 5]]
+    visible = cache.layout(2).visible()
+    assert torch.equal(visible, SpanLayout.from_spans([2] * 3, [(0, 3), (0, 0), (3, 5)], 6).visible())
+
+
 def test_answers_do_not_depend_on_the_batch(model, processor):
     samples = [processor.encode(each) for each in (interleaved(), conversation("A question without a picture?"))]
     together = answer(model, processor, samples, max_new_tokens=5)

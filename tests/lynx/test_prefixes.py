@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from lynx import LynxForConditionalGeneration, LynxProcessor, vision
 from lynx.projection import Projection
+from lynx_kernels import SpanLayout
 from tests.lynx.clips import frame, write_clip
 from tests.lynx.conftest import conversation, make_config, make_model, picture
 
@@ -135,6 +136,21 @@ def test_another_attention_refuses_full_prefixes(tokenizer):
     processor = LynxProcessor.for_model(config, tokenizer)
     with pytest.raises(ValueError, match=r"prefix_is_causal=False needs attn_implementation='lynx'.*'sdpa'"):
         make_model(config)(**inputs(processor.pad([two_pictures(processor)])))
+
+
+@pytest.mark.parametrize("bridge", BRIDGES)
+def test_a_picture_of_which_no_token_is_made(tokenizer, bridge):
+    """A batch of text that runs the vision graph for its gradients' sake: a layout of no queries."""
+    model, processor = build(tokenizer, bridge=bridge)
+    batch = processor.pack([processor.encode(conversation("Hello", "yes"))])
+    unseen = {
+        "pixel_values": processor.pack([two_pictures(processor)])["pixel_values"],
+        "media_layout": SpanLayout.from_spans([0], [(0, 10)], 10),
+    }
+    loss = model(**batch, **unseen).loss
+    assert torch.equal(loss, model(**batch).loss)
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.vision_tower.parameters())
 
 
 def test_a_layout_of_another_kind_is_refused(tokenizer):
