@@ -423,8 +423,6 @@ class LynxProcessor(ProcessorMixin):
         return batch
 
     def _unseen_picture(self) -> dict[str, Any]:
-        if self.bridge != "resampler":
-            raise ValueError(f"always_vision needs a resampler; bridge={self.bridge!r} keeps every token of a picture")
         size, tokens = self.image_processor.size, self.tokens_per_frame
         return {
             **self.image_processor(np.zeros((size, size, 3), np.uint8)),

@@ -160,7 +160,7 @@ def data(
     return (
         sampler,
         sampler.dataset,
-        Collator(processor, recipe.token_budget, always_vision=processor.bridge == "resampler"),
+        Collator(processor, recipe.token_budget, always_vision=True),
     )
 
 
