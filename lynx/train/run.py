@@ -8,6 +8,7 @@ output/stages/STAGE/                 the model after each stage but the last
 output/config.json, ...              the model after the last
 """
 
+import importlib.util
 import logging
 import shutil
 from pathlib import Path
@@ -52,6 +53,8 @@ def run(recipe: Recipe, *, fresh: bool = False) -> Path | None:
             number of ranks.
         ValueError: the data cannot be used.
     """
+    if recipe.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise RecipeError("tensorboard=true needs the package tensorboard: pip install tensorboard")
     output = Path(recipe.output)
     _claim(output, recipe, fresh)
     terminated = Terminated()

@@ -197,8 +197,10 @@ class LynxTrainer(Trainer):
         samples = sum((each for each, _ in counts), Counter[str]())
         supervised = sum((each for _, each in counts), Counter[str]())
         total = max(1, supervised.total())
-        shares = {name: round(count / total, 4) for name, count in sorted(supervised.items())}
-        return {"samples": dict(sorted(samples.items())), "supervised_shares": shares} if samples else {}
+        return {  # flat: TensorBoard takes numbers only
+            **{f"samples/{name}": count for name, count in sorted(samples.items())},
+            **{f"supervised_share/{name}": round(count / total, 4) for name, count in sorted(supervised.items())},
+        }
 
     # Checkpoints
 

@@ -106,7 +106,7 @@ def check_same(output, whole):
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
     ours, theirs = ([entry for entry in watch.read_log(each / run.LOG) if "loss" in entry] for each in (output, whole))
     assert [entry["step"] for entry in ours] == list(range(1, STEPS + 1))
-    for name in ("loss", "grad_norm", "learning_rate", "samples", "supervised_shares"):
+    for name in ("loss", "grad_norm", "learning_rate", "samples/train", "supervised_share/train"):
         assert [entry[name] for entry in ours] == [entry[name] for entry in theirs], name
 
 

@@ -71,8 +71,8 @@ def test_the_log_tells_what_was_trained_on(trained):
     assert [entry["step"] for entry in log] == list(range(1, 71))
     assert all(entry["stage"] == "train" and 0 < entry["fill"] <= 1 and 0 <= entry["data_wait"] <= 1 for entry in log)
     assert all(entry["mfu"] >= 0 and entry["supervised_tokens_per_second"] > 0 for entry in log)
-    assert log[-1]["samples"]["few"] > 70
-    assert log[-1]["supervised_shares"] == {"few": 1.0}
+    assert log[-1]["samples/few"] > 70
+    assert log[-1]["supervised_share/few"] == 1.0
     [broken] = [json.loads(line) for line in (folder / "broken.jsonl").read_text().splitlines()]
     assert broken["path"].endswith("few.jsonl:5")
     assert yaml.safe_load((folder / run.RECIPE).read_text())["stages"][0]["steps"] == 70
@@ -267,6 +267,12 @@ def test_compiled_training(data, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "TrainingArguments", partial(TrainingArguments, torch_compile_backend="eager"))
     compiled = train(data, tmp_path / "compiled", steps=2, compile=True)
     assert [entry["loss"] for entry in compiled] == pytest.approx([entry["loss"] for entry in plain], rel=1e-5)
+
+
+def test_tensorboard_is_asked_for_in_vain(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(recipe.RecipeError, match="pip install tensorboard"):
+        train(data, tmp_path, steps=1, tensorboard=True)
 
 
 def test_a_budget_that_does_not_divide_is_refused(data, tmp_path):
