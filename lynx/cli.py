@@ -42,16 +42,20 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--beams", type=_positive, default=1, help="beams to search with (default: 1, greedy)")
     ask.set_defaults(run=_ask)
 
-    train = commands.add_parser("train", help="train on the conversations of a JSONL file")
-    train.add_argument("data", type=Path, help="JSONL, one conversation in transformers' messages format a line")
-    train.add_argument("output", type=Path, help="the folder to save the model in")
-    train.add_argument("--root", type=Path, help="the folder of the pictures (default: the data file's)")
-    train.add_argument("--start", type=Path, help="a model folder to go on from (default: a tiny model from nothing)")
-    train.add_argument("--steps", type=_positive, default=1000)
-    train.add_argument("--batch-size", type=_positive, default=64, help="conversations in a packed row (default: 64)")
-    train.add_argument("--learning-rate", type=float, default=2e-3, help="its peak (default: 2e-3)")
-    train.add_argument("--seed", type=int, default=0)
+    train = commands.add_parser(
+        "train",
+        help="train as a recipe says",
+        epilog="lynx train tiny data=my.jsonl output=my-model steps=1000; the same command goes on after a crash.",
+    )
+    train.add_argument("recipe", help="a YAML file, or a recipe that comes with the package, such as tiny or lynx")
+    train.add_argument("changes", nargs="*", metavar="key=value", help="what is different: steps=10, finetune.steps=5")
+    train.add_argument("--fresh", action="store_true", help="start anew, and remove what the output folder holds")
     train.set_defaults(run=_train)
+
+    plot = commands.add_parser("plot", help="draw the curves of a training run")
+    plot.add_argument("folder", type=Path, metavar="run", help="the run's output folder")
+    plot.add_argument("--to", type=Path, help="the PNG to write (default: curves.png in the folder)")
+    plot.set_defaults(run=_plot)
 
     evaluate = commands.add_parser("evaluate", help="ask a JSONL file's questions and count the right answers")
     evaluate.add_argument("model", type=Path, help="a model folder")
@@ -59,6 +63,17 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--root", type=Path, help="the folder of the pictures (default: the data file's)")
     evaluate.add_argument("--sheet", type=Path, help="draw the first answers into this PNG")
     evaluate.set_defaults(run=_evaluate)
+
+    convert = commands.add_parser("convert", help="make a model folder of the release's checkpoint files")
+    convert.add_argument("checkpoint", type=Path, help="finetune_lynx.pt or another file in its layout")
+    convert.add_argument("output", type=Path, help="the folder to save the model in")
+    convert.add_argument("--vision", type=Path, help="EVA ViT-g's checkpoint, where the first file lacks the tower")
+    convert.add_argument("--llm", type=Path, help="Vicuna's folder or file, where the first file lacks the decoder")
+    convert.add_argument("--tokenizer", type=Path, help="the folder of Vicuna's tokenizer, for lynx ask and train")
+    convert.add_argument("--image-size", type=_positive, help="in pixels (default: as the position embedding is)")
+    convert.add_argument("--config", type=Path, help='JSON, what is not as in the release: {"text_config": {...}, ...}')
+    convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: as in the files)")
+    convert.set_defaults(run=_convert)
 
     demo = commands.add_parser("demo", help="train and test a small model on real handwritten digits")
     demo.add_argument("--folder", type=Path, default=Path("demo"), help="where everything goes (default: demo)")
@@ -101,19 +116,22 @@ def _ask(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from lynx.train.run import train
+    from lynx.train import recipe
+    from lynx.train.run import run
 
-    train(
-        options.data,
-        options.output,
-        root=options.root,
-        start=options.start,
-        steps=options.steps,
-        batch_size=options.batch_size,
-        learning_rate=options.learning_rate,
-        seed=options.seed,
-    )
-    print(options.output)
+    logging.getLogger("lynx.train").setLevel(logging.INFO)
+    folder = run(recipe.load(options.recipe, options.changes), fresh=options.fresh)
+    if folder is not None:
+        print(folder)
+
+
+def _plot(options: argparse.Namespace) -> None:
+    from lynx.train import curves
+    from lynx.train.run import LOG
+
+    path = options.to or options.folder / "curves.png"
+    curves.draw(options.folder / LOG, path)
+    print(path)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -129,6 +147,30 @@ def _evaluate(options: argparse.Namespace) -> None:
 
         pictures.answer_sheet(answered[:24], options.sheet)
         print(options.sheet)
+
+
+def _convert(options: argparse.Namespace) -> None:
+    import torch
+
+    from lynx import checkpoint
+
+    model = checkpoint.convert(
+        options.checkpoint,
+        options.output,
+        vision=options.vision,
+        language_model=options.llm,
+        tokenizer=options.tokenizer,
+        config=options.config,
+        image_size=options.image_size,
+        dtype=None if options.dtype is None else getattr(torch, options.dtype),
+    )
+    config = model.config
+    print(
+        f"{config.vision_config.num_hidden_layers} vision blocks at {config.vision_config.image_size} px, "
+        f"{config.text_config.num_hidden_layers} layers with adapters every {config.adapter_frequency}, "
+        f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters in {model.dtype}"
+    )
+    print(options.output)
 
 
 def _demo(options: argparse.Namespace) -> None:

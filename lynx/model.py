@@ -1,6 +1,7 @@
 """Lynx: a frozen or trained decoder that reads pictures (arXiv 2307.02469).
 
 pixels -> vision tower -> resampler -> packed embeddings -> decoder with adapters -> logits or loss
+(or, with cross-attention: text embeddings -> decoder whose blocks read the resampler's tokens -> logits or loss)
 """
 
 import torch
@@ -10,7 +11,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lynx import vision
 from lynx.config import LynxConfig
-from lynx.fusion import prefix
+from lynx.fusion import cross_attention, fuse, prefix
+from lynx.fusion.cross_attention import Media
+from lynx.projection import Projection
 from lynx.resampler import Resampler, media_layout
 from lynx_kernels import PackedLayout, SpanLayout, linear_cross_entropy, pack_embeddings
 from lynx_kernels.integrations import transformers as attention_integration
@@ -18,7 +21,10 @@ from lynx_kernels.layout import require
 
 
 class LynxForConditionalGeneration(PreTrainedModel, GenerationMixin):
-    """A vision tower, a resampler, and a decoder with adapters.
+    """A vision tower, a bridge, and a decoder with adapters or cross-attention.
+
+    The bridge is the submodule ``resampler`` or ``projection``, by ``config.bridge``; what fusion adds to the decoder's
+    layers is their ``output_adapter`` (prefix) or ``cross_attention``.
 
     Args:
         config: the whole model's.
@@ -49,32 +55,17 @@ class LynxForConditionalGeneration(PreTrainedModel, GenerationMixin):
         _refuse_unknown_heads(language_model)
         self.language_model = language_model
         self.vision_tower = vision.drop_unused(vision_tower or vision.build(config.vision_config))
-        width = config.text_config.hidden_size
-        self.resampler = Resampler(
-            width,
-            config.vision_config.hidden_size,
-            num_latents=config.num_latents,
-            depth=config.resampler_depth,
-            num_heads=config.resampler_heads,
-            head_dim=config.resampler_head_dim,
-            expansion=config.resampler_expansion,
-            max_frames=config.max_frames,
-            latent_initializer_range=config.latent_initializer_range,
-        )
-        decoder_layers = language_model.get_decoder().layers
-        with_adapters = prefix.add_adapters(
-            decoder_layers,
-            frequency=config.adapter_frequency,
-            width=width,
-            size=config.adapter_size,
-            activation=config.adapter_activation,
-        )
+        if config.bridge == "resampler":
+            self.resampler = Resampler.from_config(config)
+        else:
+            self.projection = Projection.from_config(config)
+        changed_layers = fuse(language_model.get_decoder().layers, config)
         self.post_init()
-        self._no_split_modules = sorted({*(self._no_split_modules or ()), *with_adapters})
+        self._no_split_modules = sorted({*(self._no_split_modules or ()), *changed_layers})
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, Resampler):
+        if isinstance(module, Resampler | Projection):
             module.reset_parameters()
 
     def _set_gradient_checkpointing(self, *args, **kwargs) -> None:
@@ -100,18 +91,20 @@ class LynxForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def encode_media(
         self, pixel_values: Tensor, frame_positions: Tensor | None = None, layout: SpanLayout | None = None
     ) -> Tensor:
-        """The vision tokens of all items, (items * num_latents, width), items one after another.
+        """The vision tokens of all items, one item after another.
 
         Args:
             pixel_values: of all frames, as ``lynx.vision.encode`` wants them.
             frame_positions: (N,) int64, a frame's place in its video or -1 for an image; all images if None.
             layout: which latents see which frames' tokens, from ``lynx.resampler.media_layout``; needed for videos.
+                Without a resampler it says only by its ``num_queries`` how many of the tokens go on, all if None.
+
+        Returns:
+            (items * num_latents, width), or without a resampler (frames * tokens, width).
         """
         features = vision.encode(self.vision_tower, pixel_values)  # (N, tokens, media width)
         num_frames, tokens = features.shape[:2]
-        if layout is None:
-            layout = media_layout([1] * num_frames, tokens, self.config.num_latents)
-        if layout.num_keys != num_frames * tokens:
+        if layout is not None and layout.num_keys != num_frames * tokens:
             raise ValueError(
                 f"media_layout describes {layout.num_keys} vision tokens, but pixel_values holds {num_frames} frames "
                 f"of {tokens} tokens"
@@ -126,8 +119,37 @@ class LynxForConditionalGeneration(PreTrainedModel, GenerationMixin):
             (frame_positions < self.config.max_frames).all(),
             f"frame_positions must be below max_frames, {self.config.max_frames}",
         )
+        if self.config.bridge != "resampler":
+            vision_tokens = self.projection(features.to(self.projection.frame_position.dtype), frame_positions)
+            return vision_tokens if layout is None else vision_tokens[: layout.num_queries]
+        if layout is None:
+            layout = media_layout([1] * num_frames, tokens, self.config.num_latents)
         features = features.to(self.resampler.latents.dtype)
         return self.resampler(features, frame_positions, layout.to(features.device))
+
+    def read_media(
+        self,
+        pixel_values: Tensor | None,
+        frame_positions: Tensor | None,
+        media_layout: SpanLayout | None,
+        cross_layout: SpanLayout | None,
+    ) -> Media:
+        """What cross-attention reads of a batch; the arguments are those of ``forward``.
+
+        Raises:
+            ValueError: cross_layout is missing, or describes other vision tokens.
+        """
+        if cross_layout is None:
+            raise ValueError("cross_layout is missing: who sees the pictures? LynxProcessor's batches say it")
+        if pixel_values is None:
+            tokens = self.get_input_embeddings().weight.new_empty(0, self.resampler.latents.shape[1])
+        else:
+            tokens = self.encode_media(pixel_values, frame_positions, media_layout)
+        if cross_layout.num_keys != tokens.shape[0]:
+            raise ValueError(
+                f"cross_layout describes {cross_layout.num_keys} vision tokens, but the pictures give {len(tokens)}"
+            )
+        return Media(tokens, cross_layout)
 
     def embed(self, input_ids: Tensor, vision_tokens: Tensor | None = None) -> Tensor:
         """Embeddings (B, L, width) of ``input_ids``, its picture placeholders filled with ``vision_tokens`` in order.
@@ -156,6 +178,9 @@ class LynxForConditionalGeneration(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         layout: PackedLayout | None = None,
+        cross_layout: SpanLayout | None = None,
+        media: Media | None = None,
+        prefix_lengths: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
@@ -174,6 +199,11 @@ class LynxForConditionalGeneration(PreTrainedModel, GenerationMixin):
             attention_mask: (B, L), zero at pads; for padded batches.
             position_ids: (B, L); by default from the layout, or counted over the tokens of the attention mask.
             layout: who sees whom in a packed row.
+            cross_layout: with cross-attention, which text tokens see which vision tokens, from
+                ``lynx.fusion.cross_attention.text_layout``; needed beside pixel_values.
+            media: with cross-attention, what ``read_media`` made of pixel_values and cross_layout, in their place.
+            prefix_lengths: (B,) int64, the vision tokens each padded row begins with; needed where a prefix is not
+                causal and only inputs_embeds are there.
             past_key_values, use_cache, logits_to_keep: as everywhere in transformers.
             inputs_embeds: (B, L, width) instead of input_ids and pixel_values.
             labels: (B, L) int64 token ids, -100 where not supervised. With labels no (B, L, V) logits are computed:
@@ -184,9 +214,16 @@ class LynxForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: the arguments do not fit together; the message names them.
         """
+        if cross_layout is not None and self.config.fusion != "cross_attention":
+            raise ValueError(f"cross_layout is for fusion='cross_attention', this model has {self.config.fusion!r}")
         if input_ids is not None and inputs_embeds is None:
             vision_tokens = None
-            if pixel_values is not None:
+            if self.config.fusion == "cross_attention":
+                if pixel_values is not None or cross_layout is not None:
+                    if past_key_values is not None and past_key_values.get_seq_length() > 0:
+                        raise ValueError("past_key_values holds the media of its text; run the whole text to add more")
+                    media = self.read_media(pixel_values, frame_positions, media_layout, cross_layout)
+            elif pixel_values is not None:
                 vision_tokens = self.encode_media(pixel_values, frame_positions, media_layout)
             inputs_embeds = self.embed(input_ids, vision_tokens)
         elif input_ids is not None or inputs_embeds is None:
@@ -201,11 +238,30 @@ class LynxForConditionalGeneration(PreTrainedModel, GenerationMixin):
             attention_mask = attention_integration.packed_mask(layout)
             position_ids = layout.position_ids[None] if position_ids is None else position_ids
             kwargs["layout"] = layout
-        elif position_ids is None and attention_mask is not None and past_key_values is None:
-            rows = inputs_embeds.shape[:2]
-            if attention_mask.shape != rows:
-                raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, the batch {tuple(rows)}")
-            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        else:
+            if position_ids is None and attention_mask is not None and past_key_values is None:
+                rows = inputs_embeds.shape[:2]
+                if attention_mask.shape != rows:
+                    raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, the batch {tuple(rows)}")
+                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+            begins = past_key_values is None or past_key_values.get_seq_length() == 0
+            if begins and not self.config.prefix_is_causal:
+                if prefix_lengths is None and input_ids is not None:
+                    prefix_lengths = prefix.lengths(input_ids, attention_mask, self.config.image_token_id)
+                attention_mask = prefix.full_mask(
+                    inputs_embeds, attention_mask, prefix_lengths, self.get_decoder().config._attn_implementation
+                )
+        if self.config.fusion == "cross_attention":
+            config = self.get_decoder().config
+            wants_cache = getattr(config, "use_cache", True) if use_cache is None else use_cache
+            kwargs["media"], past_key_values = cross_attention.condition(
+                media,
+                inputs_embeds,
+                past_key_values,
+                config,
+                media_width=self.resampler.latents.shape[1],
+                caches=wants_cache and labels is None and layout is None and not self.training,
+            )
         outputs = self.get_decoder()(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -238,6 +294,11 @@ class LynxForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"a packed batch is (1, {layout.num_tokens}) as its layout says, got {tuple(inputs_embeds.shape[:2])}"
             )
+        if layout.max_root_length > 0 and layout.root_is_causal != self.config.prefix_is_causal:
+            raise ValueError(
+                f"the layout has root_is_causal={layout.root_is_causal}, the model prefix_is_causal="
+                f"{self.config.prefix_is_causal}"
+            )
         implementation = self.get_decoder().config._attn_implementation
         if implementation != attention_integration.NAME:
             raise ValueError(
@@ -262,6 +323,7 @@ class LynxForConditionalGeneration(PreTrainedModel, GenerationMixin):
         pixel_values: Tensor | None = None,
         frame_positions: Tensor | None = None,
         media_layout: SpanLayout | None = None,
+        cross_layout: SpanLayout | None = None,
         **kwargs,
     ):
         """``GenerationMixin.generate`` for a left-padded batch; pictures are encoded once, however many beams.
@@ -270,12 +332,24 @@ class LynxForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         if kwargs.get("layout") is not None:
             raise ValueError("generate takes a left-padded batch, as LynxProcessor makes it, not a packed row")
-        if pixel_values is not None:
+        if self.config.fusion == "cross_attention":
+            if pixel_values is not None or cross_layout is not None:
+                kwargs["media"] = self.read_media(pixel_values, frame_positions, media_layout, cross_layout)
+        elif pixel_values is not None:
             if input_ids is None:
                 raise ValueError("generate: pixel_values need input_ids with a picture token for each vision token")
             vision_tokens = self.encode_media(pixel_values, frame_positions, media_layout)
             kwargs["inputs_embeds"] = self.embed(input_ids, vision_tokens)
+        if not self.config.prefix_is_causal and input_ids is not None:
+            mask = kwargs.get("attention_mask")
+            kwargs["prefix_lengths"] = prefix.lengths(input_ids, mask, self.config.image_token_id)
         return super().generate(input_ids, **kwargs)
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
+        media: Media | None = kwargs.get("media")
+        if media is not None and input_ids is not None:
+            kwargs["media"] = media.repeat_rows(input_ids.shape[0], expand_size)
+        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
 
 
 def _refuse_unknown_heads(language_model: PreTrainedModel) -> None:

@@ -11,6 +11,7 @@ from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from lynx import vision
 from lynx.config import LynxConfig
+from lynx.fusion.cross_attention import text_layout
 from lynx.image_processor import LynxImageProcessor
 from lynx.images import ImageSource, load_image, random_resized_crop_box
 from lynx.resampler import media_layout
@@ -29,8 +30,9 @@ class Sample:
     Attributes:
         media: the frames of each item in the order they appear, an image has one; or a video file.
         is_video: whether each item is a video, whose frames have positions.
-        token_ids: of the text; in the row, the vision tokens of all media stand before it.
+        token_ids: of the text; with prefix fusion the vision tokens of all media stand before it in the row.
         labels: the token ids to learn, -100 at the others.
+        places: how many of the tokens stand before each item, for cross-attention; None for none.
         branch_lengths: where the text is several about the same media, the lengths of these; else empty.
     """
 
@@ -38,20 +40,24 @@ class Sample:
     is_video: list[bool]
     token_ids: list[int]
     labels: list[int]
+    places: list[int] | None = None
     branch_lengths: tuple[int, ...] = ()
 
 
 class LynxProcessor(ProcessorMixin):
     """Turns text and pictures into model inputs: ``[vision tokens] BOS User: question\\nBot: answer EOS``.
 
+    With cross-attention no vision token stands in a row: ``cross_layout`` says which media its tokens see.
+
     Args:
         image_processor: makes frames into ``pixel_values``.
         tokenizer: a fast tokenizer with BOS, EOS and pad tokens.
         image_token_id: the placeholder id of a vision token; no text ever becomes it.
-        num_latents: vision tokens of one item.
+        num_latents: vision tokens of one item, where a resampler makes them.
         tokens_per_frame: tokens the vision tower makes of one frame.
         max_frames: frames a video may have, and that are taken from a video file.
         lowercase: whether text is lower-cased, as Lynx does it.
+        fusion, bridge, prefix_is_causal, sees_media: as in ``LynxConfig``.
     """
 
     def __init__(
@@ -63,8 +69,16 @@ class LynxProcessor(ProcessorMixin):
         tokens_per_frame: int = 901,
         max_frames: int = 5,
         lowercase: bool = True,
+        fusion: str = "prefix",
+        bridge: str = "resampler",
+        prefix_is_causal: bool = True,
+        sees_media: str = "preceding",
         **kwargs,
     ):
+        self.fusion = fusion
+        self.bridge = bridge
+        self.prefix_is_causal = prefix_is_causal
+        self.sees_media = sees_media
         self.image_token_id = image_token_id
         self.num_latents = num_latents
         self.tokens_per_frame = tokens_per_frame
@@ -118,6 +132,10 @@ class LynxProcessor(ProcessorMixin):
             tokens_per_frame=vision.tokens_per_frame(towers),
             max_frames=config.max_frames,
             lowercase=lowercase,
+            fusion=config.fusion,
+            bridge=config.bridge,
+            prefix_is_causal=config.prefix_is_causal,
+            sees_media=config.sees_media,
         )
 
     def __call__(
@@ -137,7 +155,7 @@ class LynxProcessor(ProcessorMixin):
 
         Returns:
             ``input_ids``, ``attention_mask`` and, where there are pictures, ``pixel_values``, ``frame_positions`` and
-            ``media_layout``.
+            ``media_layout``; with cross-attention also ``cross_layout``.
 
         Raises:
             ValueError: an empty question, an unusable image or video, too many frames, or lists of different lengths.
@@ -173,8 +191,9 @@ class LynxProcessor(ProcessorMixin):
         Args:
             messages: ``{"role": "user" | "assistant", "content": ...}``, alternating, a user first. Content is a string
                 or a list of ``{"type": "text", "text": ...}``, ``{"type": "image", "image": ...}`` and
-                ``{"type": "video", "video": ...}``, a list of frames or a video file. All media stand before the text,
-                in their order. Every answer is supervised, with the EOS after it.
+                ``{"type": "video", "video": ...}``, a list of frames or a video file. With prefix fusion all media
+                stand before the text, in their order; with cross-attention each stands where it stands in the content,
+                those before a message's text before its "User:". Every answer is supervised, with the EOS after it.
 
         Raises:
             ValueError: roles out of turn, an empty text, an unknown content type, or a video with too many frames.
@@ -182,6 +201,8 @@ class LynxProcessor(ProcessorMixin):
         media: list[list[ImageSource] | VideoSource] = []
         is_video = []
         token_ids, labels = [self.tokenizer.bos_token_id], [IGNORED]
+        places: list[int] = []
+        marks: list[int] = []  # where media stand in the text that is not tokenised yet
         if not messages:
             raise ValueError("the conversation is empty: it has no messages")
         prompt = ""
@@ -191,32 +212,41 @@ class LynxProcessor(ProcessorMixin):
             expected = "assistant" if turn % 2 else "user"
             if message.get("role") != expected:
                 raise ValueError(f"message {turn} has role {message.get('role')!r}, expected {expected!r}")
-            text = ""
+            text, before = "", []
             for part in _parts(message.get("content"), turn):
                 if part.get("type") == "text" and isinstance(part.get("text"), str):
                     text += part["text"]
                 elif part.get("type") == "image" and "image" in part:
                     media.append([part["image"]])
                     is_video.append(False)
+                    before.append(text)
                 elif part.get("type") == "video" and "video" in part:
                     media.append(self._frames(part["video"], turn))
                     is_video.append(True)
+                    before.append(text)
                 else:
                     raise ValueError(f"message {turn} has a content part that is no text, image or video: {part}")
-            text = text.strip().lower() if self.lowercase else text.strip()
+            text = self._normalise(text).strip()
             if not text:
                 raise ValueError(f"message {turn} ({expected}) has an empty text")
             try:
                 text.encode()
             except UnicodeEncodeError as error:
                 raise ValueError(f"message {turn} ({expected}) has a text that is no valid Unicode: {error}") from error
+            offsets = [min(len(self._normalise(each).lstrip()), len(text)) for each in before]
             if expected == "user":
+                head = ("\n" if turn else "") + PROMPT.partition("{question}")[0]
                 prompt = ("\n" if turn else "") + PROMPT.format(question=text)
+                marks = [len(head) + offset if offset else 0 for offset in offsets]
             else:
-                self._append(token_ids, labels, prompt, " " + text)
+                marks += [len(prompt) + (1 + offset if offset else 0) for offset in offsets]
+                self._append(token_ids, labels, prompt, " " + text, marks, places)
         if expected == "user":
-            self._append(token_ids, labels, prompt, None)
-        return Sample(media, is_video, token_ids, labels)
+            self._append(token_ids, labels, prompt, None, marks, places)
+        return Sample(media, is_video, token_ids, labels, places)
+
+    def _normalise(self, text: str) -> str:
+        return text.lower() if self.lowercase else text
 
     def encode_branches(self, conversations: Sequence[Sequence[dict[str, Any]]]) -> Sample:
         """Several conversations about the same media, each as ``encode`` takes it: packed, the media stand once.
@@ -253,7 +283,15 @@ class LynxProcessor(ProcessorMixin):
             raise ValueError(f"message {turn}: a video has {len(frames)} frames, expected 1 to {self.max_frames}")
         return list(frames)
 
-    def _append(self, token_ids: list[int], labels: list[int], prompt: str, answer: str | None) -> None:
+    def _append(
+        self,
+        token_ids: list[int],
+        labels: list[int],
+        prompt: str,
+        answer: str | None,
+        marks: list[int],
+        places: list[int],
+    ) -> None:
         # Tokenised in one piece, so that training and generation cut the text at the same places; offsets then tell
         # which tokens belong to the answer.
         encoding = self.tokenizer(
@@ -263,11 +301,14 @@ class LynxProcessor(ProcessorMixin):
             return_offsets_mapping=True,
         )
         ids = encoding["input_ids"]
+        ends = [end for _, end in encoding["offset_mapping"]]
+        # A token that is cut by an item's place stands after it.
+        places += [len(token_ids) + sum(end <= mark for end in ends) for mark in marks]
         token_ids += ids
         if answer is None:
             labels += [IGNORED] * len(ids)
             return
-        in_answer = [end > len(prompt) for _, end in encoding["offset_mapping"]]
+        in_answer = [end > len(prompt) for end in ends]
         labels += [token if learn else IGNORED for token, learn in zip(ids, in_answer, strict=True)]
         token_ids.append(self.tokenizer.eos_token_id)
         labels.append(self.tokenizer.eos_token_id)
@@ -290,12 +331,15 @@ class LynxProcessor(ProcessorMixin):
 
         Returns:
             ``input_ids``, ``labels``, ``layout`` and, where there are pictures, ``pixel_values``, ``frame_positions``
-            and ``media_layout``.
+            and ``media_layout``; with cross-attention also ``cross_layout``.
         """
         rows = self._rows(samples)
         layout = PackedLayout.from_groups(
-            (len(sample.media) * self.num_latents, sample.branch_lengths or [len(sample.token_ids)])
-            for sample in samples
+            [
+                (self.prefix_length(sample.media), sample.branch_lengths or [len(sample.token_ids)])
+                for sample in samples
+            ],
+            root_is_causal=self.prefix_is_causal,
         )
         return BatchFeature(
             {
@@ -303,6 +347,7 @@ class LynxProcessor(ProcessorMixin):
                 "labels": torch.tensor([[label for _, labels in rows for label in labels]], dtype=torch.int64),
                 "layout": layout,
                 **(self._media(samples, generator) or (self._unseen_picture() if always_vision else {})),
+                **self._cross_layout(samples),
             }
         )
 
@@ -319,6 +364,7 @@ class LynxProcessor(ProcessorMixin):
                 "attention_mask": torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids, _ in rows]),
                 "labels": torch.tensor([[IGNORED] * (length - len(labels)) + labels for _, labels in rows]),
                 **self._media(samples, generator),
+                **self._cross_layout(samples, padded_length=length),
             }
         )
 
@@ -327,10 +373,31 @@ class LynxProcessor(ProcessorMixin):
             raise ValueError("a batch needs at least one sample")
         rows = []
         for sample in samples:
-            vision_tokens = len(sample.media) * self.num_latents
+            vision_tokens = self.prefix_length(sample.media)
             token_ids = [self.image_token_id] * vision_tokens + sample.token_ids
             rows.append((token_ids, [IGNORED] * vision_tokens + sample.labels))
         return rows
+
+    def prefix_length(self, media: Sequence[Sequence[ImageSource] | VideoSource]) -> int:
+        """How many vision tokens a sample with these media has in its row."""
+        if self.fusion != "prefix":
+            return 0
+        if self.bridge == "resampler":
+            return len(media) * self.num_latents
+        frames = sum(self.max_frames if isinstance(item, VideoSource) else len(item) for item in media)
+        return frames * self.tokens_per_frame
+
+    def _cross_layout(self, samples: Sequence[Sample], padded_length: int | None = None) -> dict[str, SpanLayout]:
+        if self.fusion != "cross_attention":
+            return {}
+        texts: list[tuple[int, list[int], tuple[int, ...]]] = []
+        for sample in samples:
+            first, *others = sample.branch_lengths or [len(sample.token_ids)]
+            if padded_length is not None:
+                texts.append((padded_length - first, [], ()))
+            places = [0] * len(sample.media) if sample.places is None else sample.places
+            texts.append((first, places, tuple(others)))
+        return {"cross_layout": text_layout(texts, self.num_latents, sees=self.sees_media)}
 
     def _media(
         self,
@@ -350,11 +417,10 @@ class LynxProcessor(ProcessorMixin):
             raise ValueError("some samples have a generator and some have none; crop all of a batch at random, or none")
         crop_boxes = [box for item, each in zip(items, cropping, strict=False) for box in _crop_boxes(item, each)]
         frames = self.image_processor([frame for item in items for frame in item], crop_boxes=crop_boxes or None)
-        return {
-            "pixel_values": frames["pixel_values"],
-            "frame_positions": torch.tensor(positions),
-            "media_layout": media_layout(counts, self.tokens_per_frame, self.num_latents),
-        }
+        batch = {"pixel_values": frames["pixel_values"], "frame_positions": torch.tensor(positions)}
+        if self.bridge == "resampler":
+            batch["media_layout"] = media_layout(counts, self.tokens_per_frame, self.num_latents)
+        return batch
 
     def _unseen_picture(self) -> dict[str, Any]:
         size, tokens = self.image_processor.size, self.tokens_per_frame

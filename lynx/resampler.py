@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
+from lynx.config import LynxConfig
+from lynx.projection import add_frame_positions
 from lynx_kernels import SpanLayout
 from lynx_kernels.nn import PerceiverAttention
 
@@ -30,9 +33,9 @@ class ResamplerLayer(nn.Module):
             nn.Linear(expansion * width, width, bias=False),
         )
 
-    def forward(self, latents: Tensor, media: Tensor, layout: SpanLayout) -> Tensor:
+    def forward(self, latents: Tensor, media: Tensor, layout: SpanLayout, latents_layout: SpanLayout | None) -> Tensor:
         """(Q, width) latents and (K, media_width) media -> (Q, width)."""
-        latents = latents + self.attention(latents, media, layout)
+        latents = latents + self.attention(latents, media, layout, latents_layout)
         return latents + self.feed_forward(latents)
 
 
@@ -40,8 +43,9 @@ class Resampler(nn.Module):
     """Learned latents read the vision tokens of an item through ``depth`` layers of attention and feed-forward.
 
     Args:
-        width: of the latents, the language model's.
+        width: of the latents and of what comes out.
         media_width: of the vision tokens.
+        concatenates_latents: whether the latents of an item see each other beside its media; needs one width.
         num_latents, depth, num_heads, head_dim, expansion, max_frames, latent_initializer_range: as in ``LynxConfig``.
     """
 
@@ -57,9 +61,11 @@ class Resampler(nn.Module):
         expansion: int,
         max_frames: int,
         latent_initializer_range: float,
+        concatenates_latents: bool = False,
     ):
         super().__init__()
         self.num_latents = num_latents
+        self.concatenates_latents = concatenates_latents
         self.latent_initializer_range = latent_initializer_range
         self.latents = nn.Parameter(torch.empty(num_latents, width))
         self.frame_position = nn.Parameter(torch.empty(max_frames, media_width))
@@ -69,6 +75,23 @@ class Resampler(nn.Module):
         )
         self.norm = nn.LayerNorm(width)
         self.reset_parameters()
+
+    @classmethod
+    def from_config(cls, config: LynxConfig) -> Self:
+        """The resampler of a model of this configuration."""
+        media_width = config.vision_config.hidden_size
+        return cls(
+            media_width if config.resampler_concatenates_latents else config.text_config.hidden_size,
+            media_width,
+            num_latents=config.num_latents,
+            depth=config.resampler_depth,
+            num_heads=config.resampler_heads,
+            head_dim=config.resampler_head_dim,
+            expansion=config.resampler_expansion,
+            max_frames=config.max_frames,
+            latent_initializer_range=config.latent_initializer_range,
+            concatenates_latents=config.resampler_concatenates_latents,
+        )
 
     def reset_parameters(self) -> None:
         """Draw the initial values of the latents and frame positions anew."""
@@ -86,10 +109,20 @@ class Resampler(nn.Module):
         Returns:
             (items * num_latents, width).
         """
-        position = self.frame_position[frame_positions.clamp(min=0)]  # (N, media_width)
-        position = position * (frame_positions >= 0).to(position.dtype)[:, None]
-        media = (features + position[:, None].to(features.dtype)).flatten(0, 1)
-        latents = self.latents.repeat(layout.num_queries // self.num_latents, 1)
+        media = add_frame_positions(features, self.frame_position, frame_positions).flatten(0, 1)
+        items = layout.num_queries // self.num_latents
+        latents_layout = self._latents_layout(items, media.device) if self.concatenates_latents else None
+        latents = self.latents.repeat(items, 1)
         for layer in self.layers:
-            latents = layer(latents, media, layout)
+            latents = layer(latents, media, layout, latents_layout)
         return self.norm(latents)
+
+    def _latents_layout(self, items: int, device: torch.device) -> SpanLayout:
+        """The latents of an item see all of it."""
+        first = torch.arange(items, device=device) * self.num_latents
+        return SpanLayout.from_equal_segments(
+            torch.stack([first, first + self.num_latents], 1),
+            self.num_latents,
+            items * self.num_latents,
+            max_span_length=self.num_latents,
+        )

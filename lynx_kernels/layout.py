@@ -133,7 +133,7 @@ class PackedLayout(_Layout):
         return cls.from_groups(((length, []) for length in lengths), root_is_causal=False, device=device)
 
     @classmethod
-    def from_padding_mask(cls, mask: Tensor, *, is_causal: bool = True) -> Self:
+    def from_padding_mask(cls, mask: Tensor, *, is_causal: bool = True, root_lengths: Tensor | None = None) -> Self:
         """The layout of a padded batch, its rows one after another, made on the mask's device without a host read.
 
         Pads, on the left or the right, become groups of their own: what attention writes there is defined and means
@@ -142,34 +142,49 @@ class PackedLayout(_Layout):
         Args:
             mask: (B, L), nonzero at tokens, zero at pads; the tokens of a row must be contiguous.
             is_causal: causal sequences, or ones in which every token sees every other.
+            root_lengths: (B,) integers, how many of a row's first tokens are a full root; the others are a causal
+                branch on it. For ``is_causal``.
 
         Raises:
-            ValueError: the mask is not 2-D, or a row has a pad between tokens (on a GPU, a device-side assertion).
+            ValueError: the mask is not 2-D, root_lengths has another shape or stands beside ``is_causal=False``; or a
+                row has a pad between tokens, or a root longer than itself (on a GPU, device-side assertions).
         """
         if mask.dim() != 2:
             raise ValueError(f"mask must be (batch, length), got shape {tuple(mask.shape)}")
         rows, length = mask.shape
+        if root_lengths is not None and (not is_causal or tuple(root_lengths.shape) != (rows,)):
+            raise ValueError(
+                f"root_lengths, of shape {tuple(root_lengths.shape)}, must be ({rows},) beside is_causal=True"
+            )
         mask = mask != 0
         column = torch.arange(length, device=mask.device)
         counts = mask.sum(1)
-        # Left pads, tokens and right pads of every row, each a group of one segment.
+        # Left pads, tokens and right pads of every row.
         begins = torch.where(mask, column, length).amin(1) if length else counts
         is_token = (column >= begins[:, None]) & (column < (begins + counts)[:, None])
         require((is_token == mask).all(), "padding mask: a row has a pad between tokens, which no layout can say")
         offsets = torch.arange(rows, device=mask.device) * length
-        starts = torch.stack([offsets, offsets + begins, offsets + begins + counts], 1).flatten()
-        starts = torch.cat([starts, starts.new_full((1,), rows * length)])
-        ends = torch.cat([starts[1:], starts[-1:]])
-        segments = torch.stack([starts, starts, starts if is_causal else ends, ends], 1).int()
-        root, branch = (0, length) if is_causal else (length, 0)
+        begins, ends = offsets + begins, offsets + begins + counts
+
+        def group(start: Tensor, end: Tensor) -> Tensor:  # of one segment
+            return torch.stack([start, start, start if is_causal else end, end], 1)
+
+        tokens = [group(begins, ends)]
+        if root_lengths is not None:
+            root_ends = begins + root_lengths
+            require(((begins <= root_ends) & (root_ends <= ends)).all(), "root_lengths: a root is longer than its row")
+            tokens = [torch.stack([start, begins, root_ends, ends], 1) for start in (begins, root_ends)]
+        segments = torch.stack([group(offsets, begins), *tokens, group(ends, offsets + length)], 1).flatten(0, 1)
+        segments = torch.cat([segments, segments.new_full((1, 4), rows * length)]).int()
+        root_is_causal = is_causal and root_lengths is None
         return cls(
             segments,
             _position_ids(segments, rows * length),
-            is_causal,
+            root_is_causal,
             length,
-            root,
-            branch,
-            max_branches=min(branch, 1),
+            max_root_length=0 if root_is_causal else length,
+            max_branch_length=length if is_causal else 0,
+            max_branches=min(length, 1) if is_causal else 0,
         )
 
     @property
@@ -301,6 +316,44 @@ class SpanLayout(_Layout):
             max_query_length=max(query_lengths, default=0),
             max_span_length=max((end - start for start, end in key_spans), default=0),
         ).to(device or "cpu")
+
+    @classmethod
+    def from_equal_segments(cls, key_spans: Tensor, query_length: int, num_keys: int, *, max_span_length: int) -> Self:
+        """Segments of one length, made on the device of ``key_spans`` without a host read.
+
+        Args:
+            key_spans: (S, 2) integers, the first and the end of the keys each segment sees.
+            query_length: queries a segment, at least 1.
+            num_keys: how many keys there are.
+            max_span_length: upper bound of the spans' lengths.
+
+        Raises:
+            ValueError: key_spans has another shape, query_length is below 1, or a span is not inside ``[0, num_keys]``
+                (on a GPU, a device-side assertion).
+        """
+        if key_spans.dim() != 2 or key_spans.shape[1] != 2 or query_length < 1:
+            raise ValueError(
+                f"key_spans must be (segments, 2) and query_length at least 1, got {tuple(key_spans.shape)} and "
+                f"{query_length}"
+            )
+        count, device = key_spans.shape[0], key_spans.device
+        start, end = key_spans.unbind(1)
+        require(((start >= 0) & (start <= end) & (end <= num_keys)).all(), f"key_spans must lie in [0, {num_keys}]")
+        first_query = torch.arange(count, device=device) * query_length
+        closing = torch.tensor([[count * query_length, num_keys, num_keys]], device=device)
+        tile = torch.arange(-(-num_keys // KEY_TILE), device=device)[:, None] * KEY_TILE  # first keys
+        is_seen = (start < end) & (start < tile + KEY_TILE) & (end > tile)  # (tiles, S)
+        # A stable sort brings the pairs that see each other to the front, in order; what follows them is never read.
+        tile_segments = (~is_seen).flatten().to(torch.uint8).argsort(stable=True) % max(count, 1)
+        return cls(
+            segments=torch.cat([torch.stack([first_query, start, end], 1), closing]).int(),
+            tile_offsets=torch.nn.functional.pad(is_seen.sum(1).cumsum(0), (1, 0)).int(),
+            tile_segments=tile_segments.int(),
+            num_queries=count * query_length,
+            num_keys=num_keys,
+            max_query_length=query_length,
+            max_span_length=max_span_length,
+        )
 
     def visible(self) -> Tensor:
         """(num_queries, num_keys) bool: who sees whom, spelled out. For tests and drawings; no kernel needs it."""

@@ -104,9 +104,11 @@ class Adapter(nn.Module):
 
 
 class PerceiverAttention(nn.Module):
-    """Latents attend to media: the cross-attention of a Perceiver resampler, keys and values from the media only.
+    """Latents attend to media: the cross-attention of a Perceiver resampler.
 
-    Both inputs pass a LayerNorm first; the four projections have no bias (Lynx, arXiv 2307.02469, section 2.2).
+    Keys and values come from the media only (Lynx, arXiv 2307.02469, section 2.2) or, where the layout of the latents
+    is given too, from the media and the latents in one softmax (Flamingo, arXiv 2204.14198, figure 5). Both inputs pass
+    a LayerNorm first; the four projections have no bias.
 
     Args:
         width: of the latents and of the output.
@@ -134,8 +136,126 @@ class PerceiverAttention(nn.Module):
         self.to_kv = nn.Linear(media_width, 2 * inner, bias=False)
         self.to_out = nn.Linear(inner, width, bias=False)
 
-    def forward(self, latents: Tensor, media: Tensor, layout: SpanLayout) -> Tensor:
-        """(Q, width) latents, (K, media_width) media -> (Q, width); ``layout`` says which latents see which media."""
-        q = self.to_q(self.norm_latents(latents)).unflatten(-1, (-1, self.head_dim))  # (Q, H, D)
-        k, v = self.to_kv(self.norm_media(media)).unflatten(-1, (2, -1, self.head_dim)).unbind(-3)  # (K, H, D) each
-        return self.to_out(cross_attention(q, k, v, layout).flatten(-2))
+    def forward(
+        self, latents: Tensor, media: Tensor, layout: SpanLayout, latents_layout: SpanLayout | None = None
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            latents: (Q, width).
+            media: (K, media_width).
+            layout: which latents see which media.
+            latents_layout: which latents see which latents, too, through the projection of the media: both must have
+                one width.
+
+        Returns:
+            (Q, width).
+
+        Raises:
+            ValueError: latents_layout is given, and the widths differ.
+        """
+        latents = self.norm_latents(latents)
+        q = self.to_q(latents).unflatten(-1, (-1, self.head_dim))  # (Q, H, D)
+        k, v = _keys_values(self.to_kv(self.norm_media(media)), self.head_dim)
+        if latents_layout is None:
+            return self.to_out(cross_attention(q, k, v, layout).flatten(-2))
+        if self.to_q.in_features != self.to_kv.in_features:
+            raise ValueError(
+                f"PerceiverAttention: latents of width {self.to_q.in_features} cannot pass the projection of media of "
+                f"width {self.to_kv.in_features}; take one width, or leave latents_layout out"
+            )
+        out, lse = cross_attention(q, k, v, layout, return_lse=True)
+        k, v = _keys_values(self.to_kv(latents), self.head_dim)
+        own, own_lse = cross_attention(q, k, v, latents_layout, return_lse=True)
+        share = torch.sigmoid(lse - own_lse)[..., None]  # of the media, in one softmax over both
+        return self.to_out((own + share * (out - own)).to(out.dtype).flatten(-2))
+
+
+class GatedCrossAttention(nn.Module):
+    """Text reads media: Flamingo's gated cross-attention block, which stands before a layer of a decoder.
+
+    ``x + tanh(gate) * attention(LayerNorm(x), media)``, then ``x + tanh(gate) * feed_forward(LayerNorm(x))``, each with
+    a gate of its own that starts at 0: a new block returns x bit for bit (arXiv 2204.14198, figure 4). As in
+    Open-Flamingo no projection has a bias, the feed-forward's activation is the exact GELU, and the media pass no
+    LayerNorm here: a resampler's output has passed one. A token that sees no media gets 0 from the attention; the
+    feed-forward is for every token. Projections start as ``torch.nn.Linear`` draws them.
+
+    Products run in the dtype of the parameters (under autocast, in the autocast dtype), the sums in that of x or wider.
+
+    Args:
+        width: of the text's hidden states.
+        media_width: of the media, ``width`` by default.
+        num_heads, head_dim: of the attention.
+        expansion: width of the feed-forward over ``width``.
+        eps: of both LayerNorms.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        media_width: int | None = None,
+        *,
+        num_heads: int = 8,
+        head_dim: int = 64,
+        expansion: int = 4,
+        eps: float = 1e-5,
+    ):
+        super().__init__()
+        inner = num_heads * head_dim
+        self.head_dim = head_dim
+        self.norm = nn.LayerNorm(width, eps=eps)
+        self.to_q = nn.Linear(width, inner, bias=False)
+        self.to_kv = nn.Linear(width if media_width is None else media_width, 2 * inner, bias=False)
+        self.to_out = nn.Linear(inner, width, bias=False)
+        self.attention_gate = nn.Parameter(torch.empty(1))
+        self.feed_forward_norm = nn.LayerNorm(width, eps=eps)
+        self.feed_forward_in = nn.Linear(width, expansion * width, bias=False)
+        self.feed_forward_out = nn.Linear(expansion * width, width, bias=False)
+        self.feed_forward_gate = nn.Parameter(torch.empty(1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the initial values anew, and close the gates."""
+        for module in self.children():
+            module.reset_parameters()  # type: ignore[operator]
+        nn.init.zeros_(self.attention_gate)
+        nn.init.zeros_(self.feed_forward_gate)
+
+    def keys_values(self, media: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values of (K, media_width) media, (K, H, D) each: what generation computes once and keeps."""
+        return _keys_values(self.to_kv(media.to(self.to_kv.weight.dtype)), self.head_dim)
+
+    def forward(self, x: Tensor, media: Tensor | tuple[Tensor, Tensor], layout: SpanLayout) -> Tensor:
+        """Let every token of x read the media it sees.
+
+        Args:
+            x: (..., width), the tokens of all rows one after another.
+            media: (K, media_width), or what ``keys_values`` made of it.
+            layout: which of the tokens see which of the media.
+
+        Returns:
+            The shape and dtype of x.
+        """
+        k, v = self.keys_values(media) if isinstance(media, Tensor) else media
+        q = self.to_q(self.norm(x.to(self.norm.weight.dtype)))
+        q = q.reshape(-1, k.shape[1], self.head_dim)  # (Q, H, D)
+        attended = self.to_out(cross_attention(q, k, v, layout).flatten(-2)).view(x.shape)
+        x = (x + self.attention_gate.tanh() * attended).to(x.dtype)
+        return adapter(
+            x,
+            self.feed_forward_norm.weight,
+            self.feed_forward_norm.bias,
+            self.feed_forward_in.weight,
+            None,
+            self.feed_forward_out.weight,
+            None,
+            self.feed_forward_gate.tanh(),
+            eps=self.feed_forward_norm.eps,
+            activation="gelu",
+        )
+
+
+def _keys_values(projected: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """(K, 2 * H * D), keys before values, as (K, H, D) each."""
+    keys, values = projected.unflatten(-1, (2, -1, head_dim)).unbind(-3)
+    return keys, values

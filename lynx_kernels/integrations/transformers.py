@@ -54,6 +54,15 @@ def packed_mask(layout: PackedLayout) -> Tensor:
     return torch.empty(1, 1, 0, 0, dtype=torch.bool, device=layout.segments.device)
 
 
+def padded_mask(layout: PackedLayout) -> Tensor:
+    """What stands for ``layout`` as the ``attention_mask`` of a padded batch that ``PackedLayout.from_padding_mask``
+    described: its segments, (1, 1, S + 1, 4) int32.
+
+    Four dimensions, since an outer model may hand it to an inner one, which takes that as a mask that is ready.
+    """
+    return layout.segments[None, None]
+
+
 def mask(
     *,
     batch_size: int,
@@ -76,8 +85,7 @@ def mask(
 
     Returns:
         Where the rows are plain and queries and keys the same tokens, a table for ``attention``: the segments of
-        their layout, (1, 1, 3 * B + 1, 4) int32. Four dimensions, since an outer model may hand it to an inner one,
-        which takes that as a mask that is ready. Elsewhere what ``sdpa_mask`` returns, (B, 1, Q, K) bool or None.
+        their layout, as ``padded_mask`` gives them. Elsewhere what ``sdpa_mask`` returns, (B, 1, Q, K) bool or None.
 
     Raises:
         ValueError: the pattern is local, or a row has a pad between its tokens.
@@ -96,7 +104,7 @@ def mask(
         if attention_mask is None:
             attention_mask = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
         layout = PackedLayout.from_padding_mask(attention_mask, is_causal=mask_function is causal_mask_function)
-        return layout.segments[None, None]
+        return padded_mask(layout)
     return sdpa_mask(
         batch_size=batch_size,
         kv_length=kv_length,
@@ -175,7 +183,7 @@ def attention(
 
 
 def _layout_of(table: Tensor, rows: int, length: int) -> PackedLayout:
-    """The layout whose segments ``mask`` returned."""
+    """The layout whose segments ``padded_mask`` gave."""
     return PackedLayout(
         segments=table[0, 0],
         position_ids=torch.zeros((), dtype=torch.int64, device=table.device).expand(rows * length),  # only counted

@@ -115,10 +115,11 @@ def test_gradient_checkpointing_changes_nothing(model, processor, samples):
         torch.testing.assert_close(parameter.grad, plain[name], msg=name)
 
 
-def test_adapters_follow_every_kth_layer(tokenizer):
-    model = LynxForConditionalGeneration(make_config(tokenizer, adapter_frequency=2))
+@pytest.mark.parametrize(("frequency", "expected"), [(1, [True] * 3), (2, [True, False, True])])
+def test_adapters_follow_every_kth_layer(tokenizer, frequency, expected):
+    model = LynxForConditionalGeneration(make_config(tokenizer, adapter_frequency=frequency))
     layers = model.get_decoder().layers
-    assert [hasattr(layer, "output_adapter") for layer in layers] == [True, False, True]
+    assert [hasattr(layer, "output_adapter") for layer in layers] == expected
     names = dict(model.named_parameters())
     assert "language_model.model.layers.0.self_attn.q_proj.weight" in names, "adapters must not rename the decoder"
     assert "LlamaDecoderLayerWithAdapter" in model._no_split_modules
@@ -275,7 +276,7 @@ def test_a_projection_with_a_bias_is_refused(tokenizer):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"adapter_activation": "tanhh"}, "adapter_activation is 'tanhh'"),
+        ({"adapter_activation": "tanhh"}, "adapter_activation='tanhh'"),
         ({"num_latents": "3"}, "num_latents is '3'"),
         ({"fusion": "telepathy"}, "fusion='telepathy'"),
         ({"adapter_frequency": 4}, "text_config has 3 layers"),

@@ -112,13 +112,17 @@ def test_broken_lengths_are_refused():
         PackedLayout.from_prefixes([1, 2], [3])
 
 
+# A row length, and of each row the first and the end of its tokens.
+PADDED = st.integers(0, 6).flatmap(
+    lambda length: st.tuples(
+        st.just(length), st.lists(st.tuples(st.integers(0, length), st.integers(0, length)), max_size=5)
+    )
+)
+
+
 @EXAMPLES
 @given(
-    st.integers(0, 6).flatmap(
-        lambda length: st.tuples(
-            st.just(length), st.lists(st.tuples(st.integers(0, length), st.integers(0, length)), max_size=5)
-        )
-    ),
+    PADDED,
     st.booleans(),
     st.sampled_from([torch.bool, torch.int64, torch.float32]),
 )
@@ -143,11 +147,39 @@ def test_from_padding_mask(batch, is_causal, dtype):
     assert layout.root_is_causal is is_causal
 
 
+@EXAMPLES
+@given(PADDED, st.data())
+def test_from_padding_mask_with_full_roots(batch, data):
+    length, rows = batch
+    mask = torch.zeros(len(rows), length)
+    roots, groups = [], []
+    for row, (begin, end) in zip(mask, rows, strict=True):
+        row[begin:end] = 1
+        tokens = max(0, end - begin)
+        begin = begin if tokens else 0
+        roots.append(data.draw(st.integers(0, tokens)))
+        groups += [(0, [begin]), (roots[-1], [tokens - roots[-1]]), (0, [length - begin - tokens])]
+    layout = PackedLayout.from_padding_mask(mask, root_lengths=torch.tensor(roots, dtype=torch.int64))
+    assert torch.equal(layout.visible(), packed_visible(groups, root_is_causal=False))
+    assert layout.position_ids.tolist() == position_ids(groups)
+    assert not layout.root_is_causal
+    maxima = layout.max_group_length, layout.max_root_length, layout.max_branch_length
+    assert maxima == (length,) * 3
+    assert layout.max_branches == min(length, 1)
+
+
 def test_padding_mask_says_what_it_cannot_say():
     with pytest.raises(ValueError, match="a row has a pad between tokens"):
         PackedLayout.from_padding_mask(torch.tensor([[1, 1, 1], [1, 0, 1]]))
     with pytest.raises(ValueError, match=r"\(batch, length\), got shape \(3,\)"):
         PackedLayout.from_padding_mask(torch.ones(3))
+    with pytest.raises(ValueError, match="a root is longer than its row"):
+        PackedLayout.from_padding_mask(torch.tensor([[0, 1, 1]]), root_lengths=torch.tensor([3]))
+    with pytest.raises(ValueError, match="a root is longer than its row"):
+        PackedLayout.from_padding_mask(torch.ones(1, 3), root_lengths=torch.tensor([-1]))
+    for options in ({"is_causal": False, "root_lengths": torch.ones(1)}, {"root_lengths": torch.ones(2)}):
+        with pytest.raises(ValueError, match=r"root_lengths, of shape .* must be \(1,\) beside is_causal=True"):
+            PackedLayout.from_padding_mask(torch.ones(1, 3), **options)
 
 
 @EXAMPLES
@@ -219,6 +251,38 @@ def test_spans_and_their_inverse(arguments):
     assert [layout.tile_segments[a:b].tolist() for a, b in pairwise(offsets)] == seen_by
     assert offsets[0] == 0
     assert offsets[-1] == len(layout.tile_segments)
+
+
+@EXAMPLES
+@given(spans(max_keys=3 * KEY_TILE + 1), st.integers(1, 3))
+def test_equal_segments(arguments, query_length):
+    """On the device the same layout as on the host."""
+    _, key_spans, num_keys = arguments
+    expected = SpanLayout.from_spans([query_length] * len(key_spans), key_spans, num_keys)
+    layout = SpanLayout.from_equal_segments(
+        torch.tensor(key_spans, dtype=torch.int32).reshape(-1, 2), query_length, num_keys, max_span_length=num_keys
+    )
+    for name in ("segments", "tile_offsets"):
+        ours, theirs = getattr(layout, name), getattr(expected, name)
+        assert torch.equal(ours, theirs)
+        assert ours.dtype == torch.int32
+    assert torch.equal(layout.tile_segments[: layout.tile_offsets[-1]], expected.tile_segments)
+    assert layout.tile_segments.dtype == torch.int32
+    assert (layout.num_queries, layout.num_keys) == (expected.num_queries, num_keys)
+    assert (layout.max_query_length, layout.max_span_length) == (query_length, num_keys)
+
+
+def test_equal_segments_refuse():
+    def make(key_spans, query_length=1):
+        return SpanLayout.from_equal_segments(torch.tensor(key_spans), query_length, 4, max_span_length=4)
+
+    assert make([[0, 4], [2, 2]]).num_queries == 2
+    for key_spans in ([[-1, 2]], [[0, 5]], [[3, 2]]):
+        with pytest.raises(ValueError, match=r"key_spans must lie in \[0, 4\]"):
+            make(key_spans)
+    for bad in (([[0, 1, 2]],), ([0, 1],), ([[0, 1]], 0)):
+        with pytest.raises(ValueError, match="query_length at least 1, got"):
+            make(*bad)
 
 
 @pytest.mark.parametrize(

@@ -130,3 +130,119 @@ def test_adapter_with_a_fixed_scale():
 def test_adapter_names_what_it_lacks(options, message):
     with pytest.raises(ValueError, match=message):
         nn.Adapter(12, 5, **options)
+
+
+def gated(width=6, media_width=5, **options):
+    return randomized(nn.GatedCrossAttention(width, media_width, num_heads=2, head_dim=3, eps=1e-2, **options))
+
+
+def gated_composition(module, mask):
+    """The block from its description: torch's modules and a dense mask."""
+
+    def composition(x, media):
+        def norm(each, x):
+            return F.layer_norm(x, x.shape[-1:], each.weight, each.bias, 1e-2)
+
+        q = module.to_q(norm(module.norm, x.reshape(-1, 6)))
+        k, v = module.to_kv(media).chunk(2, -1)
+        heads = []
+        for channels in (slice(0, 3), slice(3, 6)):
+            scores = q[:, channels] @ k[:, channels].T / 3**0.5
+            heads.append((scores.masked_fill(~mask, -1e300).softmax(-1) * mask) @ v[:, channels])
+        x = x + torch.tanh(module.attention_gate) * module.to_out(torch.cat(heads, -1)).view_as(x)
+        inner = F.gelu(module.feed_forward_in(norm(module.feed_forward_norm, x)))
+        return x + torch.tanh(module.feed_forward_gate) * module.feed_forward_out(inner)
+
+    return composition
+
+
+SPANS = [2, 3, 1, 2], [(0, 4), (4, 9), (0, 9), (3, 3)], 9
+
+
+@pytest.mark.parametrize("media_width", [None, 5])
+@pytest.mark.parametrize(("shape", "expansion"), [((8, 6), 4), ((2, 4, 6), 1)])
+def test_gated_cross_attention_equals_torch_modules(media_width, shape, expansion):
+    module = gated(media_width=media_width, expansion=expansion)
+    layout = SpanLayout.from_spans(*SPANS)
+    inputs = random(*shape), random(9, media_width or 6, seed=1)
+    composition = gated_composition(module, span_visible(*SPANS))
+    assert_same(lambda x, media: module(x, media, layout), composition, list(module.parameters()), *inputs)
+    assert_same(
+        lambda x, media: module(x, module.keys_values(media), layout), composition, list(module.parameters()), *inputs
+    )
+
+
+def test_gated_cross_attention_of_nothing():
+    """Without media only the feed-forward acts, and every parameter still has a gradient, as DDP wants it."""
+    module = gated()
+    x = random(4, 6)
+    out = module(x, random(0, 5), SpanLayout.from_spans([4], [(0, 0)], 0))
+    expected = gated_composition(module, torch.zeros(4, 1, dtype=torch.bool))(x, torch.zeros(1, 5).double())
+    torch.testing.assert_close(out, expected)
+    assert all(each is not None for each in torch.autograd.grad(out.sum(), list(module.parameters())))
+    assert module(x[:0], random(3, 5), SpanLayout.from_spans([], [], 3)).shape == (0, 6)
+
+
+def test_new_gates_are_closed():
+    torch.manual_seed(0)
+    module = nn.GatedCrossAttention(64, 32, num_heads=2, head_dim=8)
+    x, media, layout = torch.randn(5, 64), torch.randn(3, 32), SpanLayout.from_spans([5], [(0, 3)], 3)
+    for _ in range(2):
+        assert torch.equal(module(x, media, layout), x)
+        torch.autograd.backward(module(x, media, layout).square().sum())
+        gates = module.attention_gate, module.feed_forward_gate
+        assert all(gate.shape == (1,) and gate.grad.abs() > 1e-3 for gate in gates), "or it would never train"
+        for each in (module.to_q, module.to_kv, module.to_out, module.feed_forward_in, module.feed_forward_out):
+            assert each.bias is None
+            assert each.weight.std().item() == pytest.approx((3 * each.in_features) ** -0.5, rel=0.1)
+        assert (module.norm.weight == 1).all()
+        for parameter in module.parameters():
+            parameter.data.fill_(7)
+            parameter.grad = None
+        module.reset_parameters()
+    assert module.feed_forward_in.out_features == 4 * 64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16])
+def test_gated_cross_attention_in_mixed_dtypes(dtype, parameters):
+    """A frozen decoder in bf16 around blocks in fp32, and the other way round."""
+    module = gated()
+    layout = SpanLayout.from_spans(*SPANS)
+    x, media = random(8, 6).to(dtype), random(9, 5, seed=1)
+    exact = module(x.double(), media, layout)
+    out = module.to(parameters)(x, media.float(), layout)
+    assert out.dtype == dtype
+    coarser = torch.finfo(max(dtype, parameters, key=lambda each: torch.finfo(each).eps)).eps
+    assert (out.double() - exact).abs().max() < 8 * coarser * exact.abs().max()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(x, media.float(), layout).dtype == dtype
+
+
+def test_perceiver_attention_over_media_and_latents():
+    """One softmax over an item's media and its latents; an item without media has its latents alone."""
+    query_lengths, _, num_keys = batch = [2, 3, 1], [(0, 4), (4, 9), (9, 9)], 9
+    module = randomized(nn.PerceiverAttention(6, num_heads=2, head_dim=3))
+    own = [(0, 2), (2, 5), (5, 6)]
+    mask = torch.cat([span_visible(*batch), span_visible(query_lengths, own, 6)], 1)
+
+    def composition(latents, media):
+        latents, media = module.norm_latents(latents), module.norm_media(media)
+        q = module.to_q(latents)
+        k, v = module.to_kv(torch.cat([media, latents])).chunk(2, -1)
+        heads = []
+        for channels in (slice(0, 3), slice(3, 6)):
+            scores = q[:, channels] @ k[:, channels].T / 3**0.5
+            heads.append(scores.masked_fill(~mask, -1e300).softmax(-1) @ v[:, channels])
+        return module.to_out(torch.cat(heads, -1))
+
+    layouts = SpanLayout.from_spans(*batch), SpanLayout.from_spans(query_lengths, own, 6)
+    inputs = random(6, 6), random(num_keys, 6, seed=1)
+    assert_same(lambda *each: module(*each, *layouts), composition, list(module.parameters()), *inputs)
+    assert module.bfloat16()(*(each.bfloat16() for each in inputs), *layouts).dtype == torch.bfloat16
+
+
+def test_latents_of_another_width_cannot_be_concatenated():
+    layout = SpanLayout.from_spans([2], [(0, 2)], 2)
+    with pytest.raises(ValueError, match="latents of width 6 cannot pass the projection of media of width 5"):
+        nn.PerceiverAttention(6, 5)(torch.zeros(2, 6), torch.zeros(2, 5), layout, layout)

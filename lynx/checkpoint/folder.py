@@ -23,8 +23,17 @@ _INDEX = "model.safetensors.index.json"
 _WEIGHTS = ("model.safetensors", _INDEX)
 
 
-def save(folder: str | Path, model: LynxForConditionalGeneration, processor: LynxProcessor) -> None:
+def save(
+    folder: str | Path,
+    model: LynxForConditionalGeneration,
+    processor: LynxProcessor | None,
+    *,
+    state_dict: dict[str, torch.Tensor] | None = None,
+) -> None:
     """Write a folder that ``load``, ``AutoModel`` and ``AutoProcessor`` read; weights as safetensors.
+
+    Without a processor it is one that only ``from_pretrained`` reads; ``load`` says what it lacks. ``state_dict`` holds
+    the weights of a model whose own are spread over several processes.
 
     Files come to their place whole. A model that was there before is gone from the moment the new files move in, and
     config.json comes last: whenever this is cut off, ``load`` finds the old model, the new one, or refuses the folder.
@@ -32,11 +41,11 @@ def save(folder: str | Path, model: LynxForConditionalGeneration, processor: Lyn
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as unfinished:
-        model.save_pretrained(unfinished)
-        processor.save_pretrained(unfinished)
-        (folder / "config.json").unlink(missing_ok=True)
-        for stale in folder.glob("model*.safetensors*"):
-            stale.unlink()
+        model.save_pretrained(unfinished, state_dict=state_dict)
+        if processor is not None:
+            processor.save_pretrained(unfinished)
+        for stale in (*(folder / name for name in _FILES), *folder.glob("model*.safetensors*")):
+            stale.unlink(missing_ok=True)
         for path in sorted(Path(unfinished).iterdir(), key=lambda path: path.name == "config.json"):
             path.replace(folder / path.name)
 
@@ -113,6 +122,10 @@ def _check_agreement(folder: Path, config: LynxConfig, processor: LynxProcessor)
     expected = {
         "image_token_id": (processor.image_token_id, config.image_token_id),
         "num_latents": (processor.num_latents, config.num_latents),
+        "fusion": (processor.fusion, config.fusion),
+        "bridge": (processor.bridge, config.bridge),
+        "prefix_is_causal": (processor.prefix_is_causal, config.prefix_is_causal),
+        "sees_media": (processor.sees_media, config.sees_media),
         "max_frames": (processor.max_frames, config.max_frames),
         "tokens_per_frame": (processor.tokens_per_frame, vision.tokens_per_frame(vision_config)),
         "size": (processor.image_processor.size, vision_config.image_size),

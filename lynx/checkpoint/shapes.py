@@ -1,0 +1,162 @@
+"""The configuration that the release's weights have, as far as their shapes tell it."""
+
+import inspect
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers import Blip2VisionConfig, LlamaConfig
+
+from lynx.config import LynxConfig
+
+VICUNA_ROWS = 32000  # of Vicuna's tables, without the row of [PAD]
+_EVA_G_WIDTH = 1408
+_EVA_G_BLOCKS = 40  # of the original, of which Lynx leaves out the last
+_ROPE_OPTIONS = {"rope_theta", "rope_scaling"}  # transformers takes them, but keeps them under another name
+
+
+def configuration(state: Mapping[str, Tensor], overrides: Mapping[str, Any]) -> LynxConfig:
+    """What fits these weights; what they cannot tell is as in the release, but for ``overrides``.
+
+    Of a weight that stands in several layers, the commonest shape counts: one that is wrong is then the error.
+
+    Args:
+        state: by the release's keys.
+        overrides: fields of ``LynxConfig``; those of its ``text_config`` and ``vision_config`` in dicts of their own.
+
+    Raises:
+        ValueError: an override is unknown, or head counts do not divide a width.
+    """
+    sizes = _Sizes(state)
+    top = dict(overrides)
+    text = _fields("text_config", top.pop("text_config", {}), LlamaConfig())
+    vision = _fields("vision_config", top.pop("vision_config", {}), Blip2VisionConfig())
+    unknown = sorted(set(top) - set(inspect.signature(LynxConfig).parameters))
+    if unknown:
+        raise ValueError(f"LynxConfig has no {', '.join(unknown)}, which config overrides")
+    text = {**_text(sizes, text), **text}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if isinstance(text[name], int) and text[name] >= text["vocab_size"]:
+            raise ValueError(f"text_config: {name} is {text[name]}, but vocab_size {text['vocab_size']}")
+    width = text["hidden_size"]
+    inner = sizes.of(512, ("bridge.layers.*.0.to_q.weight", 0), ("bridge.layers.*.0.to_out.weight", 1))
+    heads = top.get("resampler_heads") or inner // top.get("resampler_head_dim", max(1, inner // 8))
+    hidden = sizes.of(4 * width, ("bridge.layers.*.1.1.weight", 0), ("bridge.layers.*.1.3.weight", 1))
+    found = {
+        "image_token_id": text["vocab_size"],
+        "num_latents": sizes.of(32, ("bridge.latents", 0)),
+        "resampler_depth": sizes.depth("bridge.layers.", 3),
+        "resampler_heads": heads,
+        "resampler_head_dim": _divided("bridge.layers.*.0.to_q.weight", inner, "resampler_heads", heads),
+        "resampler_expansion": max(1, hidden // width),
+        "max_frames": sizes.of(5, ("absolute_frame_pos_embed", 1)),
+        "adapter_frequency": _adapter_frequency(state, text["num_hidden_layers"]),
+        "adapter_size": sizes.of(
+            width // 2,
+            ("LLM.model.layers.*.output_adapter.adapter_down.weight", 0),
+            ("LLM.model.layers.*.output_adapter.adapter_down.bias", 0),
+            ("LLM.model.layers.*.output_adapter.adapter_up.weight", 1),
+        ),
+    }
+    return LynxConfig(LlamaConfig(**text), Blip2VisionConfig(**{**_vision(sizes), **vision}), **{**found, **top})
+
+
+def _text(sizes: "_Sizes", overrides: Mapping[str, Any]) -> dict[str, Any]:
+    layer = "LLM.model.layers.*."
+    width = sizes.of(4096, (layer + "input_layernorm.weight", 0), (layer + "post_attention_layernorm.weight", 0))
+    queries = sizes.of(width, (layer + "self_attn.q_proj.weight", 0), (layer + "self_attn.o_proj.weight", 1))
+    keys = sizes.of(queries, (layer + "self_attn.k_proj.weight", 0), (layer + "self_attn.v_proj.weight", 0))
+    half_head = sizes.of(0, (layer + "self_attn.rotary_emb.inv_freq", 0))  # older files hold the rotary frequencies
+    heads = overrides.get("num_attention_heads") or (queries // (2 * half_head) if half_head else 32)
+    head_dim = overrides.get("head_dim") or _divided(
+        layer + "self_attn.q_proj.weight", queries, "text_config.num_attention_heads", heads
+    )
+    rows = max(sizes.all(("LLM.model.embed_tokens.weight", 0), ("LLM.lm_head.weight", 0)), default=VICUNA_ROWS)
+    vocab_size = overrides.get("vocab_size") or rows + (rows == VICUNA_ROWS)
+    return {
+        "vocab_size": vocab_size,
+        "hidden_size": width,
+        "intermediate_size": sizes.of(
+            11008, (layer + "mlp.gate_proj.weight", 0), (layer + "mlp.up_proj.weight", 0),
+            (layer + "mlp.down_proj.weight", 1),
+        ),
+        "num_hidden_layers": sizes.depth("LLM.model.layers.", 32),
+        "num_attention_heads": heads,
+        "num_key_value_heads": max(1, keys // head_dim),
+        "head_dim": head_dim,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 2048,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": vocab_size - 1,  # [PAD] is the last
+        "tie_word_embeddings": False,
+    }  # fmt: skip
+
+
+def _vision(sizes: "_Sizes") -> dict[str, Any]:
+    block = "vision_encoder.blocks.*."
+    width = sizes.of(_EVA_G_WIDTH, (block + "norm1.weight", 0), (block + "norm2.weight", 0))
+    depth = sizes.depth("vision_encoder.blocks.", 39)
+    patch_size = sizes.of(14, ("vision_encoder.patch_embed.proj.weight", 3))
+    positions = sizes.of(901, ("vision_encoder.pos_embed", 1))
+    return {
+        "hidden_size": width,
+        "intermediate_size": sizes.of(
+            6144, (block + "mlp.fc1.weight", 0), (block + "mlp.fc1.bias", 0), (block + "mlp.fc2.weight", 1)
+        ),
+        "num_hidden_layers": depth - (width == _EVA_G_WIDTH and depth == _EVA_G_BLOCKS),
+        "num_attention_heads": 16,
+        "patch_size": patch_size,
+        "image_size": max(1, math.isqrt(max(0, positions - 1))) * patch_size,
+        "layer_norm_eps": 1e-6,
+    }
+
+
+def _adapter_frequency(state: Mapping[str, Tensor], num_layers: int) -> int:
+    pattern = re.compile(r"LLM\.model\.layers\.(\d+)\.output_adapter\.")
+    places = {int(match[1]) for key in state if (match := pattern.match(key))}
+    # Of one adapter in the first layer, any frequency up to the number of layers is true.
+    return math.gcd(*places) or num_layers if places else 1
+
+
+def _divided(key: str, size: int, name: str, heads: int) -> int:
+    if heads < 1 or size % heads:
+        raise ValueError(
+            f"{name} is {heads}, which does not divide the {size} rows of {key}; pass the true number in config"
+        )
+    return size // heads
+
+
+def _fields(name: str, overrides: Any, defaults: Any) -> dict[str, Any]:
+    if not isinstance(overrides, Mapping):
+        raise ValueError(f"config's {name} is a {type(overrides).__name__}, expected a dict of what to override")
+    unknown = sorted(field for field in overrides if not hasattr(defaults, field) and field not in _ROPE_OPTIONS)
+    if unknown:
+        raise ValueError(f"{type(defaults).__name__} has no {', '.join(unknown)}, which config's {name} overrides")
+    return dict(overrides)
+
+
+class _Sizes:
+    """Sizes of weights by key, ``*`` for the layer's number."""
+
+    def __init__(self, state: Mapping[str, Tensor]):
+        self.keys = list(state)
+        self.shapes = defaultdict(list)
+        for key, tensor in state.items():
+            self.shapes[re.sub(r"\.\d+\.", ".*.", key, count=1)].append(tuple(tensor.shape))
+
+    def all(self, *places: tuple[str, int]) -> list[int]:
+        """Every size that stands at one of the places (key, axis)."""
+        return [shape[axis] for key, axis in places for shape in self.shapes[key] if len(shape) > axis]
+
+    def of(self, default: int, *places: tuple[str, int]) -> int:
+        """The commonest size at these places."""
+        return next((size for size, _ in Counter(self.all(*places)).most_common(1)), default)
+
+    def depth(self, prefix: str, default: int) -> int:
+        """How many layers there are under a prefix."""
+        numbers = [re.match(r"\d+", key.removeprefix(prefix)) for key in self.keys if key.startswith(prefix)]
+        return max((int(number[0]) + 1 for number in numbers if number), default=default)

@@ -1,0 +1,220 @@
+"""Prefixes of every kind: each bridge, causal and full roots, packed against padded, and what is refused."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lynx import LynxForConditionalGeneration, LynxProcessor, vision
+from lynx.projection import Projection
+from lynx_kernels import SpanLayout
+from tests.lynx.clips import frame, write_clip
+from tests.lynx.conftest import conversation, make_config, make_model, picture
+
+BRIDGES = ["resampler", "mlp", "linear"]
+
+
+def inputs(batch):
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
+def build(tokenizer, **options):
+    config = make_config(tokenizer, **options)
+    return make_model(config), LynxProcessor.for_model(config, tokenizer)
+
+
+def two_pictures(processor, second=1):
+    return processor.encode(conversation("Same?", "no", images=[picture(0), picture(second)]))
+
+
+def some_samples(processor):
+    return [
+        two_pictures(processor),
+        processor.encode(conversation("Hello", "yes")),
+        processor.encode(conversation("Which digits?", "1 2", videos=[[picture(2), picture(3)]])),
+    ]
+
+
+@pytest.mark.parametrize("bridge", BRIDGES)
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_packed_and_padded_give_the_same(tokenizer, bridge, is_causal):
+    model, processor = build(tokenizer, bridge=bridge, prefix_is_causal=is_causal)
+    samples = some_samples(processor)
+    packed, padded = processor.pack(samples), processor.pad(samples)
+    prefixes = [6, 0, 3] if bridge == "resampler" else [2 * 5, 0, 2 * 5]
+    assert [(row == processor.image_token_id).sum() for row in padded["input_ids"]] == prefixes
+    assert packed["layout"].root_is_causal is is_causal
+    packed_logits = model(**inputs(packed)).logits[0]
+    padded_logits = model(**inputs(padded)).logits[padded["attention_mask"].bool()]
+    assert packed_logits.abs().max() > 0.1
+    torch.testing.assert_close(packed_logits, padded_logits, rtol=0, atol=1e-4)
+    torch.testing.assert_close(model(**packed).loss, model(**padded).loss, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_what_two_pictures_of_a_row_see(tokenizer, is_causal):
+    """The second picture reaches the first one's tokens where the prefix is full, its own and the text always."""
+    model, processor = build(tokenizer, prefix_is_causal=is_causal)
+    logits = []
+    for second in (1, 9):
+        batch = processor.pack([two_pictures(processor, second), some_samples(processor)[2]])
+        logits.append(model(**inputs(batch)).logits[0])
+    length = len(two_pictures(processor).token_ids) + 6
+    changed = (logits[0] != logits[1]).any(1)
+    assert changed[:3].all() == changed[:3].any() == (not is_causal)
+    assert changed[3:length].all()
+    assert not changed[length:].any()
+
+
+@pytest.mark.parametrize("bridge", BRIDGES)
+def test_every_parameter_learns(tokenizer, bridge):
+    model, processor = build(tokenizer, bridge=bridge, prefix_is_causal=False)
+    model(**processor.pack(some_samples(processor))).loss.backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+    assert [name for name, parameter in model.named_parameters() if not parameter.grad.any()] == []
+
+
+@pytest.mark.parametrize("is_mlp", [True, False])
+def test_projection_is_the_composition(is_mlp):
+    torch.manual_seed(0)
+    projection = Projection(6, 5, is_mlp=is_mlp, max_frames=3, latent_initializer_range=1.0).double()
+    features = torch.randn(4, 2, 5, dtype=torch.float64)
+    out = projection(features, torch.tensor([-1, 0, 1, 2]))
+    position = torch.cat([torch.zeros(1, 5), projection.frame_position])
+    first, *rest = (layer for layer in projection.layers if isinstance(layer, torch.nn.Linear))
+    expected = first(features + position[:, None])
+    for layer in rest:
+        expected = layer(F.gelu(expected))
+    assert len(rest) == int(is_mlp)
+    torch.testing.assert_close(out, expected.flatten(0, 1))
+
+
+@pytest.mark.parametrize("bridge", ["resampler", "linear"])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"use_cache": False}], ids=str)
+def test_generation_with_a_full_prefix(tokenizer, bridge, options):
+    """Greedy tokens are the argmax of forward; with beams, of the beams without a cache."""
+    model, processor = build(tokenizer, bridge=bridge, prefix_is_causal=False)
+    questions = [
+        processor.encode(conversation("Same?", images=[picture(0), picture(1)])),
+        processor.encode(conversation("Hello, is this a longer question?")),
+    ]
+    batch = inputs(processor.pad(questions))
+    tokens = model.generate(**batch, max_new_tokens=4, eos_token_id=-1, **options)
+    if "num_beams" in options:
+        again = model.generate(**batch, max_new_tokens=4, eos_token_id=-1, use_cache=False, **options)
+        assert torch.equal(tokens, again)
+        return
+    prompt = batch["input_ids"].shape[1]
+    for step in range(4):
+        ids = tokens[:, : prompt + step]
+        mask = torch.cat([batch["attention_mask"], torch.ones(2, step, dtype=torch.int64)], 1)
+        with torch.no_grad():
+            logits = model(**{**batch, "input_ids": ids, "attention_mask": mask}).logits
+        assert torch.equal(logits[:, -1].argmax(-1), tokens[:, prompt + step])
+
+
+def test_a_full_prefix_without_a_mask(tokenizer):
+    model, processor = build(tokenizer, prefix_is_causal=False)
+    batch = inputs(processor.pad([two_pictures(processor)]))
+    expected = model(**batch).logits
+    del batch["attention_mask"]
+    torch.testing.assert_close(model(**batch).logits, expected)
+    vision_tokens = model.encode_media(batch["pixel_values"])
+    embeds = model.embed(batch["input_ids"], vision_tokens)
+    torch.testing.assert_close(model(inputs_embeds=embeds, prefix_lengths=torch.tensor([6])).logits, expected)
+    with pytest.raises(ValueError, match="pass prefix_lengths beside inputs_embeds"):
+        model(inputs_embeds=embeds)
+    moved = {**batch, "input_ids": batch["input_ids"].roll(1, 1)}
+    with pytest.raises(ValueError, match="picture tokens of a row must be its first tokens"):
+        model(**moved)
+    with pytest.raises(ValueError, match="picture tokens of a row must be its first tokens"):
+        model.generate(**moved, max_new_tokens=2)
+
+
+def test_another_attention_refuses_full_prefixes(tokenizer):
+    config = make_config(tokenizer, prefix_is_causal=False)
+    config.text_config._attn_implementation = "sdpa"
+    processor = LynxProcessor.for_model(config, tokenizer)
+    with pytest.raises(ValueError, match=r"prefix_is_causal=False needs attn_implementation='lynx'.*'sdpa'"):
+        make_model(config)(**inputs(processor.pad([two_pictures(processor)])))
+
+
+@pytest.mark.parametrize("bridge", BRIDGES)
+def test_a_picture_of_which_no_token_is_made(tokenizer, bridge):
+    """A batch of text that runs the vision graph for its gradients' sake: a layout of no queries."""
+    model, processor = build(tokenizer, bridge=bridge)
+    batch = processor.pack([processor.encode(conversation("Hello", "yes"))])
+    unseen = {
+        "pixel_values": processor.pack([two_pictures(processor)])["pixel_values"],
+        "media_layout": SpanLayout.from_spans([0], [(0, 10)], 10),
+    }
+    loss = model(**batch, **unseen).loss
+    assert torch.equal(loss, model(**batch).loss)
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.vision_tower.parameters())
+
+
+def test_a_layout_of_another_kind_is_refused(tokenizer):
+    model, _ = build(tokenizer, prefix_is_causal=False)
+    _, causal = build(tokenizer)
+    with pytest.raises(ValueError, match="layout has root_is_causal=True, the model prefix_is_causal=False"):
+        model(**causal.pack([two_pictures(causal)]))
+
+
+def test_a_video_file_has_as_many_tokens_as_its_frames(tokenizer, tmp_path):
+    model, processor = build(tokenizer, bridge="linear")
+    clip = write_clip(tmp_path / "clip.mp4", [frame(i) for i in range(9)])
+    batch = processor(text="What?", videos=str(clip))
+    assert (batch["input_ids"] == processor.image_token_id).sum() == 4 * vision.tokens_per_frame(
+        model.config.vision_config
+    )
+    assert "media_layout" not in batch
+    assert model(**batch).logits.isfinite().all()
+
+
+def test_fresh_frame_positions_have_their_spread(tokenizer):
+    config = make_config(tokenizer, bridge="mlp", initializer_range=0.3, latent_initializer_range=0.5)
+    projection = LynxForConditionalGeneration(config).projection
+    assert 0.4 < projection.frame_position.std() < 0.6
+    assert 0.25 < projection.layers[2].weight.std() < 0.35
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bridge": "rope"}, "bridge='rope' is not known; there is 'resampler', 'mlp', 'linear'"),
+        ({"prefix_is_causal": 1}, "prefix_is_causal is 1, must be true or false"),
+        ({"sees_media": "all"}, "sees_media='all' needs fusion='cross_attention'"),
+        ({"bridge": "mlp", "resampler_concatenates_latents": True}, "there is no resampler"),
+        ({"resampler_concatenates_latents": True}, "hidden_size, 24, but a prefix needs text_config's, 32"),
+        ({"image_token_id": -1}, "image_token_id is -1"),
+        ({"adapter_size": True}, "adapter_size is True"),
+    ],
+)
+def test_contradictory_configurations_are_refused(tokenizer, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(tokenizer, **options)
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value", "message"),
+    [
+        ("text_config", "num_key_value_heads", 3, "text_config: num_key_value_heads, 3, do not divide"),
+        ("text_config", "num_attention_heads", 0, "text_config is no configuration of model_type 'llama'"),
+        ("text_config", "num_attention_heads", 5, "hidden size .32. is not a multiple"),
+        ("text_config", "model_type", "parrot", "text_config is no configuration of model_type 'parrot'"),
+        ("vision_config", "num_attention_heads", 0, "vision_config: num_attention_heads is 0"),
+        (
+            "vision_config",
+            "num_attention_heads",
+            5,
+            "vision_config: num_attention_heads, 5, do not divide hidden_size, 24",
+        ),
+        ("vision_config", "patch_size", 3, "patches of patch_size 3 do not fill image_size 8"),
+    ],
+)
+def test_parts_that_contradict_themselves_are_refused(tokenizer, part, field, value, message):
+    config = make_config(tokenizer).to_dict()
+    config[part][field] = value
+    config[part].pop("head_dim", None)
+    with pytest.raises(ValueError, match=message):
+        type(make_config(tokenizer)).from_dict(config)

@@ -1,0 +1,641 @@
+"""The release's checkpoints: the same numbers as the released model, every layout, and nothing loaded by halves."""
+
+import json
+import math
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModel
+
+from lynx import LynxConfig, checkpoint, presets
+from lynx.checkpoint import files, names, shapes
+from lynx.cli import main
+from lynx.resampler import media_layout
+from tests.lynx.conftest import VISION, conversation, make_config, make_model, picture
+from tests.lynx.reference_model import ReferenceModel
+
+HEADS = {"text_config": {"num_attention_heads": 4}, "vision_config": {"num_attention_heads": 4}}
+PREFIX = "vision_encoder.blocks.1.attn."
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return ReferenceModel()
+
+
+@pytest.fixture
+def weights(reference):
+    return {key: tensor.clone() for key, tensor in reference.state_dict().items()}
+
+
+def load(weights, **options):
+    return checkpoint.load_reference(weights, **{"config": HEADS, **options})
+
+
+def frames_of(kind, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(*((3,) if kind == "video" else ()), 3, 12, 12, generator=generator, dtype=dtype)
+
+
+def inputs(model, frames, ids):
+    """One sample for ours: patches, positions, and a placeholder for each vision token."""
+    count, patch = frames.unsqueeze(0).flatten(0, -4).shape[0], model.config.vision_config.patch_size
+    grid = frames.shape[-1] // patch
+    patches = frames.reshape(count, 3, grid, patch, grid, patch).permute(0, 2, 4, 1, 3, 5).flatten(0, 2).flatten(1)
+    positions = torch.arange(count) if frames.dim() == 4 else torch.tensor([-1])
+    latents = model.config.num_latents
+    return {
+        "input_ids": torch.cat([torch.full((latents,), model.config.image_token_id), ids])[None],
+        "pixel_values": patches,
+        "frame_positions": positions,
+        "media_layout": media_layout([count], grid * grid + 1, latents),
+    }
+
+
+IDS = torch.tensor([1, 17, 4, 33, 8, 21, 2])
+
+
+def relative(actual, exact):
+    return ((actual - exact).abs().max() / exact.abs().max()).item()
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+@pytest.mark.parametrize("frequency", [1, 2])
+def test_numbers_are_the_reference_s(kind, frequency):
+    """In fp64: features to 1e-9; what passes the decoder, whose norms transformers computes in fp32, to 1e-5."""
+    reference = ReferenceModel(frequency=frequency)
+    model = load(reference.state_dict())
+    frames = frames_of(kind)
+    batch = inputs(model, frames, IDS)
+    media = {name: batch[name] for name in ("pixel_values", "frame_positions")}
+    features = model.encode_media(**media, layout=batch["media_layout"])
+    assert relative(features, reference.features(frames)) < 1e-9
+    assert relative(model(**batch).logits[0], reference(frames, IDS)) < 1e-5
+    labels = torch.cat([torch.full((1, 6 + 4), -100), IDS[None, 4:]], 1)
+    loss, exact = model(**batch, labels=labels).loss, reference.loss(frames, IDS, 3)
+    assert relative(loss, exact) < 1e-5
+    loss.backward()
+    exact.backward()
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            gradients.update(names.to_reference(name, parameter.grad))
+    for key, parameter in reference.named_parameters():
+        if kind == "image" and key == "absolute_frame_pos_embed":
+            assert not gradients.pop(key).any()
+        else:
+            assert relative(gradients.pop(key), parameter.grad) < 1e-5, key
+    assert not gradients
+
+
+def test_fp32_too(reference, weights):
+    model = load({key: tensor.float() for key, tensor in weights.items()})
+    frames = frames_of("video")
+    logits = model(**inputs(model, frames.float(), IDS)).logits[0]
+    assert relative(logits.double(), reference(frames, IDS)) < 1e-5
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+def test_tokens_are_the_reference_s(reference, weights, beams):
+    """Of a padded batch, each row what the released model says to it alone."""
+    model = load(weights)
+    model.generation_config.eos_token_id = None
+    frames, prompts = frames_of("video"), [IDS[:3], IDS[:5]]
+    batches = [inputs(model, frames, ids) for ids in prompts]
+    pads = torch.full((1, 2), model.config.pad_token_id)
+    expected = [reference.search(frames, ids, 6, beams) for ids in prompts]
+    assert expected[0] != expected[1]
+    tokens = model.generate(
+        input_ids=torch.cat([torch.cat([pads, batches[0]["input_ids"]], 1), batches[1]["input_ids"]]),
+        attention_mask=torch.tensor([[0, 0] + [1] * 9, [1] * 11]),
+        pixel_values=torch.cat([batches[0]["pixel_values"]] * 2),
+        frame_positions=torch.arange(3).repeat(2),
+        media_layout=media_layout([3, 3], 10, 6),
+        max_new_tokens=6,
+        num_beams=beams,
+    )
+    assert tokens[:, 11:].tolist() == expected
+
+
+@pytest.mark.parametrize(("layers", "frequency", "found"), [(5, 1, 1), (5, 2, 2), (6, 3, 3), (4, 4, 4), (5, 7, 5)])
+def test_sizes_come_from_the_weights(layers, frequency, found):
+    reference = ReferenceModel(layers=layers, frequency=frequency, grid=4, patch=5, blocks=3, rows=61, frames=2)
+    config = load(reference.state_dict()).config
+    text, tower = config.text_config, config.vision_config
+    assert (text.num_hidden_layers, text.hidden_size, text.intermediate_size, text.vocab_size) == (layers, 32, 44, 61)
+    assert (config.adapter_frequency, config.adapter_size) == (found, 16)
+    assert (tower.num_hidden_layers, tower.hidden_size, tower.intermediate_size) == (3, 24, 40)
+    assert (tower.patch_size, tower.image_size) == (5, 20)
+    assert (config.num_latents, config.resampler_depth, config.resampler_expansion, config.max_frames) == (6, 2, 4, 2)
+    assert (config.resampler_heads, config.resampler_head_dim) == (8, 64)
+    assert config.image_token_id == 61
+    assert text.pad_token_id == 60
+
+
+def test_what_weights_cannot_tell_is_the_release_s():
+    """32 and 16 heads where nothing else is said, and the epsilons that a test at fp32 would not see."""
+    reference = ReferenceModel(width=64, media_width=32)
+    config = checkpoint.load_reference(reference.state_dict()).config
+    assert (config.text_config.num_attention_heads, config.vision_config.num_attention_heads) == (32, 16)
+    assert (config.text_config.rms_norm_eps, config.vision_config.layer_norm_eps) == (1e-6, 1e-6)
+    assert config.text_config.rope_parameters["rope_theta"] == 10000
+    assert config.text_config.max_position_embeddings == 2048
+    assert (config.text_config.bos_token_id, config.text_config.eos_token_id) == (1, 2)
+
+
+def test_overrides_count(weights):
+    text = {"num_attention_heads": 2, "rms_norm_eps": 1e-3, "rope_theta": 500.0, "num_key_value_heads": 2}
+    config = {"text_config": text, "vision_config": {"num_attention_heads": 3}, "resampler_heads": 4}
+    model = checkpoint.load_reference(weights, config=config)
+    assert model.config.text_config.head_dim == 16
+    assert model.config.text_config.rope_parameters["rope_theta"] == 500
+    assert model.config.vision_config.num_attention_heads == 3
+    assert (model.config.resampler_heads, model.config.resampler_head_dim) == (4, 128)
+    assert model.get_decoder().norm.variance_epsilon == 1e-3
+
+
+def test_a_whole_configuration_counts(weights):
+    config = load(weights).config
+    again = LynxConfig(**{**config.to_dict(), "max_frames": 4})
+    with pytest.raises(ValueError, match=r"absolute_frame_pos_embed is \(1, 3, 1, 24\), expected \(1, 4, 1, 24\)"):
+        load(weights, config=again)
+    assert load(weights, config=config).config is config
+
+
+# ---- layouts
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "module.", "module.model."])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_prefixes_and_wrappers(weights, prefix, wrapped):
+    state = {prefix + key: tensor for key, tensor in weights.items()}
+    loaded = checkpoint.export_reference(load({"model": state, "epoch": 3} if wrapped else state))
+    assert list(loaded) == list(weights) or set(loaded) == set(weights)
+    assert all(torch.equal(loaded[key], weights[key]) for key in weights)
+
+
+def test_only_some_keys_have_the_prefix(weights):
+    state = {("model." if key.startswith("LLM.") else "") + key: tensor for key, tensor in weights.items()}
+    assert torch.equal(load(state).get_input_embeddings().weight, weights["LLM.model.embed_tokens.weight"])
+
+
+def test_one_weight_twice_is_refused(weights):
+    weights["model.bridge.latents"] = weights["bridge.latents"]
+    with pytest.raises(ValueError, match=r"hold twice, but for prefixes: bridge\.latents"):
+        load(weights)
+
+
+def original_eva(weights):
+    """The vision tower's weights, and those only, in EVA's original layout."""
+    state = {}
+    for key, tensor in weights.items():
+        if key.startswith("vision_encoder."):
+            state[key.removeprefix("vision_encoder.")] = tensor
+    for block in range(2):
+        attention = f"blocks.{block}.attn."
+        state[attention + "qkv.weight"] = torch.cat([state.pop(f"{attention}{part}_proj.weight") for part in "qkv"])
+        state[attention + "q_bias"] = state.pop(attention + "q_proj.bias")
+        state[attention + "v_bias"] = state.pop(attention + "v_proj.bias")
+    return state
+
+
+def parts_of(weights):
+    """The release's file without what is frozen, and the two others."""
+    language = {key.removeprefix("LLM."): weights[key] for key in weights if key.startswith("LLM.")}
+    language = {key: tensor for key, tensor in language.items() if "adapter" not in key}
+    rest = {
+        key: tensor
+        for key, tensor in weights.items()
+        if not key.startswith("vision_encoder.") and key.removeprefix("LLM.") not in language
+    }
+    return rest, original_eva(weights), language
+
+
+@pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"module": state}])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_three_files_make_one_model(weights, wrap, prefix):
+    """EVA's original layout, as the split one; and a language model whose keys rightly start with "model."."""
+    rest, tower, language = (wrap({prefix + key: tensor for key, tensor in part.items()}) for part in parts_of(weights))
+    loaded = checkpoint.export_reference(load(rest, vision_state_dict=tower, llm_state_dict=language))
+    assert set(loaded) == set(weights)
+    assert all(torch.equal(loaded[key], weights[key]) for key in weights)
+
+
+def test_the_release_s_own_weights_come_first(weights):
+    rest, tower, language = parts_of(weights)
+    rest["LLM.model.norm.weight"] = weights["LLM.model.norm.weight"] + 1
+    model = load(rest, vision_state_dict=tower, llm_state_dict={f"LLM.{key}": value for key, value in language.items()})
+    assert torch.equal(model.get_decoder().norm.weight, rest["LLM.model.norm.weight"])
+
+
+def test_what_lynx_leaves_out_of_eva_is_named(weights, caplog):
+    rest, tower, language = parts_of(weights)
+    tower |= {"norm.weight": torch.ones(24), "head.weight": torch.ones(3, 24), "mask_token": torch.ones(1, 1, 24)}
+    config = {**HEADS, "vision_config": {"num_attention_heads": 4, "num_hidden_layers": 1}}
+    model = load(rest, vision_state_dict=tower, llm_state_dict=language, config=config)
+    assert len(model.vision_tower.encoder.layers) == 1
+    for name in ("norm.weight", "head.weight", "mask_token", "vision_encoder.blocks.1.norm1.weight"):
+        assert name in caplog.text
+    with pytest.raises(ValueError, match=r"unexpected: vision_encoder\.blocks\.1\.norm1\.weight"):
+        load(weights, config=config)
+
+
+def test_the_40th_block_of_eva_g_is_left_out():
+    with torch.device("meta"):
+        blocks = {f"vision_encoder.blocks.{block}.norm1.weight": torch.empty(1408) for block in range(40)}
+        small = {f"vision_encoder.blocks.{block}.norm1.weight": torch.empty(24) for block in range(40)}
+    assert shapes.configuration(blocks, {}).vision_config.num_hidden_layers == 39
+    config = {"vision_config": {"num_attention_heads": 4}}
+    assert shapes.configuration(small, config).vision_config.num_hidden_layers == 40
+
+
+def cubic(old, new):
+    """(new, old): Keys' cubic kernel with a = -3/4 at pixel centres, pixels beyond the edge as those at it."""
+
+    def kernel(x):
+        x = abs(x)
+        if x <= 1:
+            return 1.25 * x**3 - 2.25 * x**2 + 1
+        return -0.75 * (x**3 - 5 * x**2 + 8 * x - 4) if x < 2 else 0.0
+
+    matrix = torch.zeros(new, old, dtype=torch.float64)
+    for i in range(new):
+        centre = (i + 0.5) * old / new - 0.5
+        for j in range(math.floor(centre) - 1, math.floor(centre) + 3):
+            matrix[i, min(max(j, 0), old - 1)] += kernel(centre - j)
+    return matrix
+
+
+@pytest.mark.parametrize("grid", [2, 5, 8])
+@pytest.mark.parametrize("apart", [False, True])
+def test_positions_are_resized(weights, grid, apart):
+    config = {**HEADS, "vision_config": {"num_attention_heads": 4, "image_size": 4 * grid}}
+    rest, tower, language = parts_of(weights)
+    parts = {"vision_state_dict": tower, "llm_state_dict": language} if apart else {}
+    position = load(rest if apart else weights, config=config, **parts).vision_tower.embeddings.position_embedding[0]
+    old = weights["vision_encoder.pos_embed"][0]
+    assert torch.equal(position[0], old[0])
+    matrix = cubic(3, grid)
+    expected = torch.einsum("ai,bj,ijd->abd", matrix, matrix, old[1:].view(3, 3, -1)).flatten(0, 1)
+    torch.testing.assert_close(position[1:], expected, rtol=0, atol=1e-12)
+
+
+def test_positions_of_no_grid_are_refused(weights):
+    weights["vision_encoder.pos_embed"] = torch.zeros(1, 8, 24)
+    with pytest.raises(ValueError, match=r"vision_encoder\.pos_embed is \(1, 8, 24\), expected \(1, 5, 24\)"):
+        load(weights)
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_the_pad_row_is_the_mean(weights, monkeypatch, told):
+    """For tables of Vicuna's rows, and where vocab_size says so."""
+    if not told:
+        monkeypatch.setattr(shapes, "VICUNA_ROWS", 50)
+    text = {"num_attention_heads": 4, **({"vocab_size": 51} if told else {})}
+    model = load(weights, config={**HEADS, "text_config": text})
+    for module, key in (
+        (model.get_input_embeddings(), "model.embed_tokens"),
+        (model.get_output_embeddings(), "lm_head"),
+    ):
+        old = weights[f"LLM.{key}.weight"]
+        assert torch.equal(module.weight[:50], old)
+        torch.testing.assert_close(module.weight[50], old.sum(0) / 50)
+    assert model.config.pad_token_id == 50
+    assert model.config.image_token_id == 51
+    assert shapes.VICUNA_ROWS == 50 or load(weights).config.text_config.vocab_size == 50
+
+
+def test_rotary_frequencies_of_older_files(weights):
+    """They tell the heads, and are refused where the configuration makes others."""
+    frequencies = 10000 ** (-torch.arange(0, 16, 2) / 16)
+    for layer in range(5):
+        weights[f"LLM.model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = frequencies.half()
+    config = {"vision_config": {"num_attention_heads": 4}}
+    assert load(weights, config=config).config.text_config.num_attention_heads == 2
+    with pytest.raises(
+        ValueError, match=r"another rotary embedding: LLM\.model\.layers\.4\..*\(8,\).*rope_theta.*\(4,\)"
+    ):
+        load(weights)
+    with pytest.raises(ValueError, match="another rotary embedding"):
+        load(weights, config={**config, "text_config": {"rope_theta": 500.0}})
+
+
+# ---- there and back
+
+
+def test_export_gives_back_what_was_loaded(weights):
+    exported = checkpoint.export_reference(load(weights))
+    assert {key: tensor.shape for key, tensor in exported.items()} == {key: weights[key].shape for key in weights}
+    assert all(torch.equal(exported[key], weights[key]) for key in weights)
+
+
+def test_a_model_of_ours_can_be_exported(tokenizer):
+    """Also one whose vision tower learned a bias for keys: leaving it out changes no output."""
+    model = make_model(make_config(tokenizer)).double()
+    loaded = load(checkpoint.export_reference(model), config=model.config)
+    frames = frames_of("image")[:, :8, :8]
+    with torch.no_grad():
+        logits = [each(**inputs(each, frames, IDS)).logits for each in (model, loaded)]
+    assert model.vision_tower.encoder.layers[0].self_attn.qkv.bias[24:48].abs().min() > 0
+    torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=1e-6)
+
+
+def test_a_model_unlike_the_release_is_not_exported(tokenizer):
+    for name in sorted(set(VISION) - {"blip_2_vision_model"}):
+        with pytest.raises(ValueError, match="the release knows no vision_config"):
+            checkpoint.export_reference(make_model(make_config(tokenizer, name)))
+    with pytest.raises(ValueError, match="the release knows no adapter_activation='relu'"):
+        checkpoint.export_reference(make_model(make_config(tokenizer, adapter_activation="relu")))
+
+
+def test_the_model_owns_its_memory_unless_told(weights):
+    before = {key: tensor.clone() for key, tensor in weights.items()}
+    with torch.no_grad():
+        for parameter in load(weights).parameters():
+            parameter.zero_()
+    assert all(torch.equal(weights[key], before[key]) for key in weights)
+    model = load(weights, copy=False)
+    assert model.get_input_embeddings().weight.data_ptr() == weights["LLM.model.embed_tokens.weight"].data_ptr()
+
+
+def test_dtypes(weights):
+    """One for all: what was asked for, or what holds them all."""
+    for key in weights:
+        weights[key] = weights[key].to(torch.float16 if key.startswith("vision_encoder.") else torch.bfloat16)
+    assert {parameter.dtype for parameter in load(weights).parameters()} == {torch.float32}
+    model = load(weights, dtype=torch.float16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
+    assert model.get_decoder().rotary_emb.inv_freq.dtype == torch.float32
+
+
+# ---- what is refused
+
+
+def test_all_that_does_not_fit_is_listed_at_once(weights):
+    del weights["bridge.norm.bias"]
+    del weights["LLM.model.layers.2.output_adapter.scaling"]
+    weights["LLM.stranger"] = torch.zeros(7)
+    weights[PREFIX + "proj.weight"] = torch.zeros(24, 25)
+    weights["bridge.latents"] = weights["bridge.latents"].long()
+    with pytest.raises(ValueError, match="the weights do not fit the configuration") as error:
+        load(weights)
+    for line in (
+        "missing: bridge.norm.bias (32,)",
+        "missing: LLM.model.layers.2.output_adapter.scaling (1,)",
+        "unexpected: LLM.stranger (7,)",
+        "of another shape: vision_encoder.blocks.1.attn.proj.weight is (24, 25), expected (24, 24)",
+        "not floating-point: bridge.latents is torch.int64",
+    ):
+        assert f"\n  {line}" in str(error.value)
+    assert str(error.value).count("\n") == 5
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "LLM.model.layers.1.mlp.gate_proj.weight", "LLM.model.embed_tokens.weight", "LLM.lm_head.weight",
+        "LLM.model.layers.0.output_adapter.adapter_down.weight", "bridge.layers.0.0.to_kv.weight", "bridge.latents",
+        "bridge.layers.1.1.1.weight", "vision_encoder.blocks.0.mlp.fc1.weight",
+        "vision_encoder.patch_embed.proj.weight",
+    ],
+)  # fmt: skip
+def test_a_transposed_weight_is_named_with_both_shapes(weights, key):
+    weights[key] = weights[key].transpose(0, 1).contiguous()
+    with pytest.raises(ValueError, match="the weights do not fit the configuration") as error:
+        load(weights)
+    assert f"of another shape: {key} is {tuple(weights[key].shape)}, expected " in str(error.value)
+    assert "missing" not in str(error.value)
+
+
+def test_a_wrong_weight_of_eva_s_layout_is_named(weights):
+    rest, tower, language = parts_of(weights)
+    tower["blocks.0.attn.qkv.weight"] = torch.zeros(72, 23)
+    del tower["blocks.1.attn.v_bias"]
+    with pytest.raises(ValueError, match="the weights do not fit the configuration") as error:
+        load(rest, vision_state_dict=tower, llm_state_dict=language)
+    assert "vision_encoder.blocks.0.attn.q_proj.weight is (24, 23), expected (24, 24)" in str(error.value)
+    assert "missing: vision_encoder.blocks.1.attn.v_proj.bias (24,)" in str(error.value)
+
+
+def test_a_missing_adapter_is_missed(weights):
+    weights = {key: tensor for key, tensor in weights.items() if ".layers.2.output_adapter" not in key}
+    with pytest.raises(ValueError, match=r"missing: LLM\.model\.layers\.2\.output_adapter\.adapter_up\.weight"):
+        load(weights, config={**HEADS, "adapter_frequency": 2})
+
+
+def test_shapes_are_checked_before_memory_is_spent():
+    """Of the full size, on the meta device: nothing can be read, and a fault is found all the same."""
+    weights = checkpoint.export_reference(presets.on_meta(presets.lynx_7b(adapter_frequency=2)))
+    weights["bridge.latents"] = torch.empty(4096, 32, device="meta")
+    with pytest.raises(ValueError, match=r"bridge\.latents is \(4096, 32\), expected \(\d+, 4096\)"):
+        checkpoint.load_reference(weights)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_numbers_that_are_not_finite_are_named(weights, value):
+    weights["bridge.latents"][2, 3] = value
+    weights["LLM.lm_head.weight"][0, 0] = value
+    with pytest.raises(ValueError, match=r"not finite.*: LLM\.lm_head\.weight, bridge\.latents$"):
+        load(weights)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rest, tower, language: ({}, tower, language), "no weights of Lynx: the keys are none"),
+        (lambda rest, tower, language: ({"conv1.weight": tower["cls_token"]}, tower, language), r"are conv1\.weight"),
+        (lambda rest, tower, language: (tower, tower, language), "no weights of Lynx"),
+        (lambda rest, tower, language: (rest, language, language), "no weights of an EVA vision tower"),
+        (lambda rest, tower, language: (rest, tower, tower), "no weights of a Llama of transformers"),
+        (lambda rest, tower, language: (rest, None, language), r"lack the vision tower: give EVA"),
+        (lambda rest, tower, language: (rest, tower, None), r"lack the language model: give Vicuna's"),
+        (lambda rest, tower, language: ({**rest, "step": 3}, tower, language), r"else than tensors: step \(int\)"),
+    ],
+)
+def test_weights_of_another_model_are_refused(weights, change, message):
+    rest, tower, language = change(*parts_of(weights))
+    with pytest.raises(ValueError, match=message):
+        load(rest, vision_state_dict=tower, llm_state_dict=language)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"adapter_frequency": 6}, "adapter_frequency is 6, but text_config has 5 layers"),
+        ({"text_config": {"num_attention_heads": 5}}, r"num_attention_heads is 5, .* the 32 rows of LLM\.model"),
+        ({"vision_config": {"num_attention_heads": 5}}, "vision_config: num_attention_heads, 5, do not divide"),
+        ({"resampler_heads": 5}, r"resampler_heads is 5, .* the 512 rows of bridge\.layers"),
+        ({"text_config": {"num_attention_heads": 4, "pad_token_id": 50}}, "pad_token_id is 50, but vocab_size 50"),
+        ({"adapter_freq": 2}, "LynxConfig has no adapter_freq"),
+        ({"vision_config": {"num_heads": 4}}, "Blip2VisionConfig has no num_heads"),
+        ({"text_config": {"n_head": 4}}, "LlamaConfig has no n_head"),
+        ({"text_config": [4]}, "config's text_config is a list"),
+        ({"text_config": {"tie_word_embeddings": True, "num_attention_heads": 4}}, "tie_word_embeddings is true"),
+        ({"resampler_concatenates_latents": True}, "the release knows no resampler_concatenates_latents=True"),
+    ],
+)
+def test_contradicting_configurations_are_refused(weights, config, message):
+    with pytest.raises(ValueError, match=message):
+        load(weights, config={**HEADS, **config})
+
+
+# ---- files
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["LYNX_TEST_HARM"],)
+
+
+def test_code_in_a_pickle_is_not_run(weights, tmp_path, monkeypatch):
+    monkeypatch.setenv("LYNX_TEST_HARM", str(tmp_path / "harm"))
+    torch.save({"model": weights, "args": Harmful()}, tmp_path / "bad.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Harmful()))
+    for name in ("bad.pt", "plain.pt"):
+        with pytest.raises(ValueError, match=f"{name} is refused.*could run code"):
+            files.read(tmp_path / name)
+    assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_truncated_files_are_refused(weights, tmp_path, legacy):
+    path = tmp_path / "lynx.pt"
+    torch.save(weights, path, _use_new_zipfile_serialization=not legacy)
+    assert zipfile.is_zipfile(path) != legacy
+    whole = path.read_bytes()
+    assert set(files.read(path)) == set(weights)
+    for length in (0, 1, 2, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"lynx\.pt (cannot be read|is refused)"):
+            files.read(path)
+
+
+def test_files_are_mapped_not_read(weights, tmp_path):
+    torch.save({"model": weights}, tmp_path / "lynx.pt")
+    content = files.read(tmp_path / "lynx.pt")
+    assert str(tmp_path / "lynx.pt") in Path("/proc/self/maps").read_text()
+    model = load(content, copy=False)
+    table = model.get_input_embeddings().weight
+    assert table.data_ptr() == content["model"]["LLM.model.embed_tokens.weight"].data_ptr()
+    with torch.no_grad():
+        table.zero_()  # ours alone: the file stays as it is
+    assert torch.equal(files.read(tmp_path / "lynx.pt")["model"]["bridge.latents"], weights["bridge.latents"])
+    again = files.read(tmp_path / "lynx.pt")["model"]["LLM.model.embed_tokens.weight"]
+    assert torch.equal(again, weights["LLM.model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("safe", [False, True])
+def test_folders_of_shards(weights, tmp_path, safe):
+    language = parts_of(weights)[2]
+    halves = [dict(list(language.items())[::2]), dict(list(language.items())[1::2])]
+    suffix, index = ("safetensors", "model.safetensors") if safe else ("bin", "pytorch_model.bin")
+    for number, half in enumerate(halves):
+        (save_file if safe else torch.save)(half, str(tmp_path / f"part{number}.{suffix}"))
+    shards = {key: f"part{number}.{suffix}" for number, half in enumerate(halves) for key in half}
+    (tmp_path / f"{index}.index.json").write_text(json.dumps({"weight_map": shards}))
+    content = files.read(tmp_path)
+    assert set(content) == set(language)
+    assert all(torch.equal(content[key], language[key]) for key in language)
+    (tmp_path / f"part1.{suffix}").rename(tmp_path.parent / f"outside.{suffix}")
+    for wrong in (f"part1.{suffix}", f"../outside.{suffix}"):
+        shards[next(iter(halves[1]))] = wrong
+        (tmp_path / f"{index}.index.json").write_text(json.dumps({"weight_map": shards}))
+        with pytest.raises(FileNotFoundError, match="no file of the folder"):
+            files.read(tmp_path)
+    (tmp_path / f"{index}.index.json").write_text("{")
+    with pytest.raises(ValueError, match="no index of shards"):
+        files.read(tmp_path)
+
+
+def test_other_files_are_refused(tmp_path):
+    torch.save([torch.zeros(1)], tmp_path / "list.pt")
+    (tmp_path / "cut.safetensors").write_bytes(b"\x10")
+    for name, message in (("list.pt", "holds a list"), ("cut.safetensors", r"cut\.safetensors cannot be read")):
+        with pytest.raises(ValueError, match=message):
+            files.read(tmp_path / name)
+    for path, message in ((tmp_path / "no.pt", "no such file"), (tmp_path, "has no weights")):
+        with pytest.raises(FileNotFoundError, match=message):
+            files.read(path)
+
+
+# ---- the command
+
+
+@pytest.fixture
+def release(weights, tokenizer, tmp_path):
+    """Three files and a tokenizer's folder, as a user of the release has them."""
+    weights = ReferenceModel(rows=len(tokenizer)).state_dict()
+    rest, tower, language = parts_of({key: tensor.float() for key, tensor in weights.items()})
+    torch.save({"model": rest}, tmp_path / "lynx.pt")
+    torch.save(tower, tmp_path / "eva.pth")
+    (tmp_path / "vicuna").mkdir()
+    torch.save(language, tmp_path / "vicuna" / "pytorch_model.bin")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "heads.json").write_text(json.dumps(HEADS))
+    return tmp_path
+
+
+def command(release, *more):
+    paths = {"--vision": "eva.pth", "--llm": "vicuna", "--config": "heads.json"}
+    options = [part for name, path in paths.items() for part in (name, str(release / path))]
+    return ["convert", str(release / "lynx.pt"), str(release / "model"), *options, *more]
+
+
+def test_convert_makes_a_folder_that_answers(release, tokenizer, capsys):
+    more = ("--tokenizer", str(release / "tokenizer"), "--image-size", "20", "--dtype", "float32")
+    assert main(command(release, *more)) == 0
+    assert str(release / "model") in capsys.readouterr().out
+    model, processor = checkpoint.load(release / "model")
+    assert model.config.vision_config.image_size == processor.image_processor.size == 20
+    assert model.config.pad_token_id == tokenizer.pad_token_id == 0
+    batch = processor.pad([processor.encode(conversation("What?", images=[picture(0)]))])
+    del batch["labels"]
+    assert model.generate(**batch, max_new_tokens=2).shape[1] == batch["input_ids"].shape[1] + 2
+
+
+def test_convert_without_a_tokenizer_says_what_is_lacking(release, caplog):
+    """Also where a model with a processor was before: its processor goes with it."""
+    assert main(command(release, "--tokenizer", str(release / "tokenizer"))) == 0
+    assert main(command(release)) == 0
+    assert "lacks the processor and the tokenizer" in caplog.text
+    assert AutoModel.from_pretrained(release / "model").config.max_frames == 3
+    with pytest.raises(FileNotFoundError, match=r"it lacks: processor_config\.json .*tokenizer\.json"):
+        checkpoint.load(release / "model")
+
+
+def test_a_tokenizer_without_a_pad_token_gets_one(release, tokenizer):
+    settings = release / "tokenizer" / "tokenizer_config.json"
+    options = {key: value for key, value in json.loads(settings.read_text()).items() if key != "pad_token"}
+    settings.write_text(json.dumps(options))
+    assert main(command(release, "--tokenizer", str(release / "tokenizer"))) == 0
+    model, processor = checkpoint.load(release / "model")
+    assert processor.tokenizer.pad_token == "[PAD]"
+    assert processor.tokenizer.pad_token_id == model.config.pad_token_id == len(tokenizer)
+    table = model.get_input_embeddings().weight
+    torch.testing.assert_close(table[-1], table[:-1].mean(0))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--tokenizer", "nowhere"), "no such tokenizer folder"),
+        (("--vision", "nowhere"), "no such file"),
+        (("--config", "lynx.pt"), ""),
+        (("--image-size", "-4"), "is not at least 1"),
+        (("--image-size", "21"), "patch_size 4 do not fill image_size 21"),
+    ],
+)
+def test_convert_says_what_is_wrong(release, capsys, monkeypatch, more, message):
+    monkeypatch.chdir(release)
+    try:
+        status = main(command(release, *more))
+    except SystemExit as stop:  # argparse's own
+        status = stop.code
+    assert status == 2
+    assert message in capsys.readouterr().err
+    assert not (release / "model").exists()
