@@ -285,6 +285,13 @@ def test_only_one_rank_tells_of_what_every_rank_met(damaged):
     assert not any(isinstance(item, Broken) for pack in second for item in pack)
 
 
+def test_every_draw_becomes_a_sample_or_is_told_to_be_broken_once(damaged):
+    sampler = damaged(max_steps=40)
+    items = [item for pack in sampler for item in pack]
+    state = sampler.state_after(40)
+    assert len(items) + len(state["waiting"]) == state["mixture"]["counts"]["some"]
+
+
 def test_broken_records_up_to_a_limit(tmp_path):
     path = tmp_path / "deep" / "broken.jsonl"
     entries = [Broken("a", n, f"a.jsonl:{n + 1}", "no such picture") for n in range(4)]
