@@ -172,6 +172,26 @@ def test_prompts_answers_crops_and_frames_follow_the_draw(make):
     assert len({each["pixel_values"].numpy().tobytes() for each in still}) == 1
 
 
+def test_of_many_frames_some_are_taken(tmp_path, processor):
+    """One of each of as many equal parts as a video may have frames, four here, of nine."""
+    for n in range(9):
+        Image.fromarray(np.full((4, 4, 3), 20 * n, np.uint8)).save(tmp_path / f"{n}.png")
+    write(tmp_path / "a.jsonl", [{"video": [f"{n}.png" for n in range(9)], "question": "?", "answer": "x"}])
+    chosen = Mixture([Group("all", 1, {"a": JsonlRecords(tmp_path / "a.jsonl")})], seed=0)
+
+    def taken(draw, augment=True):
+        dataset = PackDataset(chosen, processor, seed=0, augment=augment)
+        [frames] = dataset[Reference(0, 0, draw)].sample.media
+        return [frame.getpixel((0, 0))[0] // 20 for frame in frames]
+
+    assert taken(0, augment=False) == [1, 3, 5, 7]
+    drawn = {tuple(taken(draw)) for draw in range(40)}
+    assert len(drawn) > 10
+    for number, frames in enumerate(zip(*drawn, strict=True)):
+        low, high = number * 9 / 4, (number + 1) * 9 / 4
+        assert set(frames) == set(range(int(low), int(high) + (high % 1 > 0)))
+
+
 def test_states_are_kept_for_a_while(make):
     sampler = make(history=3)
     iterator = iter(sampler)
