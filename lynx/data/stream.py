@@ -260,7 +260,7 @@ class PackSampler(Sampler[list[Reference | Broken]]):
 
 
 def _fewer_frames(message: dict[str, Any], max_frames: int, generator: np.random.Generator | None) -> dict[str, Any]:
-    """The message with at most ``max_frames`` of a list of frames: one of each of as many equal parts, or its middle."""
+    """The message with ``max_frames`` of a longer list of frames: one of each of as many equal parts, or the middle."""
     if not isinstance(message["content"], list):
         return message
     content = []
