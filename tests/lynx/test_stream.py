@@ -210,9 +210,29 @@ def test_every_iteration_starts_where_the_state_says(make):
     sampler = make()
     first = list(islice(sampler, 3))
     assert list(islice(sampler, 3)) == first
+    assert sampler.state_after(3)["step"] == 3
     list(islice(sampler, 3))
     sampler.load_state_dict(sampler.state_after(2))
     assert next(iter(sampler)) == first[2]
+
+
+def test_samples_as_long_as_a_pack(make, processor):
+    """They fit, and one that comes may complete two steps at once: a state between them holds the second."""
+    dataset = make("texts").dataset
+    samples = [dataset.encode(Reference(0, record, 0))[0] for record in range(11)]
+    options = {"token_budget": max(processor.costs(sample)[0] for sample in samples), "lookahead": 0, "max_steps": 60}
+    sampler = make("texts", **options)
+    packs, states = [], []
+    for pack in sampler:
+        packs.append(pack)
+        states.append(sampler.state_after(len(packs)))
+    assert not any(isinstance(item, Broken) for pack in packs for item in pack)
+    between = [step for step, state in enumerate(states, start=1) if state["ready"]]
+    assert between
+    for step in between:
+        resumed = make("texts", **options)
+        resumed.load_state_dict(states[step - 1])
+        assert list(resumed) == packs[step:]
 
 
 def test_what_does_not_fit_a_state_is_refused(make, folder, processor):
@@ -415,9 +435,9 @@ def test_branches_on_one_root_equal_separate_rows(processor, model):
         losses[-1].backward()
         gradients.append({name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None})
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-12, atol=0)
-    for name, gradient in gradients[1].items():
-        scale = gradient.abs().max().item()
-        torch.testing.assert_close(gradients[0][name], gradient, rtol=0, atol=1e-10 * max(scale, 1e-3), msg=name)
+    for name, gradient in gradients[1].items():  # the decoder's norms compute in fp32 whatever they get
+        atol = 1e-5 * max(gradient.abs().max().item(), 1e-3)
+        torch.testing.assert_close(gradients[0][name], gradient, rtol=0, atol=atol, msg=name)
 
 
 def _showing(media, messages):
