@@ -214,6 +214,7 @@ def test_every_iteration_starts_where_the_state_says(make):
     list(islice(sampler, 3))
     sampler.load_state_dict(sampler.state_after(2))
     assert next(iter(sampler)) == first[2]
+    assert not any(sampler.mixture.counts.values()), "each iteration draws with a copy of the mixture"
 
 
 def test_samples_as_long_as_a_pack(make, processor):
