@@ -100,6 +100,7 @@ def test_packs_keep_the_budget_and_are_nearly_full(make, ranks):
         for batch in islice(load(make(ranks=ranks, rank=rank, token_budget=600)), STEPS):
             assert batch["input_ids"].numel() == batch["report"].tokens <= 600
             assert batch["report"].budget == 600
+            assert batch["report"].supervised_tokens.total() == (batch["labels"] != -100).sum()
             reports.append(batch["report"])
     total = sum(reports, Report())
     assert 0.95 < total.fill <= 1
