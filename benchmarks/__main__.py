@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import adapter, attention, embeddings, frames, generation, loss, planner, report
+from benchmarks import adapter, attention, embeddings, end_to_end, frames, generation, loss, planner, report
 from benchmarks.harness import Case, measure
 from benchmarks.rows import RESULTS, append
 from benchmarks.tables import as_text
@@ -17,6 +17,7 @@ OPERATIONS: dict[str, Callable[..., Iterator[Case]]] = {
     "adapter": adapter.cases,
     "attention": attention.cases,
     "embeddings": embeddings.cases,
+    "end_to_end": end_to_end.cases,
     "frames": frames.cases,
     "generation": generation.cases,
     "loss": loss.cases,

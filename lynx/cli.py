@@ -66,16 +66,20 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--seed", type=int, help="of answers that are drawn (default: another each time)")
     ask.set_defaults(run=_ask)
 
-    train = commands.add_parser("train", help="train on the conversations of a JSONL file")
-    train.add_argument("data", type=Path, help="JSONL, one conversation in transformers' messages format a line")
-    train.add_argument("output", type=Path, help="the folder to save the model in")
-    train.add_argument("--root", type=Path, help="the folder of the pictures (default: the data file's)")
-    train.add_argument("--start", type=Path, help="a model folder to go on from (default: a tiny model from nothing)")
-    train.add_argument("--steps", type=_positive, default=1000)
-    train.add_argument("--batch-size", type=_positive, default=64, help="conversations in a packed row (default: 64)")
-    train.add_argument("--learning-rate", type=float, default=2e-3, help="its peak (default: 2e-3)")
-    train.add_argument("--seed", type=int, default=0)
+    train = commands.add_parser(
+        "train",
+        help="train as a recipe says",
+        epilog="lynx train tiny data=my.jsonl output=my-model steps=1000; the same command goes on after a crash.",
+    )
+    train.add_argument("recipe", help="a YAML file, or a recipe that comes with the package, such as tiny or lynx")
+    train.add_argument("changes", nargs="*", metavar="key=value", help="what is different: steps=10, finetune.steps=5")
+    train.add_argument("--fresh", action="store_true", help="start anew, and remove what the output folder holds")
     train.set_defaults(run=_train)
+
+    plot = commands.add_parser("plot", help="draw the curves of a training run")
+    plot.add_argument("folder", type=Path, metavar="run", help="the run's output folder")
+    plot.add_argument("--to", type=Path, help="the PNG to write (default: curves.png in the folder)")
+    plot.set_defaults(run=_plot)
 
     evaluate = commands.add_parser("evaluate", help="ask a JSONL file's questions and count the right answers")
     evaluate.add_argument("model", type=Path, help="a model folder")
@@ -175,19 +179,22 @@ def _part(item: list[Path]) -> dict[str, Any]:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from lynx.train.run import train
+    from lynx.train import recipe
+    from lynx.train.run import run
 
-    train(
-        options.data,
-        options.output,
-        root=options.root,
-        start=options.start,
-        steps=options.steps,
-        batch_size=options.batch_size,
-        learning_rate=options.learning_rate,
-        seed=options.seed,
-    )
-    print(options.output)
+    logging.getLogger("lynx.train").setLevel(logging.INFO)
+    folder = run(recipe.load(options.recipe, options.changes), fresh=options.fresh)
+    if folder is not None:
+        print(folder)
+
+
+def _plot(options: argparse.Namespace) -> None:
+    from lynx.train import curves
+    from lynx.train.run import LOG
+
+    path = options.to or options.folder / "curves.png"
+    curves.draw(options.folder / LOG, path)
+    print(path)
 
 
 def _evaluate(options: argparse.Namespace) -> None:

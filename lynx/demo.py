@@ -10,7 +10,8 @@ from lynx import checkpoint
 from lynx.data import digits
 from lynx.data.jsonl import JsonlDataset
 from lynx.eval import accuracy, pictures
-from lynx.train.run import train
+from lynx.train import curves, recipe
+from lynx.train.run import LOG, run
 
 STEPS = 540
 
@@ -23,8 +24,9 @@ def demo(folder: str | Path, *, seed: int = 0) -> dict[str, accuracy.Score]:
     """
     folder = Path(folder)
     training_data, test_data = digits.write(folder / "data", seed=seed)
-    trainer = train(training_data, folder / "model", steps=STEPS, seed=seed)
-    pictures.loss_curve(trainer.state.log_history, folder / "loss.png")
+    changes = {"data": str(training_data), "output": str(folder / "model"), "steps": STEPS, "seed": seed}
+    run(recipe.load("tiny", changes), fresh=True)
+    curves.draw(folder / "model" / LOG, folder / "loss.png")
     model, processor = checkpoint.load(folder / "model")
     answered = accuracy.answer_records(model, processor, JsonlDataset(test_data).records)
     by_type = accuracy.scores(answered)

@@ -1,7 +1,7 @@
 """From conversations about pictures to the batches that Lynx reads, packed or padded."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,7 @@ class Sample:
         token_ids: of the text; with prefix fusion the vision tokens of all media stand before it in the row.
         labels: the token ids to learn, -100 at the others.
         places: how many of the tokens stand before each item, for cross-attention; None for none.
+        branch_lengths: where the text is several about the same media, the lengths of these; else empty.
     """
 
     media: list[list[ImageSource] | VideoSource]
@@ -40,6 +41,7 @@ class Sample:
     token_ids: list[int]
     labels: list[int]
     places: list[int] | None = None
+    branch_lengths: tuple[int, ...] = ()
 
 
 class LynxProcessor(ProcessorMixin):
@@ -246,6 +248,32 @@ class LynxProcessor(ProcessorMixin):
     def _normalise(self, text: str) -> str:
         return text.lower() if self.lowercase else text
 
+    def encode_branches(self, conversations: Sequence[Sequence[dict[str, Any]]]) -> Sample:
+        """Several conversations about the same media, each as ``encode`` takes it: packed, the media stand once.
+
+        Raises:
+            ValueError: as ``encode`` does, or a conversation but the first has media.
+        """
+        if not conversations:
+            raise ValueError("there are no conversations")
+        first, *others = [self.encode(messages) for messages in conversations]
+        if not others:
+            return first
+        if any(other.media for other in others):
+            raise ValueError("several conversations are about the media of the first, so only that one may have some")
+        return replace(
+            first,
+            token_ids=[token for each in (first, *others) for token in each.token_ids],
+            labels=[label for each in (first, *others) for label in each.labels],
+            branch_lengths=tuple(len(each.token_ids) for each in (first, *others)),
+        )
+
+    def costs(self, sample: Sample) -> tuple[int, int]:
+        """What a sample adds to a pack: tokens of its row, tokens of the vision tower; its media are not opened."""
+        frames = sum(self.max_frames if isinstance(item, VideoSource) else len(item) for item in sample.media)
+        [(token_ids, _)] = self._rows([sample])
+        return len(token_ids), frames * self.tokens_per_frame
+
     def _frames(self, frames: Any, turn: int) -> list[ImageSource] | VideoSource:
         if isinstance(frames, VideoSource):
             return frames
@@ -285,13 +313,21 @@ class LynxProcessor(ProcessorMixin):
         token_ids.append(self.tokenizer.eos_token_id)
         labels.append(self.tokenizer.eos_token_id)
 
-    def pack(self, samples: Sequence[Sample], *, generator: np.random.Generator | None = None) -> BatchFeature:
-        """One packed row, (1, T): each sample's vision tokens as a root, its text as the branch.
+    def pack(
+        self,
+        samples: Sequence[Sample],
+        *,
+        generator: np.random.Generator | Sequence[np.random.Generator | None] | None = None,
+        always_vision: bool = False,
+    ) -> BatchFeature:
+        """One packed row, (1, T): each sample's vision tokens as a root, its text as the branch, or the branches.
 
         Args:
-            samples: what ``encode`` gave, in the order they will stand.
+            samples: what ``encode`` or ``encode_branches`` gave, in the order they will stand.
             generator: draws a random resized crop for every item and the frames of video files, as training does; None
-                for the centre crop and the middles.
+                for the centre crop and the middles. Or one for each sample, None for all or for none.
+            always_vision: where there are no pictures, give the vision tower a black one of which no token is made:
+                it then runs in every batch, as the reduction of its gradients across processes wants it.
 
         Returns:
             ``input_ids``, ``labels``, ``max_supervised`` (how many labels there are), ``layout`` and, where there are
@@ -299,22 +335,28 @@ class LynxProcessor(ProcessorMixin):
             ``cross_layout``.
         """
         rows = self._rows(samples)
-        prefixes = [self.prefix_length(sample.media) for sample in samples]
-        lengths = [len(sample.token_ids) for sample in samples]
-        layout = PackedLayout.from_prefixes(prefixes, lengths, root_is_causal=self.prefix_is_causal)
+        layout = PackedLayout.from_groups(
+            [
+                (self.prefix_length(sample.media), sample.branch_lengths or [len(sample.token_ids)])
+                for sample in samples
+            ],
+            root_is_causal=self.prefix_is_causal,
+        )
         return BatchFeature(
             {
                 "input_ids": torch.tensor([[token for ids, _ in rows for token in ids]], dtype=torch.int64),
                 "labels": torch.tensor([[label for _, labels in rows for label in labels]], dtype=torch.int64),
                 "max_supervised": _num_supervised(samples),
                 "layout": layout,
-                **self._media(samples, generator),
+                **(self._media(samples, generator) or (self._unseen_picture() if always_vision else {})),
                 **self._cross_layout(samples),
             }
         )
 
     def pad(self, samples: Sequence[Sample], *, generator: np.random.Generator | None = None) -> BatchFeature:
         """A left-padded batch, (B, L): ``input_ids``, ``attention_mask``, ``labels``, the rest as in ``pack``."""
+        if any(sample.branch_lengths for sample in samples):
+            raise ValueError("several conversations about the same media can be packed, not padded")
         rows = self._rows(samples)
         length = max(len(ids) for ids, _ in rows)
         pad = self.tokenizer.pad_token_id
@@ -351,28 +393,45 @@ class LynxProcessor(ProcessorMixin):
     def _cross_layout(self, samples: Sequence[Sample], padded_length: int | None = None) -> dict[str, SpanLayout]:
         if self.fusion != "cross_attention":
             return {}
-        texts: list[tuple[int, list[int]]] = []
+        texts: list[tuple[int, list[int], tuple[int, ...]]] = []
         for sample in samples:
-            length = len(sample.token_ids)
+            first, *others = sample.branch_lengths or [len(sample.token_ids)]
             if padded_length is not None:
-                texts.append((padded_length - length, []))
+                texts.append((padded_length - first, [], ()))
             places = [0] * len(sample.media) if sample.places is None else sample.places
-            texts.append((length, places))
+            texts.append((first, places, tuple(others)))
         return {"cross_layout": text_layout(texts, self.num_latents, sees=self.sees_media)}
 
-    def _media(self, samples: Sequence[Sample], generator: np.random.Generator | None) -> dict[str, Any]:
-        items = [self.load_frames(item, generator=generator) for sample in samples for item in sample.media]
-        if not items:
+    def _media(
+        self,
+        samples: Sequence[Sample],
+        generator: np.random.Generator | Sequence[np.random.Generator | None] | None,
+    ) -> dict[str, Any]:
+        generators = generator if isinstance(generator, Sequence) else [generator] * len(samples)
+        drawn = [(item, each) for sample, each in zip(samples, generators, strict=True) for item in sample.media]
+        if not drawn:
             return {}
+        items = [self.load_frames(item, generator=each) for item, each in drawn]
         is_video = [flag for sample in samples for flag in sample.is_video]
         counts = [len(item) for item in items]
         positions = [i if video else -1 for n, video in zip(counts, is_video, strict=True) for i in range(n)]
-        crop_boxes = None if generator is None else [box for item in items for box in _crop_boxes(item, generator)]
-        frames = self.image_processor([frame for item in items for frame in item], crop_boxes=crop_boxes)
+        cropping = [each for _, each in drawn if each is not None]
+        if cropping and len(cropping) < len(drawn):
+            raise ValueError("some samples have a generator and some have none; crop all of a batch at random, or none")
+        crop_boxes = [box for item, each in zip(items, cropping, strict=False) for box in _crop_boxes(item, each)]
+        frames = self.image_processor([frame for item in items for frame in item], crop_boxes=crop_boxes or None)
         batch = {"pixel_values": frames["pixel_values"], "frame_positions": torch.tensor(positions)}
         if self.bridge == "resampler":
             batch["media_layout"] = media_layout(counts, self.tokens_per_frame, self.num_latents)
         return batch
+
+    def _unseen_picture(self) -> dict[str, Any]:
+        size, tokens = self.image_processor.size, self.tokens_per_frame
+        return {
+            **self.image_processor(np.zeros((size, size, 3), np.uint8)),
+            "frame_positions": torch.tensor([-1]),
+            "media_layout": SpanLayout.from_spans([0], [(0, tokens)], tokens),
+        }
 
     def load_frames(
         self, item: Sequence[ImageSource] | VideoSource, *, generator: np.random.Generator | None = None

@@ -268,7 +268,8 @@ class _Video:
     def _image(self, frame) -> Image.Image:
         check_size(frame.width, frame.height, self.name, self.max_pixels)
         has_alpha = any(component.is_alpha for component in frame.format.components) or frame.format.has_palette
-        image = Image.fromarray(frame.to_ndarray(format="rgba" if has_alpha else "rgb24"))
+        # A converter with threads of its own may be freed in a forked loader, which then waits for them for ever.
+        image = Image.fromarray(frame.to_ndarray(format="rgba" if has_alpha else "rgb24", threads=1))
         if self.pixel_ratio != 1:
             width = round(image.width * max(1, self.pixel_ratio))
             height = round(image.height / min(1, self.pixel_ratio))

@@ -1,5 +1,7 @@
 """The vision tower: any vision model of transformers, EVA's architecture through Blip2VisionModel."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -64,6 +66,18 @@ def encode(tower: PreTrainedModel, pixel_values: Tensor) -> Tensor:
     layout = PackedLayout.full([tokens] * frames, device=hidden.device)
     packed = tower.encoder(inputs_embeds=hidden.flatten(0, 1)[None], layout=layout).last_hidden_state
     return packed.view_as(hidden)
+
+
+def resized_positions(positions: Tensor, num_tokens: int) -> Tensor:
+    """(1, 1 + g * g, width) position embeddings for a grid of ``num_tokens - 1`` patches, in fp32 at least.
+
+    The grid is resized bicubically, as the paper does it between its resolutions; the class token's stays as it was.
+    """
+    old, new = (math.isqrt(tokens - 1) for tokens in (positions.shape[1], num_tokens))
+    wide = positions.to(torch.promote_types(positions.dtype, torch.float32))
+    grid = wide[:, 1:].unflatten(1, (old, old)).permute(0, 3, 1, 2)  # (1, width, g, g)
+    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+    return torch.cat([wide[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)], 1)
 
 
 def drop_unused(tower: PreTrainedModel) -> PreTrainedModel:

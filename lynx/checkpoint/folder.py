@@ -23,10 +23,17 @@ _INDEX = "model.safetensors.index.json"
 _WEIGHTS = ("model.safetensors", _INDEX)
 
 
-def save(folder: str | Path, model: LynxForConditionalGeneration, processor: LynxProcessor | None) -> None:
+def save(
+    folder: str | Path,
+    model: LynxForConditionalGeneration,
+    processor: LynxProcessor | None,
+    *,
+    state_dict: dict[str, torch.Tensor] | None = None,
+) -> None:
     """Write a folder that ``load``, ``AutoModel`` and ``AutoProcessor`` read; weights as safetensors.
 
-    Without a processor it is one that only ``from_pretrained`` reads; ``load`` says what it lacks.
+    Without a processor it is one that only ``from_pretrained`` reads; ``load`` says what it lacks. ``state_dict`` holds
+    the weights of a model whose own are spread over several processes.
 
     Files come to their place whole. A model that was there before is gone from the moment the new files move in, and
     config.json comes last: whenever this is cut off, ``load`` finds the old model, the new one, or refuses the folder.
@@ -34,7 +41,7 @@ def save(folder: str | Path, model: LynxForConditionalGeneration, processor: Lyn
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as unfinished:
-        model.save_pretrained(unfinished)
+        model.save_pretrained(unfinished, state_dict=state_dict)
         if processor is not None:
             processor.save_pretrained(unfinished)
         for stale in (*(folder / name for name in _FILES), *folder.glob("model*.safetensors*")):

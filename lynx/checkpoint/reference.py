@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -240,7 +239,9 @@ def _taker(
     def take(key: str) -> Tensor:
         tensor = state[key].detach()
         if tensor.shape != expected[key].shape:
-            tensor = _with_pad_row(tensor) if key in _TABLES else _resized(tensor, expected[key].shape[1])
+            tensor = (
+                _with_pad_row(tensor) if key in _TABLES else vision.resized_positions(tensor, expected[key].shape[1])
+            )
         taken = tensor.to(dtype).contiguous()
         if tensor.dtype != dtype and not taken.isfinite().all():
             raise ValueError(f"{key} holds numbers that are too large for {dtype}; take another dtype")
@@ -252,15 +253,6 @@ def _taker(
 def _with_pad_row(table: Tensor) -> Tensor:
     wide = torch.promote_types(table.dtype, torch.float32)
     return torch.cat([table, table.mean(0, keepdim=True, dtype=wide).to(table.dtype)])
-
-
-def _resized(positions: Tensor, num_tokens: int) -> Tensor:
-    """(1, 1 + g * g, width) position embeddings for another grid, that of the class token as it was."""
-    old, new = (math.isqrt(tokens - 1) for tokens in (positions.shape[1], num_tokens))
-    wide = positions.to(torch.promote_types(positions.dtype, torch.float32))
-    grid = wide[:, 1:].unflatten(1, (old, old)).permute(0, 3, 1, 2)  # (1, width, g, g)
-    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
-    return torch.cat([wide[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)], 1)
 
 
 def _progress(state: Mapping[str, Tensor], what: str) -> tqdm:

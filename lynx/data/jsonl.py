@@ -1,34 +1,91 @@
-"""Training records in a JSONL file: one conversation a line, pictures by path inside a root folder.
+"""Records in a JSONL file, one a line, in the formats of ``lynx.data.records``: all at once, or each when wanted.
 
-    {"messages": [{"role": "user", "content": [{"type": "image", "path": "cat.png"},
-                                               {"type": "text", "text": "What is this?"}]},
-                  {"role": "assistant", "content": "A cat."}]}
-
-A video is ``{"type": "video", "path": "clip.mp4"}``, or has a list of pictures there, its frames. A picture may also
-stand in the record itself: ``{"type": "image", "base64": ...}``, bare or as a data URL. A record's ``type`` names the
-group its answers are counted in; any other field is kept and ignored.
+A record's ``type`` names the group its answers are counted in; any other field is kept and ignored.
 """
 
-import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from lynx.images import ImageError, decode_base64, load_image
-from lynx.videos import load_video
+from lynx.data.records import MediaFolder, Record, RecordError, parse, parse_line
 
 logger = logging.getLogger(__name__)
 
+_CHUNK = 2**24  # bytes searched for line ends at once
 
-class RecordError(ValueError):
-    """A record cannot be used; the message says which and why."""
+
+class JsonlRecords:
+    """The records of a JSONL file of any size, each read when it is wanted; only the lines' places are in memory.
+
+    Args:
+        path: the JSONL file, which must not change while it is used.
+        root: the folder that the paths of media are relative to and may not leave; the file's own by default.
+        task: the name of the prompts that put its questions; None leaves them as they are.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it has no lines.
+    """
+
+    def __init__(self, path: str | Path, root: str | Path | None = None, *, task: str | None = None):
+        self.path = Path(path)
+        self.task = task
+        self._folder = MediaFolder(root if root is not None else self.path.parent)
+        self._starts = _line_starts(self.path)  # and the end of the last line
+        if len(self._starts) < 2:
+            raise ValueError(f"{self.path} is empty")
+        self._file: int | None = None
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, index: int) -> Record:
+        """One record.
+
+        Raises:
+            RecordError: it cannot be used.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.path} has {len(self)} records, no number {index}")
+        if self._file is None:
+            self._file = os.open(self.path, os.O_RDONLY)
+        start, end = self._starts[index : index + 2].tolist()
+        # Not seek and read: forked workers share the file's position.
+        return parse(parse_line(os.pread(self._file, end - start, start)), self._folder, task=self.task)
+
+    def where(self, index: int) -> str:
+        """The file and line of a record."""
+        return f"{self.path}:{index + 1}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_file": None}
+
+    def __del__(self) -> None:
+        if getattr(self, "_file", None) is not None:
+            os.close(self._file)  # type: ignore[arg-type]
+
+
+def _line_starts(path: Path) -> np.ndarray:
+    """(lines + 1,) int64: where every line starts, and the end of the file."""
+    found, size = [np.zeros(1, np.int64)], path.stat().st_size
+    with (
+        path.open("rb") as file,
+        tqdm(total=size, desc=f"lines of {path.name}", unit="B", unit_scale=True, delay=2) as bar,
+    ):
+        while chunk := file.read(_CHUNK):
+            found.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + (file.tell() - len(chunk) + 1))
+            bar.update(len(chunk))
+    starts = np.concatenate(found)
+    return starts if starts[-1] == size else np.append(starts, size)
 
 
 class JsonlDataset(Dataset):
-    """The usable records of a JSONL file, pictures as paths.
+    """The usable conversations of a JSONL file in the messages format, read and checked at once, pictures as paths.
 
     Records that cannot be used are left out, each logged with its line and reason; ``skipped`` keeps them.
 
@@ -50,8 +107,7 @@ class JsonlDataset(Dataset):
 
     def __init__(self, path: str | Path, root: str | Path | None = None, *, check_pictures: bool = True):
         self.path = Path(path)
-        self._check_pictures, self._checked = check_pictures, set[tuple[Path, bool]]()
-        self.root = Path(root if root is not None else self.path.parent).resolve()
+        folder = MediaFolder(root if root is not None else self.path.parent, check=check_pictures)
         self.records: list[dict[str, Any]] = []
         self.skipped: list[tuple[int, str]] = []
         with self.path.open("rb") as file:
@@ -59,7 +115,8 @@ class JsonlDataset(Dataset):
                 if not line.strip():
                     continue
                 try:
-                    self.records.append(self._read(line))
+                    record = parse_line(line)
+                    self.records.append({**record, "messages": folder.messages(record.get("messages"))})
                 except RecordError as error:
                     self.skipped.append((number, str(error)))
                     logger.warning("%s:%d: record skipped: %s", self.path, number, error)
@@ -75,79 +132,3 @@ class JsonlDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.records[index]
-
-    def _read(self, line: bytes) -> dict[str, Any]:
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:  # of the syntax, the encoding, or the nesting
-            raise RecordError(f"not JSON: {error}") from error
-        if not isinstance(record, dict) or not isinstance(record.get("messages"), list):
-            raise RecordError("no list of messages")
-        messages = record["messages"]
-        roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
-        if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
-            raise RecordError(f"roles are {roles}, expected user and assistant in turn, ending with assistant")
-        return {**record, "messages": [{**message, "content": self._content(message)} for message in messages]}
-
-    def _content(self, message: dict[str, Any]) -> str | list[dict[str, Any]]:
-        content = message.get("content")
-        if isinstance(content, str):
-            return content
-        if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
-            raise RecordError(f"content is neither text nor a list of parts: {content!r}")
-        return [self._part(part) for part in content]
-
-    def _part(self, part: dict[str, Any]) -> dict[str, Any]:
-        kind, path = part.get("type"), part.get("path")
-        if kind == "text" and isinstance(part.get("text"), str):
-            return part
-        if kind == "image" and "base64" in part:
-            return {"type": "image", "image": self._decode(part["base64"])}
-        if kind == "image":
-            return {"type": "image", "image": self._resolve(path)}
-        if kind == "video" and isinstance(path, list):
-            return {"type": "video", "video": [self._resolve(frame) for frame in path]}
-        if kind == "video":
-            return {"type": "video", "video": self._resolve(path, is_video=True)}
-        raise RecordError(f"a content part is no text, image or video: {part}")
-
-    def _decode(self, text: Any) -> bytes:
-        data = decode_base64(text) if isinstance(text, str) else None
-        if data is None:
-            raise RecordError("a picture's base64 is none")
-        if self._check_pictures:
-            _check(data)
-        return data
-
-    def _resolve(self, path: Any, *, is_video: bool = False) -> str:
-        if not isinstance(path, str) or not path:
-            raise RecordError(f"a picture's path is missing or no text: {path!r}")
-        try:
-            resolved = (self.root / path).resolve()
-            is_file = resolved.is_file()
-        except (OSError, ValueError, RuntimeError) as error:  # too long a name, a NUL in it, links in a circle
-            raise RecordError(f"the path {path!r} cannot be followed: {error}") from error
-        if not resolved.is_relative_to(self.root):
-            raise RecordError(f"the path {path!r} leaves the root folder {self.root}")
-        if not is_file:
-            raise RecordError(f"no such {'video' if is_video else 'picture'}: {resolved}")
-        if self._check_pictures and (resolved, is_video) not in self._checked:
-            _check(resolved, is_video=is_video)
-            self._checked.add((resolved, is_video))
-        return str(resolved)
-
-
-def _check(source: Path | bytes, *, is_video: bool = False) -> None:
-    try:
-        if is_video:
-            load_video(source, 1)
-        else:
-            load_image(source)
-    except ImageError as error:
-        raise RecordError(str(error)) from error
-
-
-def text_of(message: dict[str, Any]) -> str:
-    """The text of a message, its pictures left out."""
-    content = message["content"]
-    return content if isinstance(content, str) else "".join(p["text"] for p in content if p["type"] == "text")

@@ -7,7 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lynx.data.jsonl import text_of
+from lynx.data.records import text_of
 from lynx.generation import answer
 from lynx.model import LynxForConditionalGeneration
 from lynx.processor import LynxProcessor

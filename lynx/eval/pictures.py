@@ -1,4 +1,4 @@
-"""Drawings of what a model answers and how it learned."""
+"""Drawings of what a model answers."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,18 +45,6 @@ def answer_sheet(answered: Sequence[Answered], path: str | Path, *, columns: int
         axis.text(0.5, -0.05, text, fontsize=10, color=color, parse_math=False, **place)
     figure.tight_layout()
     figure.savefig(path, dpi=100)
-    plt.close(figure)
-
-
-def loss_curve(log_history: Sequence[dict[str, Any]], path: str | Path) -> None:
-    """Draw the training loss over the steps from a Trainer's ``log_history``."""
-    entries = [entry for entry in log_history if "loss" in entry]
-    figure, axis = plt.subplots(figsize=(7, 4))
-    axis.plot([entry["step"] for entry in entries], [float(entry["loss"]) for entry in entries])
-    axis.set(xlabel="step", ylabel="loss per supervised token (nats)", yscale="log", title="Training loss")
-    axis.grid(alpha=0.3, which="both")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
     plt.close(figure)
 
 

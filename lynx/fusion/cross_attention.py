@@ -88,7 +88,9 @@ class Media(NamedTuple):
         return self._replace(layout=_from_rows(spans, self.layout.num_keys))
 
 
-def text_layout(rows: Iterable[tuple[int, Sequence[int]]], num_latents: int, *, sees: str) -> SpanLayout:
+def text_layout(
+    rows: Iterable[tuple[int, Sequence[int]] | tuple[int, Sequence[int], Sequence[int]]], num_latents: int, *, sees: str
+) -> SpanLayout:
     """Which tokens of some texts see which vision tokens.
 
     A token sees the media before it: all of its text (``sees="all"``) or those of the nearest place where some stand
@@ -96,12 +98,14 @@ def text_layout(rows: Iterable[tuple[int, Sequence[int]]], num_latents: int, *, 
     place it sees none.
 
     Args:
-        rows: of each text the number of its tokens, and of each of its items, in order, the number of tokens before it.
+        rows: of each text the number of its tokens, and of each of its items, in order, the number of tokens before it;
+            and, where more texts follow about the same items, the lengths of these: in them, what the first text ends
+            with seeing stands behind the first token.
         num_latents: vision tokens of an item; those of all items stand one after another.
         sees: as ``LynxConfig.sees_media``.
     """
     lengths, spans, end = [], [], 0
-    for length, places in rows:
+    for length, places, *more in rows:
         token, first = 0, end
         span = first, first
         for place, items in groupby(places):
@@ -111,6 +115,9 @@ def text_layout(rows: Iterable[tuple[int, Sequence[int]]], num_latents: int, *, 
             token, span = place, (first if sees == "all" else begin, end)
         lengths.append(length - token)
         spans.append(span)
+        for other in more[0] if more else ():
+            lengths += [1, other - 1]
+            spans += [(end, end), span]
     return SpanLayout.from_spans(lengths, spans, end)
 
 

@@ -1,91 +1,220 @@
-"""A training run from a JSONL file to a model folder."""
+"""A recipe's run: its stages one after another, each from the model before, into a folder that a crash leaves usable.
 
-from collections.abc import Iterator
+output/recipe.yaml                   the recipe as it runs
+output/log.jsonl                     the log of all stages
+output/broken.jsonl                  the records that could not be used
+output/checkpoints/STAGE/            of every stage, to go on from
+output/stages/STAGE/                 the model after each stage but the last
+output/config.json, ...              the model after the last
+"""
+
+import importlib.util
+import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from accelerate import PartialState
 from transformers import TrainingArguments, set_seed
 
-from lynx import checkpoint, recipes
-from lynx.data.collator import Collator
-from lynx.data.jsonl import JsonlDataset, text_of
-from lynx.data.tokenizer import train_tokenizer
+from lynx import checkpoint
+from lynx.data.broken import BrokenRecords
 from lynx.model import LynxForConditionalGeneration
-from lynx.processor import PROMPT, LynxProcessor
+from lynx.processor import LynxProcessor
+from lynx.train import parts, start
+from lynx.train.recipe import Recipe, RecipeError, Stage
+from lynx.train.resolution import set_resolution
 from lynx.train.trainer import LynxTrainer
+from lynx.train.watch import JsonLog, Terminated
+
+logger = logging.getLogger(__name__)
+
+LOG, RECIPE = "log.jsonl", "recipe.yaml"
+# What may change between a run and its resumption: nothing here touches a weight.
+_FREE = ("output", "workers", "log_every", "save_every", "keep", "tensorboard", "max_broken")
 
 
-def train(
-    data: str | Path,
-    output: str | Path,
-    *,
-    root: str | Path | None = None,
-    start: str | Path | None = None,
-    steps: int = 1000,
-    batch_size: int = 64,
-    learning_rate: float = 2e-3,
-    seed: int = 0,
-) -> LynxTrainer:
-    """Train on the conversations of a JSONL file and save the model.
+def run(recipe: Recipe, *, fresh: bool = False) -> Path | None:
+    """Train as a recipe says, going on where an earlier run into the same folder stopped.
+
+    SIGTERM ends it after the step that is running, with a checkpoint.
 
     Args:
-        data: the file, in the format of ``lynx.data.jsonl``.
-        output: the folder to save the model in.
-        root: the folder that picture paths are relative to; the file's own by default.
-        start: a model folder to go on from; without it a tiny model starts from nothing, and its tokenizer is learned
-            from the data.
-        steps: optimizer steps, the first twentieth of them warm-up, then a cosine decay to 0.
-        batch_size: conversations packed into one row.
-        learning_rate: its peak.
-        seed: of everything that is drawn.
-
-    Raises:
-        ValueError: steps or batch_size below 1, or no record that can be used.
+        recipe: from ``lynx.train.recipe.load``.
+        fresh: start anew, and remove what an earlier run left in the output folder.
 
     Returns:
-        The trainer, whose ``model``, ``processing_class`` and ``state.log_history`` tell the rest.
+        The folder of the finished model; None after SIGTERM.
+
+    Raises:
+        RecipeError: the output folder holds a run of another recipe, or the recipe does not fit the model or the
+            number of ranks.
+        ValueError: the data cannot be used.
     """
-    if steps < 1 or batch_size < 1:
-        raise ValueError(f"steps and batch_size must be at least 1, got {steps} and {batch_size}")
-    dataset = JsonlDataset(data, root)
-    set_seed(seed)
-    if start is not None:
-        model, processor = checkpoint.load(start)
-    else:
-        tokenizer = train_tokenizer(_rendered(dataset.records))
-        config = recipes.tiny(tokenizer)
-        model, processor = LynxForConditionalGeneration(config), LynxProcessor.for_model(config, tokenizer)
-    arguments = TrainingArguments(
-        output_dir=str(output),
-        max_steps=steps,
-        per_device_train_batch_size=batch_size,
-        learning_rate=learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=max(1, steps // 20),
-        weight_decay=0.01,
-        adam_beta2=0.95,  # runs of a few hundred steps want a second moment that forgets faster than 0.999
-        logging_steps=max(1, min(20, steps // 20)),
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        seed=seed,
+    if recipe.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise RecipeError("tensorboard=true needs the package tensorboard: pip install tensorboard")
+    output = Path(recipe.output)
+    _claim(output, recipe, fresh)
+    terminated = Terminated()
+    with terminated.listening():
+        for index, stage in enumerate(recipe.stages):
+            if _is_done(recipe, index):
+                continue
+            model, processor = _model(recipe, index)
+            trainer = stage_trainer(recipe, stage, model, processor, terminated)
+            trainer.train(resume_from_checkpoint=True)
+            if terminated.stopped:
+                logger.warning("stopped by SIGTERM in stage %s; the same command goes on", stage.name)
+                return None
+            _save(trainer, _folder(recipe, index), processor)
+    return output
+
+
+def stage_trainer(
+    recipe: Recipe,
+    stage: Stage,
+    model: LynxForConditionalGeneration,
+    processor: LynxProcessor,
+    terminated: Terminated | None = None,
+) -> LynxTrainer:
+    """The trainer of one stage, its model prepared: resolution, what trains, precision."""
+    world = _world()
+    output = Path(recipe.output)
+    dtype = torch.bfloat16 if recipe.precision == "bf16" else None
+    if stage.resolution is not None:
+        set_resolution(model, processor, stage.resolution)
+    counts = parts.choose(model, stage.trains, dtype or torch.float32)
+    if world.is_main_process:
+        trained = ", ".join(f"{part} ({count:,} parameters)" for part, count in counts.items())
+        logger.info("stage %s trains %s", stage.name, trained)
+    if recipe.gradient_checkpointing:
+        _checkpoint_activations(model)
+    set_seed(recipe.seed)
+    sampler, dataset, collator = start.data(
+        recipe, stage, processor, ranks=world.num_processes, rank=world.process_index
     )
-    trainer = LynxTrainer(
+    arguments = TrainingArguments(
+        output_dir=str(output / "checkpoints" / stage.name),
+        max_steps=stage.steps,
+        gradient_accumulation_steps=_accumulation(recipe, stage, world.num_processes),
+        max_grad_norm=stage.max_grad_norm,
+        logging_steps=max(1, min(recipe.log_every, stage.steps // 20)),  # twenty entries at least of a short stage
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # it would wait for the device at every step, and hide what it finds
+        save_steps=recipe.save_every,
+        report_to=["tensorboard"] if recipe.tensorboard else [],
+        dataloader_num_workers=recipe.workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,  # every rank runs the same graph, pictures or not
+        ddp_broadcast_buffers=False,
+        disable_tqdm=False,
+        torch_compile=recipe.compile,
+        use_cpu=not torch.cuda.is_available(),
+        seed=recipe.seed,
+    )
+    return LynxTrainer(
         model,
         arguments,
+        stage=stage,
+        sampler=sampler,
+        token_budget=recipe.token_budget,
+        dtype=dtype,
+        keep=recipe.keep,
+        terminated=terminated,
+        broken=BrokenRecords(output / _broken(world.process_index), limit=recipe.max_broken),
         train_dataset=dataset,
-        data_collator=Collator(processor, seed=seed),
+        data_collator=collator,
         processing_class=processor,
+        callbacks=[JsonLog(output / LOG, stage.name)],
     )
-    trainer.train()
-    checkpoint.save(output, model, processor)
-    return trainer
 
 
-def _rendered(records: list[dict[str, Any]]) -> Iterator[str]:
-    """The texts as the processor will render them, for the tokenizer to learn from."""
-    for record in records:
-        for question, reply in zip(record["messages"][::2], record["messages"][1::2], strict=True):
-            yield f"{PROMPT.format(question=text_of(question).lower())} {text_of(reply).lower()}"
+def _world() -> PartialState:
+    """The ranks, as torchrun's variables tell them."""
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
+def _broken(rank: int) -> str:
+    return f"broken-{rank}.jsonl" if rank else "broken.jsonl"
+
+
+def _accumulation(recipe: Recipe, stage: Stage, ranks: int) -> int:
+    """Packs that a rank makes a step of."""
+    at_once = ranks * recipe.token_budget
+    if stage.tokens_per_step is None:
+        return 1
+    if stage.tokens_per_step % at_once:
+        raise RecipeError(
+            f"stage {stage.name}: tokens_per_step is {stage.tokens_per_step}, no multiple of {at_once}, the "
+            f"token_budget of {recipe.token_budget} on {ranks} ranks"
+        )
+    return stage.tokens_per_step // at_once
+
+
+def _checkpoint_activations(model: LynxForConditionalGeneration) -> None:
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # the name from transformers 5.20 or so on
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+def _claim(output: Path, recipe: Recipe, fresh: bool) -> None:
+    """Make the output folder this run's, or raise RecipeError; every rank comes to the same verdict."""
+    world, path = _world(), output / RECIPE
+    if not fresh and path.is_file():
+        differences = _differences(yaml.safe_load(path.read_text()), recipe.as_dict())
+        if differences:
+            raise RecipeError(
+                f"{output} holds a run of another recipe, different in {', '.join(differences)}: choose another "
+                "output, or start anew with --fresh, which removes it"
+            )
+    elif not fresh and (output / "config.json").exists():
+        raise RecipeError(f"{output} holds a model already: choose another output, or --fresh, which replaces it")
+    world.wait_for_everyone()
+    if world.is_main_process:
+        if fresh:
+            for name in ("checkpoints", "stages"):
+                shutil.rmtree(output / name, ignore_errors=True)
+            for left in (output / "config.json", output / LOG, path, *output.glob("broken*.jsonl")):
+                left.unlink(missing_ok=True)
+        output.mkdir(parents=True, exist_ok=True)
+        unfinished = output / f".{RECIPE}"
+        unfinished.write_text(yaml.safe_dump(recipe.as_dict(), sort_keys=False))
+        unfinished.replace(path)
+    world.wait_for_everyone()
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    return [key for key in sorted({*old, *new}) if key not in _FREE and old.get(key) != new.get(key)]
+
+
+def _folder(recipe: Recipe, index: int) -> Path:
+    output = Path(recipe.output)
+    return output if index == len(recipe.stages) - 1 else output / "stages" / recipe.stages[index].name
+
+
+def _is_done(recipe: Recipe, index: int) -> bool:
+    return (_folder(recipe, index) / "config.json").is_file()  # which checkpoint.save writes last
+
+
+def _model(recipe: Recipe, index: int) -> tuple[LynxForConditionalGeneration, LynxProcessor]:
+    """What stage ``index`` starts from, all of it in fp32."""
+    if index:
+        return checkpoint.load(_folder(recipe, index - 1), dtype=torch.float32)
+    set_seed(recipe.seed)
+    model, processor = start.model(recipe)
+    if noise := start.untrained(recipe, model):
+        logger.warning("%s: from nothing, and no stage trains it", ", ".join(noise))
+    return model, processor
+
+
+def _save(trainer: LynxTrainer, folder: Path, processor: LynxProcessor) -> None:
+    world = _world()
+    state = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_sharded else None  # from all ranks
+    if world.is_main_process:
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+        checkpoint.save(folder, model, processor, state_dict=state)
+    world.wait_for_everyone()

@@ -1,66 +1,288 @@
-"""The Trainer of transformers, telling what a person waits to see: loss and supervised tokens a second."""
+"""The Trainer of transformers for Lynx: packed rows, exact resumption, and what a person wants to see."""
 
 import time
-from typing import Any
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
-from tqdm import tqdm
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+
+from lynx.data.broken import BrokenRecords
+from lynx.model import LynxForConditionalGeneration
+from lynx.train import checkpoints, flops, parts
+from lynx.train.recipe import Stage
+from lynx.train.schedule import scheduler
+from lynx.train.watch import ProgressBar, Terminated, Window, ignore_sigterm
+from lynx_kernels import PackedLayout, SpanLayout
+
+_WEIGHTS, _DATA = "trained.safetensors", "data.pt"
+_LAYOUTS = (PackedLayout, SpanLayout)
+
+
+class Sampler(Protocol):
+    """What ``LynxTrainer`` asks of a batch sampler; ``lynx.data.stream.PackSampler`` is one."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def state_after(self, num_steps: int) -> Any:
+        """What ``load_state_dict`` needs to go on behind the first ``num_steps`` packs of this rank."""
+
+    def load_state_dict(self, state: Any) -> None:
+        """Go on from there."""
 
 
 class LynxTrainer(Trainer):
-    """Trains a Lynx model on packed batches; all of Trainer's arguments.
+    """Trains one stage of a recipe on packed batches.
 
     The loss of a step is the sum over the supervised tokens of its accumulated, distributed batch, divided by their
-    number. Every log entry also has ``supervised_tokens_per_second``.
+    number. Parameters that the stage freezes have no gradient and no optimizer state. A checkpoint holds the trained
+    parameters, optimizer, schedule, random state and the sampler's state behind the last batch that was *consumed*,
+    whatever was loaded ahead; training that goes on from it is the same training, bit by bit on a CPU.
+
+    Args:
+        model: a ``LynxForConditionalGeneration``, its parameters chosen by ``lynx.train.parts.choose``.
+        args: as for Trainer.
+        stage: what is to be done.
+        sampler: yields this rank's packs, for ever; what it yields is given to ``train_dataset``.
+        token_budget: the tokens a pack has room for, for the log's fill rate.
+        dtype: of autocast; None for none.
+        keep: checkpoints to keep.
+        terminated: stops the run after SIGTERM.
+        broken: where records that cannot be used are listed.
+        kwargs: Trainer's ``train_dataset``, ``data_collator``, ``processing_class``, ``callbacks``.
+
+    Attributes:
+        samples, supervised: samples and supervised tokens of every data set since the stage began, on this rank.
     """
 
-    def __init__(self, model: torch.nn.Module, args: TrainingArguments, **kwargs: Any):
+    optimizer: torch.optim.Optimizer | None
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None
+
+    def __init__(
+        self,
+        model: LynxForConditionalGeneration,
+        args: TrainingArguments,
+        *,
+        stage: Stage,
+        sampler: Sampler,
+        token_budget: int,
+        dtype: torch.dtype | None = None,
+        keep: int = 2,
+        terminated: Terminated | None = None,
+        broken: BrokenRecords | None = None,
+        **kwargs: Any,
+    ):
         args.remove_unused_columns = False  # records are not the model's arguments; the collator makes those
+        args.ignore_data_skip = True  # the sampler's state says where to go on
+        self.stage, self.sampler, self.token_budget = stage, sampler, token_budget
+        self.autocast_dtype, self.keep = dtype, keep
         super().__init__(model, args, **kwargs)
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         if not args.disable_tqdm:
-            self.add_callback(ProgressBar())
-        self._supervised = torch.zeros((), dtype=torch.int64)
-        self._since = time.perf_counter()
+            self.add_callback(ProgressBar(stage.name))
+        if terminated is not None:
+            self.add_callback(terminated)
+        self.broken = broken
+        self.samples, self.supervised = Counter[str](), Counter[str]()
+        self._step_flops = flops.StepFlops(model)
+        self._peak, self.peak_source = flops.peak(args.device, dtype or torch.float32)
+        self._window = Window()
+        self._writing_to: Path | None = None
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's, counting the supervised tokens."""
-        samples, num_items = super().get_batch_samples(*args, **kwargs)
-        if num_items is not None:
-            self._supervised = self._supervised + num_items
-        return samples, num_items
+    # Data
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The loader of this rank's packs. The sampler knows the ranks, accelerate must not divide once more."""
+        workers = self.args.dataloader_num_workers
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=self.sampler,  # type: ignore[arg-type]  # torch wants a class of its own, and uses iter
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            worker_init_fn=ignore_sigterm if workers else None,
+            generator=torch.Generator(),  # or every new loader draws from the generator that training draws from
+        )
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """The batches of one step, and how many supervised tokens they have on all ranks."""
+        if self.state.global_step >= self.state.max_steps:  # a finished stage was resumed: nothing is left to do
+            self.control.should_training_stop = True
+            return [], None
+        began = time.perf_counter()
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        self._window.waited += time.perf_counter() - began
+        if len(batches) < num_batches:
+            raise ValueError(f"the data ended at step {self.state.global_step} of {self.state.max_steps}")
+        for batch in batches:
+            self._see(batch)
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def _see(self, batch: dict[str, Any]) -> None:
+        report = batch.pop("report", None)
+        if report is not None:
+            self.samples += report.samples
+            self.supervised += report.supervised_tokens
+            if self.broken is not None:
+                self.broken.add(report.broken)
+        window = self._window
+        window.supervised += int((batch["labels"] != -100).sum())
+        window.tokens += batch["input_ids"].numel()
+        window.capacity += self.token_budget
+
+    def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
+        """Operations of the products that this batch takes, forward and backward."""
+        count = self._step_flops(inputs)
+        self._window.flops += count
+        return count
+
+    def _prepare_input(self, data: Any) -> Any:
+        if isinstance(data, _LAYOUTS):
+            return data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
+
+    # One step
+
+    def compute_loss(self, model: torch.nn.Module, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's, under our own autocast: with accelerate's, its FSDP2 would raise frozen bf16 to fp32."""
+        if self.autocast_dtype is None:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        with torch.autocast(self.args.device.type, self.autocast_dtype):
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW as the stage says, over the parameters that train."""
+        if self.optimizer is None:
+            stage = self.stage
+            self.optimizer = torch.optim.AdamW(
+                parts.optimizer_groups(self.model if model is None else model, stage.weight_decay),
+                lr=stage.learning_rate,
+                betas=(stage.betas[0], stage.betas[1]),
+                eps=stage.epsilon,
+            )
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        """Warm-up from the stage's start value, then its decay to 0."""
+        if self.lr_scheduler is None:
+            self.lr_scheduler = scheduler(optimizer or self.optimizer, self.stage)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    # Log
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As Trainer's, with the supervised tokens a second since the last entry."""
+        """As Trainer's; entries of training also tell speed, use of the device, fill, and what was trained on."""
+        self.state.epoch = None  # a mixture has no epochs of its own
+        logs.pop("train_samples_per_second", None)  # Trainer knows packs only, and not their number
         if "loss" in logs:
-            now = time.perf_counter()
-            logs["supervised_tokens_per_second"] = round(self._supervised.item() / (now - self._since), 1)
-            self._supervised, self._since = torch.zeros_like(self._supervised), now
+            window, self._window = self._window, Window()
+            ranks = self.args.world_size
+            totals = self.accelerator.reduce(window.totals().to(self.args.device), "sum").cpu()
+            logs.update(Window.rates(totals, self._window.since - window.since, ranks, self._peak))
+            logs.update(self._shares())
         super().log(logs, *args, **kwargs)
 
+    def _shares(self) -> dict[str, Any]:
+        """Samples and part of the supervised tokens of every data set, over all ranks."""
+        counts = [(self.samples, self.supervised)]
+        if self.args.world_size > 1:
+            counts = counts * self.args.world_size
+            torch.distributed.all_gather_object(counts, counts[0])
+        samples = sum((each for each, _ in counts), Counter[str]())
+        supervised = sum((each for _, each in counts), Counter[str]())
+        total = max(1, supervised.total())
+        return {  # flat: TensorBoard takes numbers only
+            **{f"samples/{name}": count for name, count in sorted(samples.items())},
+            **{f"supervised_share/{name}": round(count / total, 4) for name, count in sorted(supervised.items())},
+        }
 
-class ProgressBar(TrainerCallback):
-    """A bar over the training steps with the newest loss and supervised tokens a second."""
+    # Checkpoints
 
-    def __init__(self) -> None:
-        self.bar: tqdm | None = None
+    @property
+    def is_sharded(self) -> bool:
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        if state.is_world_process_zero:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._writing_to or self.args.output_dir)
 
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        folder = Path(self.args.output_dir)
+        self._writing_to = checkpoints.unfinished_of(folder)
+        if self.args.should_save:
+            checkpoints.start(folder)
+        self.accelerator.wait_for_everyone()
+        try:
+            super()._save_checkpoint(model, trial)
+            [written] = self._writing_to.glob("checkpoint-*")
+            state = {
+                "ranks": self.args.world_size,
+                "sampler": self.sampler.state_after(self.state.global_step * self.args.gradient_accumulation_steps),
+                "samples": dict(self.samples),
+                "supervised": dict(self.supervised),
+            }
+            torch.save(state, written / f"{self.args.process_index}-{_DATA}")
+        finally:
+            self._writing_to = None
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            checkpoints.publish(written, folder, self.state.global_step, keep=self.keep)
+        self.accelerator.wait_for_everyone()
 
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        if self.bar is not None and logs and "loss" in logs:
-            rate = logs["supervised_tokens_per_second"]
-            self.bar.set_postfix_str(f"loss {float(logs['loss']):.4f}, {rate:.0f} supervised tokens/s")
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """The parameters that train: the others are where the stage got them from."""
+        if self.is_sharded:
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(self.trained(), folder / _WEIGHTS)
 
-    def on_train_end(self, args, state, control, **kwargs) -> None:
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
+    def trained(self) -> dict[str, torch.Tensor]:
+        """The parameters that train, by their names in the model."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        if self.is_sharded:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        saved, trained = load_file(Path(resume_from_checkpoint, _WEIGHTS)), self.trained()
+        if saved.keys() != trained.keys():
+            raise ValueError(
+                f"{resume_from_checkpoint} holds {len(saved)} trained parameters, this stage trains {len(trained)}; "
+                f"different are {', '.join(sorted(saved.keys() ^ trained.keys())[:3])}, ..."
+            )
+        for name, parameter in trained.items():
+            parameter.copy_(saved[name])
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's. ``resume_from_checkpoint=True`` takes the newest whole one, if there is one.
+
+        Raises:
+            ValueError: the checkpoint was written by another number of ranks.
+        """
+        checkpoint = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else None
+        if resume_from_checkpoint is True:
+            checkpoint = checkpoints.latest(Path(self.args.output_dir))
+        if checkpoint is not None:
+            self._load_data_state(checkpoint)
+        self._window = Window()
+        return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+
+    def _load_data_state(self, checkpoint: Path) -> None:
+        path = checkpoint / f"{self.args.process_index}-{_DATA}"
+        ranks = len(list(checkpoint.glob(f"*-{_DATA}")))
+        if ranks != self.args.world_size:
+            raise ValueError(
+                f"{checkpoint} was written by {ranks} ranks, this run has {self.args.world_size}. Packs are planned "
+                f"for all ranks together, and each has random numbers of its own: go on with {ranks} ranks"
+            )
+        state = torch.load(path, weights_only=True)
+        self.sampler.load_state_dict(state["sampler"])
+        self.samples, self.supervised = Counter(state["samples"]), Counter(state["supervised"])

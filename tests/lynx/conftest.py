@@ -13,6 +13,10 @@ VISION = {"blip_2_vision_model": Blip2VisionConfig, "clip_vision_model": CLIPVis
 
 @pytest.fixture(scope="session")
 def tokenizer():
+    return make_tokenizer()
+
+
+def make_tokenizer():
     return train_tokenizer(["User: which digit is this?\nBot: seven", "User: odd or even?\nBot: 7"], vocab_size=300)
 
 

@@ -5,14 +5,20 @@ from functools import partial
 
 import pytest
 import torch
+import yaml
 from PIL import Image
+from safetensors.torch import load_file
+from transformers import TrainingArguments
 
-from lynx import checkpoint, cli
+from lynx import LynxProcessor, checkpoint, cli
 from lynx.data import digits
 from lynx.data.jsonl import JsonlDataset
 from lynx.eval import accuracy, pictures
-from lynx.train.run import train
+from lynx.train import curves, flops, parts, recipe, run, watch
+from lynx.train.resolution import set_resolution
 from tests.lynx.clips import frame, write_clip
+from tests.lynx.conftest import conversation, make_config, make_model, picture
+from tests.lynx.small import write_records
 
 
 @pytest.fixture(scope="module")
@@ -39,19 +45,42 @@ def data(tmp_path_factory):
     return path
 
 
+def train(data, output, name="tiny", **changes):
+    """A short run; the entries of its log."""
+    defaults = {"data": str(data), "output": str(output), "token_budget": 100, "log_every": 1}
+    assert run.run(recipe.load(name, {**defaults, **changes})) == output
+    return [entry for entry in watch.read_log(output / run.LOG) if "loss" in entry]
+
+
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    return folder, train(data, folder, steps=60, batch_size=4, learning_rate=3e-3)
+    return folder, train(data, folder, steps=70, learning_rate=3e-3)
 
 
 def test_it_learns(data, trained):
-    folder, trainer = trained
-    losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[-1] < 0.1 * losses[0]
+    folder, log = trained
+    assert log[-1]["loss"] < 0.1 * log[0]["loss"]
     answered = accuracy.answer_records(*checkpoint.load(folder), JsonlDataset(data).records, batch_size=3)
     assert [(each.prediction, each.truth) for each in answered if not each.is_right] == []
     assert accuracy.scores(answered) == {"digit": accuracy.Score(2, 1.0, 0.5), "parity": accuracy.Score(2, 1.0, 0.5)}
+
+
+def test_the_log_tells_what_was_trained_on(trained):
+    folder, log = trained
+    assert [entry["step"] for entry in log] == list(range(1, 71))
+    assert all(entry["stage"] == "train" and 0 < entry["fill"] <= 1 and 0 <= entry["data_wait"] <= 1 for entry in log)
+    assert all(entry["mfu"] >= 0 and entry["supervised_tokens_per_second"] > 0 for entry in log)
+    assert log[-1]["samples/few"] > 70
+    assert log[-1]["supervised_share/few"] == 1.0
+    [broken] = [json.loads(line) for line in (folder / "broken.jsonl").read_text().splitlines()]
+    assert broken["path"].endswith("few.jsonl:5")
+    assert yaml.safe_load((folder / run.RECIPE).read_text())["stages"][0]["steps"] == 70
+
+
+def test_too_many_broken_records_stop_the_run(data, tmp_path):
+    with pytest.raises(ValueError, match="1 records are broken, more than the limit of 0"):
+        train(data, tmp_path, steps=3, max_broken=0)
 
 
 def test_scores_count_right_answers_and_the_commonest_truth():
@@ -66,34 +95,74 @@ def test_scores_count_right_answers_and_the_commonest_truth():
     assert "40.0%           60.0%" in accuracy.table(accuracy.scores(answered))
 
 
-def test_progress_tells_loss_and_supervised_tokens(data, trained, capfd, tmp_path):
-    _, trainer = trained
-    entry = trainer.state.log_history[0]
-    assert entry["supervised_tokens_per_second"] > 0
-    train(data, tmp_path, steps=2, batch_size=4)
+def test_progress_tells_loss_and_speed(data, capfd, tmp_path):
+    train(data, tmp_path, steps=2)
     out, shown = capfd.readouterr()
     assert "{'loss'" not in out + shown, "one bar, and not Trainer's own reports beside it"
-    assert "2/2" in shown
-    assert "supervised tokens/s" in shown
-    assert "loss " in shown
+    for told in ("2/2", "loss ", "supervised tokens/s", "MFU ", "fill ", "data wait "):
+        assert told in shown
+
+
+def test_rates():
+    """Of two ranks in four seconds that could do 100 operations a second each."""
+    one = watch.Window(supervised=10, tokens=150, capacity=200, flops=200.0, waited=1.0).totals()
+    assert watch.Window.rates(2 * one, 4.0, 2, 100.0) == {
+        "supervised_tokens_per_second": 5.0,
+        "tokens_per_second": 75.0,
+        "mfu": 0.5,
+        "fill": 0.75,
+        "data_wait": 0.25,
+    }
 
 
 def test_supervised_tokens_are_counted(data, tmp_path, monkeypatch):
-    """Four records of two supervised tokens each, the answer and EOS, in each of three steps of a second each."""
-    clock = iter(range(1000))
-    monkeypatch.setattr("lynx.train.trainer.time.perf_counter", lambda: float(next(clock)))
-    trainer = train(data, tmp_path, steps=3, batch_size=4)
-    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
-    learned = [
-        sum(label != -100 for label in trainer.processing_class.encode(record["messages"]).labels)
-        for record in JsonlDataset(data).records
-    ]
-    assert [entry["supervised_tokens_per_second"] for entry in entries] == [sum(learned)] * 3
+    """Twice: by labels for the speed, by the collator's reports for the data sets' shares."""
+    seen = []
+
+    def rates(totals, *_):
+        seen.append(totals.tolist())
+        return dict.fromkeys(("supervised_tokens_per_second", "tokens_per_second", "mfu", "fill", "data_wait"), 0.0)
+
+    monkeypatch.setattr(watch.Window, "rates", rates)
+    train(data, tmp_path, steps=3)
+    saved = torch.load(tmp_path / "checkpoints/train/checkpoint-3/0-data.pt", weights_only=True)
+    assert sum(supervised for supervised, *_ in seen) == saved["supervised"]["few"] > saved["samples"]["few"]
+    assert all(tokens <= capacity == 100 for _, tokens, capacity, *_ in seen)
 
 
-def test_the_same_seed_gives_the_same_model(data, trained, tmp_path):
+@pytest.mark.parametrize(
+    "trains", [("adapters",), ("resampler",), ("resampler", "frame_positions"), ("vision_tower", "language_model")]
+)
+def test_operations_of_a_step(tokenizer, processor, trains):
+    """From the shapes that the configuration says, for two samples, one of them with a picture."""
+    model = make_model(make_config(tokenizer))
+    parts.choose(model, trains)
+    conversations = (conversation("Which digit?", "seven", [picture(0)]), conversation("Hi", "yes"))
+    samples = [processor.encode(messages) for messages in conversations]
+    batch = processor.pack(samples)
+    lengths = [len(sample.token_ids) + 3 * len(sample.media) for sample in samples]
+    supervised = int((batch["labels"] != -100).sum())
+    of_tower, of_text = "vision_tower" in trains, "language_model" in trains
+    of_media = of_tower or "frame_positions" in trains  # whose gradient goes back to what the resampler reads
+    of_latents = of_media or "resampler" in trains
+    rows = 5  # of the picture: four patches and the class token
+    # Operations: weights, times rows, times 2, each for the value, the gradient of the input, and that of the weight.
+    expected = rows * (3 * 16 * 24 + 2 * (4 * 24 * 24 + 2 * 24 * 40)) * (6 if of_tower else 2)
+    expected += rows * 2 * (24 * 2 * 16) * (2 + 2 * of_media + 2 * ("resampler" in trains))
+    expected += 3 * 2 * (32 * 16 + 16 * 32 + 2 * 32 * 4 * 32) * (2 + 2 * of_latents + 2 * ("resampler" in trains))
+    expected += sum(lengths) * 3 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48) * (6 if of_text else 4)
+    expected += sum(lengths) * 2 * (2 * 32 * 8) * (6 if "adapters" in trains else 4)
+    expected += supervised * 32 * len(tokenizer) * (6 if of_text else 4)
+    # Attention: two products of each visible pair, and four backward.
+    pairs = sum(length * (length + 1) // 2 for length in lengths)
+    expected += 4 * (pairs * 32 * 3) * 3 + 4 * (rows**2 * 24 * 2) * (3 if of_tower else 1)
+    expected += 4 * (3 * rows * 16 * 2) * (3 if of_latents else 1)
+    assert flops.StepFlops(model)(batch) == expected
+
+
+def test_the_same_seed_gives_the_same_model(data, tmp_path):
     def weights(name, seed):
-        train(data, tmp_path / name, steps=5, batch_size=2, seed=seed)
+        train(data, tmp_path / name, steps=3, seed=seed)
         return checkpoint.load(tmp_path / name)[0].state_dict()
 
     first, second, other = weights("first", 1), weights("second", 1), weights("other", 2)
@@ -103,14 +172,146 @@ def test_the_same_seed_gives_the_same_model(data, trained, tmp_path):
 
 def test_training_goes_on_from_a_folder(data, trained, tmp_path):
     folder, _ = trained
-    trainer = train(data, tmp_path, start=folder, steps=1, batch_size=4, learning_rate=1e-6)
-    assert float(trainer.state.log_history[0]["loss"]) < 0.2
+    log = train(data, tmp_path, model=str(folder), steps=1, learning_rate=1e-6)
+    assert log[0]["loss"] < 0.2
+    with pytest.raises(recipe.RecipeError, match="which has its own options"):
+        train(data, tmp_path / "other", model=str(folder), **{"model_options.max_frames": 3})
+
+
+def test_a_finished_run_is_kept(data, trained, tmp_path):
+    """The same command again does nothing, another one is refused, a fresh one begins anew."""
+    train(data, tmp_path, steps=2)
+    before = (tmp_path / "model.safetensors").stat().st_mtime_ns
+    train(data, tmp_path, steps=2)
+    assert (tmp_path / "model.safetensors").stat().st_mtime_ns == before
+    arguments = ["train", "tiny", f"data={data}", f"output={tmp_path}", "token_budget=100", "steps=1", "log_every=1"]
+    assert cli.main(arguments) == 2
+    assert cli.main([*arguments, "--fresh"]) == 0
+    assert [entry["step"] for entry in watch.read_log(tmp_path / run.LOG) if "loss" in entry] == [1]
+    (tmp_path / run.RECIPE).unlink()
+    with pytest.raises(recipe.RecipeError, match="holds a model already"):
+        train(data, tmp_path, steps=2)
+
+
+def test_three_stages_as_in_the_paper(tmp_path, caplog):
+    """The recipe of Table 5 on the tiny model: pictures grow, each stage goes on from the one before."""
+    data = write_records(tmp_path, 12)
+    changes = {
+        "model": "tiny", "steps": 2, "token_budget": 150, "tokens_per_step": 300, "workers": 0, "root": str(tmp_path),
+        "pretrain-224.resolution": 16, "pretrain-420.resolution": 32, "finetune.resolution": 32, "save_every": 1,
+        **{f"{stage}.data": str(data) for stage in ("pretrain-224", "pretrain-420", "finetune")},
+    }  # fmt: skip
+    output = tmp_path / "out"
+    log = train(data, output, "lynx", **changes)
+    assert "language_model, vision_tower: from nothing, and no stage trains it" in caplog.text
+    assert [(entry["stage"], entry["step"]) for entry in log] == [
+        (stage, step) for stage in ("pretrain-224", "pretrain-420", "finetune") for step in (1, 2)
+    ]
+    assert [entry["learning_rate"] for entry in log] == pytest.approx([1e-5, 1e-4, 1e-6, 1e-5, 2e-6, 2e-5])
+    small, large = (checkpoint.load(each, dtype=torch.float32)[0] for each in (output / "stages/pretrain-224", output))
+    assert (small.config.vision_config.image_size, large.config.vision_config.image_size) == (16, 32)
+    for (name, before), after in zip(small.named_parameters(), large.parameters(), strict=True):
+        if name.endswith("position_embedding"):
+            continue
+        trained = parts.part_of(name) in ("resampler", "adapters", "frame_positions")
+        assert torch.equal(before, after) == (not trained), name
+        if not trained:
+            assert torch.equal(before, before.bfloat16().float()), name
+    saved = torch.load(output / "checkpoints/finetune/checkpoint-2/optimizer.pt", weights_only=True)
+    trains = recipe.load("lynx").stages[2].trains
+    number = sum(parts.part_of(name) in trains for name, _ in large.named_parameters())
+    assert len(saved["state"]) == number, "frozen parameters have no optimizer state"
+
+
+@pytest.mark.parametrize("name", ["lynx-cross-frozen", "lynx-cross-trained"])
+def test_both_modes_of_cross_attention(name, tmp_path):
+    """The gates open, and the decoder trains in one of the recipes only."""
+    data = write_records(tmp_path, 12)
+    changes = {
+        "model": "tiny", "model_options.fusion": "cross_attention", "stages": ["finetune"], "steps": 3, "workers": 0,
+        "token_budget": 150, "tokens_per_step": 300, "finetune.data": str(data), "resolution": 16, "warmup_from": 2e-5,
+    }  # fmt: skip
+    log = train(data, tmp_path / "out", name, **changes)
+    assert [entry["step"] for entry in log] == [1, 2, 3]
+    model, _ = checkpoint.load(tmp_path / "out", dtype=torch.float32)
+    gates = [value for key, value in model.named_parameters() if "cross_attention" in key and key.endswith("gate")]
+    assert gates
+    assert all(gate.abs().sum() > 0 for gate in gates)
+    saved = load_file(tmp_path / "out/checkpoints/finetune/checkpoint-3/trained.safetensors")
+    of_decoder = [key for key in saved if key.startswith("language_model") and "cross_attention" not in key]
+    assert bool(of_decoder) == (name == "lynx-cross-trained")
+
+
+def test_questions_about_one_picture_share_it_with_cross_attention(tokenizer):
+    config = make_config(tokenizer, fusion="cross_attention")
+    model, processor = make_model(config), LynxProcessor.for_model(config, tokenizer)
+    pairs = (("Which digit?", "seven"), ("Odd or even?", "odd"), ("And which is it?", "7 seven"))
+    alone = [processor.encode(conversation(*pair, [picture(0)])) for pair in pairs]
+    first, *others = (conversation(*pair, [picture(0)] if pair == pairs[0] else ()) for pair in pairs)
+    together = processor.encode_branches([first, *others])
+    with torch.no_grad():
+        expected, shared = (model(**processor.pack(samples)).loss.item() for samples in (alone, [together]))
+    assert shared == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"precision": "bf16"}, {"workers": 1}])
+def test_options_change_the_cost_and_not_the_learning(options, data, tmp_path):
+    plain, changed = train(data, tmp_path / "plain", steps=3), train(data, tmp_path / "changed", steps=3, **options)
+    tolerance = 2e-2 if "precision" in options else 1e-6
+    assert [entry["loss"] for entry in changed] == pytest.approx([entry["loss"] for entry in plain], rel=tolerance)
+
+
+def test_compiled_training(data, tmp_path, monkeypatch):
+    """Through torch.compile, by the backend that needs no compiler."""
+    plain = train(data, tmp_path / "plain", steps=2)
+    monkeypatch.setattr(run, "TrainingArguments", partial(TrainingArguments, torch_compile_backend="eager"))
+    compiled = train(data, tmp_path / "compiled", steps=2, compile=True)
+    assert [entry["loss"] for entry in compiled] == pytest.approx([entry["loss"] for entry in plain], rel=1e-5)
+
+
+def test_tensorboard_is_asked_for_in_vain(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(recipe.RecipeError, match="pip install tensorboard"):
+        train(data, tmp_path, steps=1, tensorboard=True)
+
+
+def test_a_budget_that_does_not_divide_is_refused(data, tmp_path):
+    with pytest.raises(recipe.RecipeError, match=r"tokens_per_step is 150, no multiple of 100.* on 1 ranks"):
+        train(data, tmp_path, steps=1, tokens_per_step=150)
+
+
+def test_another_resolution_resizes_the_positions(model, processor):
+    """To twice the side: means over four patches are near the old values; the class token's position stays."""
+    before = model.vision_tower.embeddings.position_embedding.detach().clone()
+    set_resolution(model, processor, 16)
+    after = model.vision_tower.embeddings.position_embedding
+    assert after.shape == (1, 17, 24)
+    assert torch.equal(after[:, 0], before[:, 0])
+    grid = torch.nn.functional.interpolate(
+        before[0, 1:].reshape(1, 2, 2, 24).permute(0, 3, 1, 2), scale_factor=2, mode="bicubic", align_corners=False
+    )
+    torch.testing.assert_close(after[0, 1:].T.reshape(24, 4, 4), grid[0])
+    out = model(**processor.pack([processor.encode(conversation("Which?", "seven", images=[picture(0)]))]))
+    assert out.loss > 0
+    with pytest.raises(ValueError, match="resolution 18 is no multiple of the vision tower's patches of 4"):
+        set_resolution(model, processor, 18)
+
+
+def test_plot(trained, tmp_path, capsys):
+    folder, _ = trained
+    assert cli.main(["plot", str(folder), "--to", str(tmp_path / "curves.png")]) == 0
+    assert Image.open(tmp_path / "curves.png").size[0] > 500
+    assert cli.main(["plot", str(tmp_path)]) == 2
+    assert "log.jsonl" in capsys.readouterr().err
+    (tmp_path / run.LOG).write_text('{"stage": "a", "step": 1}\n{"stage": "a", "lo')
+    with pytest.raises(ValueError, match="no entry with a loss yet"):
+        curves.draw(tmp_path / run.LOG, tmp_path / "none.png")
 
 
 def test_ask(data, trained, capsys):
     folder, _ = trained
-    for picture, digit in (("0000.png", "0"), ("0001.png", "1")):
-        assert cli.main(["ask", str(folder), str(data.parent / "pictures" / picture), "Which digit?"]) == 0
+    for name, digit in (("0000.png", "0"), ("0001.png", "1")):
+        assert cli.main(["ask", str(folder), str(data.parent / "pictures" / name), "Which digit?"]) == 0
         assert capsys.readouterr().out.strip() == digit
     clip = write_clip(data.parent / "clip.mp4", [frame(number) for number in range(9)])
     assert cli.main(["ask", str(folder), str(clip), "Which digit?"]) == 0
@@ -136,7 +337,9 @@ def test_evaluate(data, trained, capsys, tmp_path):
         (["ask", "{folder}/none", "{folder}/pictures/0000.png", "What?"], "no such model folder"),
         (["ask", "{model}", *["{folder}/pictures/0000.png"] * 6, "What?"], "6 frames, expected 1 to 5"),
         (["ask", "{model}", "{folder}/pictures/0000.png", "\udcff"], "no valid Unicode"),
-        (["train", "{folder}/none.jsonl", "{folder}/out"], "none.jsonl"),
+        (["train", "tiny", "data={folder}/none.jsonl", "output={folder}/out"], "none.jsonl"),
+        (["train", "tinny"], "no such recipe file, nor a shipped recipe; did you mean tiny?"),
+        (["train", "tiny", "data={folder}/few.jsonl", "step=3"], "there is no key 'step'; did you mean"),
         (["evaluate", "{folder}", "{folder}/few.jsonl"], "not a whole model folder"),
     ],
 )
@@ -148,10 +351,9 @@ def test_the_command_says_what_is_wrong(data, trained, capsys, arguments, messag
     assert message in printed
 
 
-@pytest.mark.parametrize("arguments", [["train", "a", "b", "--steps", "0"], ["ask", "a", "b", "c", "--beams", "-1"]])
-def test_counts_below_one_are_refused(arguments, capsys):
+def test_counts_below_one_are_refused(capsys):
     with pytest.raises(SystemExit):
-        cli.main(arguments)
+        cli.main(["ask", "a", "b", "c", "--beams", "-1"])
     assert "is not at least 1" in capsys.readouterr().err
 
 
@@ -168,12 +370,10 @@ def test_demo(tmp_path, capsys, monkeypatch):
     checkpoint.load(tmp_path / "model")
 
 
-def test_pictures_are_drawn(trained, tmp_path):
+def test_pictures_are_drawn(tmp_path):
     messages = [{"role": "user", "content": "Two?"}, {"role": "assistant", "content": "2"}]
     answered = [
         accuracy.Answered({"messages": messages}, "Two or $x $a_{$?", prediction, "2") for prediction in ("2", "", "3")
     ]
     pictures.answer_sheet(answered, tmp_path / "answers.png", columns=2)
-    pictures.loss_curve(trained[1].state.log_history, tmp_path / "loss.png")
-    for name in ("answers.png", "loss.png"):
-        Image.open(tmp_path / name).load()
+    Image.open(tmp_path / "answers.png").load()

@@ -1,0 +1,111 @@
+"""Prompts: how the questions of a task are put, drawn anew for every sample (arXiv 2307.02469, section 2.3)."""
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import yaml
+
+from lynx.data.records import Messages, Record, RecordError
+
+_QUESTION = "{question}"
+
+
+class Prompts:
+    """Several prompts for each task.
+
+    A prompt with ``{question}`` in it puts a record's question, the others ask where a record holds none; of those that
+    fit, one is drawn for a conversation. Anything else in a prompt stands for itself.
+
+    Args:
+        tasks: for the name of each task its prompts.
+
+    Raises:
+        ValueError: a task has no prompts, one of them is no text or empty, or names the question twice.
+    """
+
+    def __init__(self, tasks: Mapping[str, Sequence[str]]):
+        if not isinstance(tasks, Mapping):
+            raise ValueError(f"prompts are a {type(tasks).__name__}, expected for the name of each task a list of them")
+        for task, prompts in tasks.items():
+            if not isinstance(prompts, list | tuple) or not prompts:
+                raise ValueError(f"prompts of task {task!r}: expected a list of at least one, got {prompts!r}")
+            for prompt in prompts:
+                if not isinstance(prompt, str) or not prompt.strip():
+                    raise ValueError(f"prompts of task {task!r}: {prompt!r} is no text, or empty")
+                if prompt.count(_QUESTION) > 1:
+                    raise ValueError(f"prompts of task {task!r}: {prompt!r} has {_QUESTION} more than once")
+        self.tasks = {task: tuple(prompts) for task, prompts in tasks.items()}
+
+    @classmethod
+    def read(cls, path: str | Path) -> Self:
+        """From a YAML or JSON file: a mapping from tasks to lists of prompts."""
+        path = Path(path)
+        try:
+            return cls._of(path.read_text(encoding="utf-8"), is_json=path.suffix == ".json")
+        except (ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    @classmethod
+    def default(cls) -> Self:
+        """Those that come with this package, for the tasks of the paper's data."""
+        return cls._of(resources.files("lynx.data").joinpath("prompts.yaml").read_text(encoding="utf-8"))
+
+    @classmethod
+    def _of(cls, text: str, *, is_json: bool = False) -> Self:
+        return cls(json.loads(text) if is_json else yaml.safe_load(text))
+
+    def phrase(self, record: Record, generator: np.random.Generator) -> list[Messages]:
+        """The record's conversations, questions put by drawn prompts, answers drawn from their choices.
+
+        Raises:
+            RecordError: the task is unknown, or none of its prompts fits a question.
+        """
+        return [self._conversation(messages, record.task, generator) for messages in record.conversations]
+
+    def _conversation(self, messages: Messages, task: str | None, generator: np.random.Generator) -> Messages:
+        prompt = None if task is None else self._draw(task, _has_text(messages[0]), generator)
+        phrased = []
+        for turn, message in enumerate(messages):
+            if "choices" in message:
+                choices = message["choices"]
+                message = {"role": message["role"], "content": choices[generator.integers(len(choices))]}
+            elif message["role"] == "user" and prompt is not None and (turn == 0 or _QUESTION in prompt):
+                message = {**message, "content": _put(message["content"], prompt)}
+            phrased.append(message)
+        return phrased
+
+    def _draw(self, task: str, has_question: bool, generator: np.random.Generator) -> str:
+        if task not in self.tasks:
+            raise RecordError(f"there are no prompts for task {task!r}, only for {sorted(self.tasks)}")
+        fitting = [prompt for prompt in self.tasks[task] if (_QUESTION in prompt) == has_question]
+        if not fitting:
+            lacks = "with {question}, which this record asks" if has_question else "that asks where a record does not"
+            raise RecordError(f"task {task!r} has no prompt {lacks}")
+        return fitting[generator.integers(len(fitting))]
+
+
+def _parts(content: Any) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+
+
+def _has_text(message: dict[str, Any]) -> bool:
+    return any(part["type"] == "text" and part["text"].strip() for part in _parts(message["content"]))
+
+
+def _put(content: Any, prompt: str) -> list[dict[str, Any]]:
+    """The content with the prompt around its text; where media stand between its words, they stay there."""
+    parts = _parts(content)
+    if _QUESTION not in prompt:
+        return [*(part for part in parts if part["type"] != "text"), {"type": "text", "text": prompt}]
+    places = [place for place, part in enumerate(parts) if part["type"] == "text" and part["text"].strip()]
+    if not places:  # a later turn that says nothing; the processor names it
+        return parts
+    before, after = prompt.split(_QUESTION)
+    first, last = places[0], places[-1]
+    parts[first] = {"type": "text", "text": before + parts[first]["text"].lstrip()}
+    parts[last] = {"type": "text", "text": parts[last]["text"].rstrip() + after}
+    return parts

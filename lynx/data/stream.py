@@ -1,0 +1,274 @@
+"""Packs from a mixture, endless, the same on every rank and after every resumption.
+
+``PackSampler`` runs in the main process. It draws samples, looks at their texts alone to know what they cost, and plans
+packs; what it hands to DataLoader's workers are few numbers a sample. ``PackDataset`` decodes and crops in the workers.
+All that is drawn for a sample follows from the seed and the number of its draw, so neither workers nor prefetching can
+change anything.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from copy import copy
+from dataclasses import replace
+from operator import index as as_int
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch.utils.data import Dataset, Sampler
+
+from lynx.data.broken import Broken, TooManyBrokenError
+from lynx.data.mixture import Mixture, Reference
+from lynx.data.prompts import Prompts
+from lynx.processor import LynxProcessor, Sample
+from lynx_kernels import PackPlanner
+
+_VERSION = 1  # of the state
+_HOPELESS = 1000  # this many unusable records on end
+
+
+class Encoded(NamedTuple):
+    """A sample with its media decoded, ready to be packed."""
+
+    dataset: str
+    sample: Sample
+    generator: np.random.Generator | None  # draws the crops; None takes centres
+
+
+class PackDataset(Dataset):
+    """Encodes the samples that references name; a worker's part of the work.
+
+    Args:
+        mixture: whose references they are.
+        processor: of the model that is trained.
+        prompts: of the data sets' tasks; None takes those that come with the package.
+        seed: of prompts, answers, crops and frames.
+        augment: draw crops, and the frames of videos; False takes the centres and the middles.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        processor: LynxProcessor,
+        *,
+        prompts: Prompts | None = None,
+        seed: int,
+        augment: bool = True,
+    ):
+        self.names, self.datasets = mixture.names, mixture.datasets
+        self.processor = processor
+        self.prompts = Prompts.default() if prompts is None else prompts
+        self.seed, self.augment = as_int(seed), augment
+        for name, dataset in zip(self.names, self.datasets, strict=True):
+            task = getattr(dataset, "task", None)
+            if task is not None and task not in self.prompts.tasks:
+                raise ValueError(f"data set {name!r} is of task {task!r}, for which there are no prompts")
+
+    def encode(self, reference: Reference) -> tuple[Sample, np.random.Generator] | Broken:
+        """The sample with its media not yet decoded, and the generator for what is still to draw."""
+        generator = np.random.default_rng([self.seed, reference.draw])
+        try:
+            record = self.datasets[reference.dataset][reference.record]
+            conversations = self.prompts.phrase(record, generator)
+            drawing = generator if self.augment else None
+            conversations[0] = [_fewer_frames(each, self.processor.max_frames, drawing) for each in conversations[0]]
+            return self.processor.encode_branches(conversations), generator
+        except (ValueError, OSError) as error:
+            return self.broken(reference, str(error))
+
+    def __getitem__(self, reference: Reference | Broken) -> Encoded | Broken:
+        """The sample with its media decoded; what is broken stays so."""
+        if isinstance(reference, Broken):
+            return reference
+        encoded = self.encode(reference)
+        if isinstance(encoded, Broken):
+            return encoded
+        sample, drawing = encoded
+        generator = drawing if self.augment else None
+        try:
+            media: list[Any] = [self.processor.load_frames(item, generator=generator) for item in sample.media]
+        except (ValueError, OSError) as error:
+            return self.broken(reference, str(error))
+        return Encoded(self.names[reference.dataset], replace(sample, media=media), generator)
+
+    def broken(self, reference: Reference, reason: str, *, too_long: bool = False) -> Broken:
+        """The entry that says why a sample is left out."""
+        dataset = self.datasets[reference.dataset]
+        where = dataset.where(reference.record) if hasattr(dataset, "where") else ""
+        return Broken(self.names[reference.dataset], reference.record, where, reason, too_long)
+
+
+class PackSampler(Sampler[list[Reference | Broken]]):
+    """A batch sampler for DataLoader: a batch is the pack of this rank for one step.
+
+    >>> sampler = PackSampler(mixture, processor, token_budget=4096, ranks=8, rank=rank, seed=0)
+    >>> loader = DataLoader(sampler.dataset, batch_sampler=sampler, collate_fn=Collator(processor, 4096), ...)
+
+    Every rank runs the same sampler and takes its own packs: there is nothing to agree on, and no sample is taken twice
+    or lost. What cannot be used, or does not fit a pack, goes with the next pack of rank 0 as a ``Broken``. A pack may
+    be empty. Every iteration starts where the sampler was made or ``load_state_dict`` has put it.
+
+    Args:
+        mixture: what to draw from. It stays as it is; each iteration draws with a copy.
+        processor: of the model that is trained.
+        token_budget: the most language-model tokens of a pack.
+        prompts, augment: as of ``PackDataset``.
+        ranks, rank: how many processes train, and which of them this is.
+        lookahead: as of ``PackPlanner``.
+        seed: of what is drawn for a sample; the mixture has its own.
+        too_long: what becomes of a sample of more tokens than the budget: ``"skip"`` it, or ``"error"``.
+        max_steps: steps of the whole run, those before a resumption included; None never ends.
+        history: states of how many steps are kept for ``state_after``: more than a run draws ahead.
+
+    Attributes:
+        dataset: the ``PackDataset`` for the DataLoader.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        processor: LynxProcessor,
+        *,
+        token_budget: int,
+        prompts: Prompts | None = None,
+        augment: bool = True,
+        ranks: int = 1,
+        rank: int = 0,
+        lookahead: int = 16,
+        seed: int,
+        too_long: str = "skip",
+        max_steps: int | None = None,
+        history: int = 256,
+    ):
+        if not 0 <= rank < ranks:
+            raise ValueError(f"rank is {rank}, expected 0 to {ranks - 1} as there are {ranks} ranks")
+        if too_long not in ("skip", "error"):
+            raise ValueError(f"too_long={too_long!r}, expected 'skip' or 'error'")
+        if history < 1:
+            raise ValueError(f"history={history}, expected at least 1")
+        self.dataset = PackDataset(mixture, processor, prompts=prompts, seed=seed, augment=augment)
+        self.mixture, self.processor = mixture, processor
+        self.token_budget, self.ranks, self.rank, self.lookahead = token_budget, ranks, rank, lookahead
+        self.too_long, self.max_steps = too_long, max_steps
+        self._states: deque[dict[str, Any]] = deque(maxlen=history)
+        self._start = self._state(0, mixture, self._planner(), {}, deque())
+
+    def __len__(self) -> int:
+        if self.max_steps is None:
+            raise TypeError("a PackSampler without max_steps has no end")
+        return max(0, self.max_steps - self._start["step"])
+
+    def __iter__(self) -> Iterator[list[Reference | Broken]]:
+        mixture, planner = copy(self.mixture), self._planner()
+        mixture.load_state_dict(self._start["mixture"])
+        planner.load_state_dict(self._start["planner"])
+        step = self._start["step"]
+        waiting = {number: Reference(*reference) for number, *reference in self._start["waiting"]}
+        ready = deque(self._start["ready"])  # steps that are planned
+        broken: list[Broken] = []
+        self._states.clear()
+        while self.max_steps is None or step < self.max_steps:
+            in_vain = 0
+            while not ready:
+                reference = mixture.draw()
+                costs = self._costs(reference)
+                if isinstance(costs, Broken):
+                    broken.append(costs)
+                    in_vain += 1
+                    if in_vain == _HOPELESS:
+                        raise TooManyBrokenError(
+                            f"none of the last {in_vain} records drawn can be used; the last: {costs.dataset}, "
+                            f"{costs.path}: {costs.reason}"
+                        )
+                    continue
+                in_vain = 0
+                waiting[planner.num_seen] = reference
+                ready.extend(planner.push(*costs))
+            packs = [[waiting.pop(number) for number in pack] for pack in ready.popleft()]
+            step += 1
+            self._states.append(self._state(step, mixture, planner, waiting, ready))
+            yield [*(broken if self.rank == 0 else ()), *packs[self.rank]]
+            broken = []
+
+    def state_after(self, num_steps: int) -> dict[str, Any]:
+        """The state from which to go on after ``num_steps`` steps of the run, those that were consumed.
+
+        However far ahead workers were sent, a sampler that loads it gives the very packs that would have followed.
+        It is the same on every rank. States of earlier steps are forgotten.
+
+        Returns:
+            Numbers, strings, lists and dicts.
+
+        Raises:
+            ValueError: that step was not drawn yet, or is forgotten.
+        """
+        if num_steps == self._start["step"]:
+            return self._start
+        while self._states and self._states[0]["step"] < num_steps:
+            self._states.popleft()
+        if not self._states or self._states[0]["step"] != num_steps:
+            raise ValueError(
+                f"PackSampler: no state after step {num_steps}: it was not drawn yet, a later one was asked for, or "
+                f"more than history={self._states.maxlen} steps were drawn since"
+            )
+        return self._states[0]
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Let the next iteration go on from a state of ``state_after``.
+
+        Raises:
+            ValueError: it is of another version, seed, mixture, token budget, lookahead or number of ranks; a state of
+                other ranks cannot go on, for the samples that wait were planned for those.
+        """
+        for name, value in (("version", _VERSION), ("seed", self.dataset.seed)):
+            if state.get(name) != value:
+                raise ValueError(f"PackSampler: the state has {name}={state.get(name)!r}, this sampler {value}")
+        copy(self.mixture).load_state_dict(state["mixture"])
+        self._planner().load_state_dict(state["planner"])
+        self._start = dict(state)
+        self._states.clear()
+
+    def _planner(self) -> PackPlanner:
+        return PackPlanner(self.token_budget, ranks=self.ranks, lookahead=self.lookahead)
+
+    def _state(self, step, mixture, planner, waiting, ready) -> dict[str, Any]:
+        return {
+            "version": _VERSION,
+            "seed": self.dataset.seed,
+            "step": step,
+            "mixture": mixture.state_dict(),
+            "planner": planner.state_dict(),
+            "waiting": [[number, *reference] for number, reference in waiting.items()],
+            "ready": list(ready),
+        }
+
+    def _costs(self, reference: Reference) -> tuple[int, int] | Broken:
+        encoded = self.dataset.encode(reference)
+        if isinstance(encoded, Broken):
+            return encoded
+        tokens, patches = self.processor.costs(encoded[0])
+        if tokens <= self.token_budget:
+            return tokens, patches
+        broken = self.dataset.broken(
+            reference, f"{tokens} tokens are more than the budget of {self.token_budget}", too_long=True
+        )
+        if self.too_long == "error":
+            raise ValueError(f"{broken.dataset}, {broken.path}: {broken.reason}; raise it, or skip such samples")
+        return broken
+
+
+def _fewer_frames(message: dict[str, Any], max_frames: int, generator: np.random.Generator | None) -> dict[str, Any]:
+    """The message with ``max_frames`` of a longer list of frames: one of each of as many equal parts, or the middle."""
+    if not isinstance(message["content"], list):
+        return message
+    content = []
+    for part in message["content"]:
+        frames = part.get("video")
+        if isinstance(frames, list) and len(frames) > max_frames:
+            places = [0.5 if generator is None else generator.random() for _ in range(max_frames)]
+            taken = [int((number + place) * len(frames) / max_frames) for number, place in enumerate(places)]
+            part = {**part, "video": [frames[each] for each in taken]}
+        content.append(part)
+    return {**message, "content": content}

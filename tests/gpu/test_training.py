@@ -1,0 +1,79 @@
+"""Training through accelerate's FSDP2, which on a CPU would silently be DDP: one process a GPU, as a user starts it."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lynx import checkpoint
+from lynx.train import recipe, run, watch
+from tests.lynx.small import write_records
+
+ROOT = Path(__file__).parents[2]
+LAUNCH = ROOT / "lynx" / "train" / "launch"
+CHANGES = {"steps": 6, "save_every": 3, "log_every": 1, "token_budget": 256, "precision": "bf16"}
+
+
+def train(data, output, config=None, processes=1, **changes):
+    """``lynx train`` on the GPUs, the losses of its log."""
+    changes = {**CHANGES, "data": data, "output": output, **changes}
+    launcher = ["-m", "lynx.cli"]
+    if config is not None:
+        options = ["--config_file", str(LAUNCH / config), "--num_processes", str(processes), "--main_process_port", "0"]
+        launcher = ["-m", "accelerate.commands.launch", *options, "-m", "lynx.cli"]
+    arguments = [f"{key}={value}" for key, value in changes.items()]
+    done = subprocess.run(
+        [sys.executable, *launcher, "train", "tiny", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [entry["loss"] for entry in watch.read_log(output / run.LOG) if "loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_records(tmp_path_factory.mktemp("data"), 24)
+
+
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("config", ["ddp.yaml", "fsdp2.yaml"])
+def test_launched_training_is_the_same_training(config, data, tmp_path):
+    """On as many GPUs as there are, up to two; the batch is two packs either way."""
+    processes = min(2, torch.cuda.device_count())
+    plain = train(data, tmp_path / "plain", tokens_per_step=2 * 256)
+    launched = train(data, tmp_path / "launched", config, processes, tokens_per_step=2 * 256)
+    assert launched == pytest.approx(plain, rel=5e-2)
+    model, _ = checkpoint.load(tmp_path / "launched")
+    assert not any(torch.isnan(parameter).any() for parameter in model.parameters())
+
+
+@pytest.mark.usefixtures("cuda")
+def test_sharded_training_is_resumed(data, tmp_path):
+    """From its middle checkpoint: the remaining losses are those of the run that went on."""
+    processes = min(2, torch.cuda.device_count())
+    whole = train(data, tmp_path / "out", "fsdp2.yaml", processes)
+    (tmp_path / "out" / "config.json").unlink()
+    shutil.rmtree(tmp_path / "out" / "checkpoints" / "train" / "checkpoint-6")
+    again = train(data, tmp_path / "out", "fsdp2.yaml", processes)
+    assert again[:3] == whole[:3]
+    assert again[3:] == pytest.approx(whole[3:], rel=1e-3)
+
+
+@pytest.mark.usefixtures("cuda")
+def test_frozen_parts_take_no_optimizer_memory(data, tmp_path):
+    """Of a stage that trains the adapters: two fp32 moments a trained parameter, and none else."""
+    chosen = recipe.load("tiny", {"data": str(data), "output": str(tmp_path), "trains": ["adapters"], **CHANGES})
+    run.run(chosen)
+    state = torch.load(tmp_path / "checkpoints/train/checkpoint-6/optimizer.pt", weights_only=True, map_location="cpu")
+    model, _ = checkpoint.load(tmp_path)
+    adapters = sum(value.numel() for name, value in model.named_parameters() if "output_adapter" in name)
+    moments = [each[key] for each in state["state"].values() for key in ("exp_avg", "exp_avg_sq")]
+    assert sum(moment.numel() for moment in moments) == 2 * adapters
+    assert {moment.dtype for moment in moments} == {torch.float32}

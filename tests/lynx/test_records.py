@@ -1,0 +1,403 @@
+"""Records in every format, from files and rows, prompts around them, and mixtures described in a recipe."""
+
+import base64
+import json
+import os
+import pickle
+import sys
+import types
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lynx.data.columns import ColumnRecords
+from lynx.data.jsonl import JsonlRecords
+from lynx.data.mixture import paper_groups, shares
+from lynx.data.prompts import Prompts
+from lynx.data.records import MediaFolder, Record, RecordError, parse
+from lynx.data.sources import open_mixture
+from tests.lynx.clips import frame, write_clip
+from tests.lynx.conftest import picture
+
+NO_PROMPTS = Prompts({})
+QUESTION = {"role": "user", "content": "Odd?"}
+ANSWER = {"role": "assistant", "content": "yes"}
+
+
+@pytest.fixture
+def root(tmp_path):
+    root = tmp_path / "root"
+    root.mkdir()
+    for n, name in enumerate(("a.png", "b.png")):
+        Image.fromarray(picture(n)).save(root / name)
+    Image.fromarray(picture(2)).save(tmp_path / "secret.png")
+    write_clip(root / "clip.mp4", [frame(n) for n in range(9)])
+    return root
+
+
+def data(path):
+    return base64.b64encode(path.read_bytes()).decode()
+
+
+def phrased(record, folder, seed=0, prompts=NO_PROMPTS, **options):
+    parsed = record if isinstance(record, Record) else parse(record, MediaFolder(folder), **options)
+    return prompts.phrase(parsed, np.random.default_rng(seed))
+
+
+def test_annotations(root):
+    image = {"type": "image", "image": str(root / "a.png")}
+    [messages] = phrased({"image": "a.png", "question": "What?", "answer": ["this"], "index": 4}, root)
+    assert messages == [
+        {"role": "user", "content": [image, {"type": "text", "text": "What?"}]},
+        {"role": "assistant", "content": "this"},
+    ]
+    [messages] = phrased({"video": "clip.mp4", "question": "Who?", "answer": "me"}, root)
+    assert messages[0]["content"][0] == {"type": "video", "video": str(root / "clip.mp4")}
+    [messages] = phrased({"question": "2?", "answer": "two", "image": None}, root)
+    assert messages == [{"role": "user", "content": "2?"}, {"role": "assistant", "content": "two"}]
+    pairs = [{"question": "Odd?", "answer": "yes"}, {"question": "Even?", "answer": "no"}]
+    first, second = phrased({"image": "a.png", "questions": pairs}, root)
+    assert first[0]["content"] == [image, {"type": "text", "text": "Odd?"}]
+    assert second == [{"role": "user", "content": "Even?"}, {"role": "assistant", "content": "no"}]
+
+
+def test_annotations_with_pictures_in_base64(root):
+    first, second = data(root / "a.png"), data(root / "b.png")
+    raw = [(root / name).read_bytes() for name in ("a.png", "b.png")]
+    (root / "one.json").write_text(json.dumps(first))
+    (root / "frames.json").write_text(json.dumps([first, second]))
+
+    def media(record):
+        return phrased({**record, "question": "?", "answer": "x"}, root)[0][0]["content"][0]
+
+    assert media({"image": first}) == media({"image": "one.json"}) == {"type": "image", "image": raw[0]}
+    assert media({"image": f"data:image/png;base64,{first}"})["image"] == raw[0]
+    for record in ({"video": [first, second]}, {"video": "frames.json"}, {"image": "frames.json"}):
+        assert media(record) == {"type": "video", "video": raw}
+    assert media({"video": ["a.png", second]})["video"] == [str(root / "a.png"), raw[1]]
+    (root / "abcd").write_bytes(raw[0])
+    assert media({"image": "abcd"})["image"] == str(root / "abcd"), "a file goes before what might be base64"
+
+
+def test_messages_and_branches(root):
+    part = {"type": "image", "path": "a.png"}
+    shown = {"type": "image", "image": str(root / "a.png")}
+    branches = [[QUESTION, ANSWER], [QUESTION, ANSWER, QUESTION, ANSWER]]
+    found = phrased({"media": [part], "branches": branches}, root)
+    assert found[0][0]["content"] == [shown, {"type": "text", "text": "Odd?"}]
+    assert found[1] == branches[1]
+    own = [{"role": "user", "content": [{"type": "text", "text": "Odd?"}, part]}, ANSWER]
+    [messages] = phrased({"messages": own}, root)
+    assert messages[0]["content"] == [{"type": "text", "text": "Odd?"}, shown]
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ({"question": "?"}, "no answer"),
+        ({"question": 5, "answer": "x"}, "question is 5"),
+        ({"question": "?", "answer": []}, "answer is"),
+        ({"question": "?", "answer": [" "]}, "answer is"),
+        ({"question": "?", "answer": 7}, "answer is"),
+        ({"questions": []}, "questions is no list"),
+        ({"questions": ["?"]}, "questions is no list"),
+        ({"questions": [{"question": "?"}]}, "no answer"),
+        ({"branches": []}, "branches is no list"),
+        ({"branches": [[QUESTION]]}, "roles are"),
+        ({"branches": [[QUESTION, ANSWER]], "media": "a.png"}, "list of parts"),
+        ({"messages": 5}, "no list of messages"),
+        ({"image": "../secret.png", "answer": "x"}, "leaves the root folder"),
+        ({"image": "link.png", "answer": "x"}, "leaves the root folder"),
+        ({"video": ["../secret.png"], "answer": "x"}, "leaves the root folder"),
+        ({"video": "../secret.png", "answer": "x"}, "leaves the root folder"),
+        ({"image": "../secret.json", "answer": "x"}, "leaves the root folder"),
+        ({"image": "/etc/passwd", "answer": "x"}, "leaves the root folder"),
+        ({"image": {"path": "../secret.png", "bytes": None}, "answer": "x"}, "leaves the root folder"),
+        ({"image": "http://example.org/a.png", "answer": "x"}, "no such picture"),
+        ({"image": "none.png", "answer": "x"}, "no such picture"),
+        ({"image": 5, "answer": "x"}, "path is missing"),
+        ({"image": "torn.json", "answer": "x"}, "not JSON"),
+        ({"question": "?", "answer": "x", "task": 3}, "task is 3"),
+        ({"question": "?", "answer": "x", "task": "chess"}, "no prompts for task 'chess'"),
+    ],
+)
+def test_bad_records(root, bad, reason):
+    os.symlink(root.parent / "secret.png", root / "link.png")
+    (root.parent / "secret.json").write_text('"text"')
+    (root / "torn.json").write_text("[")
+    with pytest.raises(RecordError, match=reason):
+        phrased(bad, root)
+
+
+def test_without_a_root_no_path_is_read(root):
+    record = {"image": str(root / "a.png"), "question": "?", "answer": "x"}
+    with pytest.raises(RecordError, match="has no root folder"):
+        phrased(record, None)
+    raw = (root / "a.png").read_bytes()
+    assert phrased({**record, "image": raw}, None)[0][0]["content"][0]["image"] == raw
+
+
+def test_lines_are_read_one_by_one(root, monkeypatch):
+    monkeypatch.setattr("lynx.data.jsonl._CHUNK", 7)  # lines cross chunks
+    lines = [json.dumps({"question": f"{n}?", "answer": "ä" * n + "x"}) for n in range(30)]
+    for end in ("", "\n"):
+        (root / "a.jsonl").write_text("\n".join(lines) + end)
+        records = JsonlRecords(root / "a.jsonl")
+        assert len(records) == 30
+        assert [records[n].conversations[0][0]["content"] for n in (29, 0, 7)] == ["29?", "0?", "7?"]
+    assert pickle.loads(pickle.dumps(records))._file is None, "another process opens the file for itself"
+    assert pickle.loads(pickle.dumps(records))[7] == records[7]
+    assert records.where(29) == f"{root}/a.jsonl:30"
+    with pytest.raises(IndexError, match="30 records, no number 30"):
+        records[30]
+    with pytest.raises(IndexError):
+        records[-1]
+
+
+def test_bad_lines_are_told_when_read(root):
+    (root / "a.jsonl").write_bytes(b'{"question": "?", "answer": "x"}\n\n{no\n\xff\xfe\n[]\n')
+    records = JsonlRecords(root / "a.jsonl", task="vqa")
+    assert len(records) == 5
+    assert records[0].task == "vqa"
+    for n in range(1, 5):
+        with pytest.raises(RecordError):
+            records[n]
+    (root / "b.jsonl").write_text("")
+    with pytest.raises(ValueError, match="is empty"):
+        JsonlRecords(root / "b.jsonl")
+    with pytest.raises(FileNotFoundError):
+        JsonlRecords(root / "c.jsonl")
+
+
+PROMPTS = Prompts({"vqa": ["Look. {question} Short.", "{question}"], "caption": ["Describe {it}.", "What is it?"]})
+
+
+def put(record, task, seeds=20):
+    records = Record(record, task)
+    return [PROMPTS.phrase(records, np.random.default_rng(seed)) for seed in range(seeds)]
+
+
+def test_prompts_are_drawn_for_each_sample():
+    texts = {messages[0]["content"][-1]["text"] for [messages] in put([[QUESTION, ANSWER]], "vqa")}
+    assert texts == {"Look. Odd? Short.", "Odd?"}
+    silent = {"role": "user", "content": [{"type": "image", "image": "x"}]}
+    for [messages] in put([[silent, ANSWER, QUESTION, ANSWER]], "caption"):
+        assert messages[0]["content"][0] == {"type": "image", "image": "x"}
+        assert messages[0]["content"][1]["text"] in ("Describe {it}.", "What is it?")
+        assert messages[2] == QUESTION, "only a first turn that asks nothing is asked by the prompt"
+    dialogs = put([[QUESTION, ANSWER, QUESTION, ANSWER], [QUESTION, ANSWER]], "vqa")
+    assert all(first[0] == first[2] for first, _ in dialogs), "one prompt a conversation"
+    assert any(first[0] != second[0] for first, second in dialogs), "one for each conversation"
+
+
+def test_media_stay_between_words():
+    content = [{"type": "text", "text": "is "}, {"type": "image", "image": "x"}, {"type": "text", "text": " odd? "}]
+    messages = [{"role": "user", "content": content}, ANSWER]
+    prompts = Prompts({"t": ["Well, {question} Tell."]})
+    [[question, _]] = prompts.phrase(Record([messages], "t"), np.random.default_rng(0))
+    assert [part.get("text") for part in question["content"]] == ["Well, is ", None, " odd? Tell."]
+    assert content[0]["text"] == "is ", "the record stays as it is"
+
+
+def test_answers_are_drawn():
+    answers = {"role": "assistant", "choices": ["a", "b"]}
+    drawn = [messages[1]["content"] for [messages] in put([[QUESTION, answers]], None, 40)]
+    assert 8 < drawn.count("a") < 32
+
+
+def test_prompts_that_do_not_fit():
+    silent = {"role": "user", "content": " "}
+    with pytest.raises(RecordError, match=r"'caption' has no prompt with \{question\}"):
+        put([[QUESTION, ANSWER]], "caption")
+    with pytest.raises(RecordError, match="'vqa' has no prompt that asks"):
+        put([[silent, ANSWER]], "vqa")
+    assert put([[silent, ANSWER]], None, 1) == [[[silent, ANSWER]]], "for the processor to refuse"
+
+
+def test_prompt_files(tmp_path):
+    (tmp_path / "p.yaml").write_text('vqa:\n  - "{question} Short."\n')
+    (tmp_path / "p.json").write_text('{"vqa": ["{question} Short."]}')
+    assert Prompts.read(tmp_path / "p.yaml").tasks == Prompts.read(tmp_path / "p.json").tasks
+    for text, message in (
+        ("vqa: [", r"bad\.yaml"),
+        ("vqa: hello", "expected a list"),
+        ("vqa: []", "expected a list"),
+        ("vqa: [3]", "is no text"),
+        ('vqa: ["  "]', "or empty"),
+        ('vqa: ["{question} {question}"]', "more than once"),
+        ("- a", "prompts are a list"),
+        ("vqa: !!python/object/apply:os.getcwd []", r"bad\.yaml"),
+    ):
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            Prompts.read(tmp_path / "bad.yaml")
+
+
+def test_the_prompts_that_come_along():
+    tasks = Prompts.default().tasks
+    assert len(tasks) >= 20
+    for task, prompts in tasks.items():
+        assert len(set(prompts)) == len(prompts)
+        if task not in ("dialog", "instruction"):  # whose own words stand
+            assert len(prompts) >= 3, task
+            assert len({"{question}" in prompt for prompt in prompts}) == 1, f"{task}: asks itself, or puts questions"
+    assert "Please answer yes or no." in tasks["yes or no"][0]
+    assert "Answer with a place name." in tasks["place"][0]
+
+
+@dataclass
+class Encoded:
+    """As ``datasets.Image``."""
+
+    decode: bool = True
+
+
+class Labels:
+    """As ``datasets.ClassLabel``."""
+
+    def int2str(self, number):
+        return ["cat", "dog"][number]
+
+
+class Rows:
+    """As ``datasets.Dataset``, as far as it matters: pictures are decoded unless the column was cast."""
+
+    def __init__(self, rows, features):
+        self.rows, self.features = rows, features
+
+    column_names = property(lambda self: list(self.rows[0]))
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        assert not any(getattr(feature, "decode", False) for feature in self.features.values())
+        return self.rows[index]
+
+    def cast_column(self, column, feature):
+        return Rows(self.rows, {**self.features, column: feature})
+
+
+def test_rows_of_datasets(root):
+    raw = (root / "a.png").read_bytes()
+    rows = [
+        {"img": {"bytes": raw, "path": None}, "label": 1, "query": "Which?"},
+        {"img": {"bytes": None, "path": "a.png"}, "label": 0, "query": "Which?"},
+        {"img": None, "label": -1, "query": "Which?"},
+    ]
+    dataset = Rows(rows, {"img": Encoded(), "label": Labels(), "query": "string"})
+    columns = {"image": "img", "answer": "label", "question": "query"}
+    records = ColumnRecords(dataset, columns, task="vqa", name="pets")
+    assert len(records) == 3
+    [messages] = phrased(records[0], None, prompts=PROMPTS)
+    assert messages[0]["content"][0] == {"type": "image", "image": raw}
+    assert messages[1]["content"] == "dog"
+    with pytest.raises(RecordError, match="has no root folder"):
+        records[1]
+    inside = ColumnRecords(dataset, columns, root)[1]
+    assert inside.conversations[0][0]["content"][0]["image"] == str(root / "a.png")
+    with pytest.raises(RecordError, match="answer is -1"):
+        records[2]
+    assert records.where(2) == "pets[2]"
+
+
+def test_rows_of_anything(root):
+    messages = [QUESTION, ANSWER]
+    records = ColumnRecords([{"messages": messages, "other": 3}])
+    assert records[0].conversations == [messages]
+    image = Image.fromarray(picture(0))
+    [[question, _]] = ColumnRecords([{"image": image, "answer": "x"}])[0].conversations
+    assert question["content"][0]["image"] is image
+    for bad, message in (
+        (([{"a": 1}], {"image": "b"}), r"no column \['b'\]"),
+        (([{"a": 1}], {"picture": "a"}), r"no field \['picture'\]"),
+        (([],), "is empty"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ColumnRecords(*bad)
+    with pytest.raises(TypeError, match="without streaming"):
+        ColumnRecords(iter([]))
+    with pytest.raises(TypeError, match=r"splits \['train'\]"):
+        ColumnRecords({"train": [1]})
+
+
+def test_a_saved_data_set(root, monkeypatch):
+    """What ``open_mixture`` asks of the library; a module that gives such rows stands in for it."""
+    rows = Rows([{"img": {"bytes": b"raw", "path": None}, "label": 1}], {"img": Encoded(), "label": Labels()})
+    library = types.SimpleNamespace(load_from_disk={str(root / "saved"): rows}.__getitem__)
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    (root / "saved").mkdir()
+    columns = {"image": "img", "answer": "label"}
+    description = [{"name": "g", "weight": 1, "datasets": [{"name": "s", "path": "saved", "columns": columns}]}]
+    [records] = open_mixture(description, root, seed=0).datasets
+    [messages] = phrased(records[0], None)
+    assert messages[0]["content"][0] == {"type": "image", "image": b"raw"}
+    assert messages[1]["content"] == "dog"
+    assert records.where(0) == f"{root}/saved[0]"
+
+
+def test_a_missing_library_is_named(root, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install datasets"):
+        ColumnRecords.from_disk(root)
+
+
+def line(path, n=1):
+    path.write_text('{"question": "?", "answer": "x"}\n' * n)
+
+
+def test_a_described_mixture(root):
+    (root / "more").mkdir()
+    line(root / "a.jsonl", 3)
+    line(root / "more" / "b.jsonl", 1)
+    description = [
+        {"name": "x", "weight": 3, "datasets": [
+            {"name": "a", "path": "a.jsonl", "task": "vqa"}, {"name": "b", "path": "more/b.jsonl", "root": "."},
+        ]},
+        {"name": "y", "weight": 1, "datasets": [{"name": "c", "path": "more/b.jsonl"}]},
+    ]  # fmt: skip
+    mixture = open_mixture(description, root, seed=4)
+    assert mixture.shares == pytest.approx({"a": 9 / 16, "b": 3 / 16, "c": 1 / 4})
+    assert mixture.seed == 4
+    assert mixture.datasets[0].task == "vqa"
+
+
+def test_the_papers_mixture_with_own_files(root):
+    line(root / "a.jsonl")
+    groups = paper_groups("finetuning")
+    names = [name for group in groups for name in group.datasets]
+    files = [{"name": name, "path": "a.jsonl"} for name in names]
+    mixture = open_mixture({"paper": "finetuning", "datasets": files}, root, seed=0)
+    by_group = {group.name: sum(mixture.shares[name] for name in group.datasets) for group in groups}
+    expected = {group.name: sum(shares(groups)[name] for name in group.datasets) for group in groups}
+    assert by_group == pytest.approx(expected)
+    some = {"paper": "finetuning", "datasets": files[4:6], "partial": True}
+    assert [group.name for group in open_mixture(some, root, seed=0).groups] == ["questions"]
+    with pytest.raises(ValueError, match=r"lacks .*'Baize'"):
+        open_mixture({**some, "partial": False}, root, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("description", "message"),
+    [
+        ("groups", "mixture is a str"),
+        ([5], r"mixture\[0\] is 5"),
+        ([{"name": "x", "weight": 1}], r"mixture\[0\] lacks \['datasets'\]"),
+        ([{"name": "x", "weight": "1", "datasets": []}], r"mixture\[0\].weight is '1'"),
+        ([{"name": "x", "weight": 1, "datasets": []}], "no data sets"),
+        ([{"name": "x", "weight": 1, "datasets": "a"}], r"mixture\[0\].datasets is 'a'"),
+        ([{"name": "x", "weight": 1, "datasets": [{"name": "a"}]}], r"datasets\[0\] lacks \['path'\]"),
+        ([{"name": "x", "weight": 1, "datasets": [{"name": "a", "path": "a.jsonl", "url": 1}]}], r"has \['url'\]"),
+        ([{"name": "x", "weight": 1, "datasets": [{"name": "a", "path": "a.jsonl"}] * 2}], "second data set"),
+        ([{"name": "x", "weight": 1, "datasets": [{"name": "a", "path": "a.jsonl", "columns": {}}]}], "columns are"),
+        ({"paper": "finetuning"}, r"lacks \['datasets'\]"),
+        ({"paper": "testing", "datasets": []}, "no phase 'testing'"),
+        ({"paper": "finetuning", "datasets": [{"name": "a", "path": "a.jsonl"}]}, r"has no \['a'\]"),
+    ],
+)
+def test_bad_descriptions(root, description, message):
+    line(root / "a.jsonl")
+    with pytest.raises(ValueError, match=message):
+        open_mixture(description, root, seed=0)

@@ -1,0 +1,203 @@
+"""Killed anywhere and resumed, a run is the run that was never killed: the same samples, the same bits."""
+
+import json
+import os
+import random
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.utils.data import get_worker_info
+
+from lynx.train import checkpoints, recipe, run, trainer, watch
+from tests.lynx import processes
+from tests.lynx.small import write_records
+
+STEPS, EVERY = 7, 2
+CHANGES = {
+    "steps": STEPS, "save_every": EVERY, "log_every": 1, "token_budget": 130, "tokens_per_step": 260, "seed": 3,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_records(tmp_path_factory.mktemp("data"), 24)
+
+
+def go(changes, kill=None):
+    """A run in a process of its own, which ends itself at ``kill``: (what, its number, the signal).
+
+    What happens is a ``"step"``, or a ``"write"``: anything that saving does to the disk. A file that is being written
+    is then half there. ``consumed`` in the output folder gets a line for every pack.
+    """
+    output = Path(changes["output"])
+    see = trainer.LynxTrainer._see
+
+    def note(self, batch):
+        with (output / "consumed").open("a") as file:
+            drawn = [torch.rand(()).item(), random.random(), float(np.random.rand())]  # as dropout might
+            file.write(json.dumps([self.state.global_step, batch["input_ids"].flatten().tolist(), drawn]) + "\n")
+        see(self, batch)
+
+    trainer.LynxTrainer._see = note
+    if kill is not None:
+        what, number, by = kill
+        left = iter(range(number, -1, -1))
+
+        def happens(path=None):
+            if next(left, -1) == 0:
+                if path is not None:
+                    Path(path).write_bytes(b"half of a file")
+                os.kill(os.getpid(), by)
+
+        if what == "step":
+            before(trainer.LynxTrainer, "training_step", lambda *_, **__: happens())
+        else:
+            before(torch, "save", lambda value, path: happens(path))
+            before(trainer, "save_file", lambda value, path: happens(path))
+            before(Path, "rename", lambda *_: happens())
+            before(checkpoints, "_flush", lambda *_: happens())
+            before(shutil, "rmtree", lambda *_, **__: happens())
+    run.run(recipe.load("tiny", changes))
+
+
+def before(owner, name, function):
+    """Call ``function`` with the arguments of each call of ``owner.name`` first, in the main process."""
+    original = getattr(owner, name)
+
+    def wrapped(*args, **kwargs):
+        if get_worker_info() is None:
+            function(*args, **kwargs)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, wrapped)
+
+
+def changes_for(data, output, **more):
+    output.mkdir(exist_ok=True)
+    return {**CHANGES, "data": str(data), "output": str(output), **more}
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """The output folder of a run that nothing happens to."""
+    output = tmp_path_factory.mktemp("whole") / "out"
+    assert processes.exit_code(go, changes_for(data, output)) == 0
+    return output
+
+
+def consumed(output):
+    """The packs of each step and what was drawn beside them, as they were consumed the last time."""
+    steps: dict[int, list] = {}
+    for line in (output / "consumed").read_text().splitlines():
+        step, *pack = json.loads(line)
+        steps.setdefault(step, []).append(pack)
+    return {step: packs[-2:] for step, packs in steps.items()}  # two packs a step
+
+
+def check_same(output, whole):
+    assert consumed(output) == consumed(whole)
+    ours, theirs = load_file(output / "model.safetensors"), load_file(whole / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    ours, theirs = ([entry for entry in watch.read_log(each / run.LOG) if "loss" in entry] for each in (output, whole))
+    assert [entry["step"] for entry in ours] == list(range(1, STEPS + 1))
+    for name in ("loss", "grad_norm", "learning_rate", "samples/train", "supervised_share/train"):
+        assert [entry[name] for entry in ours] == [entry[name] for entry in theirs], name
+
+
+def test_the_whole_run_learns_from_different_packs(whole):
+    packs = [tuple(tokens) for packs in consumed(whole).values() for tokens, _ in packs]
+    assert len(packs) == 2 * STEPS
+    assert len(set(packs)) == 2 * STEPS
+    losses = [entry["loss"] for entry in watch.read_log(whole / run.LOG) if "loss" in entry]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_and_resumed_it_is_the_same_run(workers, data, whole, tmp_path):
+    """Killed at random steps and at random moments of saving, until it comes through."""
+    draw = random.Random(f"workers {workers}")
+    changes = changes_for(data, tmp_path / "out", workers=workers)
+    folder = tmp_path / "out" / "checkpoints" / "train"
+    good = None
+    for attempt in range(5):
+        what = "step" if attempt % 2 == 0 else "write"
+        kill = (what, draw.randrange(3, 8) if what == "step" else draw.randrange(40), signal.SIGKILL)
+        code = processes.exit_code(go, changes, kill)
+        assert code in (0, -signal.SIGKILL), f"{kill}: {code}"
+        newest = checkpoints.latest(folder)
+        assert good is None or (newest is not None and checkpoints.step_of(newest) >= checkpoints.step_of(good))
+        good = newest
+        if code == 0:
+            break
+    else:
+        assert processes.exit_code(go, changes) == 0
+    assert attempt >= 2, "it came through too soon"
+    check_same(tmp_path / "out", whole)
+
+
+@pytest.mark.parametrize("number", [0, 2, 4, 9, 16, 18, 20])
+def test_killed_while_saving_the_last_checkpoint_stays(number, data, whole, tmp_path):
+    """At several of the things that saving does to the disk: before, between and after the files, and at the rename."""
+    changes = changes_for(data, tmp_path / "out")
+    folder = tmp_path / "out" / "checkpoints" / "train"
+    assert processes.exit_code(go, changes, ("step", 2 * EVERY, signal.SIGKILL)) == -signal.SIGKILL
+    assert checkpoints.step_of(checkpoints.latest(folder)) == EVERY
+    code = processes.exit_code(go, changes, ("write", number, signal.SIGKILL))
+    assert checkpoints.step_of(checkpoints.latest(folder)) >= EVERY
+    if code:
+        assert processes.exit_code(go, changes) == 0
+    check_same(tmp_path / "out", whole)
+
+
+def test_sigterm_saves_and_ends(data, whole, tmp_path):
+    changes = changes_for(data, tmp_path / "out", workers=2)
+    assert processes.exit_code(go, changes, ("step", 5, signal.SIGTERM)) == 0
+    newest = checkpoints.latest(tmp_path / "out" / "checkpoints" / "train")
+    assert checkpoints.step_of(newest) == 3, "after the step that was running, not the next regular one"
+    assert not (tmp_path / "out" / "config.json").exists(), "an unfinished run has no model"
+    assert processes.exit_code(go, changes) == 0
+    check_same(tmp_path / "out", whole)
+
+
+def test_a_broken_checkpoint_is_passed_over(data, whole, tmp_path, caplog):
+    shutil.copytree(whole, tmp_path / "out")
+    changes = changes_for(data, tmp_path / "out")
+    folder = tmp_path / "out" / "checkpoints" / "train"
+    (tmp_path / "out" / "config.json").unlink()
+    newest = checkpoints.latest(folder)
+    assert checkpoints.step_of(newest) == STEPS
+    with (newest / "optimizer.pt").open("r+b") as file:
+        file.truncate(100)
+    assert checkpoints.step_of(checkpoints.latest(folder)) == STEPS - 1
+    assert "optimizer.pt has 100 bytes" in caplog.text
+    assert processes.exit_code(go, changes) == 0
+    check_same(tmp_path / "out", whole)
+
+
+def test_a_finished_stage_only_saves_its_model(data, whole, tmp_path):
+    """Killed between the last checkpoint and the model."""
+    shutil.copytree(whole, tmp_path / "out")
+    (tmp_path / "out" / "config.json").unlink()
+    run.run(recipe.load("tiny", changes_for(data, tmp_path / "out")))
+    check_same(tmp_path / "out", whole)
+
+
+def test_another_number_of_ranks_is_refused(data, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "out")
+    (tmp_path / "out" / "config.json").unlink()
+    newest = checkpoints.latest(tmp_path / "out" / "checkpoints" / "train")
+    shutil.copy(newest / "0-data.pt", newest / "1-data.pt")
+    with pytest.raises(ValueError, match=r"was written by 2 ranks, this run has 1.*go on with 2 ranks"):
+        run.run(recipe.load("tiny", changes_for(data, tmp_path / "out")))
+
+
+def test_another_recipe_is_refused_in_the_same_folder(data, whole):
+    changes = {**changes_for(data, whole), "learning_rate": 1e-3, "log_every": 3}
+    with pytest.raises(recipe.RecipeError, match="different in stages: choose another"):
+        run.run(recipe.load("tiny", changes))
