@@ -261,7 +261,7 @@ def _adapter(self: Adapter, x: Tensor) -> Tensor:
     return x + self.scale * self.up(F.silu(self.down(self.norm(x))))  # type: ignore[misc]
 
 
-def _read(eager: bool, self: PerceiverAttention, latents: Tensor, media: Tensor, layout) -> Tensor:
+def _read(eager: bool, self: PerceiverAttention, latents: Tensor, media: Tensor, layout, _: None) -> Tensor:
     items = layout.segments.shape[0] - 1
     q = self.to_q(self.norm_latents(latents)).view(items, -1, *_heads(self)).transpose(1, 2)
     k, v = self.to_kv(self.norm_media(media)).view(items, -1, 2, *_heads(self)).permute(2, 0, 3, 1, 4)

@@ -170,7 +170,7 @@ class LynxTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         """Warm-up from the stage's start value, then its decay to 0."""
         if self.lr_scheduler is None:
-            self.lr_scheduler = scheduler(optimizer or self.optimizer, self.stage)
+            self.lr_scheduler = scheduler(optimizer or self.create_optimizer(), self.stage)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
