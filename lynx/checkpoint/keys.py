@@ -1,7 +1,8 @@
 """The layouts in which the released model's weights come, made into one: {key of the release: tensor}."""
 
 import logging
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -74,14 +75,13 @@ def _without(key: str, *prefixes: str) -> str:
     return key
 
 
-def _renamed(content: Mapping[str, Any], name) -> dict[str, Tensor]:
+def _renamed(content: Mapping[str, Any], name: Callable[[str], str]) -> dict[str, Tensor]:
     others = [f"{key} ({type(value).__name__})" for key, value in content.items() if not isinstance(value, Tensor)]
     if others:
         raise ValueError(f"the weights hold something else than tensors: {', '.join(others)}")
     renamed = {name(key): tensor for key, tensor in content.items()}
     if len(renamed) < len(content):
-        seen: set[str] = set()
-        twice = sorted({name(key) for key in content if name(key) in seen or seen.add(name(key))})
+        twice = sorted(key for key, count in Counter(map(name, content)).items() if count > 1)
         raise ValueError(f"the weights hold twice, but for prefixes: {', '.join(twice)}")
     return renamed
 

@@ -180,11 +180,12 @@ def convert(
 def _check_sections(state: Mapping[str, Tensor]) -> None:
     advice = {
         "vision_encoder.": "the vision tower: give EVA ViT-g's too (vision_state_dict, --vision)",
-        "LLM.model.embed_tokens.": "the language model: give Vicuna's too (llm_state_dict, --llm)",
+        "LLM.": "the language model: give Vicuna's too (llm_state_dict, --llm)",
         "bridge.": "the resampler",
     }
+    there = [key for key in state if ".output_adapter." not in key]
     lacking = [
-        f"{what} ({prefix}*)" for prefix, what in advice.items() if not any(key.startswith(prefix) for key in state)
+        f"{what} ({prefix}*)" for prefix, what in advice.items() if not any(key.startswith(prefix) for key in there)
     ]
     if lacking:
         raise ValueError(f"the weights lack {'; and '.join(lacking)}")
@@ -242,6 +243,8 @@ def _taker(
                 _with_pad_row(tensor) if key in _TABLES else vision.resized_positions(tensor, expected[key].shape[1])
             )
         taken = tensor.to(dtype).contiguous()
+        if tensor.dtype != dtype and not taken.isfinite().all():
+            raise ValueError(f"{key} holds numbers that are too large for {dtype}; take another dtype")
         return taken.clone() if copy and taken.data_ptr() == state[key].data_ptr() else taken
 
     return take
@@ -273,4 +276,4 @@ def _read_overrides(path: str | Path | None) -> dict[str, Any]:
 def _tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"{folder}: no such tokenizer folder")
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

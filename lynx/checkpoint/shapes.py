@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import Blip2VisionConfig, LlamaConfig
 
@@ -43,7 +44,8 @@ def configuration(state: Mapping[str, Tensor], overrides: Mapping[str, Any]) -> 
             raise ValueError(f"text_config: {name} is {text[name]}, but vocab_size {text['vocab_size']}")
     width = text["hidden_size"]
     inner = sizes.of(512, ("bridge.layers.*.0.to_q.weight", 0), ("bridge.layers.*.0.to_out.weight", 1))
-    heads = top.get("resampler_heads") or inner // top.get("resampler_head_dim", max(1, inner // 8))
+    head_dim = top.get("resampler_head_dim")
+    heads = top.get("resampler_heads") or (inner // head_dim if isinstance(head_dim, int) and head_dim > 0 else 8)
     hidden = sizes.of(4 * width, ("bridge.layers.*.1.1.weight", 0), ("bridge.layers.*.1.3.weight", 1))
     found = {
         "image_token_id": text["vocab_size"],
@@ -61,7 +63,11 @@ def configuration(state: Mapping[str, Tensor], overrides: Mapping[str, Any]) -> 
             ("LLM.model.layers.*.output_adapter.adapter_up.weight", 1),
         ),
     }
-    return LynxConfig(LlamaConfig(**text), Blip2VisionConfig(**{**_vision(sizes), **vision}), **{**found, **top})
+    try:
+        parts = LlamaConfig(**text), Blip2VisionConfig(**{**_vision(sizes), **vision})
+    except StrictDataclassError as error:  # no ValueError, though it speaks of a value
+        raise ValueError(f"config contradicts itself or the weights: {error}") from error
+    return LynxConfig(*parts, **{**found, **top})
 
 
 def _text(sizes: "_Sizes", overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,7 +129,7 @@ def _adapter_frequency(state: Mapping[str, Tensor], num_layers: int) -> int:
 
 
 def _divided(key: str, size: int, name: str, heads: int) -> int:
-    if heads < 1 or size % heads:
+    if not isinstance(heads, int) or heads < 1 or size % heads:
         raise ValueError(
             f"{name} is {heads}, which does not divide the {size} rows of {key}; pass the true number in config"
         )
