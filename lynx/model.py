@@ -133,14 +133,19 @@ class LynxForConditionalGeneration(PreTrainedModel, GenerationMixin):
         frame_positions: Tensor | None,
         media_layout: SpanLayout | None,
         cross_layout: SpanLayout | None,
+        input_ids: Tensor | None,
     ) -> Media:
         """What cross-attention reads of a batch; the arguments are those of ``forward``.
 
         Raises:
-            ValueError: cross_layout is missing, or describes other vision tokens.
+            ValueError: cross_layout is missing, or describes other vision tokens or another text.
         """
         if cross_layout is None:
             raise ValueError("cross_layout is missing: who sees the pictures? LynxProcessor's batches say it")
+        if input_ids is not None and cross_layout.num_queries != input_ids.numel():
+            raise ValueError(
+                f"cross_layout describes {cross_layout.num_queries} tokens, but input_ids holds {input_ids.numel()}"
+            )
         if pixel_values is None:
             tokens = self.get_input_embeddings().weight.new_empty(0, self.resampler.latents.shape[1])
         else:
@@ -222,7 +227,7 @@ class LynxForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 if pixel_values is not None or cross_layout is not None:
                     if past_key_values is not None and past_key_values.get_seq_length() > 0:
                         raise ValueError("past_key_values holds the media of its text; run the whole text to add more")
-                    media = self.read_media(pixel_values, frame_positions, media_layout, cross_layout)
+                    media = self.read_media(pixel_values, frame_positions, media_layout, cross_layout, input_ids)
             elif pixel_values is not None:
                 vision_tokens = self.encode_media(pixel_values, frame_positions, media_layout)
             inputs_embeds = self.embed(input_ids, vision_tokens)
@@ -334,7 +339,7 @@ class LynxForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise ValueError("generate takes a left-padded batch, as LynxProcessor makes it, not a packed row")
         if self.config.fusion == "cross_attention":
             if pixel_values is not None or cross_layout is not None:
-                kwargs["media"] = self.read_media(pixel_values, frame_positions, media_layout, cross_layout)
+                kwargs["media"] = self.read_media(pixel_values, frame_positions, media_layout, cross_layout, input_ids)
         elif pixel_values is not None:
             if input_ids is None:
                 raise ValueError("generate: pixel_values need input_ids with a picture token for each vision token")

@@ -252,7 +252,7 @@ def test_packed_and_padded_give_the_same(model, processor, samples):
 @pytest.mark.parametrize(("sees", "second_item"), [("preceding", False), ("all", True)])
 def test_who_a_picture_reaches(tokenizer, sees, second_item):
     """Change one picture of one sample: other samples and earlier tokens stay bit for bit."""
-    config = cross_config(tokenizer, sees_media=sees)
+    config = cross_config(tokenizer, sees_media=sees, resampler_concatenates_latents=second_item)
     model, processor = make_model(config), LynxProcessor.for_model(config, tokenizer)
     one, two = (processor.encode(interleaved(seed)) for seed in (0, 10))
     changed = copy.deepcopy(two)
@@ -326,7 +326,10 @@ def test_gradient_checkpointing_changes_nothing(model, processor, samples):
         torch.testing.assert_close(parameter.grad, plain[name], msg=name)
 
 
-def test_compiles_into_one_graph(model, processor, samples):
+def test_compiles_into_one_graph(config, processor, samples):
+    config.text_config.num_hidden_layers = 2
+    config.vision_config.num_hidden_layers = config.resampler_depth = 1
+    model = make_model(config)
     batch = processor.pack(samples)
     model(**batch).loss.backward()
     plain = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
@@ -458,6 +461,7 @@ def test_saved_and_loaded(model, processor, samples, tmp_path):
 def test_bad_batches_say_what_is_wrong(tokenizer, model, processor, samples, questions):
     packed = inputs(processor.pack(samples))
     fewer = processor.pack(samples[:1])["cross_layout"]
+    fewer_keys = SpanLayout.from_spans([packed["input_ids"].numel()], [(0, 9)], 9)
     shorter = SpanLayout.from_spans([3], [(0, 15)], 15)
     decoder_config = model.get_decoder().config
     filled = DynamicCache(config=decoder_config)
@@ -466,7 +470,8 @@ def test_bad_batches_say_what_is_wrong(tokenizer, model, processor, samples, que
     cases = [
         ({**packed, "cross_layout": None}, "cross_layout is missing"),
         ({**packed, "pixel_values": None}, "cross_layout describes 18 vision tokens, but the pictures give 0"),
-        ({**packed, "cross_layout": fewer}, "cross_layout describes 9 vision tokens, but the pictures give 18"),
+        ({**packed, "cross_layout": fewer}, r"cross_layout describes \d+ tokens, but input_ids holds"),
+        ({**packed, "cross_layout": fewer_keys}, "cross_layout describes 9 vision tokens, but the pictures give 18"),
         (
             {"input_ids": torch.tensor([[1, 2]]), "media": Media(torch.zeros(15, 32), shorter)},
             "3 tokens, the batch has",

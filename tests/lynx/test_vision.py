@@ -47,11 +47,13 @@ def test_wrong_pixels_are_refused(tower):
         vision.encode(tower, torch.zeros(5, 7))
 
 
-@pytest.fixture
-def resampler():
+@pytest.fixture(params=[False, True], ids=["media only", "media and latents"])
+def resampler(request):
     torch.manual_seed(0)
     options = {"num_latents": 3, "depth": 2, "num_heads": 2, "head_dim": 4, "expansion": 2, "max_frames": 4}
-    resampler = Resampler(6, 5, **options, latent_initializer_range=1.0).double()
+    options["concatenates_latents"] = request.param
+    width = 5 if request.param else 6  # what is concatenated must have one width
+    resampler = Resampler(width, 5, **options, latent_initializer_range=1.0).double()
     for parameter in resampler.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return resampler
@@ -65,8 +67,11 @@ def written_out(resampler, frames, positions):
     latents = resampler.latents
     for layer in resampler.layers:
         attention, (norm, up, _, down) = layer.attention, layer.feed_forward
-        q = attention.to_q(attention.norm_latents(latents)).view(3, 2, 4).transpose(0, 1)
-        k, v = (x.view(-1, 2, 4).transpose(0, 1) for x in attention.to_kv(attention.norm_media(media)).chunk(2, -1))
+        normed, keys = attention.norm_latents(latents), attention.norm_media(media)
+        if resampler.concatenates_latents:
+            keys = torch.cat([keys, normed])
+        q = attention.to_q(normed).view(3, 2, 4).transpose(0, 1)
+        k, v = (x.view(-1, 2, 4).transpose(0, 1) for x in attention.to_kv(keys).chunk(2, -1))
         latents = latents + attention.to_out(F.scaled_dot_product_attention(q, k, v).transpose(0, 1).flatten(1))
         latents = latents + down(F.gelu(up(norm(latents))))
     return resampler.norm(latents)
