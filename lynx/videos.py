@@ -241,7 +241,8 @@ class _Video:
         if frame.is_corrupt:
             raise VideoError(f"{self.name}: damaged, the frame at {float(frame.time or 0):.3f} s cannot be decoded")
         has_alpha = any(component.is_alpha for component in frame.format.components) or frame.format.has_palette
-        image = Image.fromarray(frame.to_ndarray(format="rgba" if has_alpha else "rgb24"))
+        # A converter with threads of its own may be freed in a forked loader, which then waits for them for ever.
+        image = Image.fromarray(frame.to_ndarray(format="rgba" if has_alpha else "rgb24", threads=1))
         turn = _turn(frame)
         return to_rgb(image if turn is None else image.transpose(turn), self.name, self.max_pixels)
 

@@ -14,9 +14,9 @@ Or the paper's groups and weights, Table 9, and the files of its data sets:
     datasets:
       - {name: VQAv2, path: vqav2.jsonl, root: pictures, task: vqa}
 
-``path`` is a JSONL file or a folder that ``datasets.Dataset.save_to_disk`` wrote, relative to the recipe; ``root`` is the
-folder of the pictures, for JSONL the file's own by default; ``columns`` is for the latter kind. Where ``partial`` is
-true, data sets of the paper may be missing: the others of a group share its weight, and groups of none are left out.
+``path`` is a JSONL file or a folder that ``datasets.Dataset.save_to_disk`` wrote, relative to the recipe; ``root`` is
+the folder of the pictures, for JSONL the file's own by default; ``columns`` is for the latter kind. Where ``partial``
+is true, data sets of the paper may be missing: the others of a group share its weight, and groups of none are left out.
 """
 
 from collections.abc import Mapping, Sequence

@@ -68,7 +68,10 @@ class PackDataset(Dataset):
         generator = np.random.default_rng([self.seed, reference.draw])
         try:
             record = self.datasets[reference.dataset][reference.record]
-            return self.processor.encode_branches(self.prompts.phrase(record, generator)), generator
+            conversations = self.prompts.phrase(record, generator)
+            drawing = generator if self.augment else None
+            conversations[0] = [_fewer_frames(each, self.processor.max_frames, drawing) for each in conversations[0]]
+            return self.processor.encode_branches(conversations), generator
         except (ValueError, OSError) as error:
             return self.broken(reference, str(error))
 
@@ -254,3 +257,18 @@ class PackSampler(Sampler[list[Reference | Broken]]):
         if self.too_long == "error":
             raise ValueError(f"{broken.dataset}, {broken.path}: {broken.reason}; raise it, or skip such samples")
         return broken
+
+
+def _fewer_frames(message: dict[str, Any], max_frames: int, generator: np.random.Generator | None) -> dict[str, Any]:
+    """The message with ``max_frames`` of a longer list of frames: one of each of as many equal parts, or the middle."""
+    if not isinstance(message["content"], list):
+        return message
+    content = []
+    for part in message["content"]:
+        frames = part.get("video")
+        if isinstance(frames, list) and len(frames) > max_frames:
+            places = [0.5 if generator is None else generator.random() for _ in range(max_frames)]
+            taken = [int((number + place) * len(frames) / max_frames) for number, place in enumerate(places)]
+            part = {**part, "video": [frames[each] for each in taken]}
+        content.append(part)
+    return {**message, "content": content}

@@ -10,9 +10,11 @@ import torch
 from PIL import Image
 
 from lynx.data import digits
-from lynx.data.collator import RecordCollator
-from lynx.data.jsonl import JsonlDataset
+from lynx.data.collator import Collator
+from lynx.data.jsonl import JsonlDataset, JsonlRecords
+from lynx.data.mixture import Group, Mixture, Reference
 from lynx.data.records import RecordError, text_of
+from lynx.data.stream import PackDataset
 from lynx.data.tokenizer import train_tokenizer
 from lynx.videos import load_video
 from tests.lynx.clips import frame, write_clip
@@ -111,29 +113,31 @@ def test_another_root(root, tmp_path):
     assert len(JsonlDataset(path, root)) == 1
 
 
-def test_collator_leaves_out_what_cannot_be_used(root, processor, caplog):
+def batch_of(path, processor, *indices, seed=0, augment=True):
+    mixture = Mixture([Group("all", 1, {"data": JsonlRecords(path)})], seed=0)
+    dataset = PackDataset(mixture, processor, seed=seed, augment=augment)
+    return Collator(processor, 1000)([dataset[Reference(0, index, draw=0)] for index in indices])
+
+
+def test_a_batch_leaves_out_what_cannot_be_used(root, processor):
     whole = (root / "a.png").read_bytes()
     (root / "cut.png").write_bytes(whole[: len(whole) // 2])
     path = write(root, image("a.png"), image("cut.png"), record("  "), record())
     assert [line for line, _ in JsonlDataset(path).skipped] == [2]
-    dataset = JsonlDataset(path, check_pictures=False)
-    collator = RecordCollator(processor)
-    batch = collator([dataset[index] for index in range(4)])
-    assert collator.skipped == 2
-    assert "cut.png" in caplog.text
-    assert "empty text" in caplog.text
-    good = collator([dataset[0], dataset[3]])
+    batch, good = batch_of(path, processor, 0, 1, 2, 3), batch_of(path, processor, 0, 3)
+    reasons = [entry.reason for entry in batch["report"].broken]
+    assert "cut.png" in reasons[0]
+    assert "empty text" in reasons[1]
+    assert batch["report"].samples == good["report"].samples == {"data": 2}
     assert torch.equal(batch["input_ids"], good["input_ids"])
     assert torch.equal(batch["pixel_values"], good["pixel_values"])
-    with pytest.raises(ValueError, match="none of the 1 records"):
-        collator([dataset[1]])
 
 
-def test_collator_seed_decides_the_crops(root, processor):
-    records = [JsonlDataset(write(root, image("a.png")))[0]] * 3
+def test_the_seed_decides_the_crops(root, processor):
+    path = write(root, image("a.png"))
 
     def pixels(seed):
-        return RecordCollator(processor, seed=seed)(records)["pixel_values"]
+        return batch_of(path, processor, 0, 0, seed=seed)["pixel_values"]
 
     assert torch.equal(pixels(1), pixels(1))
     assert not torch.equal(pixels(1), pixels(2))
@@ -141,12 +145,11 @@ def test_collator_seed_decides_the_crops(root, processor):
 
 def test_frames_of_a_video_share_their_crop(root, processor):
     video = record([{"type": "video", "path": ["a.png", "a.png"]}, {"type": "text", "text": "What?"}])
-    dataset = JsonlDataset(write(root, video))
-    first, second = RecordCollator(processor, seed=0)([dataset[0]])["pixel_values"].chunk(2)
+    first, second = batch_of(write(root, video), processor, 0)["pixel_values"].chunk(2)
     assert torch.equal(first, second)
 
 
-def test_video_files(root, processor, caplog):
+def test_video_files(root, processor):
     def video(path):
         return record([{"type": "video", "path": path}, {"type": "text", "text": "What?"}])
 
@@ -160,14 +163,12 @@ def test_video_files(root, processor, caplog):
     for number, ((line, why), reason) in enumerate(zip(dataset.skipped, reasons, strict=True), start=2):
         assert line == number
         assert reason in why
-    unchecked = JsonlDataset(path, check_pictures=False)
-    assert len(unchecked) == 2
-    collator = RecordCollator(processor, seed=3)
-    assert collator([unchecked[0], unchecked[1]])["frame_positions"].tolist() == [0, 1, 2, 3]
-    assert collator.skipped == 1
-    assert "cut.mp4: cut short" in caplog.text
+    assert len(JsonlDataset(path, check_pictures=False)) == 2
+    batch = batch_of(path, processor, 0, 1)
+    assert batch["frame_positions"].tolist() == [0, 1, 2, 3]
+    assert "cut.mp4: cut short" in batch["report"].broken[0].reason
     first, again, other, middles = (
-        RecordCollator(processor, seed=seed)([dataset[0]])["pixel_values"] for seed in (1, 1, 2, None)
+        batch_of(path, processor, 0, seed=seed, augment=seed > 0)["pixel_values"] for seed in (1, 1, 2, 0)
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)

@@ -207,7 +207,7 @@ def test_answers_are_drawn():
 
 def test_prompts_that_do_not_fit():
     silent = {"role": "user", "content": " "}
-    with pytest.raises(RecordError, match="'caption' has no prompt with {question}"):
+    with pytest.raises(RecordError, match=r"'caption' has no prompt with \{question\}"):
         put([[QUESTION, ANSWER]], "caption")
     with pytest.raises(RecordError, match="'vqa' has no prompt that asks"):
         put([[silent, ANSWER]], "vqa")
@@ -377,7 +377,7 @@ def test_the_papers_mixture_with_own_files(root):
     assert by_group == pytest.approx(expected)
     some = {"paper": "finetuning", "datasets": files[4:6], "partial": True}
     assert [group.name for group in open_mixture(some, root, seed=0).groups] == ["questions"]
-    with pytest.raises(ValueError, match="lacks .*'Baize'"):
+    with pytest.raises(ValueError, match=r"lacks .*'Baize'"):
         open_mixture({**some, "partial": False}, root, seed=0)
 
 

@@ -97,9 +97,9 @@ def test_no_sample_is_taken_twice_or_lost(make, ranks):
 def test_packs_keep_the_budget_and_are_nearly_full(make, ranks):
     reports = []
     for rank in range(ranks):
-        for batch in islice(load(make(ranks=ranks, rank=rank, lookahead=8)), STEPS):
-            assert batch["input_ids"].numel() == batch["report"].tokens <= BUDGET
-            assert batch["report"].budget == BUDGET
+        for batch in islice(load(make(ranks=ranks, rank=rank, token_budget=600)), STEPS):
+            assert batch["input_ids"].numel() == batch["report"].tokens <= 600
+            assert batch["report"].budget == 600
             reports.append(batch["report"])
     total = sum(reports, Report())
     assert 0.95 < total.fill <= 1
@@ -170,6 +170,26 @@ def test_prompts_answers_crops_and_frames_follow_the_draw(make):
     dataset.augment = False
     still = drawn("several", 1, range(8))
     assert len({each["pixel_values"].numpy().tobytes() for each in still}) == 1
+
+
+def test_of_many_frames_some_are_taken(tmp_path, processor):
+    """One of each of as many equal parts as a video may have frames, four here, of nine."""
+    for n in range(9):
+        Image.fromarray(np.full((4, 4, 3), 20 * n, np.uint8)).save(tmp_path / f"{n}.png")
+    write(tmp_path / "a.jsonl", [{"video": [f"{n}.png" for n in range(9)], "question": "?", "answer": "x"}])
+    chosen = Mixture([Group("all", 1, {"a": JsonlRecords(tmp_path / "a.jsonl")})], seed=0)
+
+    def taken(draw, augment=True):
+        dataset = PackDataset(chosen, processor, seed=0, augment=augment)
+        [frames] = dataset[Reference(0, 0, draw)].sample.media
+        return [frame.getpixel((0, 0))[0] // 20 for frame in frames]
+
+    assert taken(0, augment=False) == [1, 3, 5, 7]
+    drawn = {tuple(taken(draw)) for draw in range(40)}
+    assert len(drawn) > 10
+    for number, frames in enumerate(zip(*drawn, strict=True)):
+        low, high = number * 9 / 4, (number + 1) * 9 / 4
+        assert set(frames) == set(range(int(low), int(high) + (high % 1 > 0)))
 
 
 def test_states_are_kept_for_a_while(make):
@@ -283,6 +303,13 @@ def test_only_one_rank_tells_of_what_every_rank_met(damaged):
     first, second = (list(damaged(max_steps=25, ranks=2, rank=rank)) for rank in (0, 1))
     assert sum(isinstance(item, Broken) for pack in first for item in pack) > 1
     assert not any(isinstance(item, Broken) for pack in second for item in pack)
+
+
+def test_every_draw_becomes_a_sample_or_is_told_to_be_broken_once(damaged):
+    sampler = damaged(max_steps=40)
+    items = [item for pack in sampler for item in pack]
+    state = sampler.state_after(40)
+    assert len(items) + len(state["waiting"]) == state["mixture"]["counts"]["some"]
 
 
 def test_broken_records_up_to_a_limit(tmp_path):

@@ -1,5 +1,6 @@
 """Frames of video files: which are picked, what is decoded for them, and every refusal."""
 
+import gc
 import io
 import os
 import struct
@@ -352,3 +353,16 @@ def test_without_pyav_the_error_says_what_to_install(clip, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'lynx-kernels\[video\]'"):
         load_video(clip, 2)
+
+
+def test_no_threads_are_left_behind(tmp_path):
+    """Garbage that owns threads, freed in a forked loader where there are none, hangs it."""
+    clip = write_clip(tmp_path / "clip.mp4", [frame(number) for number in range(9)])
+    load_video(clip, 2)
+    gc.disable()
+    try:
+        before = len(os.listdir("/proc/self/task"))
+        load_video(clip, 4)
+        assert len(os.listdir("/proc/self/task")) == before
+    finally:
+        gc.enable()
