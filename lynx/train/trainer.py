@@ -206,7 +206,7 @@ class LynxTrainer(Trainer):
 
     @property
     def is_sharded(self) -> bool:
-        """Whether parameters or their states are spread over the ranks, and checkpoints are as their backend has them."""
+        """Whether parameters or their states are spread over the ranks: checkpoints are then their backend's."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def _get_output_dir(self, trial: Any) -> str:
