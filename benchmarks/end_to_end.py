@@ -114,7 +114,8 @@ def setup(name: str, number: int, dtype: torch.dtype, device: str) -> Setup:
     exact = Step(plain(copy.deepcopy(model).to(wide), "sdpa"), chosen, pixels, near_lengths(chosen), wide).everything()
 
     def check(provider: str) -> None:
-        tolerance = 2 * torch.finfo(dtype).eps ** 0.5  # of the largest: a whole model multiplies what one operation rounds
+        # Of the largest: a whole model multiplies what one operation rounds.
+        tolerance = 2 * torch.finfo(dtype).eps ** 0.5
         for what, value in steps[provider].everything().items():
             largest = exact[what].abs().max().item()
             error = (value.to(wide) - exact[what]).abs().max().item()
