@@ -16,7 +16,7 @@ from lynx.config import LynxConfig
 VICUNA_ROWS = 32000  # of Vicuna's tables, without the row of [PAD]
 _EVA_G_WIDTH = 1408
 _EVA_G_BLOCKS = 40  # of the original, of which Lynx leaves out the last
-_ROPE_OPTIONS = {"rope_theta", "rope_scaling"}  # transformers takes them, but keeps them under another name
+_OTHER_NAMES = {"rope_theta", "rope_scaling", "attn_implementation"}  # that transformers takes, and keeps otherwise
 
 
 def configuration(state: Mapping[str, Tensor], overrides: Mapping[str, Any]) -> LynxConfig:
@@ -139,7 +139,7 @@ def _divided(key: str, size: int, name: str, heads: int) -> int:
 def _fields(name: str, overrides: Any, defaults: Any) -> dict[str, Any]:
     if not isinstance(overrides, Mapping):
         raise ValueError(f"config's {name} is a {type(overrides).__name__}, expected a dict of what to override")
-    unknown = sorted(field for field in overrides if not hasattr(defaults, field) and field not in _ROPE_OPTIONS)
+    unknown = sorted(field for field in overrides if not hasattr(defaults, field) and field not in _OTHER_NAMES)
     if unknown:
         raise ValueError(f"{type(defaults).__name__} has no {', '.join(unknown)}, which config's {name} overrides")
     return dict(overrides)
@@ -163,6 +163,9 @@ class _Sizes:
         return next((size for size, _ in Counter(self.all(*places)).most_common(1)), default)
 
     def depth(self, prefix: str, default: int) -> int:
-        """How many layers there are under a prefix."""
-        numbers = [re.match(r"\d+", key.removeprefix(prefix)) for key in self.keys if key.startswith(prefix)]
-        return max((int(number[0]) + 1 for number in numbers if number), default=default)
+        """How many layers there are under a prefix; a number far beyond the others is no layer but a wrong key."""
+        matches = (re.match(re.escape(prefix) + r"(\d{1,6})\.", key) for key in self.keys)
+        numbers = {int(match[1]) for match in matches if match}
+        if not numbers:
+            return default
+        return max(numbers) + 1 if max(numbers) < 2 * len(numbers) else len(numbers)

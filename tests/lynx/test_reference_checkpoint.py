@@ -113,6 +113,7 @@ def test_what_weights_cannot_tell_is_the_release_s():
 
 def test_overrides_count(weights):
     text = {"num_attention_heads": 2, "rms_norm_eps": 1e-3, "rope_theta": 500.0, "num_key_value_heads": 2}
+    text["attn_implementation"] = "eager"
     config = {"text_config": text, "vision_config": {"num_attention_heads": 3}, "resampler_heads": 4}
     model = checkpoint.load_reference(weights, config=config)
     assert model.config.text_config.head_dim == 16
@@ -120,6 +121,7 @@ def test_overrides_count(weights):
     assert model.config.vision_config.num_attention_heads == 3
     assert (model.config.resampler_heads, model.config.resampler_head_dim) == (4, 128)
     assert model.get_decoder().norm.variance_epsilon == 1e-3
+    assert model.get_decoder().config._attn_implementation == "eager"
 
 
 def test_a_whole_configuration_counts(weights):

@@ -36,7 +36,7 @@ def test_all_that_does_not_fit_is_listed_at_once(weights):
     del weights["bridge.norm.bias"]
     del weights["LLM.model.embed_tokens.weight"]
     del weights["LLM.model.layers.2.output_adapter.scaling"]
-    weights["LLM.stranger"] = torch.zeros(7)
+    weights["LLM.model.layers.999999.stranger"] = torch.zeros(7)  # which makes the model no deeper
     weights[PREFIX + "proj.weight"] = torch.zeros(24, 25)
     weights["bridge.latents"] = weights["bridge.latents"].long()
     with pytest.raises(ValueError, match="the weights do not fit the configuration") as error:
@@ -45,7 +45,7 @@ def test_all_that_does_not_fit_is_listed_at_once(weights):
         "missing: bridge.norm.bias (32,)",
         "missing: LLM.model.embed_tokens.weight (50, 32)",
         "missing: LLM.model.layers.2.output_adapter.scaling (1,)",
-        "unexpected: LLM.stranger (7,)",
+        "unexpected: LLM.model.layers.999999.stranger (7,)",
         "of another shape: vision_encoder.blocks.1.attn.proj.weight is (24, 25), expected (24, 24)",
         "not floating-point: bridge.latents is torch.int64",
     ):
@@ -156,7 +156,7 @@ class Harmful:
 def test_code_in_a_pickle_is_not_run(weights, tmp_path, monkeypatch):
     monkeypatch.setenv("LYNX_TEST_HARM", str(tmp_path / "harm"))
     torch.save({"model": weights, "args": Harmful()}, tmp_path / "bad.pt")
-    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Harmful()))
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Harmful(), protocol=2))
     for name in ("bad.pt", "plain.pt"):
         with pytest.raises(ValueError, match=f"{name} is refused.*could run code"):
             files.read(tmp_path / name)
