@@ -50,7 +50,7 @@ def draw(log: Path, path: Path) -> None:
         if is_log:
             axis.set_yscale("log")
         else:
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
     for axis in axes.flat[len(_CURVES) :]:
         axis.axis("off")
     axes.flat[0].legend(fontsize=8)

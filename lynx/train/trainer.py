@@ -170,7 +170,7 @@ class LynxTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         """Warm-up from the stage's start value, then its decay to 0."""
         if self.lr_scheduler is None:
-            self.lr_scheduler = scheduler(optimizer or self.optimizer, self.stage)
+            self.lr_scheduler = scheduler(optimizer or self.create_optimizer(), self.stage)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -206,6 +206,7 @@ class LynxTrainer(Trainer):
 
     @property
     def is_sharded(self) -> bool:
+        """Whether parameters or their states are spread over the ranks: checkpoints are then their backend's."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -221,7 +222,6 @@ class LynxTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             [written] = self._writing_to.glob("checkpoint-*")
             state = {
-                "ranks": self.args.world_size,
                 "sampler": self.sampler.state_after(self.state.global_step * self.args.gradient_accumulation_steps),
                 "samples": dict(self.samples),
                 "supervised": dict(self.supervised),

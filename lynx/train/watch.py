@@ -25,7 +25,7 @@ class Window:
         waited: seconds that the loop waited for data.
     """
 
-    since: float = field(default_factory=lambda: time.perf_counter())
+    since: float = field(default_factory=time.perf_counter)
     supervised: int = 0
     tokens: int = 0
     capacity: int = 0

@@ -42,7 +42,7 @@ def test_batches_hold_every_sample_once(tiny):
         [32 * chosen[index].pictures + len(chosen[index].token_ids) for index in batch]
         for batch in end_to_end.near_lengths(chosen)
     ]
-    assert sum(max(batch) * len(batch) for batch in lengths) < 1.2 * sum(map(sum, lengths))
+    assert sum(max(batch) * len(batch) for batch in lengths) < 1.4 * sum(map(sum, lengths))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -55,11 +55,13 @@ def test_the_three_ways_agree(tiny, dtype):
 
 
 def test_a_wrong_way_is_found(tiny, monkeypatch):
-    monkeypatch.setattr(end_to_end, "_adapter", lambda self, x: x)
+    right = end_to_end._adapter
+    monkeypatch.setattr(end_to_end, "_adapter", lambda self, x: (x + right(self, x)) / 2)
     setup = end_to_end.setup("small", 6, torch.float32, "cpu")
     with pytest.raises(AssertionError, match="error"):
         setup.check(end_to_end.NAMES[2])
 
 
-def test_cases(tiny):
+def test_cases(tiny, monkeypatch):
+    monkeypatch.setattr(end_to_end, "matmul_rate", lambda device, dtype: 1e12)
     assert [str(case) for case in end_to_end.cases(quick=True, device="cuda")] == ["end_to_end train bf16 lynx-7b B=32"]

@@ -125,9 +125,9 @@ def test_killed_and_resumed_it_is_the_same_run(workers, data, whole, tmp_path):
     changes = changes_for(data, tmp_path / "out", workers=workers)
     folder = tmp_path / "out" / "checkpoints" / "train"
     good = None
-    for attempt in range(5):
+    for attempt in range(3):
         what = "step" if attempt % 2 == 0 else "write"
-        kill = (what, draw.randrange(3, 8) if what == "step" else draw.randrange(40), signal.SIGKILL)
+        kill = (what, draw.randrange(3, 8) if what == "step" else draw.randrange(30), signal.SIGKILL)
         code = processes.exit_code(go, changes, kill)
         assert code in (0, -signal.SIGKILL), f"{kill}: {code}"
         newest = checkpoints.latest(folder)
@@ -141,7 +141,7 @@ def test_killed_and_resumed_it_is_the_same_run(workers, data, whole, tmp_path):
     check_same(tmp_path / "out", whole)
 
 
-@pytest.mark.parametrize("number", [0, 2, 4, 9, 16, 18, 20])
+@pytest.mark.parametrize("number", [0, 3, 9, 18, 20])
 def test_killed_while_saving_the_last_checkpoint_stays(number, data, whole, tmp_path):
     """At several of the things that saving does to the disk: before, between and after the files, and at the rename."""
     changes = changes_for(data, tmp_path / "out")
