@@ -2,6 +2,7 @@
 
 import gc
 import io
+import os
 import struct
 import sys
 from bisect import bisect_right
