@@ -81,7 +81,9 @@ def check_forward(function, inputs, **options):
     names = ("mean", "rstd", "preactivation")
     for name, ours, truth, theirs in zip(names, (mean, rstd, preactivation), exact[1:], plain[1:], strict=True):
         assert ours.dtype == theirs.dtype, name
-        assert_within_budget(ours, truth, theirs, name)
+        # Terms of a mean cancel, their rounding errors do not.
+        magnitude = inputs[0].double().abs().max().item() if name == "mean" and truth.numel() else 0.0
+        assert_within_budget(ours, truth, theirs, name, magnitude)
 
 
 def scale_magnitude(inputs, grad=None, **options):
