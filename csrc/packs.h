@@ -152,6 +152,7 @@ LYNX_PORTABLE void widen(const Raw<kItems>& raw, Dtype dtype, float (&to)[kItems
         case Dtype::kFloat: return widen_as<float>(raw, to);
         case Dtype::kHalf: return widen_as<Half>(raw, to);
         case Dtype::kBFloat16: return widen_as<BFloat16>(raw, to);
+        case Dtype::kDouble: return;  // refused before any launch
     }
 }
 
@@ -178,6 +179,7 @@ LYNX_PORTABLE void put(void* to, Dtype dtype, int64_t index, float value) {
         case Dtype::kFloat: narrow(value, static_cast<float*>(to)[index]); return;
         case Dtype::kHalf: narrow(value, static_cast<Half*>(to)[index]); return;
         case Dtype::kBFloat16: narrow(value, static_cast<BFloat16*>(to)[index]); return;
+        case Dtype::kDouble: return;  // refused before any launch
     }
 }
 
