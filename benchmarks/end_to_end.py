@@ -64,7 +64,7 @@ def small() -> LynxConfig:
 
 def samples(number: int, vocabulary: int) -> list[Sample]:
     """The first so many of the fixed lengths, with random tokens; lengths are repeated where there are too few."""
-    rows = json.loads((FOLDER / "end_to_end.json").read_text())["samples"]
+    rows = json.loads((FOLDER / "end_to_end" / "samples.json").read_text())["samples"]
     generator = torch.Generator().manual_seed(0)
     made = []
     for pictures, question, answer in (rows[index % len(rows)] for index in range(number)):

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from transformers import TextStreamer
 
+from lynx.conversation import Sample
 from lynx.model import LynxForConditionalGeneration
-from lynx.processor import LynxProcessor, Sample
+from lynx.processor import LynxProcessor
 
 # Table 6 of arXiv 2307.02469, as options of transformers' generate.
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -23,8 +23,9 @@ def test_python(code):
 
 
 def test_commands_are_known():
-    commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith(".venv/bin/lynx ")]
-    assert len(commands) == 5
+    lines = [line for block in blocks("bash") for line in block.replace("\\\n", "").splitlines()]
+    commands = [line for line in lines if line.startswith(".venv/bin/lynx ")]
+    assert len(commands) == 8
     for command in commands:
         _parser().parse_args(shlex.split(command, comments=True)[1:])
 

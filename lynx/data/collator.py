@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 
 from transformers import BatchFeature
 
+from lynx.conversation import IGNORED, Sample
 from lynx.data.broken import Broken
 from lynx.data.stream import Encoded
-from lynx.processor import IGNORED, LynxProcessor, Sample
+from lynx.processor import LynxProcessor
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Collator:
         batch = self.processor.pack(samples, generator=generators, always_vision=self.always_vision)
         supervised: Counter[str] = Counter()
         for item in encoded:
-            supervised[item.dataset] += sum(label != IGNORED for label in item.sample.labels)
+            supervised[item.dataset] += item.sample.num_supervised
         batch["report"] = Report(
             samples=Counter(item.dataset for item in encoded),
             supervised_tokens=supervised,

@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch.utils.data import Dataset, Sampler
 
+from lynx.conversation import Sample
 from lynx.data.broken import Broken, TooManyBrokenError
 from lynx.data.mixture import Mixture, Reference
 from lynx.data.prompts import Prompts
-from lynx.processor import LynxProcessor, Sample
+from lynx.processor import LynxProcessor
 from lynx_kernels import PackPlanner
 
 _VERSION = 1  # of the state

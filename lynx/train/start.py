@@ -25,6 +25,7 @@ from transformers import (
 
 from lynx import checkpoint, presets
 from lynx.config import LynxConfig
+from lynx.conversation import PROMPT
 from lynx.data.collator import Collator
 from lynx.data.mixture import Mixture, paper_groups
 from lynx.data.prompts import Prompts
@@ -33,7 +34,7 @@ from lynx.data.sources import open_mixture
 from lynx.data.stream import PackDataset, PackSampler
 from lynx.data.tokenizer import train_tokenizer
 from lynx.model import LynxForConditionalGeneration
-from lynx.processor import PROMPT, LynxProcessor
+from lynx.processor import LynxProcessor
 from lynx.train import parts
 from lynx.train.recipe import Recipe, RecipeError, Stage
 from lynx_kernels.integrations import transformers as attention_integration

@@ -336,6 +336,7 @@ def test_left_out_is_stored_and_shown():
         "flash-attn repeated",
         "xformers repeated",
         "lynx triton",
+        "lynx cuda",
     }
     assert "left out" in as_text(rows)
     assert "runs on GPUs only" in as_text(rows)

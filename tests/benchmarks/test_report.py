@@ -40,12 +40,13 @@ def invented():
 def test_machines_stay_apart_and_losses_are_shown():
     text = report.text(newest(invented()))
     on_a, on_b, on_c = text.split("\n## ")[1:]
-    assert "| forward | fp32 d=8 | **0.25** compile | 2.00 eager |" in on_a  # the chosen one, not the best of ours
+    assert "| d=8 T=1 | **0.25** compile |" in on_a  # the chosen one, not the best of ours
+    assert "| d=8 T=2048 | 2.00 eager |" in on_a
     assert "in 1 of 2 cases, at worst 0.25 times as fast (forward, fp32 d=8 T=1)" in on_a
     assert "| fp32 d=8 T=1 | **0.50 (0.50-0.50)** | lynx cpu | 20 (20-20) | - | 20 % | - | - |" in on_a
     assert "- forward, fp32 d=8 T=1: lynx cpu takes 4.00 (4.00-4.00) times the time of compile" in on_a
     assert "stale" not in text  # the older run
-    assert "| forward | fp32 d=8 | 7.00 eager |" in on_b
+    assert "| workload | fp32 forward |\n| --- | --- |\n| d=8 T=1 | 7.00 eager |" in on_b
     assert "None: in every case" in on_b
     assert "**not right**" in on_c
     assert "lynx cpu is WRONG: nonsense" in on_c
@@ -71,7 +72,10 @@ def test_readme_table_picks_columns_evenly():
 
 
 def test_plots_are_written_and_stale_ones_go(tmp_path):
-    append(invented(), tmp_path / "results" / "a.csv")
+    grown = [
+        row for t in range(3) for row in timed({"eager": 2, "lynx cpu": 1}, shape=f"bf16 d=8 T={2**t}", device="B")
+    ]
+    append([*invented(), *grown], tmp_path / "results" / "a.csv")
     [target] = report.write(tmp_path / "results")
     linked = set(re.findall(r"plots/([^)]+)", target.read_text()))
     assert linked == {path.name for path in (tmp_path / "plots").iterdir()}

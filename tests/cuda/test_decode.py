@@ -18,8 +18,8 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SEVERAL_CHUNKS = [2, 0, 0, 1, 2, 0], [137, 0, 50, 5], [5, 40, 133, 17, 16, 18]
 
 
-def case_of(queries, batch=SEVERAL_CHUNKS, **options):
-    return cache_case(queries, batch, impl="cuda", **options)
+def case_of(queries, batch=SEVERAL_CHUNKS, *shape, **options):
+    return cache_case(queries, batch, *shape, impl="cuda", **options)
 
 
 def check(*args, **options):

@@ -116,7 +116,7 @@ def test_a_new_model_replaces_the_old_one_whole(folder, model, processor, monkey
     with torch.no_grad():
         model.resampler.latents += 1
     save = model.save_pretrained
-    monkeypatch.setattr(model, "save_pretrained", lambda path: save(path, max_shard_size="20KB"))
+    monkeypatch.setattr(model, "save_pretrained", lambda path, **options: save(path, max_shard_size="20KB", **options))
     checkpoint.save(folder, model, processor)
     assert len(list(folder.glob("model-*.safetensors"))) > 1
     assert torch.equal(checkpoint.load(folder)[0].resampler.latents, model.resampler.latents)

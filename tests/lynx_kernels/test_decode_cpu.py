@@ -231,7 +231,8 @@ def test_which_and_refusals(monkeypatch):
     for tensor in case.inputs:
         tensor.requires_grad_()
         choice = ask(*case.inputs, *indices)
-        assert (choice.name, choice.refused["cpu"]) == ("reference", "has no gradient, and an argument requires one")
+        assert choice.name == "reference"
+        assert choice.refused["cpu"] == "the C++ kernels of decoding have no gradient, and an argument requires one"
         with torch.no_grad():
             assert ask(*case.inputs, *indices).name == "cpu"
         tensor.requires_grad_(False)

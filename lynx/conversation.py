@@ -1,0 +1,167 @@
+"""Conversations in transformers' messages format, as the tokens of a row and what of them is to be learned."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from lynx.images import ImageSource
+from lynx.videos import VideoSource
+
+PROMPT = "User: {question}\nBot:"
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation, ready to be packed or padded with others.
+
+    Attributes:
+        media: the frames of each item in the order they appear, an image has one; or a video file.
+        is_video: whether each item is a video, whose frames have positions.
+        token_ids: of the text; with prefix fusion the vision tokens of all media stand before it in the row.
+        labels: the token ids to learn, -100 at the others.
+        places: how many of the tokens stand before each item, for cross-attention; None for none.
+        branch_lengths: where the text is several about the same media, the lengths of these; else empty.
+    """
+
+    media: list[list[ImageSource] | VideoSource]
+    is_video: list[bool]
+    token_ids: list[int]
+    labels: list[int]
+    places: list[int] | None = None
+    branch_lengths: tuple[int, ...] = ()
+
+    @property
+    def num_supervised(self) -> int:
+        """How many tokens are to be learned."""
+        return sum(label != IGNORED for label in self.labels)
+
+
+class ConversationEncoder:
+    """Makes ``Sample`` of conversations: ``BOS User: question\\nBot: answer EOS``.
+
+    Args:
+        tokenizer: a fast one, with BOS and EOS tokens.
+        max_frames: frames a video may have.
+        lowercase: whether text is lower-cased.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_frames: int, lowercase: bool):
+        self.tokenizer, self.max_frames, self.lowercase = tokenizer, max_frames, lowercase
+
+    def encode(self, messages: Sequence[dict[str, Any]]) -> Sample:
+        """One conversation; arguments and errors as of ``LynxProcessor.encode``."""
+        media: list[list[ImageSource] | VideoSource] = []
+        is_video = []
+        token_ids, labels = [self.tokenizer.bos_token_id], [IGNORED]
+        places: list[int] = []
+        marks: list[int] = []  # where media stand in the text that is not tokenised yet
+        if not messages:
+            raise ValueError("the conversation is empty: it has no messages")
+        prompt = ""
+        for turn, message in enumerate(messages):
+            if not isinstance(message, dict):
+                raise ValueError(f"message {turn} is a {type(message).__name__}, expected a dict with role and content")
+            expected = "assistant" if turn % 2 else "user"
+            if message.get("role") != expected:
+                raise ValueError(f"message {turn} has role {message.get('role')!r}, expected {expected!r}")
+            text, before = "", []
+            for part in _parts(message.get("content"), turn):
+                if part.get("type") == "text" and isinstance(part.get("text"), str):
+                    text += part["text"]
+                elif part.get("type") == "image" and "image" in part:
+                    media.append([part["image"]])
+                    is_video.append(False)
+                    before.append(text)
+                elif part.get("type") == "video" and "video" in part:
+                    media.append(self._frames(part["video"], turn))
+                    is_video.append(True)
+                    before.append(text)
+                else:
+                    raise ValueError(f"message {turn} has a content part that is no text, image or video: {part}")
+            text = self._normalise(text).strip()
+            if not text:
+                raise ValueError(f"message {turn} ({expected}) has an empty text")
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"message {turn} ({expected}) has a text that is no valid Unicode: {error}") from error
+            offsets = [min(len(self._normalise(each).lstrip()), len(text)) for each in before]
+            if expected == "user":
+                head = ("\n" if turn else "") + PROMPT.partition("{question}")[0]
+                prompt = ("\n" if turn else "") + PROMPT.format(question=text)
+                marks = [len(head) + offset if offset else 0 for offset in offsets]
+            else:
+                marks += [len(prompt) + (1 + offset if offset else 0) for offset in offsets]
+                self._append(token_ids, labels, prompt, " " + text, marks, places)
+        if expected == "user":
+            self._append(token_ids, labels, prompt, None, marks, places)
+        return Sample(media, is_video, token_ids, labels, places)
+
+    def encode_branches(self, conversations: Sequence[Sequence[dict[str, Any]]]) -> Sample:
+        """Several conversations about the same media; arguments and errors as of ``LynxProcessor.encode_branches``."""
+        if not conversations:
+            raise ValueError("there are no conversations")
+        first, *others = [self.encode(messages) for messages in conversations]
+        if not others:
+            return first
+        if any(other.media for other in others):
+            raise ValueError("several conversations are about the media of the first, so only that one may have some")
+        return replace(
+            first,
+            token_ids=[token for each in (first, *others) for token in each.token_ids],
+            labels=[label for each in (first, *others) for label in each.labels],
+            branch_lengths=tuple(len(each.token_ids) for each in (first, *others)),
+        )
+
+    def _frames(self, frames: Any, turn: int) -> list[ImageSource] | VideoSource:
+        if isinstance(frames, VideoSource):
+            return frames
+        if not isinstance(frames, Sequence):
+            raise ValueError(f"message {turn}: a video is a list of frames or a file, got {type(frames).__name__}")
+        if not 1 <= len(frames) <= self.max_frames:
+            raise ValueError(f"message {turn}: a video has {len(frames)} frames, expected 1 to {self.max_frames}")
+        return list(frames)
+
+    def _append(
+        self,
+        token_ids: list[int],
+        labels: list[int],
+        prompt: str,
+        answer: str | None,
+        marks: list[int],
+        places: list[int],
+    ) -> None:
+        # Tokenised in one piece, so that training and generation cut the text at the same places; offsets then tell
+        # which tokens belong to the answer.
+        encoding = self.tokenizer(
+            prompt + (answer or ""),
+            add_special_tokens=False,
+            split_special_tokens=True,  # a "</s>" that somebody wrote is text, not the end
+            return_offsets_mapping=True,
+        )
+        ids = encoding["input_ids"]
+        ends = [end for _, end in encoding["offset_mapping"]]
+        # A token that is cut by an item's place stands after it.
+        places += [len(token_ids) + sum(end <= mark for end in ends) for mark in marks]
+        token_ids += ids
+        if answer is None:
+            labels += [IGNORED] * len(ids)
+            return
+        in_answer = [end > len(prompt) for end in ends]
+        labels += [token if learn else IGNORED for token, learn in zip(ids, in_answer, strict=True)]
+        token_ids.append(self.tokenizer.eos_token_id)
+        labels.append(self.tokenizer.eos_token_id)
+
+    def _normalise(self, text: str) -> str:
+        return text.lower() if self.lowercase else text
+
+
+def _parts(content: Any, turn: int) -> list[dict[str, Any]]:
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    if isinstance(content, Sequence) and all(isinstance(part, dict) for part in content):
+        return list(content)
+    raise ValueError(f"message {turn} has content of type {type(content).__name__}, expected text or a list of parts")
