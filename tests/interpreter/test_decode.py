@@ -140,7 +140,7 @@ def test_gradients_are_refused():
         tensor.requires_grad_()
         reason = which(call, *case.inputs, *indices).refused["triton"]
         assert reason == "the Triton kernels of decoding have no gradient, and an argument requires one"
-        with pytest.raises(RuntimeError, match=r"impl='triton' cannot run this call: has no gradient"):
+        with pytest.raises(RuntimeError, match=r"impl='triton' cannot run this call: .* have no gradient"):
             case.operation(*case.inputs)
         with torch.no_grad():
             assert which(call, *case.inputs, *indices, impl="triton").name == "triton"
