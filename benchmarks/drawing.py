@@ -193,8 +193,8 @@ def _scale(side: Any, figure: Figure) -> None:
         set_limits(0, None)
         return
     # One scale for all panels, at least wide enough for three ticks.
-    ratios = [row.p50 for panel in figure.panels.values() for row in _rows(panel)]
+    rows = [row for panel in figure.panels.values() for row in _rows(panel)]
     set_scale("log")
     side.set_ticks(_TICKS, [f"{tick:g}" for tick in _TICKS])
     side.minorticks_off()
-    set_limits(min(*ratios, 0.7) / 1.1, max(*ratios, 1.5) * 1.1)
+    set_limits(min(0.7, *(row.p20 for row in rows)) / 1.1, max(1.5, *(row.p80 for row in rows)) * 1.1)

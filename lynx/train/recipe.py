@@ -250,7 +250,7 @@ def _set(values: dict[str, Any], key: str, value: Any, where: str) -> None:
 
 
 def _suggestion(near: list[str]) -> str:
-    return f"; did you mean {' or '.join(near)}?" if near else ""
+    return f"; did you mean {' or '.join(dict.fromkeys(near))}?" if near else ""
 
 
 def _checked(values: dict[str, Any]) -> Recipe:

@@ -19,17 +19,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lynx_kernels import host
+from lynx_kernels import host, onednn
 from lynx_kernels.adapter.activations import ACTIVATION_GRADIENTS, ACTIVATIONS
 
-# Asked once: torch.compile cannot trace the questions.
-_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-_HAS_BF16 = _HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 _DTYPES = (torch.float32, torch.bfloat16)
-# Preparing a oneDNN call costs about 10 us. On Zen 4 in fp32, F.linear takes 0.3-0.9 of oneDNN's time below both bounds
-# (d=1024, r=64, T=1: 0.3-0.4) and 1.1-3.9 above either; in bf16 it calls oneDNN itself and never wins.
+# Below this many, a product of fp32 with a small weight is PyTorch's (lynx_kernels.onednn says how small).
 _FEW_TOKENS = 64
-_SMALL_WEIGHT = 2**17
 
 # Up to here the C++ form wins. On Zen 4 with two threads and cold weights, d=1024, r=512, T = 1, 16, 64, eager takes
 # 1.9, 2.7, 1.25 times its time in fp32 and 2.1, 1.7, 1.05 times in bf16; the form below 0.8-1.1 times everywhere.
@@ -42,7 +37,7 @@ def refusal(x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, dow
     """Why this implementation cannot run the call, or None."""
     if x.device.type != "cpu":
         return f"runs on CPUs, x is on {x.device}"
-    if not _HAS_ONEDNN:
+    if not onednn.HAS_LINEAR:
         return "this PyTorch is built without oneDNN's fused linear"
     if 0 in down_weight.shape:
         return f"down_weight is empty: {tuple(down_weight.shape)}"
@@ -52,19 +47,15 @@ def refusal(x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, dow
     for name, dtype in (("x", x.dtype), ("the products", compute)):
         if dtype not in _DTYPES:
             return f"computes in fp32 and bf16, {name} would be {dtype}"
-    if compute == torch.bfloat16 and not _HAS_BF16:
+    if compute == torch.bfloat16 and not onednn.HAS_BF16:
         return "oneDNN has no bf16 on this processor"
     return None
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if x.dtype == torch.float32 and x.shape[0] < _FEW_TOKENS and weight.numel() <= _SMALL_WEIGHT:
+    if x.dtype == torch.float32 and x.shape[0] < _FEW_TOKENS and weight.numel() <= onednn.SMALL_WEIGHT:
         return F.linear(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-def _linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, summand: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise.binary(x, summand, weight, bias, "add")
+    return onednn.linear(x, weight, bias)
 
 
 def _cast(tensor: _T, dtype: torch.dtype) -> _T:
@@ -104,7 +95,7 @@ def forward(
     activated = ACTIVATIONS[activation](preactivation)  # (T, r)
     if stream.dtype == compute and x.shape[0] >= _FEW_TOKENS:
         up_bias = None if up_bias is None else scale * up_bias
-        out = _linear_add(activated.mul_(scale), up_weight, up_bias, stream)
+        out = onednn.linear_add(activated.mul_(scale), up_weight, up_bias, stream)
     else:  # few tokens: one pass over the output is quicker than the two small operations before the product
         up = _cast(_linear(activated, up_weight, up_bias), stream.dtype)  # (T, d)
         out = torch.addcmul(stream, up, scale, out=up)

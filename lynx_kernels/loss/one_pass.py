@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lynx_kernels import onednn
 from lynx_kernels.dtypes import wide
 from lynx_kernels.loss import rows as supervised_rows
 
 CHUNK = 512  # rows; 65 MB of logits in fp32 with 32000 tokens
-
-_HAS_BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def refusal(hidden: Tensor, weight: Tensor, labels: Tensor, reduction: str) -> str | None:
@@ -48,7 +47,7 @@ def forward(
         supervised = (labels[rows] != ignore_index)[:, None]  # (n, 1)
         label = torch.where(supervised, labels[rows][:, None], 0)
         x = torch.where(supervised, hidden[rows], 0).to(compute)  # (n, d); unsupervised rows may hold nan
-        logarithms = F.log_softmax(_product(x, weight.t()), -1, dtype=total.dtype)  # (n, V)
+        logarithms = F.log_softmax(_times_weight(x, weight.t()), -1, dtype=total.dtype)  # (n, V)
         losses = (label_smoothing - 1) * logarithms.gather(1, label)
         if label_smoothing:
             losses -= label_smoothing * logarithms.mean(-1, keepdim=True)
@@ -60,7 +59,7 @@ def forward(
         grad_logits = grad_logits.mul_(supervised).to(compute)
         del logarithms  # the wide copy
         if needs_hidden:
-            grad_hidden[rows] = _product(grad_logits, weight).to(hidden.dtype)
+            grad_hidden[rows] = _times_weight(grad_logits, weight).to(hidden.dtype)
         if needs_weight:
             grad_weight = _add_product(grad_weight, grad_logits.t(), x)
     if grad_weight is None:
@@ -73,11 +72,19 @@ def summed_dtype(weight: Tensor) -> torch.dtype:
     return torch.float32 if weight.dtype == torch.float16 else weight.dtype
 
 
+def _times_weight(left: Tensor, right: Tensor) -> Tensor:
+    # _product where right is the weight or its transpose. In fp32 on CPUs oneDNN is the quicker one there: Zen 4, 52 and
+    # 512 rows, V=32000, d=512, logits 2.8 and 1.2 times as fast, hidden's gradient 1.2 and 1.1. Not so the weight's.
+    if left.dtype == torch.float32 and left.is_cpu and onednn.HAS_LINEAR and right.numel() > onednn.SMALL_WEIGHT:
+        return onednn.linear(left, right.t())
+    return _product(left, right)
+
+
 def _product(left: Tensor, right: Tensor) -> Tensor:
     # left @ right, of one dtype, with sums in at least fp32.
     if left.is_cuda and left.dtype.itemsize == 2:
         return torch.mm(left, right, out_dtype=torch.float32)
-    if left.dtype == torch.bfloat16 and left.is_cpu and _HAS_BF16:
+    if left.dtype == torch.bfloat16 and left.is_cpu and onednn.HAS_BF16:
         return left @ right
     return left.to(wide(left.dtype)) @ right.to(wide(right.dtype))
 

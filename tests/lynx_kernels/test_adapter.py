@@ -6,8 +6,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from lynx_kernels import dispatch, triton_runtime
-from lynx_kernels.adapter import _IMPLEMENTATIONS, adapter, cpu, reference
+from lynx_kernels import dispatch, onednn, triton_runtime
+from lynx_kernels.adapter import _IMPLEMENTATIONS, adapter, reference
 from tests.lynx_kernels.helpers import check, check_results, count_compilations, dtensors, permuted, run
 from tests.numbers import assert_within_budget
 
@@ -380,9 +380,9 @@ def test_cpu_refuses(monkeypatch):
     with torch.autocast("cpu", torch.float16):
         assert reason(*inputs).endswith("the products would be torch.float16")
         assert adapter(*inputs).isfinite().all()
-    monkeypatch.setattr(cpu, "_HAS_BF16", False)
+    monkeypatch.setattr(onednn, "HAS_BF16", False)
     assert reason(*make(dtype=torch.bfloat16)[0]) == "oneDNN has no bf16 on this processor"
-    monkeypatch.setattr(cpu, "_HAS_ONEDNN", False)
+    monkeypatch.setattr(onednn, "HAS_LINEAR", False)
     assert "without oneDNN" in reason(*inputs)
     with pytest.raises(RuntimeError, match="impl='cpu' cannot run this call: this PyTorch is built without oneDNN"):
         adapter(*inputs, impl="cpu")

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lynx_kernels import dispatch, loss
+from lynx_kernels import dispatch, loss, onednn
 from lynx_kernels.loss import linear_cross_entropy, one_pass, reference, rows
 from tests.lynx_kernels.helpers import check, count_compilations, dtensors, permuted, run
 from tests.numbers import assert_within_budget
@@ -89,6 +89,14 @@ def test_equals_cross_entropy(rows, dtype, reduction, label_smoothing):
     if reduction == "none":
         grad = torch.randn(rows, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         check(with_options(linear_cross_entropy, **options), with_options(naive, **options), inputs, grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_weight(dtype):
+    """In fp32 on CPUs its products are other functions'."""
+    inputs = make(37, 70, 2000, dtype=dtype)
+    assert inputs[1].numel() > onednn.SMALL_WEIGHT
+    check(linear_cross_entropy, naive, inputs)
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.2, 1.0])
@@ -314,7 +322,7 @@ def test_autocast(compiled, preferred):
     with torch.autocast("cpu", torch.bfloat16):
         actual = run(function, (hidden, weight, labels), None)
     rounded = hidden.bfloat16(), weight.bfloat16()
-    logits = torch.bfloat16 if preferred == "one_pass" and one_pass._HAS_BF16 else torch.float32
+    logits = torch.bfloat16 if preferred == "one_pass" and onednn.HAS_BF16 else torch.float32
     exact = run(naive, (*(each.double() for each in rounded), labels), None)
     plain = run(naive, (*(each.to(logits) for each in rounded), labels), None)
     precisions = logits, torch.bfloat16, torch.bfloat16  # gradients are products in bf16
