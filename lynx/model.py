@@ -12,6 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from lynx import vision
 from lynx.cache import SharedRootCache
 from lynx.config import LynxConfig
+from lynx.conversation import IGNORED
 from lynx.fusion import cross_attention, fuse, prefix
 from lynx.fusion.cross_attention import Media
 from lynx.projection import Projection
@@ -325,7 +326,7 @@ class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, Genera
         if layout is not None:
             targets = layout.shift_labels(labels[0])
         else:
-            targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100).flatten()
+            targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
         weight = self.get_output_embeddings().weight
         return linear_cross_entropy(
             hidden.flatten(0, 1), weight, targets, num_items=num_items, max_supervised=max_supervised

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lynx import vision
+from lynx.conversation import IGNORED
 from lynx.model import LynxForConditionalGeneration
 from lynx.train.parts import part_of
 
@@ -61,7 +62,7 @@ class StepFlops:
             "media": frames * self.tokens_per_frame,
             "latents": items * config.num_latents,
             "tokens": batch["input_ids"].numel(),
-            "supervised": int((batch["labels"] != -100).sum()),
+            "supervised": int((batch["labels"] != IGNORED).sum()),
         }
         total = sum(self.per_row[name] * count for name, count in rows.items())
         # Attention: two products of every visible pair and channel forward, four backward.

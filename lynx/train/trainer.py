@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
+from lynx.conversation import IGNORED
 from lynx.data.broken import BrokenRecords
 from lynx.model import LynxForConditionalGeneration
 from lynx.train import checkpoints, flops, parts
@@ -131,7 +132,7 @@ class LynxTrainer(Trainer):
             if self.broken is not None:
                 self.broken.add(report.broken)
         window = self._window
-        window.supervised += int((batch["labels"] != -100).sum())
+        window.supervised += int((batch["labels"] != IGNORED).sum())
         window.tokens += batch["input_ids"].numel()
         window.capacity += self.token_budget
 

@@ -1,6 +1,5 @@
 """The CUDA kernels of prefix_attention_decode, run on the CPU through the implementation that launches them."""
 
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -9,7 +8,12 @@ import torch
 from lynx_kernels import prefix_attention_decode
 from lynx_kernels.dispatch import which
 from tests.cuda.host_kernels import KernelError, launches
-from tests.lynx_kernels.attention_cases import assert_case_within_budget, cache_case
+from tests.lynx_kernels.attention_cases import (
+    assert_case_within_budget,
+    cache_case,
+    nothing_to_decode,
+    without_root_keys,
+)
 from tests.lynx_kernels.helpers import permuted
 
 pytestmark = pytest.mark.usefixtures("on_host")
@@ -121,18 +125,14 @@ def test_strides_of_indices():
 
 
 def test_roots_without_keys():
-    case = case_of(2, ([0, 1], [0, 0], [3, 2]))
-    without_room = [each[:, :0] if i in (1, 2) else each for i, each in enumerate(case.inputs)]
-    for inputs in (case.inputs, without_room):
-        assert_case_within_budget(replace(case, inputs=inputs), gradients=False)
+    for case in without_root_keys(case_of):
+        assert_case_within_budget(case, gradients=False)
 
 
 @pytest.mark.parametrize(("branches", "queries"), [(0, 1), (2, 0)])
 def test_nothing_to_decode(branches, queries):
-    root, branch, q = torch.ones(1, 3, 1, 16), torch.ones(branches, 2, 1, 16), torch.ones(branches, queries, 1, 16)
-    indices = [torch.zeros(branches, dtype=torch.int32), torch.ones(1, dtype=torch.int32)]
-    indices.append(torch.ones(branches, dtype=torch.int32))
-    assert prefix_attention_decode(q, root, root, branch, branch, *indices, impl="cuda").shape == q.shape
+    inputs = nothing_to_decode(branches, queries)
+    assert prefix_attention_decode(*inputs, impl="cuda").shape == inputs[0].shape
 
 
 def test_the_order_of_threads_changes_nothing(on_host):

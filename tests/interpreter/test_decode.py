@@ -1,4 +1,3 @@
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -11,7 +10,9 @@ from tests.lynx_kernels.attention_cases import (
     SEVERAL_TILES,
     assert_case_within_budget,
     cache_case,
+    nothing_to_decode,
     other_strides,
+    without_root_keys,
 )
 from tests.lynx_kernels.helpers import permuted
 
@@ -108,18 +109,14 @@ def test_dtypes_that_differ(narrow):
 
 
 def test_roots_without_keys():
-    case = case_of(2, ([0, 1], [0, 0], [3, 2]))
-    without_room = [each[:, :0] if i in (1, 2) else each for i, each in enumerate(case.inputs)]
-    for inputs in (case.inputs, without_room):
-        assert_case_within_budget(replace(case, inputs=inputs), gradients=False)
+    for case in without_root_keys(case_of):
+        assert_case_within_budget(case, gradients=False)
 
 
 @pytest.mark.parametrize(("branches", "queries"), [(0, 1), (2, 0)])
 def test_nothing_to_decode(branches, queries):
-    root, branch, q = torch.ones(1, 3, 1, 16), torch.ones(branches, 2, 1, 16), torch.ones(branches, queries, 1, 16)
-    indices = [torch.zeros(branches, dtype=torch.int32), torch.ones(1, dtype=torch.int32)]
-    indices.append(torch.ones(branches, dtype=torch.int32))
-    assert prefix_attention_decode(q, root, root, branch, branch, *indices, impl="triton").shape == q.shape
+    inputs = nothing_to_decode(branches, queries)
+    assert prefix_attention_decode(*inputs, impl="triton").shape == inputs[0].shape
 
 
 def test_parts_are_counted_by_the_programs_that_work(monkeypatch):

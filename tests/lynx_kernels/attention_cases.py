@@ -1,7 +1,7 @@
 """Calls of the three attentions, each beside the same call of plain attention: the cases that their tests run over."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
@@ -118,6 +118,20 @@ SEVERAL_TILES = [2, 0, 0, 1, 2, 0], [37, 0, 50, 5], [5, 40, 33, 17, 16, 18]
 def cache_case(queries, batch=SEVERAL_TILES, heads=2, kv_heads=1, dim=24, dtype=torch.float32, **options):
     """A case of decoding whose caches hold NaN behind the lengths."""
     return poison_behind_lengths(decode_case(queries, heads, kv_heads, dim, dtype, batch=batch, **options))
+
+
+def without_root_keys(case_of):
+    """Cases of ``case_of`` in which no root has a key: there is room for some, and there is none."""
+    case = case_of(2, ([0, 1], [0, 0], [3, 2]))
+    yield case
+    yield replace(case, inputs=[each[:, :0] if i in (1, 2) else each for i, each in enumerate(case.inputs)])
+
+
+def nothing_to_decode(branches, queries):
+    """The arguments of decoding for a root and so many branches and queries, one of them 0."""
+    root, branch, q = torch.ones(1, 3, 1, 16), torch.ones(branches, 2, 1, 16), torch.ones(branches, queries, 1, 16)
+    to_root, branch_lengths = torch.zeros(branches, dtype=torch.int32), torch.ones(branches, dtype=torch.int32)
+    return q, root, root, branch, branch, to_root, torch.ones(1, dtype=torch.int32), branch_lengths
 
 
 def other_strides(inputs):
