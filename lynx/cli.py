@@ -125,6 +125,7 @@ def _ask(options: argparse.Namespace) -> None:
     import torch
 
     from lynx import generation
+    from lynx.streaming import AnswerStreamer
 
     pictures, questions = options.picture, options.questions
     if not questions and pictures:
@@ -151,17 +152,16 @@ def _ask(options: argparse.Namespace) -> None:
         conversations = generation.describe_first(model, processor, conversations)
     samples = [processor.encode(messages) for messages in conversations]
     about = [f"{' '.join(map(str, item))}: {question}" for item in items for question in questions]
+    titles = about if len(about) > 1 else None
     beams = search.get("num_beams", generation.SETTINGS.get(options.settings, {}).get("num_beams", 1))
     streams = beams == 1  # of several beams nobody knows the answer before the end
     if streams:
-        search["streamer"] = generation.FirstAnswerStreamer(processor)
-        print(f"{about[0]}\n" if len(about) > 1 else "", end="", flush=True)
+        search["streamer"] = AnswerStreamer(processor, titles)
     start = time.perf_counter()
     answers = generation.generate_answers(model, processor, samples, settings=options.settings, **search)
     seconds = time.perf_counter() - start
-    for number, each in enumerate(answers):
-        if number > 0 or not streams:
-            print(f"{about[number]}\n{each.text}" if len(about) > 1 else each.text)
+    for number, each in enumerate([] if streams else answers):
+        print(each.text if titles is None else f"{titles[number]}\n{each.text}")
     tokens = sum(len(each.token_ids) for each in answers)
     print(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s", file=sys.stderr)
 

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import TextStreamer
+from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
 
 from lynx.conversation import Sample
 from lynx.model import LynxForConditionalGeneration
@@ -70,9 +71,10 @@ def generate_answers(
     Args:
         samples: what ``processor.encode`` made of the conversations.
         settings: a name of ``SETTINGS``; without one, greedy and at most 64 new tokens.
-        options: any of transformers' ``generate``, before the settings' own: ``num_beams``, ``do_sample``,
-            ``streamer``, ... Where roots are shared (``model.shares_roots``), ``no_repeat_ngram_size`` and its like
-            look at the new tokens alone, as with every decoder that is given embeddings; elsewhere at the question too.
+        options: any of transformers' ``generate``, before the settings' own: ``num_beams``, ``do_sample``, ... A
+            ``streamer`` gets the samples' rows in their order. Where roots are shared (``model.shares_roots``),
+            ``no_repeat_ngram_size`` and its like look at the new tokens alone, as with every decoder that is given
+            embeddings; elsewhere at the question too.
 
     Raises:
         ValueError: there are no settings of this name.
@@ -83,18 +85,38 @@ def generate_answers(
     options = {**(_DEFAULTS if settings is None else SETTINGS[settings]), **options}
     if model.shares_roots(options):
         groups = _by_pictures(samples)
-        rows = _generate_shared(model, processor, [[samples[i] for i in group] for group in groups], options)
         numbers = [i for group in groups for i in group]
+        if options.get("streamer") is not None:
+            options["streamer"] = _InOrder(options["streamer"], numbers)
+        rows = _generate_shared(model, processor, [[samples[i] for i in group] for group in groups], options)
+        rows = [rows[row] for row in _places(numbers, len(rows))]
     else:
         batch = processor.pad(samples).to(model.device)
         del batch["labels"], batch["max_supervised"]
         rows = model.generate(**batch, **options)[:, batch["input_ids"].shape[1] :].tolist()
-        numbers = list(range(len(samples)))
-    repeats = len(rows) // len(numbers)  # num_return_sequences
-    places = sorted(range(len(rows)), key=lambda row: numbers[row // repeats])
     eos = processor.tokenizer.eos_token_id
-    new = [rows[row][: rows[row].index(eos) + 1] if eos in rows[row] else rows[row] for row in places]
+    new = [row[: row.index(eos) + 1] if eos in row else row for row in rows]
     return [Answer(processor.answer_of(torch.tensor(ids, dtype=torch.int64)), ids) for ids in new]
+
+
+def _places(numbers: Sequence[int], rows: int) -> list[int]:
+    """Which row stands at each place, in the order of the samples: ``numbers`` are those of the rows' samples, each of
+    which may have several rows, answers of its own."""
+    repeats = rows // len(numbers)
+    return sorted(range(rows), key=lambda row: numbers[row // repeats])
+
+
+class _InOrder(BaseStreamer):
+    """Hands a streamer the rows in the order of the samples."""
+
+    def __init__(self, streamer: BaseStreamer, numbers: Sequence[int]):
+        self._streamer, self._numbers = streamer, numbers
+
+    def put(self, value: Tensor) -> None:
+        self._streamer.put(value[_places(self._numbers, len(value))])
+
+    def end(self) -> None:
+        self._streamer.end()
 
 
 def check_settings(name: str | None) -> None:
@@ -192,21 +214,3 @@ def _split(content: Any) -> tuple[list[Any], Any]:
     is_text = [isinstance(part, dict) and part.get("type") == "text" for part in content]
     parts = list(zip(content, is_text, strict=True))
     return [part for part, text in parts if not text], [part for part, text in parts if text]
-
-
-class FirstAnswerStreamer(TextStreamer):
-    """Prints the first row's answer as its tokens come; of one beam only, as all of transformers' streamers."""
-
-    def __init__(self, processor: LynxProcessor):
-        super().__init__(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._has_begun = False
-
-    def put(self, value: torch.Tensor) -> None:
-        """Take the next token of every row."""
-        super().put(value[:1])
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Print some more of the answer, without the blank before it."""
-        text = text if self._has_begun else text.lstrip()
-        self._has_begun = self._has_begun or bool(text)
-        super().on_finalized_text(text, stream_end)

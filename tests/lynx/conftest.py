@@ -98,3 +98,24 @@ def samples(processor):
         [*conversation("Odd?", "yes", images=[picture(7)]), *conversation("And even?", "no")],
     ]
     return [processor.encode(messages) for messages in conversations]
+
+
+@pytest.fixture
+def reads(model):
+    """How many tokens the decoder reads in each forward pass."""
+    found = []
+    layer = model.get_decoder().layers[0]
+    layer.register_forward_pre_hook(lambda module, args, kwargs: found.append(args[0].shape[:2]), with_kwargs=True)
+    return found
+
+
+QUESTIONS = ["Which digit is this?", "Odd or even?", "Which digit is that?"]
+
+
+@pytest.fixture
+def asked(processor):
+    """Three questions about one picture, one about a video and one about nothing, mixed."""
+    one, clip = picture(0), [picture(1), picture(2)]
+    first, second, third = (processor.encode(conversation(text, images=[one])) for text in QUESTIONS)
+    video = processor.encode(conversation("Which digits?", videos=[clip]))
+    return [first, video, second, processor.encode(conversation("Hello")), third]
