@@ -9,6 +9,7 @@ Beam search moves branches and ``branch_to_root``, never a root. Where rows of o
 the rest of a row's prompt, its question, is kept once a beam: the root is where the picture is.
 """
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,40 @@ from lynx_kernels import PackedLayout
 from lynx_kernels.integrations.transformers import SharedRoots, packed_mask
 
 BLOCK = 64  # tokens: branches grow by so many, and not at every token
+
+
+class StaticTensors:
+    """Tensors of a cache of static shapes, for one generation after the other: they keep their addresses, so that CUDA
+    graphs which write them can be replayed. While a cache is alive, the next one gets tensors of its own.
+    """
+
+    def __init__(self) -> None:
+        self._tensors: dict[str, Tensor] = {}
+        self._owner: weakref.ref[Cache] | None = None
+
+    def __reduce__(self) -> tuple:
+        return StaticTensors, ()  # a copied or saved model begins with none
+
+    def lend(self, owner: Cache) -> "StaticTensors":
+        """These, if no other cache uses them; else new ones."""
+        if self._owner is not None and self._owner() is not None:
+            return StaticTensors()
+        self._owner = weakref.ref(owner)
+        return self
+
+    def empty(self, name: str, like: Tensor, shape: Sequence[int]) -> Tensor:
+        """A tensor of this name, the one it had before where it is of this shape."""
+        old = self._tensors.get(name)
+        if old is None or (old.shape, old.dtype, old.device) != (torch.Size(shape), like.dtype, like.device):
+            self._tensors[name] = like.new_empty(shape)
+            if not torch.compiler.is_compiling():
+                # Unguarded: tensors of other addresses must not compile everything again.
+                torch._dynamo.mark_static_address(self._tensors[name], guard=False)
+        return self._tensors[name]
+
+    def filled(self, name: str, values: Tensor) -> Tensor:
+        """Likewise, with these values."""
+        return self.empty(name, values, values.shape).copy_(values)
 
 
 class SharedRootCache(Cache):
@@ -38,6 +73,7 @@ class SharedRootCache(Cache):
             of decoding give it more than a prompt.
         max_new_tokens: given, shapes are static: branches have room for so many tokens more, and on GPUs the steps of
             ``generate`` are compiled. Otherwise branches grow.
+        static_tensors: of earlier generations with static shapes, to be used again where they fit.
 
     Raises:
         ValueError: a row has no token at all, or ``prompt`` holds other than the groups' tokens.
@@ -52,6 +88,7 @@ class SharedRootCache(Cache):
         root_is_causal: bool = True,
         prompt_length: int = 1,
         max_new_tokens: int | None = None,
+        static_tensors: StaticTensors | None = None,
     ):
         super().__init__(layers=[])  # all layers are in the same tensors: beams then move in one step
         self.layout = PackedLayout.from_groups(groups, root_is_causal=root_is_causal, device=prompt.device)
@@ -61,6 +98,7 @@ class SharedRootCache(Cache):
         self._num_layers = num_layers
         self._prompt_length = prompt_length
         self._max_new_tokens = max_new_tokens
+        self._static = None if max_new_tokens is None else (static_tensors or StaticTensors()).lend(self)
         self._allocated = 0  # layers that have read the prompt
         self._roots: list[range] = []  # tokens of the packed row
         self._branches: list[tuple[int, range]] = []  # a root's number, tokens
@@ -100,8 +138,10 @@ class SharedRootCache(Cache):
         self._rows = torch.arange(rows, device=device)[:, None]
         self._filled = max(len(each) for _, each in branches)  # of the longest branch; at most, where static
         self._capacity = _in_blocks(self._filled + (self._max_new_tokens or 1))
-        if self.is_compileable:
+        if self._static is not None:
             self._filled = self._capacity
+            for name in ("root_lengths", "branch_lengths", "branch_to_root", "_rows"):
+                setattr(self, name, self._static.filled(name, getattr(self, name)))
         prompt, self.prompt = self.prompt, None
         return {
             "inputs_embeds": prompt,
@@ -138,10 +178,8 @@ class SharedRootCache(Cache):
         keys, values = key_states.transpose(1, 2), value_states.transpose(1, 2)
         if self._allocated < self._num_layers:
             if layer_idx == 0:
-                self.root_keys, self.branch_keys = self._allocate(keys)
-                self.root_values, self.branch_values = self._allocate(values)
-                if self.is_compileable:
-                    self._stay_where_they_are()
+                self.root_keys, self.branch_keys = self._allocate("keys", keys)
+                self.root_values, self.branch_values = self._allocate("values", values)
             self._allocated += 1
             for roots, branches, new in (
                 (self.root_keys, self.branch_keys, keys[0]),
@@ -155,24 +193,14 @@ class SharedRootCache(Cache):
         branch_values = self.branch_values[layer_idx].index_put_(slots, values)
         return branch_keys.transpose(1, 2), branch_values.transpose(1, 2)
 
-    def _allocate(self, new: Tensor) -> tuple[Tensor, Tensor]:
+    def _allocate(self, name: str, new: Tensor) -> tuple[Tensor, Tensor]:
         heads = new.shape[2:]
         longest = max(len(root) for root in self._roots)
-        longest = _in_blocks(longest) if self.is_compileable else longest  # prompts of about one length then fit
-        return (
-            new.new_empty(self._num_layers, len(self._roots), longest, *heads),
-            new.new_empty(self._num_layers, len(self._rows), self._capacity, *heads),
-        )
-
-    def _stay_where_they_are(self) -> None:
-        """Tell the compiler that these tensors keep their addresses: CUDA graphs then write them in place."""
-        if not torch.compiler.is_compiling():
-            for each in (
-                self.root_keys, self.root_values, self.branch_keys, self.branch_values,
-                self.root_lengths, self.branch_lengths, self.branch_to_root, self._rows,
-            ):  # fmt: skip
-                # Unguarded: another generation has other addresses, which must not compile everything again.
-                torch._dynamo.mark_static_address(each, guard=False)
+        branches = (self._num_layers, len(self._rows), self._capacity, *heads)
+        if self._static is None:
+            return new.new_empty(self._num_layers, len(self._roots), longest, *heads), new.new_empty(branches)
+        roots = (self._num_layers, len(self._roots), _in_blocks(longest), *heads)  # prompts of about one length fit
+        return self._static.empty(f"root_{name}", new, roots), self._static.empty(f"branch_{name}", new, branches)
 
     def _grow(self, capacity: int) -> None:
         old = self._capacity

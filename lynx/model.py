@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTraine
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lynx import vision
-from lynx.cache import SharedRootCache
+from lynx.cache import SharedRootCache, StaticTensors
 from lynx.config import LynxConfig
 from lynx.conversation import IGNORED
 from lynx.fusion import cross_attention, fuse, prefix
@@ -63,6 +63,7 @@ class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, Genera
         else:
             self.projection = Projection.from_config(config)
         changed_layers = fuse(language_model.get_decoder().layers, config)
+        self.static_tensors = StaticTensors()
         self.post_init()
         self._no_split_modules = sorted({*(self._no_split_modules or ()), *changed_layers})
 
@@ -346,7 +347,8 @@ class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, Genera
 
         However many beams, or answers of a row, pictures are encoded and prompts read once, into a
         ``SharedRootCache`` (with ``cache_implementation="static"`` one of static shapes, whose steps are compiled on
-        GPUs). Where a cache is passed, or something is asked for that needs another one, transformers' own serves.
+        GPUs, and whose tensors stay allocated for the next generation, in ``static_tensors``). Where a cache is passed,
+        or something is asked for that needs another one, transformers' own serves.
 
         Returns what transformers returns: the prompt, its picture placeholders included, and the new tokens.
         """

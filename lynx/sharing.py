@@ -9,7 +9,7 @@ from transformers import GenerationMixin
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from lynx.cache import SharedRootCache
+from lynx.cache import SharedRootCache, StaticTensors
 from lynx_kernels.integrations import transformers as attention_integration
 
 # Options of generate which read several tokens at once, want what is not computed, or say what the cache knows better.
@@ -21,6 +21,8 @@ _NEED_ANOTHER_CACHE = (
 
 class SharedRootGeneration(GenerationMixin):
     """What a model inherits before ``GenerationMixin`` itself, which transformers looks for among its bases."""
+
+    static_tensors: StaticTensors  # of caches of static shapes, made by the model
 
     def forward_shared(
         self,
@@ -110,6 +112,7 @@ class SharedRootGeneration(GenerationMixin):
             root_is_causal=self.config.prefix_is_causal,
             prompt_length=prompt_length,
             max_new_tokens=max_new_tokens if is_static else None,
+            static_tensors=self.static_tensors,
         )
 
     def create_masks_for_generate(self, *, past_key_values=None, attention_mask=None, **kwargs):

@@ -1,11 +1,13 @@
 """The cache in which rows share roots: what transformers does to it, against full forward passes, in fp64."""
 
+import pickle
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
 from lynx import cache as cache_module
-from lynx.cache import SharedRootCache
+from lynx.cache import SharedRootCache, StaticTensors
 from lynx_kernels import PackedLayout
 from tests.lynx.conftest import make_config, make_model
 
@@ -204,3 +206,58 @@ def test_what_transformers_asks_it(model):
     static = Rows(model, max_new_tokens=8)
     static.read()
     assert static.cache.get_max_length() == 2 * cache_module.BLOCK
+
+
+NAMES = ("root_keys", "root_values", "branch_keys", "branch_values", "root_lengths", "branch_lengths", "branch_to_root")
+
+
+def addresses(cache):
+    return [getattr(cache, name).data_ptr() for name in (*NAMES, "_rows")]
+
+
+def test_static_tensors_serve_one_generation_after_the_other(model):
+    """CUDA graphs write to addresses: the next generation has the same, unless the last one still uses them."""
+    tensors = StaticTensors()
+    first = Rows(model, max_new_tokens=3, static_tensors=tensors)
+    first.read()
+    first.step()
+    before = addresses(first.cache)
+    beside = Rows(model, max_new_tokens=3, static_tensors=tensors)
+    beside.read()
+    assert not set(before) & set(addresses(beside.cache)), "two at a time have tensors of their own"
+    first.step()
+    del first
+    groups = [(root + 1, branches) for root, branches in GROUPS]  # as many rows, other lengths
+    second = Rows(model, groups, max_new_tokens=3, static_tensors=tensors)
+    second.read()
+    assert addresses(second.cache) == before
+    second.step(2)
+    beside.step()
+    del second
+    larger = Rows(model, [*GROUPS, (2, [2])], max_new_tokens=3, static_tensors=tensors)
+    larger.read()
+    larger.step()
+
+
+def test_a_model_keeps_its_static_tensors(model):
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    seen = []
+    forward = model.forward_shared
+
+    def watch(cache, *args, **kwargs):
+        out = forward(cache, *args, **kwargs)
+        seen.append(addresses(cache))
+        return out
+
+    model.forward_shared = watch
+    options = {"cache_implementation": "static", "max_new_tokens": 3, "num_beams": 2}
+    found = [model.generate(ids, **options) for _ in range(2)]
+    assert torch.equal(*found)
+    assert all(each == seen[0] for each in seen)
+    held = model.generate(ids, **options, return_dict_in_generate=True)
+    assert torch.equal(held.sequences, found[0])
+    kept = held.past_key_values.root_keys[:, :, :3].clone()
+    model.generate(ids + 1, **options)
+    assert torch.equal(held.past_key_values.root_keys[:, :, :3], kept), "what a caller holds is left alone"
+    copied = pickle.loads(pickle.dumps(model.static_tensors))
+    assert copied._tensors == {}
