@@ -23,7 +23,7 @@ from lynx.data.prompts import Prompts
 from lynx.processor import LynxProcessor
 from lynx_kernels import PackPlanner
 
-_VERSION = 1  # of the state
+_VERSION = 2  # of the state
 _HOPELESS = 1000  # this many unusable records on end
 
 
@@ -153,6 +153,7 @@ class PackSampler(Sampler[list[Reference | Broken]]):
         self.mixture, self.processor = mixture, processor
         self.token_budget, self.ranks, self.rank, self.lookahead = token_budget, ranks, rank, lookahead
         self.too_long, self.max_steps = too_long, max_steps
+        self._prompts = self.dataset.prompts.fingerprint
         self._states: deque[dict[str, Any]] = deque(maxlen=history)
         self._start = self._state(0, mixture, self._planner(), {}, deque())
 
@@ -220,12 +221,15 @@ class PackSampler(Sampler[list[Reference | Broken]]):
         """Let the next iteration go on from a state of ``state_after``.
 
         Raises:
-            ValueError: it is of another version, seed, mixture, token budget, lookahead or number of ranks; a state of
-                other ranks cannot go on, for the samples that wait were planned for those.
+            ValueError: it is of another version, seed, mixture, token budget, lookahead or number of ranks, or of other
+                prompts; a state of other ranks cannot go on, for the samples that wait were planned for those.
         """
-        for name, value in (("version", _VERSION), ("seed", self.dataset.seed)):
-            if state.get(name) != value:
-                raise ValueError(f"PackSampler: the state has {name}={state.get(name)!r}, this sampler {value}")
+        for name in ("version", "seed", "prompts"):
+            if state.get(name) != self._start[name]:
+                raise ValueError(
+                    f"PackSampler: the state has {name}={state.get(name)!r}, this sampler {self._start[name]!r}; make "
+                    "the sampler as it was when the state was saved, or start anew"
+                )
         copy(self.mixture).load_state_dict(state["mixture"])
         self._planner().load_state_dict(state["planner"])
         self._start = dict(state)
@@ -238,6 +242,7 @@ class PackSampler(Sampler[list[Reference | Broken]]):
         return {
             "version": _VERSION,
             "seed": self.dataset.seed,
+            "prompts": self._prompts,
             "step": step,
             "mixture": mixture.state_dict(),
             "planner": planner.state_dict(),

@@ -188,7 +188,17 @@ def _claim(output: Path, recipe: Recipe, fresh: bool) -> None:
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    old, new = _without_places(old), _without_places(new)
     return [key for key in sorted({*old, *new}) if key not in _FREE and old.get(key) != new.get(key)]
+
+
+def _without_places(value: Any, key: str = "") -> Any:
+    """A recipe without the folders that its data and prompts lie in: checkpoints know the content of these."""
+    if isinstance(value, dict):
+        return {name: _without_places(each, name) for name, each in value.items() if name != "root"}
+    if isinstance(value, list):
+        return [_without_places(each) for each in value]
+    return Path(value).name if key in ("data", "datasets", "path", "prompts") and isinstance(value, str) else value
 
 
 def _folder(recipe: Recipe, index: int) -> Path:

@@ -103,6 +103,19 @@ def test_state():
         Mixture([*groups(), Group("more", 1, {"d": range(2)})], seed=5).load_state_dict(state)
 
 
+def test_a_state_is_of_the_content_of_data_sets():
+    class Rows(list):
+        fingerprint = property(str)
+
+    def made(*rows):
+        return Mixture([Group("all", 1, {"a": Rows(rows), "b": range(3)})], seed=5)
+
+    state = json.loads(json.dumps(made(1, 2).state_dict()))
+    made(1, 2).load_state_dict(state)
+    with pytest.raises(ValueError, match="Mixture: a: as many records as when the state was saved, but others"):
+        made(1, 3).load_state_dict(state)
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
