@@ -44,6 +44,12 @@ class PackDataset(Dataset):
         prompts: of the data sets' tasks; None takes those that come with the package.
         seed: of prompts, answers, crops and frames.
         augment: draw crops, and the frames of videos; False takes the centres and the middles.
+
+    Attributes:
+        sizes: how many records each data set has, by name.
+
+    Raises:
+        ValueError: a data set is of a task that has no prompts.
     """
 
     def __init__(
@@ -56,6 +62,7 @@ class PackDataset(Dataset):
         augment: bool = True,
     ):
         self.names, self.datasets = mixture.names, mixture.datasets
+        self.sizes = {name: len(dataset) for name, dataset in zip(self.names, self.datasets, strict=True)}
         self.processor = processor
         self.prompts = Prompts.default() if prompts is None else prompts
         self.seed, self.augment = as_int(seed), augment

@@ -412,6 +412,7 @@ def test_the_papers_mixture_with_own_files(root):
         ([{"name": "x", "weight": 1, "datasets": [{"name": "a", "path": "a.jsonl", "columns": {}}]}], "columns are"),
         ({"paper": "finetuning"}, r"lacks \['datasets'\]"),
         ({"paper": "testing", "datasets": []}, "no phase 'testing'"),
+        ({"paper": "finetuning", "datasets": [], "partial": True, "more": [5]}, r"mixture.more\[0\] is 5"),
         ({"paper": "finetuning", "datasets": [{"name": "a", "path": "a.jsonl"}]}, r"has no \['a'\]"),
     ],
 )
