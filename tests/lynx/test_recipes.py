@@ -235,6 +235,17 @@ def test_noisy_pairs_beside_the_papers_mixture(tmp_path):
             start.mixture(dataclasses.replace(noisy, datasets=[*files, *others]), noisy.stages[0])
 
 
+def test_every_pack_of_a_run_goes_through_the_vision_tower(tmp_path, processor):
+    """Those of texts alone, too."""
+    (tmp_path / "texts.jsonl").write_text('{"question": "2?", "answer": "two"}\n')
+    chosen = recipe.load("tiny", {"data": str(tmp_path / "texts.jsonl"), "token_budget": 60})
+    mixture = start.mixture(chosen, chosen.stages[0])
+    sampler, dataset, collator = start.data(chosen, mixture, processor, ranks=2, rank=1)
+    batch = collator([dataset[reference] for reference in next(iter(sampler))])
+    assert batch["report"].samples["texts"] > 0
+    assert "pixel_values" in batch
+
+
 def test_one_prompt_a_task():
     prompts, one = start._prompts(None), start._prompts("one")
     assert one.tasks.keys() == prompts.tasks.keys()

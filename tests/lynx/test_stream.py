@@ -1,6 +1,7 @@
 """Packs over ranks, workers and resumptions: the same samples, the same bits, none twice, none lost."""
 
 import json
+from copy import copy
 from itertools import islice
 
 import numpy as np
@@ -13,6 +14,7 @@ from lynx.data.jsonl import JsonlRecords
 from lynx.data.mixture import Group, Mixture, Reference
 from lynx.data.prompts import Prompts
 from lynx.data.stream import PackDataset, PackSampler
+from lynx_kernels import PackPlanner
 from tests.lynx.batches import assert_same, load, write
 from tests.lynx.clips import frame, write_clip
 from tests.lynx.conftest import picture
@@ -93,6 +95,19 @@ def test_costs_are_those_of_the_batch(make):
         assert sum(tokens for tokens, _ in costs) == batch["input_ids"].numel()
         frames = len(batch["frame_positions"]) if "frame_positions" in batch else 0
         assert sum(patches for _, patches in costs) == frames * sampler.processor.tokens_per_frame
+
+
+def test_packs_are_those_that_the_planner_balances(make):
+    """By tokens and patches, of the samples as they are drawn."""
+    samplers = [make(ranks=2, rank=rank) for rank in range(2)]
+    dataset, drawn = samplers[0].dataset, copy(samplers[0].mixture)
+    planner, references, steps = PackPlanner(BUDGET, ranks=2, lookahead=2), [], []
+    while len(steps) < STEPS:
+        references.append(drawn.draw())
+        steps += planner.push(*dataset.processor.costs(dataset.encode(references[-1])[0]))
+    for rank, sampler in enumerate(samplers):
+        packs = [[references[number] for number in step[rank]] for step in steps[:STEPS]]
+        assert list(islice(sampler, STEPS)) == packs
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
