@@ -67,7 +67,7 @@ class BrokenRecords:
         if broken and self.count > self.limit:
             raise TooManyBrokenError(
                 f"{self.count} records are broken, more than the limit of {self.limit}; {self.folder}/broken*.jsonl "
-                f"lists them, the last: {broken[-1].dataset}, {broken[-1].path}: {broken[-1].reason}"
+                f"list them, the last: {broken[-1].dataset}, {broken[-1].path}: {broken[-1].reason}"
             )
 
     def summary(self) -> dict[str, Any]:

@@ -191,7 +191,7 @@ class LynxTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _shares(self) -> dict[str, Any]:
-        """Samples, epochs and part of the supervised tokens of every data set, over all ranks."""
+        """Samples, epochs of them, and part of the supervised tokens of every data set, over all ranks."""
         counts = [(self.samples, self.supervised)]
         if self.args.world_size > 1:
             counts = counts * self.args.world_size

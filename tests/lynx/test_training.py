@@ -134,10 +134,10 @@ def test_supervised_tokens_are_counted(data, tmp_path, monkeypatch):
         return dict.fromkeys(("supervised_tokens_per_second", "tokens_per_second", "mfu", "fill", "data_wait"), 0.0)
 
     monkeypatch.setattr(watch.Window, "rates", rates)
-    train(data, tmp_path, steps=3)
+    train(data, tmp_path, steps=3, token_budget=111)
     saved = torch.load(tmp_path / "checkpoints/train/checkpoint-3/0-data.pt", weights_only=True)
     assert sum(supervised for supervised, *_ in seen) == saved["supervised"]["few"] > saved["samples"]["few"]
-    assert all(tokens <= capacity == 100 for _, tokens, capacity, *_ in seen)
+    assert all(0 < tokens < capacity == 111 for _, tokens, capacity, *_ in seen)
 
 
 @pytest.mark.parametrize(
