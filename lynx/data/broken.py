@@ -1,4 +1,4 @@
-"""Records that cannot be used: listed in a file, each once, up to a limit."""
+"""Records that cannot be used: listed in files, up to a limit."""
 
 import json
 from collections import Counter

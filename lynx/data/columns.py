@@ -61,7 +61,8 @@ class ColumnRecords:
                 f"{name}: none of the columns {known} is a field of a record, {list(_FIELDS)}; say columns"
             )
         self._features = getattr(dataset, "features", None) or {}
-        if hasattr(dataset, "with_format") and dataset.format["type"] != "custom":  # which is a transform
+        self._is_stored = hasattr(dataset, "with_format") and dataset.format["type"] != "custom"  # which is a transform
+        if self._is_stored:
             dataset = dataset.select_columns(list(dict.fromkeys(self.columns.values()))).with_format("arrow")
         self.dataset, self.task, self.name = dataset, task, name
         self._folder = MediaFolder(root)
@@ -98,11 +99,12 @@ class ColumnRecords:
 
     @cached_property
     def fingerprint(self) -> str | None:
-        """Tells content of the library from other content: the columns, the bytes of all rows, and some rows.
+        """Tells rows of the library from others: of the columns, of how many bytes all rows have, and of some rows.
 
-        To read all of the pictures would take as long as an epoch. None where the rows are not the library's as stored.
+        To read all of the pictures would take as long as an epoch; so one row of many that changes and keeps its length
+        is likely to be missed. None where the rows are not read as the library stores them.
         """
-        if not hasattr(self.dataset[0], "to_pylist"):
+        if not self._is_stored:
             return None
         size = len(self)
         rows = [self._row(number * size // min(size, _SAMPLED)) for number in range(min(size, _SAMPLED))]
@@ -110,7 +112,7 @@ class ColumnRecords:
 
     def _row(self, index: int) -> Any:
         row = self.dataset[index]
-        return row.to_pylist()[0] if hasattr(row, "to_pylist") else row  # an Arrow table of one row
+        return row.to_pylist()[0] if self._is_stored else row  # an Arrow table of one row
 
     def _value(self, column: str, value: Any) -> Any:
         name_of = getattr(self._features.get(column), "int2str", None)

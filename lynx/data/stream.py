@@ -8,8 +8,8 @@ change anything.
 A text is tokenised twice, for its cost and in the worker. The second time is a fifteenth of the worker's time (0.3 of
 4.6 ms, measured with JPEGs of 640 x 480 on one core), and sending the tokens instead would not spare it the record. The
 first time is what bounds a run: every rank looks at the texts of all ranks, in its main process, 2,900 samples a second
-with captions and short answers. Lynx-7B at 224 px takes 3.3 TFLOP a sample (69 tokens, six times the decoder's weights
-each, and the picture's 257 through the tower); an H100 that does 400 TFLOP/s of them consumes 120 samples a second.
+with captions and short answers. Lynx-7B at 224 px takes 3.3 TFLOP a sample (69 tokens through the frozen decoder,
+activations checkpointed, and the picture's 257 through the tower); an H100 that does 400 TFLOP/s consumes 120 a second.
 Planning for 8 such GPUs is a third of the main process's time, for 24 it would be all of it: ``data_wait`` in the log.
 """
 
