@@ -1,7 +1,9 @@
-"""Records that cannot be used: listed in a file, each once, up to a limit."""
+"""Records that cannot be used: listed in files, up to a limit."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,33 +23,29 @@ class TooManyBrokenError(ValueError):
 
 
 class BrokenRecords:
-    """The list of broken records, a JSON object a line, which outlives a run and its resumption.
+    """The list of a run's broken records, a JSON object a line, which outlives the run and its resumption.
 
-    Records that are only too long are listed too, but do not count.
+    Each rank writes a file of its own and reads those of the others: what one has listed is known to all, and the limit
+    is the run's. Two that meet a record at the same moment may both list it; it counts once. Records that are only too
+    long are listed too, but do not count.
 
     Args:
-        path: the file; what it lists already is not listed again.
-        limit: how many different records may be broken.
+        folder: of the files, the same for all ranks; what they list already is not listed again.
+        rank: of this process, which writes ``broken.jsonl`` as rank 0, else ``broken-RANK.jsonl``.
+        limit: how many different records may be broken, of all ranks together.
 
     Attributes:
-        count: how many different records are broken so far.
+        count: how many different records are known to be broken.
         too_long: how many are too long.
     """
 
-    def __init__(self, path: str | Path, *, limit: int = 1000):
-        self.path, self.limit = Path(path), limit
+    def __init__(self, folder: str | Path, rank: int = 0, *, limit: int = 1000):
+        self.folder, self.limit = Path(folder), limit
+        self.path = self.folder / (f"broken-{rank}.jsonl" if rank else "broken.jsonl")
         self.count = self.too_long = 0
         self._known: set[tuple[str, int]] = set()
-        self._cut = False  # whether a killed run left half a line
-        if self.path.exists():
-            text = self.path.read_text(encoding="utf-8", errors="replace")
-            self._cut = bool(text) and not text.endswith("\n")
-            for line in text.splitlines():
-                try:
-                    entry = json.loads(line)
-                    self._take(Broken(**entry))
-                except (ValueError, TypeError):  # half a line; its record will be met again
-                    continue
+        self._read: Counter[Path] = Counter()  # bytes of each file
+        self._catch_up()
 
     def add(self, entries: Iterable[Broken]) -> None:
         """List these.
@@ -55,23 +53,39 @@ class BrokenRecords:
         Raises:
             TooManyBrokenError: with them, more than ``limit`` records are broken.
         """
-        new = [entry for entry in entries if self._take(entry)]
-        if not new:
+        entries = list(entries)
+        if not entries:
             return
-        lines = "".join(json.dumps(entry._asdict()) + "\n" for entry in new)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(("\n" if self._cut else "") + lines)
-        self._cut = False
-        if self.count > self.limit:
+        self._catch_up()
+        if new := [entry for entry in entries if self._take(entry)]:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lines = "".join(json.dumps(entry._asdict()) + "\n" for entry in new)
+            with self.path.open("ab") as file:
+                is_cut = file.tell() > self._read[self.path]  # a killed run left half a line
+                file.write((("\n" if is_cut else "") + lines).encode())
+        broken = [entry for entry in entries if not entry.too_long]
+        if broken and self.count > self.limit:
             raise TooManyBrokenError(
-                f"{self.count} records are broken, more than the limit of {self.limit}; {self.path} lists them, the "
-                f"last: {new[-1].dataset}, {new[-1].path}: {new[-1].reason}"
+                f"{self.count} records are broken, more than the limit of {self.limit}; {self.folder}/broken*.jsonl "
+                f"list them, the last: {broken[-1].dataset}, {broken[-1].path}: {broken[-1].reason}"
             )
 
     def summary(self) -> dict[str, Any]:
-        """The counts, for a log."""
+        """The counts of all ranks so far, for a log."""
+        self._catch_up()
         return {"broken_records": self.count, "too_long_records": self.too_long}
+
+    def _catch_up(self) -> None:
+        """Take what was written since the last time."""
+        for path in self.folder.glob("broken*.jsonl"):
+            with path.open("rb") as file:
+                file.seek(self._read[path])
+                for line in file:
+                    if not line.endswith(b"\n"):  # somebody is writing it, or was killed: the record is met again
+                        break
+                    self._read[path] += len(line)
+                    with suppress(ValueError, TypeError):  # half a line that was ended later
+                        self._take(Broken(**json.loads(line)))
 
     def _take(self, entry: Broken) -> bool:
         key = entry.dataset, entry.record

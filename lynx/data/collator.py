@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from transformers import BatchFeature
 
@@ -14,7 +14,7 @@ from lynx.processor import LynxProcessor
 
 @dataclass(frozen=True)
 class Report:
-    """What is in a batch, or in several together.
+    """What is in a batch.
 
     Attributes:
         samples: how many, by data set.
@@ -24,31 +24,11 @@ class Report:
         broken: the records that were left out.
     """
 
-    samples: Counter[str] = field(default_factory=Counter)
-    supervised_tokens: Counter[str] = field(default_factory=Counter)
-    tokens: int = 0
-    budget: int = 0
-    broken: list[Broken] = field(default_factory=list)
-
-    def __add__(self, other: "Report") -> "Report":
-        return Report(
-            self.samples + other.samples,
-            self.supervised_tokens + other.supervised_tokens,
-            self.tokens + other.tokens,
-            self.budget + other.budget,
-            self.broken + other.broken,
-        )
-
-    @property
-    def fill(self) -> float:
-        """The part of the budget that is tokens."""
-        return self.tokens / self.budget if self.budget else 0.0
-
-    @property
-    def supervised_shares(self) -> dict[str, float]:
-        """The part of the supervised tokens that each data set gave."""
-        total = sum(self.supervised_tokens.values())
-        return {name: count / total for name, count in self.supervised_tokens.items()}
+    samples: Counter[str]
+    supervised_tokens: Counter[str]
+    tokens: int
+    budget: int
+    broken: list[Broken]
 
 
 class Collator:

@@ -1,22 +1,23 @@
 """Records in the rows of a data set of the ``datasets`` library, or of anything else with rows."""
 
-import logging
+import zlib
 from collections.abc import Mapping
-from dataclasses import is_dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from lynx.data.records import MediaFolder, Record, RecordError, parse
 
-logger = logging.getLogger(__name__)
-
+_SAMPLED = 64  # rows that a fingerprint reads
 _FIELDS = ("messages", "media", "branches", "image", "video", "question", "answer", "questions", "task")
 
 
 class ColumnRecords:
     """The rows of a data set as records.
 
-    Pictures stay encoded until a worker decodes them; labels of ``datasets.ClassLabel`` become their names.
+    Rows of the library are read as they are stored: pictures, in lists too, stay encoded until a worker decodes them.
+    A transform that was set on the data set makes its rows all the same. Labels of ``datasets.ClassLabel`` become their
+    names.
 
     Args:
         dataset: a ``datasets.Dataset``, or anything with a length whose ``dataset[index]`` is a row, a dict.
@@ -27,7 +28,7 @@ class ColumnRecords:
         name: what to call the data set where a record is named.
 
     Raises:
-        ValueError: a field or a column is unknown, or the data set is empty.
+        ValueError: a field or a column is unknown, there is none, or the data set is empty.
         TypeError: the data set has no length: a stream of ``datasets`` cannot be drawn from in any order.
     """
 
@@ -48,18 +49,21 @@ class ColumnRecords:
         if len(dataset) == 0:
             raise ValueError(f"{name}: the data set is empty")
         if isinstance(dataset, Mapping):
-            raise TypeError(f"{name}: this holds splits {sorted(dataset)}; pass one of them")
+            raise TypeError(f"{name}: this holds splits {sorted(dataset)}; pass one of them, a folder in it if saved")
         known = list(getattr(dataset, "column_names", None) or dataset[0])
         self.columns = dict(columns) if columns is not None else {each: each for each in _FIELDS if each in known}
         if unknown := sorted(self.columns.keys() - set(_FIELDS)):
             raise ValueError(f"{name}: records have no field {unknown}; there are {list(_FIELDS)}")
         if missing := sorted(set(self.columns.values()) - set(known)):
             raise ValueError(f"{name}: the data set has no column {missing}; there are {known}")
+        if not self.columns:
+            raise ValueError(
+                f"{name}: none of the columns {known} is a field of a record, {list(_FIELDS)}; say columns"
+            )
         self._features = getattr(dataset, "features", None) or {}
-        for column in self.columns.values():
-            feature = self._features.get(column)
-            if is_dataclass(feature) and getattr(feature, "decode", False) is True:  # Image and Video
-                dataset = dataset.cast_column(column, replace(feature, decode=False))  # type: ignore[type-var]
+        self._is_stored = hasattr(dataset, "with_format") and dataset.format["type"] != "custom"  # which is a transform
+        if self._is_stored:
+            dataset = dataset.select_columns(list(dict.fromkeys(self.columns.values()))).with_format("arrow")
         self.dataset, self.task, self.name = dataset, task, name
         self._folder = MediaFolder(root)
 
@@ -85,13 +89,30 @@ class ColumnRecords:
         Raises:
             RecordError: it cannot be used.
         """
-        row = self.dataset[index]
+        row = self._row(index)
         if not isinstance(row, Mapping):
             raise RecordError(f"a row is a {type(row).__name__}, expected a dict")
         fields = {field: self._value(column, row.get(column)) for field, column in self.columns.items()}
         return parse(
             {field: value for field, value in fields.items() if value is not None}, self._folder, task=self.task
         )
+
+    @cached_property
+    def fingerprint(self) -> str | None:
+        """Tells rows of the library from others: of the columns, of how many bytes all rows have, and of some rows.
+
+        To read all of the pictures would take as long as an epoch; so one row of many that changes and keeps its length
+        is likely to be missed. None where the rows are not read as the library stores them.
+        """
+        if not self._is_stored:
+            return None
+        size = len(self)
+        rows = [self._row(number * size // min(size, _SAMPLED)) for number in range(min(size, _SAMPLED))]
+        return f"{zlib.crc32(repr((self._features, self.dataset.data.nbytes, rows)).encode(errors='replace')):08x}"
+
+    def _row(self, index: int) -> Any:
+        row = self.dataset[index]
+        return row.to_pylist()[0] if self._is_stored else row  # an Arrow table of one row
 
     def _value(self, column: str, value: Any) -> Any:
         name_of = getattr(self._features.get(column), "int2str", None)

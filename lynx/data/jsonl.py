@@ -5,6 +5,7 @@ A record's ``type`` names the group its answers are counted in; any other field 
 
 import logging
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,10 @@ class JsonlRecords:
         root: the folder that the paths of media are relative to and may not leave; the file's own by default.
         task: the name of the prompts that put its questions; None leaves them as they are.
 
+    Attributes:
+        fingerprint: tells the file's content from other content, wherever it lies; pictures that it names are not in
+            it. All bytes are in it: they are read for the lines' places anyway, and a checksum adds little to that.
+
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it has no lines.
@@ -36,7 +41,7 @@ class JsonlRecords:
         self.path = Path(path)
         self.task = task
         self._folder = MediaFolder(root if root is not None else self.path.parent)
-        self._starts = _line_starts(self.path)  # and the end of the last line
+        self._starts, self.fingerprint = _scanned(self.path)
         if len(self._starts) < 2:
             raise ValueError(f"{self.path} is empty")
         self._file: int | None = None
@@ -70,18 +75,19 @@ class JsonlRecords:
             os.close(self._file)  # type: ignore[arg-type]
 
 
-def _line_starts(path: Path) -> np.ndarray:
-    """(lines + 1,) int64: where every line starts, and the end of the file."""
-    found, size = [np.zeros(1, np.int64)], path.stat().st_size
+def _scanned(path: Path) -> tuple[np.ndarray, str]:
+    """(lines + 1,) int64: where every line starts, and the end of the file; and the fingerprint."""
+    found, size, checksum = [np.zeros(1, np.int64)], path.stat().st_size, 0
     with (
         path.open("rb") as file,
         tqdm(total=size, desc=f"lines of {path.name}", unit="B", unit_scale=True, delay=2) as bar,
     ):
         while chunk := file.read(_CHUNK):
             found.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + (file.tell() - len(chunk) + 1))
+            checksum = zlib.crc32(chunk, checksum)
             bar.update(len(chunk))
     starts = np.concatenate(found)
-    return starts if starts[-1] == size else np.append(starts, size)
+    return starts if starts[-1] == size else np.append(starts, size), f"{size:x}-{checksum:08x}"
 
 
 class JsonlDataset(Dataset):

@@ -2,7 +2,8 @@
 
 Groups are drawn by weight, the data sets of a group by their sizes. Every data set is walked in a random order of its
 own, a new one each epoch: no record comes twice before all have come once. Both follow from the seed and the counts of
-what was drawn, so those counts are the whole state, however large the data sets are.
+what was drawn, so those counts are the whole state, however large the data sets are; what else is in it tells whether
+the data are still the same.
 """
 
 from bisect import bisect_right
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-_VERSION = 1  # of the state
+_VERSION = 2  # of the state
 _ROUNDS = 6  # of the permutation's network
 _64_BITS = 2**64 - 1
 
@@ -28,7 +29,8 @@ class Group:
     Attributes:
         name: to call it by.
         weight: its part of the mixture, beside the other groups' weights, whatever they sum to.
-        datasets: by name, each with a length; a mixture draws them in proportion to it.
+        datasets: by name, each with a length; a mixture draws them in proportion to it. One may have a ``fingerprint``,
+            which tells its content from other content.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Mixture:
         self.names = list(self._shares)
         self.datasets = [dataset for group in groups for dataset in group.datasets.values()]
         self._sizes = [len(dataset) for dataset in self.datasets]
+        self._fingerprints = [getattr(dataset, "fingerprint", None) for dataset in self.datasets]
         self._ends = list(accumulate(self._shares.values()))
         self._drawn = [0] * len(self.names)
 
@@ -96,13 +99,19 @@ class Mixture:
 
     def state_dict(self) -> dict[str, Any]:
         """What ``load_state_dict`` needs to go on from here exactly: numbers and names."""
-        return {"version": _VERSION, "seed": self.seed, "sizes": self._known_sizes(), "counts": self.counts}
+        return {
+            "version": _VERSION,
+            "seed": self.seed,
+            "sizes": self._known_sizes(),
+            "fingerprints": list(self._fingerprints),
+            "counts": self.counts,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state.
 
         Raises:
-            ValueError: it is of another version, of another seed, or of other data sets.
+            ValueError: it is of another version, of another seed, of other data sets, or of another content of these.
         """
         for name, value in (("version", _VERSION), ("seed", self.seed), ("sizes", self._known_sizes())):
             if state.get(name) != value:
@@ -110,6 +119,12 @@ class Mixture:
                     f"Mixture: the state has {name}={state.get(name)!r}, this mixture {value}; make the mixture as it "
                     "was when the state was saved, of the same data, or start anew"
                 )
+        known = zip(self.names, state["fingerprints"], self._fingerprints, strict=True)
+        if changed := [name for name, then, now in known if then != now]:
+            raise ValueError(
+                f"Mixture: {', '.join(changed)}: as many records as when the state was saved, but others; put back the "
+                "data as they were, wherever they lie, or start anew"
+            )
         self._drawn = [state["counts"][name] for name in self.names]
 
     def _known_sizes(self) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """Prompts: how the questions of a task are put, drawn anew for every sample (arXiv 2307.02469, section 2.3)."""
 
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -57,6 +58,11 @@ class Prompts:
     @classmethod
     def _of(cls, text: str, *, is_json: bool = False) -> Self:
         return cls(json.loads(text) if is_json else yaml.safe_load(text))
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells these prompts from others."""
+        return f"{zlib.crc32(repr(sorted(self.tasks.items())).encode()):08x}"
 
     def phrase(self, record: Record, generator: np.random.Generator) -> list[Messages]:
         """The record's conversations, questions put by drawn prompts, answers drawn from their choices.

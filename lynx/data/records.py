@@ -91,7 +91,7 @@ class MediaFolder:
         kind, path = part.get("type"), part.get("path")
         if kind == "text" and isinstance(part.get("text"), str):
             return part
-        if kind == "image" and "base64" in part:
+        if kind == "image" and part.get("base64") is not None:  # rows of a table have every key, None where it lacks
             return {"type": "image", "image": self.decode(part["base64"])}
         if kind == "image":
             return {"type": "image", "image": self.resolve(path)}

@@ -17,6 +17,7 @@ Or the paper's groups and weights, Table 9, and the files of its data sets:
 ``path`` is a JSONL file or a folder that ``datasets.Dataset.save_to_disk`` wrote, relative to the recipe; ``root`` is
 the folder of the pictures, for JSONL the file's own by default; ``columns`` is for the latter kind. Where ``partial``
 is true, data sets of the paper may be missing: the others of a group share its weight, and groups of none are left out.
+``more`` are groups as above beside the paper's, which weigh 100 together.
 """
 
 from collections.abc import Mapping, Sequence
@@ -49,18 +50,22 @@ def open_mixture(
         return Mixture(_of_paper(description, Path(folder)), seed=seed)
     if not isinstance(description, Sequence) or isinstance(description, str):
         raise ValueError(f"mixture is a {type(description).__name__}, expected a list of groups or the paper's")
+    return Mixture(_groups(description, Path(folder), "mixture"), seed=seed)
+
+
+def _groups(descriptions: Sequence[Mapping[str, Any]], folder: Path, where: str) -> list[Group]:
     groups = []
-    for number, group in enumerate(description):
-        _check_keys(group, f"mixture[{number}]", {"name", "weight", "datasets"}, {"name", "weight", "datasets"})
+    for number, group in enumerate(descriptions):
+        _check_keys(group, f"{where}[{number}]", {"name", "weight", "datasets"}, {"name", "weight", "datasets"})
         if not isinstance(group["weight"], int | float):
-            raise ValueError(f"mixture[{number}].weight is {group['weight']!r}, expected a number")
-        opened = _opened(group["datasets"], Path(folder), f"mixture[{number}].datasets")
+            raise ValueError(f"{where}[{number}].weight is {group['weight']!r}, expected a number")
+        opened = _opened(group["datasets"], folder, f"{where}[{number}].datasets")
         groups.append(Group(str(group["name"]), group["weight"], opened))
-    return Mixture(groups, seed=seed)
+    return groups
 
 
 def _of_paper(description: Mapping[str, Any], folder: Path) -> list[Group]:
-    _check_keys(description, "mixture", {"paper", "datasets", "partial"}, {"paper", "datasets"})
+    _check_keys(description, "mixture", {"paper", "datasets", "partial", "more"}, {"paper", "datasets"})
     groups = paper_groups(description["paper"])
     names = [name for group in groups for name in group.datasets]
     opened = _opened(description["datasets"], folder, "mixture.datasets")
@@ -70,7 +75,7 @@ def _of_paper(description: Mapping[str, Any], folder: Path) -> list[Group]:
     if missing and not description.get("partial", False):
         raise ValueError(f"mixture.datasets lacks {missing}; give their files, or say 'partial: true' to do without")
     kept = [Group(g.name, g.weight, {name: opened[name] for name in g.datasets if name in opened}) for g in groups]
-    return [group for group in kept if group.datasets]
+    return [group for group in kept if group.datasets] + _groups(description.get("more", []), folder, "mixture.more")
 
 
 def _opened(descriptions: Any, folder: Path, where: str) -> dict[str, JsonlRecords | ColumnRecords]:

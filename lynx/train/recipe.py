@@ -91,7 +91,7 @@ class Recipe:
         save_every, keep: steps between checkpoints, and how many are kept.
         log_every: steps between entries of the log.
         tensorboard: write the log for TensorBoard, too.
-        max_broken: the run stops at this many records that cannot be used.
+        max_broken: the run stops when more records than this, of all ranks together, cannot be used.
     """
 
     model: str

@@ -2,7 +2,7 @@
 
 output/recipe.yaml                   the recipe as it runs
 output/log.jsonl                     the log of all stages
-output/broken.jsonl                  the records that could not be used
+output/broken.jsonl, broken-1.jsonl  the records that could not be used, as rank 0, rank 1, ... met them
 output/checkpoints/STAGE/            of every stage, to go on from
 output/stages/STAGE/                 the model after each stage but the last
 output/config.json, ...              the model after the last
@@ -11,6 +11,8 @@ output/config.json, ...              the model after the last
 import importlib.util
 import logging
 import shutil
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from transformers import TrainingArguments, set_seed
 
 from lynx import checkpoint
 from lynx.data.broken import BrokenRecords
+from lynx.data.mixture import Mixture
 from lynx.model import LynxForConditionalGeneration
 from lynx.processor import LynxProcessor
 from lynx.train import parts, start
@@ -62,8 +65,9 @@ def run(recipe: Recipe, *, fresh: bool = False) -> Path | None:
         for index, stage in enumerate(recipe.stages):
             if _is_done(recipe, index):
                 continue
-            model, processor = _model(recipe, index)
-            trainer = stage_trainer(recipe, stage, model, processor, terminated)
+            data = cache(partial(start.mixture, recipe, stage))  # its files are read through when it is first wanted
+            model, processor = _model(recipe, index, data)
+            trainer = stage_trainer(recipe, stage, model, processor, data(), terminated)
             trainer.train(resume_from_checkpoint=True)
             if terminated.stopped:
                 logger.warning("stopped by SIGTERM in stage %s; the same command goes on", stage.name)
@@ -77,6 +81,7 @@ def stage_trainer(
     stage: Stage,
     model: LynxForConditionalGeneration,
     processor: LynxProcessor,
+    data: Mixture,
     terminated: Terminated | None = None,
 ) -> LynxTrainer:
     """The trainer of one stage, its model prepared: resolution, what trains, precision."""
@@ -93,7 +98,7 @@ def stage_trainer(
         _checkpoint_activations(model)
     set_seed(recipe.seed)
     sampler, dataset, collator = start.data(
-        recipe, stage, processor, ranks=world.num_processes, rank=world.process_index
+        recipe, data, processor, ranks=world.num_processes, rank=world.process_index
     )
     arguments = TrainingArguments(
         output_dir=str(output / "checkpoints" / stage.name),
@@ -119,11 +124,10 @@ def stage_trainer(
         arguments,
         stage=stage,
         sampler=sampler,
-        token_budget=recipe.token_budget,
         dtype=dtype,
         keep=recipe.keep,
         terminated=terminated,
-        broken=BrokenRecords(output / _broken(world.process_index), limit=recipe.max_broken),
+        broken=BrokenRecords(output, world.process_index, limit=recipe.max_broken),
         train_dataset=dataset,
         data_collator=collator,
         processing_class=processor,
@@ -134,10 +138,6 @@ def stage_trainer(
 def _world() -> PartialState:
     """The ranks, as torchrun's variables tell them."""
     return PartialState(cpu=not torch.cuda.is_available())
-
-
-def _broken(rank: int) -> str:
-    return f"broken-{rank}.jsonl" if rank else "broken.jsonl"
 
 
 def _accumulation(recipe: Recipe, stage: Stage, ranks: int) -> int:
@@ -188,7 +188,17 @@ def _claim(output: Path, recipe: Recipe, fresh: bool) -> None:
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    old, new = _without_places(old), _without_places(new)
     return [key for key in sorted({*old, *new}) if key not in _FREE and old.get(key) != new.get(key)]
+
+
+def _without_places(value: Any, key: str = "") -> Any:
+    """A recipe without the folders that its data and prompts lie in: checkpoints know the content of these."""
+    if isinstance(value, dict):
+        return {name: _without_places(each, name) for name, each in value.items() if name != "root"}
+    if isinstance(value, list):
+        return [_without_places(each) for each in value]
+    return Path(value).name if key in ("data", "datasets", "path", "prompts") and isinstance(value, str) else value
 
 
 def _folder(recipe: Recipe, index: int) -> Path:
@@ -200,12 +210,14 @@ def _is_done(recipe: Recipe, index: int) -> bool:
     return (_folder(recipe, index) / "config.json").is_file()  # which checkpoint.save writes last
 
 
-def _model(recipe: Recipe, index: int) -> tuple[LynxForConditionalGeneration, LynxProcessor]:
+def _model(
+    recipe: Recipe, index: int, data: Callable[[], Mixture]
+) -> tuple[LynxForConditionalGeneration, LynxProcessor]:
     """What stage ``index`` starts from, all of it in fp32."""
     if index:
         return checkpoint.load(_folder(recipe, index - 1), dtype=torch.float32)
     set_seed(recipe.seed)
-    model, processor = start.model(recipe)
+    model, processor = start.model(recipe, data)
     if noise := start.untrained(recipe, model):
         logger.warning("%s: from nothing, and no stage trains it", ", ".join(noise))
     return model, processor

@@ -2,12 +2,13 @@
 
 A recipe's ``data`` is a JSONL file or a folder that ``datasets.Dataset.save_to_disk`` wrote; groups of such by weight,
 as ``lynx.data.sources`` takes them; or the paper's mixture, ``{paper: finetuning, without: [Baize, text tasks]}``,
-whose data sets are those of the recipe's ``datasets``. Paths are relative to the working directory.
+whose data sets are those of the recipe's ``datasets``. Of these, ``more: [NAME]`` takes others in, each a group with
+the ``weight`` it has there; the paper's groups weigh 100 together. Paths are relative to the working directory.
 """
 
 import difflib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,12 @@ from lynx_kernels.integrations import transformers as attention_integration
 _TEXTS = 20000  # records that a tokenizer is learned from
 
 
-def model(recipe: Recipe) -> tuple[LynxForConditionalGeneration, LynxProcessor]:
+def model(recipe: Recipe, data: Callable[[], Mixture]) -> tuple[LynxForConditionalGeneration, LynxProcessor]:
     """The model that a recipe's first stage starts from, and its processor.
+
+    Args:
+        recipe: says which model.
+        data: gives the stage's mixture; asked only where a tokenizer is to be learned from it.
 
     Raises:
         RecipeError: the recipe's ``model`` is neither a folder nor a preset, an option is unknown, or a preset with
@@ -59,7 +64,7 @@ def model(recipe: Recipe) -> tuple[LynxForConditionalGeneration, LynxProcessor]:
         return checkpoint.load(recipe.model, dtype=torch.float32)
     _check_options(recipe.model_options)
     if recipe.model == "tiny" and recipe.language_model is None:
-        tokenizer = train_tokenizer(_texts(mixture(recipe, recipe.stages[0])))
+        tokenizer = train_tokenizer(_texts(data()))
         config = _with_options(presets.tiny(tokenizer), recipe.model_options)
         fresh = LynxForConditionalGeneration(config, vision_tower=_tower(recipe))
         return fresh, LynxProcessor.for_model(config, tokenizer)
@@ -139,17 +144,16 @@ def untrained(recipe: Recipe, model: LynxForConditionalGeneration) -> list[str]:
 
 
 def data(
-    recipe: Recipe, stage: Stage, processor: LynxProcessor, *, ranks: int, rank: int
+    recipe: Recipe, mixture: Mixture, processor: LynxProcessor, *, ranks: int, rank: int
 ) -> tuple[PackSampler, PackDataset, Collator]:
     """What a rank trains on in a stage: the sampler of its packs, the data set that reads them, the collator.
 
     Raises:
-        RecipeError: the stage's ``data`` is no file, folder or mixture.
-        FileNotFoundError: a data set is not there.
-        ValueError: the mixture cannot be drawn from.
+        ValueError: a data set is of a task that has no prompts.
+        OSError: the recipe's ``prompts`` cannot be read.
     """
     sampler = PackSampler(
-        mixture(recipe, stage),
+        mixture,
         processor,
         token_budget=recipe.token_budget,
         prompts=_prompts(recipe.prompts),
@@ -179,7 +183,13 @@ def _prompts(source: str | None) -> Prompts:
 
 
 def mixture(recipe: Recipe, stage: Stage) -> Mixture:
-    """The mixture of a stage; errors as ``data`` has them."""
+    """The mixture of a stage, its data sets' files read through once.
+
+    Raises:
+        RecipeError: the stage's ``data`` is no file, folder or mixture, or cannot be drawn from.
+        FileNotFoundError: a data set is not there.
+        ModuleNotFoundError: one of them needs the ``datasets`` library, which is not installed.
+    """
     source: Any = stage.data
     try:
         if isinstance(source, str):
@@ -192,8 +202,8 @@ def mixture(recipe: Recipe, stage: Stage) -> Mixture:
         raise RecipeError(f"stage {stage.name}: data: {error}") from error
 
 
-def _of_paper(recipe: Recipe, paper: str, without: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
-    """The paper's mixture of a phase without some of its groups or data sets, the recipe's files in it."""
+def _of_paper(recipe: Recipe, paper: str, without: Sequence[str] = (), more: Sequence[str] = ()) -> dict[str, Any]:
+    """The paper's mixture of a phase without some of its groups or data sets, with others, the recipe's files in it."""
     groups = paper_groups(paper)
     known = {name: group.name for group in groups for name in group.datasets}
     if unknown := sorted(set(without) - {*known, *known.values()}):
@@ -205,7 +215,21 @@ def _of_paper(recipe: Recipe, paper: str, without: list[str] | tuple[str, ...] =
     found = {each["name"]: each for each in files or []}
     if missing := [name for name in wanted if name not in found]:
         raise ValueError(f"datasets lacks {', '.join(missing)}; give their files, or name them in data.without")
-    return {"paper": paper, "datasets": [found[name] for name in wanted], "partial": bool(without)}
+    if unweighted := [name for name in more if "weight" not in found.get(name, ())]:
+        raise ValueError(
+            f"datasets lacks {', '.join(unweighted)} with a weight, beside the paper's groups' 100 together"
+        )
+    return {
+        "paper": paper,
+        "datasets": [found[name] for name in wanted],
+        "partial": bool(without),
+        "more": [_alone(**found[name]) for name in more],
+    }
+
+
+def _alone(weight: float, **dataset: Any) -> dict[str, Any]:
+    """A group of one data set."""
+    return {"name": dataset["name"], "weight": weight, "datasets": [dataset]}
 
 
 def _texts(mixture: Mixture) -> Iterator[str]:

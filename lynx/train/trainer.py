@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
-from lynx.conversation import IGNORED
 from lynx.data.broken import BrokenRecords
 from lynx.model import LynxForConditionalGeneration
 from lynx.train import checkpoints, flops, parts
@@ -49,12 +48,12 @@ class LynxTrainer(Trainer):
         args: as for Trainer.
         stage: what is to be done.
         sampler: yields this rank's packs, for ever; what it yields is given to ``train_dataset``.
-        token_budget: the tokens a pack has room for, for the log's fill rate.
         dtype: of autocast; None for none.
         keep: checkpoints to keep.
         terminated: stops the run after SIGTERM.
         broken: where records that cannot be used are listed.
-        kwargs: Trainer's ``train_dataset``, ``data_collator``, ``processing_class``, ``callbacks``.
+        kwargs: Trainer's ``train_dataset``, ``data_collator``, ``processing_class``, ``callbacks``. What the log counts
+            is in the reports of ``lynx.data.collator.Collator``; another collator trains, too.
 
     Attributes:
         samples, supervised: samples and supervised tokens of every data set since the stage began, on this rank.
@@ -70,7 +69,6 @@ class LynxTrainer(Trainer):
         *,
         stage: Stage,
         sampler: Sampler,
-        token_budget: int,
         dtype: torch.dtype | None = None,
         keep: int = 2,
         terminated: Terminated | None = None,
@@ -79,7 +77,7 @@ class LynxTrainer(Trainer):
     ):
         args.remove_unused_columns = False  # records are not the model's arguments; the collator makes those
         args.ignore_data_skip = True  # the sampler's state says where to go on
-        self.stage, self.sampler, self.token_budget = stage, sampler, token_budget
+        self.stage, self.sampler = stage, sampler
         self.autocast_dtype, self.keep = dtype, keep
         super().__init__(model, args, **kwargs)
         for callback in (PrinterCallback, ProgressCallback):
@@ -126,15 +124,16 @@ class LynxTrainer(Trainer):
 
     def _see(self, batch: dict[str, Any]) -> None:
         report = batch.pop("report", None)
-        if report is not None:
-            self.samples += report.samples
-            self.supervised += report.supervised_tokens
-            if self.broken is not None:
-                self.broken.add(report.broken)
+        if report is None:
+            return
+        self.samples += report.samples
+        self.supervised += report.supervised_tokens
+        if self.broken is not None:
+            self.broken.add(report.broken)
         window = self._window
-        window.supervised += int((batch["labels"] != IGNORED).sum())
-        window.tokens += batch["input_ids"].numel()
-        window.capacity += self.token_budget
+        window.supervised += report.supervised_tokens.total()
+        window.tokens += report.tokens
+        window.capacity += report.budget
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         """Operations of the products that this batch takes, forward and backward."""
@@ -187,10 +186,12 @@ class LynxTrainer(Trainer):
             totals = self.accelerator.reduce(window.totals().to(self.args.device), "sum").cpu()
             logs.update(Window.rates(totals, self._window.since - window.since, ranks, self._peak))
             logs.update(self._shares())
+            if self.broken is not None:
+                logs.update(self.broken.summary())
         super().log(logs, *args, **kwargs)
 
     def _shares(self) -> dict[str, Any]:
-        """Samples and part of the supervised tokens of every data set, over all ranks."""
+        """Samples, epochs of them, and part of the supervised tokens of every data set, over all ranks."""
         counts = [(self.samples, self.supervised)]
         if self.args.world_size > 1:
             counts = counts * self.args.world_size
@@ -198,8 +199,10 @@ class LynxTrainer(Trainer):
         samples = sum((each for each, _ in counts), Counter[str]())
         supervised = sum((each for _, each in counts), Counter[str]())
         total = max(1, supervised.total())
+        sizes = getattr(self.train_dataset, "sizes", {})
         return {  # flat: TensorBoard takes numbers only
             **{f"samples/{name}": count for name, count in sorted(samples.items())},
+            **{f"epochs/{name}": round(samples[name] / sizes[name], 4) for name in sorted(samples.keys() & sizes)},
             **{f"supervised_share/{name}": round(count / total, 4) for name, count in sorted(supervised.items())},
         }
 

@@ -74,7 +74,6 @@ def train(split, folder, *, ranks=1, rank=0):
         arguments,
         stage=chosen,
         sampler=FixedPacks(split, ranks, rank),
-        token_budget=200,
         train_dataset=Records(processor, 8, with_text_only=False),
         data_collator=processor.pack,
         callbacks=[seen],

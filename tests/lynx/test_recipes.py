@@ -218,6 +218,34 @@ def test_the_papers_mixture_from_files(tmp_path):
         start.mixture(whole, dataclasses.replace(stage, data={"paper": "finetuning", "without": ["Bayze"]}))
 
 
+def test_noisy_pairs_beside_the_papers_mixture(tmp_path):
+    """Of 125 parts 25 are theirs, in both stages of pretraining; without a weight there is no such mixture."""
+    pairs = {"name": "noisy", "path": str(write_records(tmp_path, 4)), "task": "caption"}
+    files = [{**pairs, "name": name} for group in start.paper_groups("pretraining") for name in group.datasets]
+    noisy = recipe.load("lynx-noisy", {"datasets": [*files, {**pairs, "weight": 25}]})
+    for stage in noisy.stages[:2]:
+        drawn = start.mixture(noisy, stage)
+        assert drawn.shares["noisy"] == pytest.approx(0.2)
+        assert drawn.shares["CC3M"] / drawn.shares["CC12M"] == pytest.approx(14.116 / 9 / (32.99 / 2)), (
+            "of 4 records each"
+        )
+    assert noisy.stages[2] == recipe.load("lynx").stages[2]
+    for others in ([], [pairs]):
+        with pytest.raises(recipe.RecipeError, match="pretrain-224: data: datasets lacks noisy with a weight"):
+            start.mixture(dataclasses.replace(noisy, datasets=[*files, *others]), noisy.stages[0])
+
+
+def test_every_pack_of_a_run_goes_through_the_vision_tower(tmp_path, processor):
+    """Those of texts alone, too."""
+    (tmp_path / "texts.jsonl").write_text('{"question": "2?", "answer": "two"}\n')
+    chosen = recipe.load("tiny", {"data": str(tmp_path / "texts.jsonl"), "token_budget": 60})
+    mixture = start.mixture(chosen, chosen.stages[0])
+    sampler, dataset, collator = start.data(chosen, mixture, processor, ranks=2, rank=1)
+    batch = collator([dataset[reference] for reference in next(iter(sampler))])
+    assert batch["report"].samples["texts"] > 0
+    assert "pixel_values" in batch
+
+
 def test_one_prompt_a_task():
     prompts, one = start._prompts(None), start._prompts("one")
     assert one.tasks.keys() == prompts.tasks.keys()
@@ -229,12 +257,13 @@ def test_one_prompt_a_task():
 
 
 def test_models_that_are_not_there(tmp_path, data):
-    with pytest.raises(recipe.RecipeError, match="neither a folder nor a preset"):
-        start.model(recipe.load("tiny", {"data": str(data), "model": "tinny"}))
-    with pytest.raises(recipe.RecipeError, match="no 'adapter_sice'; did you mean adapter_size"):
-        start.model(recipe.load("tiny", {"data": str(data), "model_options.adapter_sice": 3}))
-    with pytest.raises(recipe.RecipeError, match="give language_model=FOLDER and vision_tower=FOLDER"):
-        start.model(recipe.load("lynx", {"data": str(data)}))
+    for name, changes, message in (
+        ("tiny", {"model": "tinny"}, "neither a folder nor a preset"),
+        ("tiny", {"model_options.adapter_sice": 3}, "no 'adapter_sice'; did you mean adapter_size"),
+        ("lynx", {}, "give language_model=FOLDER and vision_tower=FOLDER"),
+    ):
+        with pytest.raises(recipe.RecipeError, match=message):
+            start.model(recipe.load(name, {"data": str(data), **changes}), pytest.fail)  # none learns a tokenizer
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import os
 import pickle
 import sys
 import types
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -118,6 +117,7 @@ def test_messages_and_branches(root):
         ({"image": "http://example.org/a.png", "answer": "x"}, "no such picture"),
         ({"image": "none.png", "answer": "x"}, "no such picture"),
         ({"image": 5, "answer": "x"}, "path is missing"),
+        ({"media": [{"type": "image", "base64": None}], "branches": [[QUESTION, ANSWER]]}, "path is missing"),
         ({"image": "torn.json", "answer": "x"}, "not JSON"),
         ({"question": "?", "answer": "x", "task": 3}, "task is 3"),
         ({"question": "?", "answer": "x", "task": "chess"}, "no prompts for task 'chess'"),
@@ -142,10 +142,12 @@ def test_without_a_root_no_path_is_read(root):
 def test_lines_are_read_one_by_one(root, monkeypatch):
     monkeypatch.setattr("lynx.data.jsonl._CHUNK", 7)  # lines cross chunks
     lines = [json.dumps({"question": f"{n}?", "answer": "ä" * n + "x"}) for n in range(30)]
+    seen: set[str] = set()
     for end in ("", "\n"):
         (root / "a.jsonl").write_text("\n".join(lines) + end)
         records = JsonlRecords(root / "a.jsonl")
         assert len(records) == 30
+        seen.add(records.fingerprint)
         assert [records[n].conversations[0][0]["content"] for n in (29, 0, 7)] == ["29?", "0?", "7?"]
     assert pickle.loads(pickle.dumps(records))._file is None, "another process opens the file for itself"
     assert pickle.loads(pickle.dumps(records))[7] == records[7]
@@ -154,6 +156,10 @@ def test_lines_are_read_one_by_one(root, monkeypatch):
         records[30]
     with pytest.raises(IndexError):
         records[-1]
+    (root / "b.jsonl").write_bytes((root / "a.jsonl").read_bytes())
+    assert JsonlRecords(root / "b.jsonl").fingerprint == records.fingerprint, "wherever it lies"
+    (root / "b.jsonl").write_text("\n".join([lines[0].replace("0", "1"), *lines[1:]]) + "\n")
+    assert len(seen | {JsonlRecords(root / "b.jsonl").fingerprint}) == 3
 
 
 def test_bad_lines_are_told_when_read(root):
@@ -247,13 +253,6 @@ def test_the_prompts_that_come_along():
     assert "Answer with a place name." in tasks["place"][0]
 
 
-@dataclass
-class Encoded:
-    """As ``datasets.Image``."""
-
-    decode: bool = True
-
-
 class Labels:
     """As ``datasets.ClassLabel``."""
 
@@ -262,10 +261,11 @@ class Labels:
 
 
 class Rows:
-    """As ``datasets.Dataset``, as far as it matters: pictures are decoded unless the column was cast."""
+    """As ``datasets.Dataset``, as far as it matters: rows are as they are stored in the format of Arrow."""
 
-    def __init__(self, rows, features):
-        self.rows, self.features = rows, features
+    def __init__(self, rows, features, kind=None):
+        self.rows, self.features, self.format = rows, features, {"type": kind}
+        self.data = types.SimpleNamespace(nbytes=len(repr(rows)))
 
     column_names = property(lambda self: list(self.rows[0]))
 
@@ -273,11 +273,17 @@ class Rows:
         return len(self.rows)
 
     def __getitem__(self, index):
-        assert not any(getattr(feature, "decode", False) for feature in self.features.values())
-        return self.rows[index]
+        row = self.rows[index]
+        if self.format["type"] == "custom":
+            return {**row, "query": "Transformed?"}
+        assert self.format["type"] == "arrow"
+        return types.SimpleNamespace(to_pylist=lambda: [row])
 
-    def cast_column(self, column, feature):
-        return Rows(self.rows, {**self.features, column: feature})
+    def with_format(self, kind):
+        return Rows(self.rows, self.features, kind)
+
+    def select_columns(self, columns):
+        return Rows([{column: row[column] for column in columns} for row in self.rows], self.features)
 
 
 def test_rows_of_datasets(root):
@@ -287,7 +293,8 @@ def test_rows_of_datasets(root):
         {"img": {"bytes": None, "path": "a.png"}, "label": 0, "query": "Which?"},
         {"img": None, "label": -1, "query": "Which?"},
     ]
-    dataset = Rows(rows, {"img": Encoded(), "label": Labels(), "query": "string"})
+    features = {"img": "image", "label": Labels(), "query": "string"}
+    dataset = Rows(rows, features)
     columns = {"image": "img", "answer": "label", "question": "query"}
     records = ColumnRecords(dataset, columns, task="vqa", name="pets")
     assert len(records) == 3
@@ -301,6 +308,16 @@ def test_rows_of_datasets(root):
     with pytest.raises(RecordError, match="answer is -1"):
         records[2]
     assert records.where(2) == "pets[2]"
+    transformed = ColumnRecords(Rows(rows, features, "custom"), columns)
+    assert transformed[0].conversations[0][0]["content"][1]["text"] == "Transformed?"
+    assert transformed.fingerprint is None
+    fingerprints = {
+        ColumnRecords(Rows(each, features), chosen, root).fingerprint
+        for each, chosen in (
+            (rows, columns), (rows, {**columns, "question": "label"}), ([*rows[:2], {**rows[2], "label": 0}], columns),
+        )
+    }  # fmt: skip
+    assert len(fingerprints | {records.fingerprint}) == 3, "of content and columns; not of the root"
 
 
 def test_rows_of_anything(root):
@@ -312,6 +329,7 @@ def test_rows_of_anything(root):
     assert question["content"][0]["image"] is image
     for bad, message in (
         (([{"a": 1}], {"image": "b"}), r"no column \['b'\]"),
+        (([{"a": 1}],), r"none of the columns \['a'\] is a field"),
         (([{"a": 1}], {"picture": "a"}), r"no field \['picture'\]"),
         (([],), "is empty"),
     ):
@@ -325,7 +343,7 @@ def test_rows_of_anything(root):
 
 def test_a_saved_data_set(root, monkeypatch):
     """What ``open_mixture`` asks of the library; a module that gives such rows stands in for it."""
-    rows = Rows([{"img": {"bytes": b"raw", "path": None}, "label": 1}], {"img": Encoded(), "label": Labels()})
+    rows = Rows([{"img": {"bytes": b"raw", "path": None}, "label": 1}], {"img": "image", "label": Labels()})
     library = types.SimpleNamespace(load_from_disk={str(root / "saved"): rows}.__getitem__)
     monkeypatch.setitem(sys.modules, "datasets", library)
     (root / "saved").mkdir()
@@ -394,6 +412,7 @@ def test_the_papers_mixture_with_own_files(root):
         ([{"name": "x", "weight": 1, "datasets": [{"name": "a", "path": "a.jsonl", "columns": {}}]}], "columns are"),
         ({"paper": "finetuning"}, r"lacks \['datasets'\]"),
         ({"paper": "testing", "datasets": []}, "no phase 'testing'"),
+        ({"paper": "finetuning", "datasets": [], "partial": True, "more": [5]}, r"mixture.more\[0\] is 5"),
         ({"paper": "finetuning", "datasets": [{"name": "a", "path": "a.jsonl"}]}, r"has no \['a'\]"),
     ],
 )

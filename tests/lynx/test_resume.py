@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -195,6 +196,19 @@ def test_another_number_of_ranks_is_refused(data, whole, tmp_path):
     shutil.copy(newest / "0-data.pt", newest / "1-data.pt")
     with pytest.raises(ValueError, match=r"was written by 2 ranks, this run has 1.*go on with 2 ranks"):
         run.run(recipe.load("tiny", changes_for(data, tmp_path / "out")))
+
+
+def test_changed_data_are_refused_and_moved_ones_are_not(data, whole, tmp_path):
+    """As many records of as many bytes, but one says something else; then the same ones, in another folder."""
+    shutil.copytree(data.parent, tmp_path / "moved")
+    shutil.copytree(whole, tmp_path / "out")
+    moved, text = tmp_path / "moved" / data.name, data.read_text()
+    for content, refused in ((text.replace("please", "kindly", 1), True), (text, False)):
+        (tmp_path / "out" / "config.json").unlink(missing_ok=True)
+        moved.write_text(content)
+        with pytest.raises(ValueError, match=r"train: as many records as .* but others") if refused else nullcontext():
+            run.run(recipe.load("tiny", changes_for(moved, tmp_path / "out")))
+    check_same(tmp_path / "out", whole)
 
 
 def test_another_recipe_is_refused_in_the_same_folder(data, whole):

@@ -1,30 +1,26 @@
 """Packs over ranks, workers and resumptions: the same samples, the same bits, none twice, none lost."""
 
 import json
-from dataclasses import replace
+from copy import copy
 from itertools import islice
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 
-from lynx.data.broken import Broken, BrokenRecords, TooManyBrokenError
-from lynx.data.collator import Collator, Report
+from lynx.data.broken import Broken
+from lynx.data.collator import Collator
 from lynx.data.jsonl import JsonlRecords
 from lynx.data.mixture import Group, Mixture, Reference
+from lynx.data.prompts import Prompts
 from lynx.data.stream import PackDataset, PackSampler
-from lynx_kernels import PackedLayout
+from lynx_kernels import PackPlanner
+from tests.lynx.batches import assert_same, load, write
 from tests.lynx.clips import frame, write_clip
-from tests.lynx.conftest import conversation, picture
+from tests.lynx.conftest import picture
 
 BUDGET = 200
 STEPS = 12
-
-
-def write(path, records):
-    path.write_text("\n".join(map(json.dumps, records)) + "\n")
 
 
 @pytest.fixture(scope="module")
@@ -60,22 +56,6 @@ def make(folder, processor):
     return make
 
 
-def load(sampler, workers=0, always_vision=False):
-    collator = Collator(sampler.processor, sampler.token_budget, always_vision=always_vision)
-    return DataLoader(sampler.dataset, batch_sampler=sampler, collate_fn=collator, num_workers=workers)
-
-
-def assert_same(batch, other):
-    assert batch.keys() == other.keys()
-    for name, value in batch.items():
-        if isinstance(value, torch.Tensor):
-            assert torch.equal(value, other[name]), name
-        elif name in ("report", "max_supervised"):
-            assert value == other[name]
-        else:
-            assert torch.equal(value.segments, other[name].segments), name
-
-
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_no_sample_is_taken_twice_or_lost(make, ranks):
     samplers = [make(ranks=ranks, rank=rank) for rank in range(ranks)]
@@ -95,18 +75,16 @@ def test_no_sample_is_taken_twice_or_lost(make, ranks):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_packs_keep_the_budget_and_are_nearly_full(make, ranks):
-    reports = []
+    tokens, sets = 0, set()
     for rank in range(ranks):
         for batch in islice(load(make(ranks=ranks, rank=rank, token_budget=600)), STEPS):
             assert batch["input_ids"].numel() == batch["report"].tokens <= 600
             assert batch["report"].budget == 600
             assert batch["report"].supervised_tokens.total() == (batch["labels"] != -100).sum()
-            reports.append(batch["report"])
-    total = sum(reports, Report())
-    assert 0.95 < total.fill <= 1
-    assert total.fill == pytest.approx(np.mean([report.fill for report in reports]))
-    assert sum(total.supervised_shares.values()) == pytest.approx(1)
-    assert total.samples.keys() == {"pictures", "texts", "several"}
+            tokens += batch["report"].tokens
+            sets |= batch["report"].samples.keys()
+    assert 0.95 < tokens / (ranks * STEPS * 600) <= 1
+    assert sets == {"pictures", "texts", "several"}
 
 
 def test_costs_are_those_of_the_batch(make):
@@ -117,6 +95,19 @@ def test_costs_are_those_of_the_batch(make):
         assert sum(tokens for tokens, _ in costs) == batch["input_ids"].numel()
         frames = len(batch["frame_positions"]) if "frame_positions" in batch else 0
         assert sum(patches for _, patches in costs) == frames * sampler.processor.tokens_per_frame
+
+
+def test_packs_are_those_that_the_planner_balances(make):
+    """By tokens and patches, of the samples as they are drawn."""
+    samplers = [make(ranks=2, rank=rank) for rank in range(2)]
+    dataset, drawn = samplers[0].dataset, copy(samplers[0].mixture)
+    planner, references, steps = PackPlanner(BUDGET, ranks=2, lookahead=2), [], []
+    while len(steps) < STEPS:
+        references.append(drawn.draw())
+        steps += planner.push(*dataset.processor.costs(dataset.encode(references[-1])[0]))
+    for rank, sampler in enumerate(samplers):
+        packs = [[references[number] for number in step[rank]] for step in steps[:STEPS]]
+        assert list(islice(sampler, STEPS)) == packs
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -251,6 +242,8 @@ def test_what_does_not_fit_a_state_is_refused(make, folder, processor):
         make("pictures").load_state_dict(state)
     with pytest.raises(ValueError, match="version="):
         make().load_state_dict({**state, "version": 0})
+    with pytest.raises(ValueError, match="prompts="):
+        make(prompts=Prompts({"vqa": ["{question}"]})).load_state_dict(state)
 
 
 @pytest.mark.parametrize(
@@ -277,196 +270,3 @@ def test_an_unknown_task_is_an_error_before_the_run(folder, processor):
     records = JsonlRecords(folder / "texts.jsonl", task="chess")
     with pytest.raises(ValueError, match="'texts' is of task 'chess'"):
         PackDataset(Mixture([Group("g", 1, {"texts": records})], seed=0), processor, seed=0)
-
-
-@pytest.fixture
-def damaged(tmp_path, processor):
-    """Ten records: one names a file that is no picture, one has no answer, one is too long."""
-    Image.fromarray(picture(0)).save(tmp_path / "good.png")
-    (tmp_path / "bad.png").write_bytes(b"nothing")
-    records = [{"image": "good.png", "question": f"{n}?", "answer": "yes"} for n in range(7)]
-    records += [{"image": "bad.png", "question": "?", "answer": "no"}, {"question": "?"}]
-    records += [{"question": "long " * 500, "answer": "no"}]
-    write(tmp_path / "some.jsonl", records)
-
-    def make(**options):
-        chosen = Mixture([Group("all", 1, {"some": JsonlRecords(tmp_path / "some.jsonl")})], seed=0)
-        return PackSampler(chosen, processor, **{"token_budget": 60, "lookahead": 0, "seed": 0, **options})
-
-    return make
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("workers", [0, 2])
-def test_broken_records_are_left_out_counted_and_named(damaged, tmp_path, ranks, workers):
-    lists = [BrokenRecords(tmp_path / f"broken-{rank}.jsonl", limit=5) for rank in range(ranks)]
-    for rank in range(ranks):
-        for batch in load(damaged(max_steps=25, ranks=ranks, rank=rank), workers):
-            lists[rank].add(batch["report"].broken)
-            assert batch["report"].samples.keys() <= {"some"}
-    entries = {}
-    for rank in range(ranks):
-        path = tmp_path / f"broken-{rank}.jsonl"
-        found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        assert len({entry["record"] for entry in found}) == len(found), "each is listed once, however often it is met"
-        entries |= {entry["record"]: entry for entry in found}
-    assert sorted(entries) == [7, 8, 9]
-    assert all(entries[n]["path"] == f"{tmp_path}/some.jsonl:{n + 1}" for n in entries)
-    assert all(entries[n]["dataset"] == "some" for n in entries)
-    assert "bad.png" in entries[7]["reason"]
-    assert "no answer" in entries[8]["reason"]
-    assert "more than the budget of 60" in entries[9]["reason"]
-    assert [entries[n]["too_long"] for n in (7, 8, 9)] == [False, False, True]
-    if ranks == 1:
-        assert lists[0].summary() == {"broken_records": 2, "too_long_records": 1}
-
-
-def test_only_one_rank_tells_of_what_every_rank_met(damaged):
-    first, second = (list(damaged(max_steps=25, ranks=2, rank=rank)) for rank in (0, 1))
-    assert sum(isinstance(item, Broken) for pack in first for item in pack) > 1
-    assert not any(isinstance(item, Broken) for pack in second for item in pack)
-
-
-def test_every_draw_becomes_a_sample_or_is_told_to_be_broken_once(damaged):
-    sampler = damaged(max_steps=40)
-    items = [item for pack in sampler for item in pack]
-    state = sampler.state_after(40)
-    assert len(items) + len(state["waiting"]) == state["mixture"]["counts"]["some"]
-
-
-def test_broken_records_up_to_a_limit(tmp_path):
-    path = tmp_path / "deep" / "broken.jsonl"
-    entries = [Broken("a", n, f"a.jsonl:{n + 1}", "no such picture") for n in range(4)]
-    broken = BrokenRecords(path, limit=2)
-    broken.add([])
-    assert not path.exists()
-    broken.add([*entries[:2], entries[0], Broken("a", 9, "a.jsonl:10", "long", True)])
-    assert broken.summary() == {"broken_records": 2, "too_long_records": 1}
-    resumed = BrokenRecords(path, limit=2)
-    assert resumed.summary() == broken.summary()
-    resumed.add(entries[:2])
-    assert len(path.read_text().splitlines()) == 3
-    with pytest.raises(TooManyBrokenError, match=r"3 records are broken.*limit of 2.*broken\.jsonl.*a\.jsonl:3"):
-        resumed.add(entries[:3])
-    assert len(path.read_text().splitlines()) == 4, "the last one is listed, too"
-
-
-def test_half_a_line_of_a_killed_run(tmp_path):
-    path = tmp_path / "broken.jsonl"
-    entries = [Broken("a", n, "", "why") for n in range(2)]
-    BrokenRecords(path).add(entries)
-    path.write_text(path.read_text()[:-9])
-    resumed = BrokenRecords(path)
-    assert resumed.count == 1
-    resumed.add(entries)
-    assert BrokenRecords(path).count == 2
-
-
-def test_too_long_can_be_an_error(damaged):
-    with pytest.raises(ValueError, match=r"some\.jsonl:10: \d+ tokens are more than the budget of 60"):
-        list(damaged(max_steps=25, too_long="error"))
-
-
-def test_data_without_a_usable_record_stops(tmp_path, processor):
-    write(tmp_path / "none.jsonl", [{"question": "?"}] * 3)
-    chosen = Mixture([Group("all", 1, {"none": JsonlRecords(tmp_path / "none.jsonl")})], seed=0)
-    with pytest.raises(TooManyBrokenError, match=r"none of the last 1000 records.*none\.jsonl"):
-        next(iter(PackSampler(chosen, processor, token_budget=60, seed=0)))
-
-
-def test_a_pack_without_samples_is_a_step_without_loss(processor, model):
-    collator = Collator(processor, 60, always_vision=True)
-    broken = Broken("a", 0, "", "why")
-    for items in ([], [broken]):
-        batch = collator(items)
-        report = batch.pop("report")
-        assert (report.tokens, report.samples.total(), report.fill, report.broken) == (0, 0, 0, items)
-        assert report.supervised_shares == {}
-        model.zero_grad()
-        loss = model(**batch).loss
-        loss.backward()
-        assert loss == 0
-        missing = [name for name, each in model.named_parameters() if each.grad is None]
-        assert missing == [], "every parameter takes part in the reduction of gradients"
-        assert all((each.grad == 0).all() for each in model.parameters())
-
-
-def test_an_unseen_picture_changes_nothing(processor, model):
-    samples = [processor.encode(conversation("Hello", "yes, hello")), processor.encode(conversation("2?", "two"))]
-    plain, seen = processor.pack(samples), processor.pack(samples, always_vision=True)
-    assert "pixel_values" not in plain
-    assert torch.equal(plain["input_ids"], seen["input_ids"])
-    losses, gradients = [], []
-    for batch in (plain, seen):
-        model.zero_grad()
-        losses.append(model(**batch).loss)
-        losses[-1].backward()
-        gradients.append({name: each.grad for name, each in model.named_parameters()})
-    assert torch.equal(*losses)
-    for name, gradient in gradients[1].items():
-        assert gradient is not None, name
-        without = gradients[0][name]
-        assert torch.equal(gradient, without) if without is not None else (gradient == 0).all()
-    assert any(each is None for each in gradients[0].values())
-    with_picture = [processor.encode(conversation("What?", "this", images=[picture(0)]))]
-    assert_same(processor.pack(with_picture), processor.pack(with_picture, always_vision=True))
-
-
-def test_branches_on_one_root_equal_separate_rows(processor, model):
-    """Loss and gradients, in fp64, of one picture with three questions, between other samples."""
-    model = model.double()
-    rounds = [conversation("Odd?", "yes"), [*conversation("Even?", "no"), *conversation("Sure?", "yes, i am")]]
-    rounds.append(conversation("Which digit is this?", "seven"))
-    media = picture(3)
-    before, after = (
-        processor.encode(conversation("Hello", "hi")),
-        processor.encode(conversation("What?", "this", images=[picture(5)])),
-    )
-    together = processor.encode_branches([_showing(media, rounds[0]), *rounds[1:]])
-    separate = [processor.encode(_showing(media, each)) for each in rounds]
-    packed = processor.pack([before, together, after])
-    rows = processor.pack([before, *separate, after])
-    assert packed["input_ids"].numel() == rows["input_ids"].numel() - 2 * processor.num_latents
-    assert packed["pixel_values"].shape[0] == rows["pixel_values"].shape[0] - 2 * 4
-    assert isinstance(packed["layout"], PackedLayout)
-    assert (packed["labels"] != -100).sum() == (rows["labels"] != -100).sum()
-    losses, gradients = [], []
-    for batch in (packed, rows):
-        model.zero_grad()
-        losses.append(model(**{**batch, "pixel_values": batch["pixel_values"].double()}).loss)
-        losses[-1].backward()
-        gradients.append({name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None})
-    torch.testing.assert_close(losses[0], losses[1], rtol=1e-12, atol=0)
-    for name, gradient in gradients[1].items():  # the decoder's norms compute in fp32 whatever they get
-        atol = 1e-5 * max(gradient.abs().max().item(), 1e-3)
-        torch.testing.assert_close(gradients[0][name], gradient, rtol=0, atol=atol, msg=name)
-
-
-def _showing(media, messages):
-    (question, *rest) = messages
-    return [{**question, "content": [{"type": "image", "image": media}, *question["content"]]}, *rest]
-
-
-def test_branches_that_cannot_be(processor):
-    with_media = _showing(picture(0), conversation("Odd?", "yes"))
-    with pytest.raises(ValueError, match="only that one may have some"):
-        processor.encode_branches([conversation("Even?", "no"), with_media])
-    with pytest.raises(ValueError, match="no conversations"):
-        processor.encode_branches([])
-    several = processor.encode_branches([with_media, conversation("Even?", "no")])
-    with pytest.raises(ValueError, match="packed, not padded"):
-        processor.pad([several])
-    alone = processor.encode_branches([with_media])
-    assert alone.branch_lengths == ()
-
-
-def test_generators_are_for_all_samples_or_none(processor):
-    samples = [processor.encode(conversation("What?", "this", images=[picture(n)])) for n in range(2)]
-    generators = [np.random.default_rng(n) for n in range(2)]
-    both = processor.pack(samples, generator=generators)["pixel_values"]
-    alone = processor.pack(samples[1:], generator=np.random.default_rng(1))["pixel_values"]
-    assert torch.equal(both[4:], alone), "a sample's crop is its own generator's"
-    with pytest.raises(ValueError, match="some have none"):
-        processor.pack(samples, generator=[generators[0], None])
-    text = replace(samples[0], media=[], is_video=[])
-    processor.pack([text, samples[1]], generator=[None, generators[1]])

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 from lynx import LynxProcessor, checkpoint, cli
-from lynx.data import digits
+from lynx.data import digits, jsonl
 from lynx.data.jsonl import JsonlDataset
 from lynx.eval import accuracy, pictures
 from lynx.train import curves, flops, parts, recipe, run, watch
@@ -72,7 +72,9 @@ def test_the_log_tells_what_was_trained_on(trained):
     assert all(entry["stage"] == "train" and 0 < entry["fill"] <= 1 and 0 <= entry["data_wait"] <= 1 for entry in log)
     assert all(entry["mfu"] >= 0 and entry["supervised_tokens_per_second"] > 0 for entry in log)
     assert log[-1]["samples/few"] > 70
+    assert log[-1]["epochs/few"] == pytest.approx(log[-1]["samples/few"] / 5, abs=1e-4)
     assert log[-1]["supervised_share/few"] == 1.0
+    assert (log[-1]["broken_records"], log[-1]["too_long_records"]) == (1, 0)
     [broken] = [json.loads(line) for line in (folder / "broken.jsonl").read_text().splitlines()]
     assert broken["path"].endswith("few.jsonl:5")
     assert yaml.safe_load((folder / run.RECIPE).read_text())["stages"][0]["steps"] == 70
@@ -93,6 +95,14 @@ def test_scores_count_right_answers_and_the_commonest_truth():
     ]  # fmt: skip
     assert accuracy.scores(answered) == {"a": accuracy.Score(5, 2 / 5, 3 / 5), "b": accuracy.Score(1, 0.0, 1.0)}
     assert "40.0%           60.0%" in accuracy.table(accuracy.scores(answered))
+
+
+def test_a_file_is_read_through_once(data, tmp_path, monkeypatch):
+    """Though a tokenizer is learned from it first."""
+    scanned, seen = jsonl._scanned, []
+    monkeypatch.setattr(jsonl, "_scanned", lambda path: (seen.append(path), scanned(path))[1])
+    train(data, tmp_path, steps=1)
+    assert seen == [data]
 
 
 def test_progress_tells_loss_and_speed(data, capfd, tmp_path):
@@ -116,7 +126,7 @@ def test_rates():
 
 
 def test_supervised_tokens_are_counted(data, tmp_path, monkeypatch):
-    """Twice: by labels for the speed, by the collator's reports for the data sets' shares."""
+    """In every entry for the speed, since the stage began for the data sets' shares."""
     seen = []
 
     def rates(totals, *_):
@@ -124,10 +134,10 @@ def test_supervised_tokens_are_counted(data, tmp_path, monkeypatch):
         return dict.fromkeys(("supervised_tokens_per_second", "tokens_per_second", "mfu", "fill", "data_wait"), 0.0)
 
     monkeypatch.setattr(watch.Window, "rates", rates)
-    train(data, tmp_path, steps=3)
+    train(data, tmp_path, steps=3, token_budget=111)
     saved = torch.load(tmp_path / "checkpoints/train/checkpoint-3/0-data.pt", weights_only=True)
     assert sum(supervised for supervised, *_ in seen) == saved["supervised"]["few"] > saved["samples"]["few"]
-    assert all(tokens <= capacity == 100 for _, tokens, capacity, *_ in seen)
+    assert all(0 < tokens < capacity == 111 for _, tokens, capacity, *_ in seen)
 
 
 @pytest.mark.parametrize(
