@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 
 from lynx import vision
+from lynx.checkpoint import files
 from lynx.config import LynxConfig
 from lynx.model import LynxForConditionalGeneration
 from lynx.processor import LynxProcessor
@@ -55,7 +56,8 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> tuple[LynxF
 
     Args:
         folder: what ``save`` wrote.
-        dtype: of the parameters; as they were saved if None.
+        dtype: of the parameters; each as it was saved if None, where ``from_pretrained`` would round a trained part in
+            fp32 to the bf16 of the decoder around it.
 
     Raises:
         FileNotFoundError: the folder or one of its files is missing; the message names them all.
@@ -103,7 +105,17 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> tuple[LynxF
     ]
     if problems:
         raise ValueError(f"{folder}: the weights do not fit config.json; {'; '.join(problems)}")
+    if dtype is None:
+        _restore_dtypes(folder, model)
     return model.eval(), processor
+
+
+def _restore_dtypes(folder: Path, model: LynxForConditionalGeneration) -> None:
+    """Read again what was saved in another dtype than the one that transformers gives the whole model."""
+    saved = files.read(folder)  # mapped, not read
+    for name, parameter in model.named_parameters():
+        if name in saved and saved[name].dtype != parameter.dtype:  # a tied weight stands there once
+            parameter.data = saved[name].clone()
 
 
 def _read_json(path: Path) -> dict[str, Any]:
