@@ -57,7 +57,8 @@ def encode(tower: PreTrainedModel, pixel_values: Tensor) -> Tensor:
         )
     patches = F.linear(pixel_values.to(kernel.dtype), kernel, embeddings.patch_embedding.bias)
     patches = patches.unflatten(0, (-1, num_patches))  # (N, patches, width)
-    class_token = embeddings.class_embedding.expand(patches.shape[0], -1, -1)
+    # Indexed, not only expanded: of a single frame the gradient would have strides that DDP warns of.
+    class_token = embeddings.class_embedding[0, 0].expand(patches.shape[0], 1, -1)
     hidden = torch.cat([class_token, patches], 1) + embeddings.position_embedding
     # Lynx takes the tokens before the tower's last LayerNorm.
     if tower.config._attn_implementation != attention_integration.NAME:
