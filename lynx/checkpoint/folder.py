@@ -94,20 +94,21 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> tuple[LynxF
         )
     except SafetensorError as error:
         raise ValueError(f"{folder}: the weights ({_WEIGHTS[0]}) cannot be read, truncated perhaps: {error}") from error
-    problems = [
-        f"{what} {', '.join(map(str, sorted(report[key])))}"
-        for key, what in {
-            "missing_keys": "missing:",
-            "unexpected_keys": "unexpected:",
-            "mismatched_keys": "of another shape (saved, expected):",
-        }.items()
-        if report.get(key)
-    ]
-    if problems:
-        raise ValueError(f"{folder}: the weights do not fit config.json; {'; '.join(problems)}")
+    if found := problems(report, "missing_keys", "unexpected_keys", "mismatched_keys"):
+        raise ValueError(f"{folder}: the weights do not fit config.json; {found}")
     if dtype is None:
         _restore_dtypes(folder, model)
     return model.eval(), processor
+
+
+def problems(report: dict[str, Any], *kinds: str) -> str:
+    """What ``from_pretrained`` reports of these kinds with ``output_loading_info=True``, in words; none is empty."""
+    words = {
+        "missing_keys": "missing:",
+        "unexpected_keys": "unexpected:",
+        "mismatched_keys": "of another shape (saved, expected):",
+    }
+    return "; ".join(f"{words[kind]} {', '.join(map(str, sorted(report[kind])))}" for kind in kinds if report.get(kind))
 
 
 def _restore_dtypes(folder: Path, model: LynxForConditionalGeneration) -> None:
