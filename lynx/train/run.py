@@ -19,7 +19,6 @@ import torch
 import yaml
 from accelerate import PartialState
 from transformers import TrainerCallback, TrainingArguments, set_seed
-from transformers.integrations import TensorBoardCallback
 
 from lynx import checkpoint
 from lynx.data.broken import BrokenRecords
@@ -29,7 +28,7 @@ from lynx.train import parts, start
 from lynx.train.recipe import Recipe, RecipeError, Stage
 from lynx.train.resolution import set_resolution
 from lynx.train.trainer import LynxTrainer
-from lynx.train.watch import JsonLog, Terminated
+from lynx.train.watch import JsonLog, TensorBoardLog, Terminated
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +106,7 @@ def stage_trainer(
         logging_first_step=True,
         logging_nan_inf_filter=False,  # it would wait for the device at every step, and hide what it finds
         save_steps=recipe.save_every,
-        report_to=[],
+        report_to=[],  # logs of our own
         dataloader_num_workers=recipe.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=False,  # every rank runs the same graph, pictures or not
@@ -129,19 +128,14 @@ def stage_trainer(
         train_dataset=dataset,
         data_collator=collator,
         processing_class=processor,
-        callbacks=_logs(recipe, stage, world),
+        callbacks=_logs(recipe, stage),
     )
 
 
-def _logs(recipe: Recipe, stage: Stage, world: PartialState) -> list[TrainerCallback]:
+def _logs(recipe: Recipe, stage: Stage) -> list[TrainerCallback]:
     output = Path(recipe.output)
-    logs: list[TrainerCallback] = [JsonLog(output / LOG, stage.name)]
-    if recipe.tensorboard and world.is_main_process:
-        from torch.utils.tensorboard import SummaryWriter  # a package that not everybody has
-
-        # One folder for a stage however often it is resumed; Trainer's own would be another each time.
-        logs.append(TensorBoardCallback(SummaryWriter(str(output / TENSORBOARD / stage.name))))
-    return logs
+    for_tensorboard = [TensorBoardLog(output / TENSORBOARD / stage.name)] if recipe.tensorboard else []
+    return [JsonLog(output / LOG, stage.name), *for_tensorboard]
 
 
 def _world() -> PartialState:
