@@ -35,6 +35,7 @@ def go(changes, kill=None):
     is then half there. ``consumed-RANK`` in the output folder gets a line for every pack.
     """
     path = Path(changes["output"], f"consumed-{os.environ.get('RANK', 0)}")
+    os.setpgid(0, 0)  # a group of its own, workers included, which SIGTERM goes to as a scheduler sends it
     see = trainer.LynxTrainer._see
 
     def note(self, batch):
@@ -52,7 +53,7 @@ def go(changes, kill=None):
             if next(left, -1) == 0:
                 if path is not None:
                     Path(path).write_bytes(b"half of a file")
-                os.kill(os.getpid(), by)
+                os.killpg(0, by) if by == signal.SIGTERM else os.kill(os.getpid(), by)
 
         if what == "step":
             before(trainer.LynxTrainer, "training_step", lambda *_, **__: happens())
@@ -65,7 +66,7 @@ def go(changes, kill=None):
     run.run(recipe.load("tiny", changes))
 
 
-def before(owner, name, function):
+def before(owner, name, function, set_to=setattr):
     """Call ``function`` with the arguments of each call of ``owner.name`` first, in the main process."""
     original = getattr(owner, name)
 
@@ -74,7 +75,7 @@ def before(owner, name, function):
             function(*args, **kwargs)
         return original(*args, **kwargs)
 
-    setattr(owner, name, wrapped)
+    set_to(owner, name, wrapped)
 
 
 def changes_for(data, output, **more):
@@ -168,6 +169,30 @@ def test_sigterm_saves_and_ends(data, whole, tmp_path):
     assert not (tmp_path / "out" / "config.json").exists(), "an unfinished run has no model"
     assert processes.exit_code(go, changes) == 0
     check_same(tmp_path / "out", whole)
+
+
+def test_a_checkpoint_gets_its_name_when_all_of_it_is_on_the_disk(tmp_path, monkeypatch):
+    """Whatever a power cut leaves: every file and folder of it is flushed, then it is renamed, then that is flushed."""
+    happened: list[tuple[str, str]] = []
+
+    def inside(path):
+        return str(Path(path).relative_to(tmp_path))
+
+    before(checkpoints, "_flush", lambda path: happened.append(("flush", inside(path))), monkeypatch.setattr)
+    before(Path, "rename", lambda path, to: happened.append(("rename", inside(to))), monkeypatch.setattr)
+    for step in (2, 4, 10):
+        written = checkpoints.start(tmp_path) / "checkpoint-1"
+        (written / "inner").mkdir(parents=True)
+        for name in ("a", "inner/b"):
+            (written / name).write_text(f"{name} of {step}")
+        happened.clear()
+        checkpoints.publish(written, tmp_path, step, keep=2)
+        named = happened.index(("rename", f"checkpoint-{step}"))
+        first = {("flush", inside(written / name)) for name in ("", "a", "inner", "inner/b", "manifest.json")}
+        assert set(happened[:named]) == first
+        assert happened[named + 1] == ("flush", ".")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-4"]
+    assert checkpoints.latest(tmp_path) == tmp_path / "checkpoint-10"
 
 
 def test_a_broken_checkpoint_is_passed_over(data, whole, tmp_path, caplog):

@@ -49,6 +49,7 @@ def test_ranks_with_and_without_pictures_take_their_steps_together(whole):
     texts = [[processor.tokenizer.decode(tokens) for tokens, _ in packs] for packs in consumed(whole).values()]
     assert len(texts) == STEPS
     assert any(("which" in first) != ("which" in second) for first, second in texts)
+    assert watch.read_log(whole / run.LOG)[-2]["samples/train"] == 2 * STEPS, "those of all ranks"
 
 
 @pytest.mark.parametrize("rank", [0, 1])

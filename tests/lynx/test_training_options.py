@@ -94,13 +94,17 @@ def test_what_is_frozen_is_bf16_and_has_neither_gradient_nor_state(fusion, data,
         "tiny",
         {
             "data": str(data), "output": str(tmp_path), "token_budget": 100, "steps": 2, "precision": "bf16",
-            "model_options.fusion": fusion, "trains": list(trains),
+            "model_options.fusion": fusion, "trains": list(trains), "betas": [0.8, 0.9], "epsilon": 1e-5,
+            "weight_decay": 0.2, "max_grad_norm": 0.25,
         },
     )  # fmt: skip
     model, processor = start.model(chosen)
     trainer, at_the_step = run.stage_trainer(chosen, chosen.stages[0], model, processor), AtTheStep()
     trainer.add_callback(at_the_step)
     trainer.train()
+    assert trainer.args.max_grad_norm == 0.25
+    for group, decay in zip(trainer.optimizer.param_groups, (0.2, 0.0), strict=True):
+        assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.8, 0.9), 1e-5, decay)
     assert at_the_step.seen.keys() == {name for name, _ in model.named_parameters()}
     present = {parts.part_of(name) for name in at_the_step.seen}
     assert present == {*trains, "frame_positions", "vision_tower", "language_model"}
