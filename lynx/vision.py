@@ -64,7 +64,7 @@ def encode(tower: PreTrainedModel, pixel_values: Tensor) -> Tensor:
     if tower.config._attn_implementation != attention_integration.NAME:
         return tower.encoder(inputs_embeds=hidden).last_hidden_state
     frames, tokens = hidden.shape[:2]
-    layout = PackedLayout.full([tokens] * frames, device=hidden.device)
+    layout = PackedLayout.equal(frames, tokens, device=hidden.device)
     packed = tower.encoder(inputs_embeds=hidden.flatten(0, 1)[None], layout=layout).last_hidden_state
     return packed.view_as(hidden)
 
