@@ -179,13 +179,17 @@ def _part(item: list[Path]) -> dict[str, Any]:
 
 
 def _train(options: argparse.Namespace) -> None:
+    from accelerate import PartialState
+
     from lynx.train import recipe
     from lynx.train.run import run
 
     logging.getLogger("lynx.train").setLevel(logging.INFO)
     folder = run(recipe.load(options.recipe, options.changes), fresh=options.fresh)
-    if folder is not None:
+    ranks = PartialState()
+    if folder is not None and ranks.is_main_process:
         print(folder)
+    ranks.destroy_process_group()
 
 
 def _plot(options: argparse.Namespace) -> None:

@@ -171,9 +171,11 @@ class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, Genera
             vision_tokens = table.new_empty(0, table.shape[1])
         flat_ids = input_ids.reshape(-1)
         is_picture = flat_ids == self.config.image_token_id
-        message = f"input_ids must hold one picture token for each of the {vision_tokens.shape[0]} vision tokens"
-        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
-            message += f", but it holds {int(is_picture.sum())}"
+        message = "input_ids must hold one picture token for each vision token"
+        if not torch.compiler.is_compiling():  # a number in the text would have every other number compiled anew
+            message = f"input_ids must hold one picture token for each of the {vision_tokens.shape[0]} vision tokens"
+            if input_ids.device.type == "cpu":
+                message += f", but it holds {int(is_picture.sum())}"
         require(is_picture.sum() == vision_tokens.shape[0], message)
         vision_index = torch.where(is_picture, is_picture.cumsum(0) - 1, -1).int()
         return pack_embeddings(flat_ids, table, vision_tokens, vision_index).view(*input_ids.shape, -1)

@@ -57,13 +57,14 @@ def encode(tower: PreTrainedModel, pixel_values: Tensor) -> Tensor:
         )
     patches = F.linear(pixel_values.to(kernel.dtype), kernel, embeddings.patch_embedding.bias)
     patches = patches.unflatten(0, (-1, num_patches))  # (N, patches, width)
-    class_token = embeddings.class_embedding.expand(patches.shape[0], -1, -1)
+    # Indexed, not only expanded: of a single frame the gradient would have strides that DDP warns of.
+    class_token = embeddings.class_embedding[0, 0].expand(patches.shape[0], 1, -1)
     hidden = torch.cat([class_token, patches], 1) + embeddings.position_embedding
     # Lynx takes the tokens before the tower's last LayerNorm.
     if tower.config._attn_implementation != attention_integration.NAME:
         return tower.encoder(inputs_embeds=hidden).last_hidden_state
     frames, tokens = hidden.shape[:2]
-    layout = PackedLayout.full([tokens] * frames, device=hidden.device)
+    layout = PackedLayout.equal(frames, tokens, device=hidden.device)
     packed = tower.encoder(inputs_embeds=hidden.flatten(0, 1)[None], layout=layout).last_hidden_state
     return packed.view_as(hidden)
 

@@ -133,6 +133,24 @@ class PackedLayout(_Layout):
         return cls.from_groups(((length, []) for length in lengths), root_is_causal=False, device=device)
 
     @classmethod
+    def equal(cls, count: int, length: int, *, device: torch.device | str | None = None) -> Self:
+        """``full([length] * count)``, made on the device; under torch.compile one graph serves every ``count``."""
+        total = count * length
+        if total >= 2**31:
+            raise ValueError(f"the sequences have {total} tokens in all, more than int32 offsets can say")
+        start = torch.arange(count + 1, device=device) * length  # the last one closes the table
+        end = (start + length).clamp(max=total)
+        return cls(
+            torch.stack([start, start, end, end], 1).int(),
+            torch.arange(length, device=device).repeat(count),
+            root_is_causal=False,
+            max_group_length=length,
+            max_root_length=length,
+            max_branch_length=0,
+            max_branches=0,
+        )
+
+    @classmethod
     def from_padding_mask(cls, mask: Tensor, *, is_causal: bool = True, root_lengths: Tensor | None = None) -> Self:
         """The layout of a padded batch, its rows one after another, made on the mask's device without a host read.
 

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 
 from lynx import vision
+from lynx.checkpoint import files
 from lynx.config import LynxConfig
 from lynx.model import LynxForConditionalGeneration
 from lynx.processor import LynxProcessor
@@ -55,7 +56,8 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> tuple[LynxF
 
     Args:
         folder: what ``save`` wrote.
-        dtype: of the parameters; as they were saved if None.
+        dtype: of the parameters; each as it was saved if None, where ``from_pretrained`` would round a trained part in
+            fp32 to the bf16 of the decoder around it.
 
     Raises:
         FileNotFoundError: the folder or one of its files is missing; the message names them all.
@@ -92,18 +94,29 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> tuple[LynxF
         )
     except SafetensorError as error:
         raise ValueError(f"{folder}: the weights ({_WEIGHTS[0]}) cannot be read, truncated perhaps: {error}") from error
-    problems = [
-        f"{what} {', '.join(map(str, sorted(report[key])))}"
-        for key, what in {
-            "missing_keys": "missing:",
-            "unexpected_keys": "unexpected:",
-            "mismatched_keys": "of another shape (saved, expected):",
-        }.items()
-        if report.get(key)
-    ]
-    if problems:
-        raise ValueError(f"{folder}: the weights do not fit config.json; {'; '.join(problems)}")
+    if found := problems(report, "missing_keys", "unexpected_keys", "mismatched_keys"):
+        raise ValueError(f"{folder}: the weights do not fit config.json; {found}")
+    if dtype is None:
+        _restore_dtypes(folder, model)
     return model.eval(), processor
+
+
+def problems(report: dict[str, Any], *kinds: str) -> str:
+    """What ``from_pretrained`` reports of these kinds with ``output_loading_info=True``, in words; none is empty."""
+    words = {
+        "missing_keys": "missing:",
+        "unexpected_keys": "unexpected:",
+        "mismatched_keys": "of another shape (saved, expected):",
+    }
+    return "; ".join(f"{words[kind]} {', '.join(map(str, sorted(report[kind])))}" for kind in kinds if report.get(kind))
+
+
+def _restore_dtypes(folder: Path, model: LynxForConditionalGeneration) -> None:
+    """Read again what was saved in another dtype than the one that transformers gives the whole model."""
+    saved = files.read(folder)  # mapped, not read
+    for name, parameter in model.named_parameters():
+        if name in saved and saved[name].dtype != parameter.dtype:  # a tied weight stands there once
+            parameter.data = saved[name].clone()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogFormatterSciNotation
 
 from lynx.train.watch import read_log
 
@@ -18,6 +19,13 @@ _CURVES = {  # what the log calls it: title, and whether it is drawn on a logari
     "fill": ("fill of the packs", False),
     "data_wait": ("part of the time that waits for data", False),
 }
+
+
+class _Decimal(LogFormatterSciNotation):
+    """Marks the ticks that matplotlib would, as 0.6 and not as 6 x 10^-1."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
 
 
 def draw(log: Path, path: Path) -> None:
@@ -49,13 +57,16 @@ def draw(log: Path, path: Path) -> None:
         axis.grid(alpha=0.3, which="both")
         if is_log:
             axis.set_yscale("log")
+            axis.yaxis.set_major_formatter(_Decimal())
+            axis.yaxis.set_minor_formatter(_Decimal(labelOnlyBase=False))
         else:
             axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
     for axis in axes.flat[len(_CURVES) :]:
         axis.axis("off")
     axes.flat[0].legend(fontsize=8)
-    for axis in axes[-1]:
+    for axis in axes.flat[len(_CURVES) - 2 : len(_CURVES)]:  # the lowest of each column
         axis.set_xlabel("step")
+        axis.tick_params(labelbottom=True)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

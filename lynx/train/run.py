@@ -2,6 +2,7 @@
 
 output/recipe.yaml                   the recipe as it runs
 output/log.jsonl                     the log of all stages
+output/tensorboard/STAGE/            the same for TensorBoard, if asked for
 output/broken.jsonl, broken-1.jsonl  the records that could not be used, as rank 0, rank 1, ... met them
 output/checkpoints/STAGE/            of every stage, to go on from
 output/stages/STAGE/                 the model after each stage but the last
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import PartialState
-from transformers import TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from lynx import checkpoint
 from lynx.data.broken import BrokenRecords
@@ -30,11 +31,11 @@ from lynx.train import parts, start
 from lynx.train.recipe import Recipe, RecipeError, Stage
 from lynx.train.resolution import set_resolution
 from lynx.train.trainer import LynxTrainer
-from lynx.train.watch import JsonLog, Terminated
+from lynx.train.watch import JsonLog, TensorBoardLog, Terminated
 
 logger = logging.getLogger(__name__)
 
-LOG, RECIPE = "log.jsonl", "recipe.yaml"
+LOG, RECIPE, TENSORBOARD = "log.jsonl", "recipe.yaml", "tensorboard"
 # What may change between a run and its resumption: nothing here touches a weight.
 _FREE = ("output", "workers", "log_every", "save_every", "keep", "tensorboard", "max_broken")
 
@@ -70,7 +71,8 @@ def run(recipe: Recipe, *, fresh: bool = False) -> Path | None:
             trainer = stage_trainer(recipe, stage, model, processor, data(), terminated)
             trainer.train(resume_from_checkpoint=True)
             if terminated.stopped:
-                logger.warning("stopped by SIGTERM in stage %s; the same command goes on", stage.name)
+                if _world().is_main_process:
+                    logger.warning("stopped by SIGTERM in stage %s; the same command goes on", stage.name)
                 return None
             _save(trainer, _folder(recipe, index), processor)
     return output
@@ -109,11 +111,10 @@ def stage_trainer(
         logging_first_step=True,
         logging_nan_inf_filter=False,  # it would wait for the device at every step, and hide what it finds
         save_steps=recipe.save_every,
-        report_to=["tensorboard"] if recipe.tensorboard else [],
+        report_to=[],  # logs of our own
         dataloader_num_workers=recipe.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=False,  # every rank runs the same graph, pictures or not
-        ddp_broadcast_buffers=False,
         disable_tqdm=False,
         torch_compile=recipe.compile,
         use_cpu=not torch.cuda.is_available(),
@@ -131,8 +132,14 @@ def stage_trainer(
         train_dataset=dataset,
         data_collator=collator,
         processing_class=processor,
-        callbacks=[JsonLog(output / LOG, stage.name)],
+        callbacks=_logs(recipe, stage),
     )
+
+
+def _logs(recipe: Recipe, stage: Stage) -> list[TrainerCallback]:
+    output = Path(recipe.output)
+    for_tensorboard = [TensorBoardLog(output / TENSORBOARD / stage.name)] if recipe.tensorboard else []
+    return [JsonLog(output / LOG, stage.name), *for_tensorboard]
 
 
 def _world() -> PartialState:
@@ -176,7 +183,7 @@ def _claim(output: Path, recipe: Recipe, fresh: bool) -> None:
     world.wait_for_everyone()
     if world.is_main_process:
         if fresh:
-            for name in ("checkpoints", "stages"):
+            for name in ("checkpoints", "stages", TENSORBOARD):
                 shutil.rmtree(output / name, ignore_errors=True)
             for left in (output / "config.json", output / LOG, path, *output.glob("broken*.jsonl")):
                 left.unlink(missing_ok=True)
@@ -188,8 +195,22 @@ def _claim(output: Path, recipe: Recipe, fresh: bool) -> None:
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    old, new = _without_places(old), _without_places(new)
-    return [key for key in sorted({*old, *new}) if key not in _FREE and old.get(key) != new.get(key)]
+    """The keys that differ, as the command would change them, with their values where these are short."""
+    old, new = _flat(_without_places(old)), _flat(_without_places(new))
+    differences = []
+    for key in sorted({*old, *new}):
+        before, after = old.get(key), new.get(key)
+        if key not in _FREE and before != after:
+            is_short = not isinstance(before, dict | list) and not isinstance(after, dict | list)
+            differences.append(f"{key} (was {before}, now {after})" if is_short else key)
+    return differences
+
+
+def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Its keys and those of its stages, which hold its data, too."""
+    of_stages = {f"{stage['name']}.{key}": value for stage in recipe["stages"] for key, value in stage.items()}
+    of_run = {key: value for key, value in recipe.items() if key != "data"}
+    return {**of_run, "stages": [stage["name"] for stage in recipe["stages"]], **of_stages}
 
 
 def _without_places(value: Any, key: str = "") -> Any:
@@ -218,7 +239,7 @@ def _model(
         return checkpoint.load(_folder(recipe, index - 1), dtype=torch.float32)
     set_seed(recipe.seed)
     model, processor = start.model(recipe, data)
-    if noise := start.untrained(recipe, model):
+    if (noise := start.untrained(recipe, model)) and _world().is_main_process:
         logger.warning("%s: from nothing, and no stage trains it", ", ".join(noise))
     return model, processor
 

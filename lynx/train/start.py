@@ -6,6 +6,7 @@ whose data sets are those of the recipe's ``datasets``. Of these, ``more: [NAME]
 the ``weight`` it has there; the paper's groups weigh 100 together. Paths are relative to the working directory.
 """
 
+import copy
 import difflib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -14,15 +15,7 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    Blip2VisionConfig,
-    Blip2VisionModel,
-    PreTrainedModel,
-)
+from transformers import PreTrainedConfig
 
 from lynx import checkpoint, presets
 from lynx.config import LynxConfig
@@ -36,11 +29,16 @@ from lynx.data.stream import PackDataset, PackSampler
 from lynx.data.tokenizer import train_tokenizer
 from lynx.model import LynxForConditionalGeneration
 from lynx.processor import LynxProcessor
-from lynx.train import parts
+from lynx.train import parts, pretrained
 from lynx.train.recipe import Recipe, RecipeError, Stage
-from lynx_kernels.integrations import transformers as attention_integration
 
 _TEXTS = 20000  # records that a tokenizer is learned from
+_SMOLLM2 = "smollm2-135m"
+_OPTIONS = tuple(
+    name
+    for name in inspect.signature(LynxConfig).parameters
+    if name not in ("text_config", "vision_config", "args", "kwargs")
+)
 
 
 def model(recipe: Recipe, data: Callable[[], Mixture]) -> tuple[LynxForConditionalGeneration, LynxProcessor]:
@@ -52,8 +50,8 @@ def model(recipe: Recipe, data: Callable[[], Mixture]) -> tuple[LynxForCondition
 
     Raises:
         RecipeError: the recipe's ``model`` is neither a folder nor a preset, an option is unknown, or a preset with
-            pretrained parts is not told where they are.
-        OSError: a folder cannot be read.
+            pretrained parts is not told where they are, or cannot read them.
+        OSError, ValueError: the folder ``model`` cannot be read.
     """
     if Path(recipe.model).is_dir():
         if recipe.model_options or recipe.language_model or recipe.vision_tower:
@@ -64,12 +62,14 @@ def model(recipe: Recipe, data: Callable[[], Mixture]) -> tuple[LynxForCondition
         return checkpoint.load(recipe.model, dtype=torch.float32)
     _check_options(recipe.model_options)
     if recipe.model == "tiny" and recipe.language_model is None:
-        tokenizer = train_tokenizer(_texts(data()))
-        config = _with_options(presets.tiny(tokenizer), recipe.model_options)
-        fresh = LynxForConditionalGeneration(config, vision_tower=_tower(recipe))
-        return fresh, LynxProcessor.for_model(config, tokenizer)
-    if recipe.model == "smollm2-135m":
+        return _tiny(recipe, data())
+    if recipe.model == _SMOLLM2 and recipe.language_model is None and recipe.vision_tower is None:
         return presets.build_smollm2_135m(**recipe.model_options)
+    if recipe.model in ("tiny", _SMOLLM2):
+        raise RecipeError(
+            f"the preset {recipe.model} has its own decoder{' and vision tower' if recipe.model == _SMOLLM2 else ''}: "
+            "leave out language_model and vision_tower, or take another preset"
+        )
     if recipe.model not in presets.PRESETS:
         near = difflib.get_close_matches(recipe.model, [*presets.PRESETS, "tiny"])
         raise RecipeError(
@@ -81,55 +81,42 @@ def model(recipe: Recipe, data: Callable[[], Mixture]) -> tuple[LynxForCondition
             f"the preset {recipe.model} is built on a pretrained decoder and vision tower: give language_model=FOLDER "
             "and vision_tower=FOLDER, or model=FOLDER where a whole model is"
         )
-    return _built(recipe)
+    return _built(recipe, recipe.language_model, recipe.vision_tower)
 
 
-def _built(recipe: Recipe) -> tuple[LynxForConditionalGeneration, LynxProcessor]:
+def _tiny(recipe: Recipe, data: Mixture) -> tuple[LynxForConditionalGeneration, LynxProcessor]:
+    """The preset ``tiny``, its tokenizer learned from the data, its vision tower fresh or one that is there."""
+    tokenizer = train_tokenizer(_texts(data))
+    preset = presets.tiny(tokenizer)
+    tower = None if recipe.vision_tower is None else pretrained.vision_tower(recipe.vision_tower)
+    config = _config(preset, preset.text_config, tower.config if tower else preset.vision_config, recipe.model_options)
+    return LynxForConditionalGeneration(config, vision_tower=tower), LynxProcessor.for_model(config, tokenizer)
+
+
+def _built(
+    recipe: Recipe, language_model: str, vision_tower: str
+) -> tuple[LynxForConditionalGeneration, LynxProcessor]:
     """A preset on a decoder and a vision tower that are there."""
-    source = {"local_files_only": True, "dtype": torch.float32}
-    tokenizer = AutoTokenizer.from_pretrained(recipe.language_model, local_files_only=True)
-    decoder = AutoModelForCausalLM.from_pretrained(
-        recipe.language_model, use_safetensors=True, attn_implementation=attention_integration.NAME, **source
-    )
-    if tokenizer.pad_token is None:
-        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    rows = decoder.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:  # new tokens start as the mean of the others, as in the release
-        decoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        with torch.no_grad():
-            for table in {decoder.get_input_embeddings().weight, decoder.get_output_embeddings().weight}:
-                table[rows:] = table[:rows].mean(0)
-    tower = _tower(recipe)
-    assert tower is not None  # the caller has seen to it
-    config = presets.PRESETS[recipe.model](
-        **{"image_token_id": max(len(tokenizer), decoder.config.vocab_size), **recipe.model_options}
-    )
-    config.text_config, config.vision_config = decoder.config, tower.config
+    decoder, tokenizer = pretrained.language_model(language_model)
+    tower = pretrained.vision_tower(vision_tower)
+    preset = presets.PRESETS[recipe.model]()
+    preset.image_token_id = max(len(tokenizer), decoder.config.vocab_size)
+    config = _config(preset, decoder.config, tower.config, recipe.model_options)
     model = LynxForConditionalGeneration(config, language_model=decoder, vision_tower=tower)
     return model, LynxProcessor.for_model(config, tokenizer)
 
 
-def _tower(recipe: Recipe) -> PreTrainedModel | None:
-    if recipe.vision_tower is None:
-        return None
-    config = AutoConfig.from_pretrained(recipe.vision_tower, local_files_only=True)
-    is_eva = config.model_type in ("blip-2", Blip2VisionConfig.model_type)  # which AutoModel does not know alone
-    loader = Blip2VisionModel if is_eva else AutoModel
-    return loader.from_pretrained(recipe.vision_tower, use_safetensors=True, local_files_only=True, dtype=torch.float32)
+def _config(preset: LynxConfig, text: PreTrainedConfig, tower: PreTrainedConfig, options: dict[str, Any]) -> LynxConfig:
+    """A preset's options, but for those of the recipe, around other parts: checked as they stand together."""
+    text, tower = copy.deepcopy((text, tower))  # a whole model takes the choice of attention out of those it gets
+    return LynxConfig(text, tower, **{**{name: getattr(preset, name) for name in _OPTIONS}, **options})
 
 
 def _check_options(options: dict[str, Any]) -> None:
-    known = [name for name in inspect.signature(LynxConfig).parameters if name not in ("kwargs", "args")]
     for name in options:
-        if name not in known:
-            near = difflib.get_close_matches(name, known)
-            raise RecipeError(
-                f"model_options: LynxConfig has no {name!r}{f'; did you mean {near[0]}?' if near else ''}"
-            )
-
-
-def _with_options(config: LynxConfig, options: dict[str, Any]) -> LynxConfig:
-    return LynxConfig.from_dict({**config.to_dict(), **options})
+        if name not in _OPTIONS:
+            near = difflib.get_close_matches(name, _OPTIONS)
+            raise RecipeError(f"model_options: there is no {name!r}{f'; did you mean {near[0]}?' if near else ''}")
 
 
 def untrained(recipe: Recipe, model: LynxForConditionalGeneration) -> list[str]:

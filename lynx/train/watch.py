@@ -111,6 +111,34 @@ class JsonLog(TrainerCallback):
                 file.write(f"{json.dumps(entry)}\n")
 
 
+class TensorBoardLog(TrainerCallback):
+    """Writes the numbers of every entry of the log for TensorBoard, which the package tensorboard must be there for.
+
+    One folder of a stage for all its resumptions: steps that a crash took back are purged from the curves.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.writer: Any = None
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if state.is_world_process_zero:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(self.folder), purge_step=state.global_step + 1)
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if self.writer is not None:
+            for name, value in (logs or {}).items():
+                self.writer.add_scalar(name, value, state.global_step)
+            self.writer.flush()
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        if self.writer is not None:
+            self.writer.close()
+            self.writer = None
+
+
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The entries of a log; a last line that a crash cut off is left out."""
     entries = []

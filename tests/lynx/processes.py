@@ -29,6 +29,13 @@ def exit_code(function: Callable, *args: Any) -> int:
 
 def ranks(number: int, folder: Path, function: Callable, *args: Any) -> list[Any]:
     """What ``function(rank, *args)`` returns in each of ``number`` ranks; anything that torch saves as data."""
+    codes = exit_codes(number, folder, function, *args)
+    assert codes == [0] * number, f"the ranks ended with {codes}"
+    return [torch.load(folder / f"result-{rank}.pt", weights_only=True) for rank in range(number)]
+
+
+def exit_codes(number: int, folder: Path, function: Callable, *args: Any) -> list[int | None]:
+    """What each of ``number`` ranks ended with, None where it did not end."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -42,8 +49,7 @@ def ranks(number: int, folder: Path, function: Callable, *args: Any) -> list[Any
     codes = [process.exitcode for process in processes]
     for process in processes:
         process.kill()
-    assert codes == [0] * number, f"the ranks ended with {codes}"
-    return [torch.load(folder / f"result-{rank}.pt", weights_only=True) for rank in range(number)]
+    return codes
 
 
 def _alone(function: Callable, *args: Any) -> None:

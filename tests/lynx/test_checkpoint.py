@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from lynx import LynxConfig, LynxForConditionalGeneration, LynxImageProcessor, LynxProcessor, checkpoint
+from lynx.train import parts
 from tests.lynx.conftest import VISION, conversation, make_config, make_model, picture
 
 
@@ -44,6 +45,27 @@ def test_round_trip_is_bit_exact(tokenizer, tmp_path, vision, dtype, tied):
         del batch["labels"]
     with torch.no_grad():
         assert torch.equal(model(**batches[0]).logits, loaded(**batches[1]).logits)
+
+
+@pytest.mark.parametrize("fusion", ["prefix", "cross_attention"])
+@pytest.mark.parametrize("vision", VISION)
+def test_every_part_keeps_the_dtype_it_was_saved_in(tokenizer, tmp_path, vision, fusion):
+    """As training in bf16 leaves a model: fp32 where it trained. One dtype for all is had by asking for it."""
+    model = make_model(config := make_config(tokenizer, vision, fusion=fusion))
+    parts.choose(model, ["resampler", "adapters" if fusion == "prefix" else "cross_attention"], torch.bfloat16)
+    processor = LynxProcessor.for_model(config, tokenizer)
+    checkpoint.save(tmp_path, model, processor)
+    loaded, _ = checkpoint.load(tmp_path)
+    saved = dict(model.named_parameters())
+    assert {parameter.dtype for parameter in saved.values()} == {torch.float32, torch.bfloat16}
+    for name, parameter in loaded.named_parameters():
+        assert parameter.dtype == saved[name].dtype, name
+        assert torch.equal(parameter, saved[name]), name
+    batch = processor.pack([processor.encode(conversation("What?", "seven", images=[picture(0)]))])
+    with torch.no_grad():
+        assert torch.equal(model(**batch).loss, loaded(**batch).loss)
+    low, _ = checkpoint.load(tmp_path, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in low.parameters()} == {torch.bfloat16}
 
 
 def test_the_auto_classes_find_it(folder):

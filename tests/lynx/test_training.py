@@ -8,7 +8,6 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import TrainingArguments
 
 from lynx import LynxProcessor, checkpoint, cli
 from lynx.data import digits, jsonl
@@ -262,27 +261,6 @@ def test_questions_about_one_picture_share_it_with_cross_attention(tokenizer):
     with torch.no_grad():
         expected, shared = (model(**processor.pack(samples)).loss.item() for samples in (alone, [together]))
     assert shared == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"precision": "bf16"}, {"workers": 1}])
-def test_options_change_the_cost_and_not_the_learning(options, data, tmp_path):
-    plain, changed = train(data, tmp_path / "plain", steps=3), train(data, tmp_path / "changed", steps=3, **options)
-    tolerance = 2e-2 if "precision" in options else 1e-6
-    assert [entry["loss"] for entry in changed] == pytest.approx([entry["loss"] for entry in plain], rel=tolerance)
-
-
-def test_compiled_training(data, tmp_path, monkeypatch):
-    """Through torch.compile, by the backend that needs no compiler."""
-    plain = train(data, tmp_path / "plain", steps=2)
-    monkeypatch.setattr(run, "TrainingArguments", partial(TrainingArguments, torch_compile_backend="eager"))
-    compiled = train(data, tmp_path / "compiled", steps=2, compile=True)
-    assert [entry["loss"] for entry in compiled] == pytest.approx([entry["loss"] for entry in plain], rel=1e-5)
-
-
-def test_tensorboard_is_asked_for_in_vain(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(recipe.RecipeError, match="pip install tensorboard"):
-        train(data, tmp_path, steps=1, tensorboard=True)
 
 
 def test_a_budget_that_does_not_divide_is_refused(data, tmp_path):

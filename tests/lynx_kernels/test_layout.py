@@ -87,6 +87,14 @@ def test_causal_and_full(lengths):
     assert causal.position_ids.tolist() == full.position_ids.tolist() == positions
 
 
+def test_equal_sequences_are_full_ones():
+    for count, length in ((1, 5), (4, 7)):
+        assert_same(PackedLayout.equal(count, length), PackedLayout.full([length] * count))
+    assert torch.equal(PackedLayout.equal(0, 3).segments, PackedLayout.full([]).segments)
+    with pytest.raises(ValueError, match="more than int32 offsets can say"):
+        PackedLayout.equal(2**16, 2**15, device="meta")
+
+
 def test_lengths_may_be_any_integers():
     groups = [(np.int64(3), [np.int32(2), torch.tensor(4)]), (0, (5,))]
     layout = PackedLayout.from_groups(groups)
