@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 
 from lynx import vision
+from lynx.checkpoint.files import shards
 from lynx.config import LynxConfig
 from lynx.model import LynxForConditionalGeneration
 from lynx.processor import LynxProcessor
@@ -74,9 +75,8 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> tuple[LynxF
     model_type = contents["config.json"].get("model_type")
     if model_type != LynxConfig.model_type:
         raise ValueError(f"{folder} holds a model of model_type {model_type!r}, expected {LynxConfig.model_type!r}")
-    for shard in set(contents.get(_INDEX, {}).get("weight_map", {}).values()):
-        if Path(shard).name != shard or not (folder / shard).is_file():
-            raise FileNotFoundError(f"{folder / _INDEX} names {shard}, which is no file of the folder")
+    if _INDEX in contents:
+        shards(folder / _INDEX, contents[_INDEX])
     config = LynxConfig.from_pretrained(folder)
     processor = LynxProcessor.from_pretrained(folder, local_files_only=True)
     _check_agreement(folder, config, processor)

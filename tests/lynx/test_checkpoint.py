@@ -147,6 +147,10 @@ def test_weights_outside_the_folder_are_refused(folder, tmp_path):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(FileNotFoundError, match="no file of the folder"):
         checkpoint.load(folder)
+    for wrong in ({"weight_map": ["a"]}, {"weight_map": {"resampler.latents": 3}}, {}):
+        (folder / "model.safetensors.index.json").write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match="is no index of shards"):
+            checkpoint.load(folder)
 
 
 @pytest.mark.parametrize("name", ["config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"])
