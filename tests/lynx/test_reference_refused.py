@@ -298,6 +298,8 @@ def test_a_tokenizer_without_a_pad_token_gets_one(release, tokenizer):
     ("more", "message"),
     [
         (("--tokenizer", "nowhere"), "no such tokenizer folder"),
+        (("--tokenizer", "vicuna"), "vicuna has no tokenizer that transformers can read"),
+        (("--tokenizer", "broken"), "broken has no tokenizer that transformers can read: Expecting"),
         (("--vision", "nowhere"), "no such file"),
         (("--config", "lynx.pt"), ""),
         (("--image-size", "-4"), "is not at least 1"),
@@ -306,6 +308,8 @@ def test_a_tokenizer_without_a_pad_token_gets_one(release, tokenizer):
 )
 def test_convert_says_what_is_wrong(release, capsys, monkeypatch, more, message):
     monkeypatch.chdir(release)
+    (release / "broken").mkdir()
+    (release / "broken" / "tokenizer.json").write_text("{")
     try:
         status = main(command(release, *more))
     except SystemExit as stop:  # argparse's own
@@ -313,3 +317,16 @@ def test_convert_says_what_is_wrong(release, capsys, monkeypatch, more, message)
     assert status == 2
     assert message in capsys.readouterr().err
     assert not (release / "model").exists()
+
+
+def test_convert_spares_another_model(release, capsys):
+    """Vicuna's own folder, given as the output by mistake."""
+    vicuna = release / "vicuna"
+    (vicuna / "config.json").write_text('{"model_type": "llama"}')
+    (vicuna / "pytorch_model.bin").rename(vicuna / "model.safetensors")
+    before = {path: path.read_bytes() for path in vicuna.iterdir()}
+    for output in (vicuna, release / "heads.json"):
+        assert main(["convert", str(release / "no.pt"), str(output)]) == 2
+    assert "vicuna holds a model of model_type 'llama', which would be lost" in (err := capsys.readouterr().err)
+    assert "heads.json is a file, expected a folder" in err
+    assert {path: path.read_bytes() for path in vicuna.iterdir()} == before
