@@ -18,6 +18,7 @@ from lynx.resampler import media_layout
 from lynx.videos import VideoSource, is_video_file, load_video
 from lynx_kernels import PackedLayout, SpanLayout
 
+_ALWAYS = {"padding": (True, "longest"), "return_tensors": (None, "pt")}  # how every batch is
 _SIGLIP = {"image_mean": (0.5,) * 3, "image_std": (0.5,) * 3, "resize": "exact"}
 
 
@@ -129,6 +130,7 @@ class LynxProcessor(ProcessorMixin):
                 An image is a path, bytes, a PIL image or a (H, W, 3) uint8 array.
             text: a question, or a list of them.
             videos: like images; a video is a list of images, or the path or bytes of a video file.
+            kwargs: ``padding=True`` and ``return_tensors="pt"``, as others' processors are called; they change nothing.
 
         Returns:
             ``input_ids``, ``attention_mask`` and, where there are pictures, ``pixel_values``, ``frame_positions`` and
@@ -139,9 +141,9 @@ class LynxProcessor(ProcessorMixin):
         """
         if text is None:
             raise ValueError("text is missing: pass a question, or a list of them")
-        kwargs.pop("return_tensors", None)  # batches are always torch tensors
-        if kwargs:
-            raise TypeError(f"unexpected arguments {sorted(kwargs)}")
+        unexpected = {name: value for name, value in kwargs.items() if value not in _ALWAYS.get(name, ())}
+        if unexpected:
+            raise TypeError(f"unexpected arguments {unexpected}; batches are torch tensors, padded to the longest row")
         if isinstance(text, str):
             text, images, videos = [text], [images], [videos]
         if not isinstance(text, Sequence) or not all(isinstance(each, str) for each in text):

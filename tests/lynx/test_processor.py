@@ -124,6 +124,8 @@ def test_call_is_for_questions(processor):
     video = [picture(0), picture(1)]
     for videos in (video, [video]):
         assert processor(text="What?", videos=videos)["frame_positions"].tolist() == [0, 1]
+    usual = processor(text=["What?"], images=[picture(0)], padding=True, return_tensors="pt")
+    assert torch.equal(usual["input_ids"], one["input_ids"])
     both = processor(text=["What?", "Which?"], images=[None, [picture(0), picture(1)]], videos=[video, None])
     assert both["frame_positions"].tolist() == [0, 1, -1, -1]
 
@@ -162,8 +164,9 @@ def test_bad_calls_are_refused(processor, tmp_path):
         processor(text=5)
     with pytest.raises(ValueError, match="at least one sample"):
         processor(text=[])
-    with pytest.raises(TypeError, match=r"unexpected arguments \['audio'\]"):
-        processor(text="a", audio=1)
+    for wrong in ({"audio": 1}, {"return_tensors": "np"}, {"padding": "max_length"}, {"padding": False}):
+        with pytest.raises(TypeError, match=rf"unexpected arguments \{{'{next(iter(wrong))}'"):
+            processor(text="a", **wrong)
     with pytest.raises(ImageError, match=r"nothing\.png: no such file"):
         processor(text="a", images=str(tmp_path / "nothing.png"))
 
