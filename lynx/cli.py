@@ -181,7 +181,7 @@ def _ask(options: argparse.Namespace) -> None:
     if options.describe_first:
         conversations = generation.describe_first(model, processor, conversations)
     samples = [processor.encode(messages) for messages in conversations]
-    about = [f"{' '.join(item)}: {question}" for item in items for question in questions]
+    about = [f"{' '.join(map(str, item))}: {question}" for item in items for question in questions]
     beams = search.get("num_beams", generation.SETTINGS.get(options.settings, {}).get("num_beams", 1))
     streams = beams == 1  # of several beams nobody knows the answer before the end
     if streams:
