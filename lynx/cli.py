@@ -245,7 +245,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     answered = accuracy.answer_questions(model, processor, asked, judge=judges, settings=options.settings)
     print(accuracy.table(accuracy.scores(answered)))
     if skipped:
-        print(f"{len(skipped)} records could not be used and are not counted; the first: {skipped[0]}")
+        print(f"skipped, and not counted: {len(skipped)}; the first: {skipped[0]}")
     if options.answers is not None:
         accuracy.write(answered, options.answers)
         print(options.answers)

@@ -1,5 +1,6 @@
 """Questions whose answers are known: of a JSONL file in any format of ``lynx.data.records``, Open-VQA's included."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 from tqdm import tqdm
 
 from lynx.data.records import MediaFolder, Messages, RecordError, parse, parse_line, text_of
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Question:
 def read(
     path: str | Path, root: str | Path | None = None, *, encode: Callable[[Messages], Any] | None = None
 ) -> tuple[list[Question], list[str]]:
-    """The last question of every conversation, and where and why a record cannot be used.
+    """The last question of every conversation, and where and why a record cannot be used, which is logged too.
 
     All pictures, and a frame of every video, are decoded once: what is missing or broken is known before the first
     question is asked.
@@ -68,6 +71,8 @@ def read(
     if not questions:
         reason = f"; the first: {skipped[0]}" if skipped else ""
         raise ValueError(f"{path}: none of its {len(skipped)} records can be used{reason}")
+    for each in skipped:
+        logger.warning("record skipped: %s", each)
     return questions, skipped
 
 

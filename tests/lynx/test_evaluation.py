@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lynx import checkpoint, cli, generation
+from lynx import checkpoint, cli
 from lynx.eval import accuracy, judge, pictures, questions
 from lynx.eval.questions import Question
 from tests.lynx.conftest import conversation, picture
@@ -72,7 +72,7 @@ def test_questions_come_in_every_format_of_records(tmp_path, processor):
     assert [sample.media for sample in samples] == [[[file]]] * 4 + [[]]
 
 
-def test_what_cannot_be_asked_is_skipped_with_its_place(tmp_path, processor):
+def test_what_cannot_be_asked_is_skipped_with_its_place(tmp_path, processor, caplog):
     root = tmp_path / "root"
     root.mkdir()
     Image.fromarray(picture(1)).save(tmp_path / "secret.png")
@@ -98,6 +98,7 @@ def test_what_cannot_be_asked_is_skipped_with_its_place(tmp_path, processor):
     for line, (each, reason) in enumerate(zip(skipped, reasons, strict=True), start=1):
         assert each.startswith(f"{path}:{line}: ")
         assert reason in each
+        assert each in caplog.text
     write(root, annotation(image="images/missing.png"), annotation(image="images/missing.png"))
     with pytest.raises(ValueError, match=r"none of its 2 records can be used; the first: .*jsonl:1: no such picture"):
         questions.read(path)
@@ -139,24 +140,6 @@ def test_the_interval_is_wilsons(right):
     assert 0 <= low <= right / 10 <= high + 1e-12
     assert high <= 1
     assert (low == 0) == (right == 0)
-
-
-def test_settings_of_the_paper():
-    """Table 6."""
-    settings = generation.SETTINGS
-    assert settings["open-vqa-image"] == {
-        "max_new_tokens": 64, "num_beams": 5, "do_sample": False, "length_penalty": -2.0, "no_repeat_ngram_size": 2,
-    }  # fmt: skip
-    assert settings["open-vqa-video"] == {
-        "max_new_tokens": 128, "num_beams": 3, "do_sample": False, "length_penalty": -1.0, "no_repeat_ngram_size": 3,
-    }  # fmt: skip
-    assert settings["owleval"] == settings["demo"] == {
-        "max_new_tokens": 256, "num_beams": 3, "do_sample": True, "top_p": 0.9, "top_k": 3, "length_penalty": 1.0,
-        "no_repeat_ngram_size": 3,
-    }  # fmt: skip
-    assert settings["description"] == {
-        "max_new_tokens": 128, "num_beams": 1, "do_sample": True, "top_p": 0.9, "top_k": 3,
-    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -240,7 +223,7 @@ def test_evaluate(folder, tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert used == [{"settings": "open-vqa-image"}]
     assert out.splitlines()[3].split() == ["overall", "2", "/", "2", "100.0%", "34.2%", "-", "100.0%", "100.0%"]
-    assert "1 records could not be used and are not counted; the first: " in out
+    assert "skipped, and not counted: 1; the first: " in out
     assert "gone.png" in out
     lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert [line["type"] for line in lines] == ["Place", "Color"]
