@@ -141,9 +141,7 @@ class LynxProcessor(ProcessorMixin):
         """
         if text is None:
             raise ValueError("text is missing: pass a question, or a list of them")
-        unexpected = {name: value for name, value in kwargs.items() if value not in _ALWAYS.get(name, ())}
-        if unexpected:
-            raise TypeError(f"unexpected arguments {unexpected}; batches are torch tensors, padded to the longest row")
+        _refuse_unexpected(kwargs)
         if isinstance(text, str):
             text, images, videos = [text], [images], [videos]
         if not isinstance(text, Sequence) or not all(isinstance(each, str) for each in text):
@@ -152,17 +150,54 @@ class LynxProcessor(ProcessorMixin):
         for name, media in per_text.items():
             if media is not None and (not isinstance(media, list | tuple) or len(media) != len(text)):
                 raise ValueError(f"{name} must be a list with one entry (or None) for each of the {len(text)} texts")
-        samples = []
+        conversations = []
         for row, question in enumerate(text):
             content: list[dict[str, Any]] = [
                 *({"type": "image", "image": image} for image in _as_list(images and images[row], depth=0)),
                 *({"type": "video", "video": video} for video in _as_list(videos and videos[row], depth=1)),
                 {"type": "text", "text": question},
             ]
-            samples.append(self.encode([{"role": "user", "content": content}]))
-        batch = self.pad(samples)
+            conversations.append([{"role": "user", "content": content}])
+        return self._questions(conversations)
+
+    def _questions(self, conversations: Sequence[Sequence[dict[str, Any]]]) -> BatchFeature:
+        batch = self.pad([self.encode(messages) for messages in conversations])
         del batch["labels"], batch["max_supervised"]
         return batch
+
+    def apply_chat_template(  # type: ignore[override]  # fewer options: the words around a question never change
+        self,
+        conversation: Sequence[Any],
+        *,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        continue_final_message: bool = False,
+        add_generation_prompt: bool = True,
+        processor_kwargs: dict[str, Any] | None = None,
+        **kwargs,
+    ) -> BatchFeature:
+        """The left-padded batch of one conversation, or of a list of them, as pipelines ask for it.
+
+        Args:
+            conversation: as ``encode`` takes it, ending with a question; an image or video may also stand under
+                "path", "url" or "base64" in its part, as elsewhere in transformers, but no URL is fetched.
+            tokenize, return_dict: must be True: Lynx has no template that would make a text of pictures.
+            continue_final_message, add_generation_prompt: False and True, as said of ``conversation``.
+            processor_kwargs, kwargs: as those of a call.
+
+        Raises:
+            ValueError, TypeError: as ``encode`` and a call say, or another option is asked for.
+        """
+        is_one = bool(conversation) and isinstance(conversation[0], dict)
+        conversations = [conversation] if is_one else conversation
+        is_asked = all(len(messages) % 2 for messages in conversations)  # user and assistant take turns
+        if not (tokenize and return_dict and add_generation_prompt and is_asked) or continue_final_message:
+            raise ValueError(
+                "a LynxProcessor makes batches of questions: pass tokenize=True, return_dict=True and "
+                "add_generation_prompt=True, and a conversation that ends with a question"
+            )
+        _refuse_unexpected({**kwargs, **(processor_kwargs or {})})
+        return self._questions([[_with_sources(message) for message in messages] for messages in conversations])
 
     def encode(self, messages: Sequence[dict[str, Any]]) -> Sample:
         """One conversation in transformers' messages format.
@@ -333,6 +368,27 @@ class LynxProcessor(ProcessorMixin):
     def answer_of(self, token_ids: torch.Tensor) -> str:
         """The text of newly generated ``token_ids``, up to the EOS."""
         return self.tokenizer.decode(token_ids, skip_special_tokens=True).strip()
+
+
+def _refuse_unexpected(options: dict[str, Any]) -> None:
+    unexpected = {name: value for name, value in options.items() if value not in _ALWAYS.get(name, ())}
+    if unexpected:
+        raise TypeError(f"unexpected arguments {unexpected}; batches are torch tensors, padded to the longest row")
+
+
+def _with_sources(message: Any) -> Any:
+    """A message whose images and videos stand under the names that ``encode`` knows."""
+    content = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        return message  # text, or what encode refuses
+    parts = []
+    for part in content:
+        kind = part.get("type")
+        found = [part[key] for key in ("path", "url", "base64") if part.get(key) is not None]
+        parts.append(
+            {"type": kind, kind: found[0]} if kind in ("image", "video") and kind not in part and found else part
+        )
+    return {**message, "content": parts}
 
 
 def _crop_boxes(frames: list[Image.Image], generator: np.random.Generator) -> list[tuple[int, int, int, int]]:

@@ -69,10 +69,10 @@ def read(
             else:
                 questions += found
     if not questions:
-        reason = f"; the first: {skipped[0]}" if skipped else ""
-        raise ValueError(f"{path}: none of its {len(skipped)} records can be used{reason}")
-    for each in skipped:
-        logger.warning("record skipped: %s", each)
+        first = f"; the first: {skipped[0]}" if skipped else ""
+        raise ValueError(f"{path}: none of its {len(skipped)} records can be used{first}")
+    for reason in skipped:
+        logger.warning("record skipped: %s", reason)
     return questions, skipped
 
 
