@@ -8,17 +8,16 @@ import torch
 from PIL import Image
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
-from lynx import vision
+from lynx import calls, vision
 from lynx.config import LynxConfig
 from lynx.conversation import IGNORED, ConversationEncoder, Sample
 from lynx.fusion.cross_attention import text_layout
 from lynx.image_processor import LynxImageProcessor
 from lynx.images import ImageSource, load_image, random_resized_crop_box
 from lynx.resampler import media_layout
-from lynx.videos import VideoSource, is_video_file, load_video
+from lynx.videos import VideoSource, load_video
 from lynx_kernels import PackedLayout, SpanLayout
 
-_ALWAYS = {"padding": (True, "longest"), "return_tensors": (None, "pt")}  # how every batch is
 _SIGLIP = {"image_mean": (0.5,) * 3, "image_std": (0.5,) * 3, "resize": "exact"}
 
 
@@ -141,7 +140,7 @@ class LynxProcessor(ProcessorMixin):
         """
         if text is None:
             raise ValueError("text is missing: pass a question, or a list of them")
-        _refuse_unexpected(kwargs)
+        calls.refuse_unexpected(kwargs)
         if isinstance(text, str):
             text, images, videos = [text], [images], [videos]
         if not isinstance(text, Sequence) or not all(isinstance(each, str) for each in text):
@@ -153,8 +152,8 @@ class LynxProcessor(ProcessorMixin):
         conversations = []
         for row, question in enumerate(text):
             content: list[dict[str, Any]] = [
-                *({"type": "image", "image": image} for image in _as_list(images and images[row], depth=0)),
-                *({"type": "video", "video": video} for video in _as_list(videos and videos[row], depth=1)),
+                *({"type": "image", "image": image} for image in calls.as_list(images and images[row], depth=0)),
+                *({"type": "video", "video": video} for video in calls.as_list(videos and videos[row], depth=1)),
                 {"type": "text", "text": question},
             ]
             conversations.append([{"role": "user", "content": content}])
@@ -196,8 +195,8 @@ class LynxProcessor(ProcessorMixin):
                 "a LynxProcessor makes batches of questions: pass tokenize=True, return_dict=True and "
                 "add_generation_prompt=True, and a conversation that ends with a question"
             )
-        _refuse_unexpected({**kwargs, **(processor_kwargs or {})})
-        return self._questions([[_with_sources(message) for message in messages] for messages in conversations])
+        calls.refuse_unexpected({**kwargs, **(processor_kwargs or {})})
+        return self._questions([[calls.with_sources(message) for message in messages] for messages in conversations])
 
     def encode(self, messages: Sequence[dict[str, Any]]) -> Sample:
         """One conversation in transformers' messages format.
@@ -370,27 +369,6 @@ class LynxProcessor(ProcessorMixin):
         return self.tokenizer.decode(token_ids, skip_special_tokens=True).strip()
 
 
-def _refuse_unexpected(options: dict[str, Any]) -> None:
-    unexpected = {name: value for name, value in options.items() if value not in _ALWAYS.get(name, ())}
-    if unexpected:
-        raise TypeError(f"unexpected arguments {unexpected}; batches are torch tensors, padded to the longest row")
-
-
-def _with_sources(message: Any) -> Any:
-    """A message whose images and videos stand under the names that ``encode`` knows."""
-    content = message.get("content") if isinstance(message, dict) else None
-    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
-        return message  # text, or what encode refuses
-    parts = []
-    for part in content:
-        kind = part.get("type")
-        found = [part[key] for key in ("path", "url", "base64") if part.get(key) is not None]
-        parts.append(
-            {"type": kind, kind: found[0]} if kind in ("image", "video") and kind not in part and found else part
-        )
-    return {**message, "content": parts}
-
-
 def _crop_boxes(frames: list[Image.Image], generator: np.random.Generator) -> list[tuple[int, int, int, int]]:
     """A random box for each frame of an item; frames of one size share it, so that a video does not jump."""
     boxes: dict[tuple[int, int], tuple[int, int, int, int]] = {}
@@ -398,15 +376,3 @@ def _crop_boxes(frames: list[Image.Image], generator: np.random.Generator) -> li
         if frame.size not in boxes:
             boxes[frame.size] = random_resized_crop_box(frame.height, frame.width, generator)
     return [boxes[frame.size] for frame in frames]
-
-
-def _as_list(media: Any, depth: int) -> list:
-    """A single item as a list of one; an item is ``depth`` lists deep (an image 0, a video 1 unless it is a file)."""
-    if media is None:
-        return []
-    if isinstance(media, list | tuple) and media and is_video_file(media[0]):
-        return list(media)
-    first = media
-    for _ in range(depth):
-        first = first[0] if isinstance(first, list | tuple) and first else None
-    return list(media) if isinstance(first, list | tuple) else [media]
