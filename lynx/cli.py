@@ -4,11 +4,14 @@ import argparse
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging as transformers_logging
+
+_SETTINGS_HELP = "how to search, as in the paper: open-vqa-image, open-vqa-video, owleval or demo"
+_OF_THE_DEMO = {"matplotlib", "sklearn"}  # modules; where others are lacking the error says what brings them
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"lynx {options.command}: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        advice = "" if error.name == "av" else "; pip install 'lynx-kernels[demo]' brings it"  # videos give their own
+        advice = "; pip install 'lynx-kernels[demo]' brings it" if error.name in _OF_THE_DEMO else ""
         print(f"lynx {options.command}: {error}{advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -33,16 +36,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser, commands = _parser()
     # Of Python 3.11 the files of ask that stand after its options come back as unknown.
-    options, rest = _parser().parse_known_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
     if rest and (options.command != "ask" or any(each.startswith("-") for each in rest)):
-        _parser().error(f"unrecognized arguments: {' '.join(rest)}")
+        commands[options.command].error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.picture += rest
     return options
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
+    """The command's parser, and those of its commands."""
     parser = argparse.ArgumentParser(prog="lynx", description="Train Lynx models and ask them about pictures.")
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -56,12 +61,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     ask.add_argument("model", type=Path, help="a model folder")
     ask.add_argument("picture", nargs="*", help="the files of an item; without -q the last argument is the question")
-    ask.add_argument("--picture", "-p", dest="items", nargs="+", action="append", default=[], help="one more item")
-    ask.add_argument("--question", "-q", dest="questions", action="append", default=[], help="a question")
-    ask.add_argument("--settings", help="how to search, as in the paper: open-vqa-image, open-vqa-video, owleval, demo")
-    ask.add_argument("--beams", type=_positive, help="beams to search with (default: the settings', or 1: greedy)")
-    ask.add_argument("--max-new-tokens", type=_positive, help="of an answer (default: the settings', or 64)")
-    ask.add_argument("--describe-first", action="store_true", help="describe every item first, and show the model that")
+    ask.add_argument(
+        "--picture", "-p", dest="items", nargs="+", action="append", default=[], metavar="PICTURE", help="one more item"
+    )
+    ask.add_argument(
+        "--question", "-q", dest="questions", action="append", default=[], metavar="QUESTION", help="a question"
+    )
+    ask.add_argument("--settings", metavar="NAME", help=_SETTINGS_HELP + " (default: greedy)")
+    ask.add_argument(
+        "--beams", type=_positive, metavar="N", help="beams to search with (default: the settings', or 1: greedy)"
+    )
+    ask.add_argument(
+        "--max-new-tokens", type=_positive, metavar="N", help="of an answer (default: the settings', or 64)"
+    )
+    ask.add_argument(
+        "--describe-first", action="store_true", help="have the model describe every item before it answers"
+    )
     ask.add_argument("--keep-case", action="store_true", help="do not lower-case the questions")
     ask.add_argument("--seed", type=int, help="of answers that are drawn (default: another each time)")
     ask.set_defaults(run=_ask)
@@ -81,11 +96,21 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("--to", type=Path, help="the PNG to write (default: curves.png in the folder)")
     plot.set_defaults(run=_plot)
 
-    evaluate = commands.add_parser("evaluate", help="ask a JSONL file's questions and count the right answers")
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="ask a JSONL file's questions and count the right answers",
+        description="Asks every question and counts, for each type of question, the right answers, with a 95 % "
+        "interval. Right is what has the words of the truth; or what a judge says implies it.",
+        epilog="Open-VQA as in the paper: lynx evaluate MODEL Open_VQA_images.jsonl --root FOLDER "
+        "--settings open-vqa-image --judge FOLDER",
+    )
     evaluate.add_argument("model", type=Path, help="a model folder")
-    evaluate.add_argument("data", type=Path, help="JSONL like that of train")
+    evaluate.add_argument("data", type=Path, help="JSONL as train reads it, or an annotation file of Open-VQA")
     evaluate.add_argument("--root", type=Path, help="the folder of the pictures (default: the data file's)")
-    evaluate.add_argument("--sheet", type=Path, help="draw the first answers into this PNG")
+    evaluate.add_argument("--settings", metavar="NAME", help=_SETTINGS_HELP + " (default: greedy)")
+    evaluate.add_argument("--judge", type=Path, metavar="FOLDER", help="a language model that judges the answers")
+    evaluate.add_argument("--answers", type=Path, metavar="FILE", help="write every answer into this JSONL file")
+    evaluate.add_argument("--sheet", type=Path, metavar="FILE", help="draw the first 24 answers into this PNG")
     evaluate.set_defaults(run=_evaluate)
 
     convert = commands.add_parser("convert", help="make a model folder of the release's checkpoint files")
@@ -103,13 +128,17 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--folder", type=Path, default=Path("demo"), help="where everything goes (default: demo)")
     demo.add_argument("--seed", type=int, default=0)
     demo.set_defaults(run=_demo)
-    return parser
+    return parser, commands.choices
 
 
 def _positive(text: str) -> int:
-    if int(text) < 1:
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+    if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return int(text)
+    return number
 
 
 def _load(folder: Path):
@@ -131,9 +160,11 @@ def _ask(options: argparse.Namespace) -> None:
     if not questions and pictures:
         *pictures, question = pictures
         questions = [question]
-    items = [[Path(file) for file in item] for item in (pictures, *options.items) if item]
-    if not questions or not items:
-        raise ValueError("say at least one picture and one question; 'lynx ask --help' shows how")
+    items = [item for item in (pictures, *options.items) if item]
+    if not items:
+        raise ValueError("say at least one picture; 'lynx ask --help' shows how")
+    if not questions:
+        raise ValueError("say a question, beside -p with -q; 'lynx ask --help' shows how")
     parts = [_part(item) for item in items]
     search = {"num_beams": options.beams, "max_new_tokens": options.max_new_tokens}
     search = {name: value for name, value in search.items() if value is not None}
@@ -166,16 +197,19 @@ def _ask(options: argparse.Namespace) -> None:
     print(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s", file=sys.stderr)
 
 
-def _part(item: list[Path]) -> dict[str, Any]:
+def _part(item: list[str]) -> dict[str, Any]:
     """An item as a part of a message; several files are a video's frames."""
     from lynx.images import load_image
     from lynx.videos import is_video_file
 
-    if len(item) > 1:
-        return {"type": "video", "video": [load_image(path) for path in item]}
-    if is_video_file(item[0]):
-        return {"type": "video", "video": item[0]}
-    return {"type": "image", "image": load_image(item[0])}
+    videos = [file for file in item if is_video_file(file)]
+    if videos and len(item) > 1:
+        raise ValueError(f"{videos[0]} is a video, an item of its own: give each item its -p, and the question its -q")
+    if videos:
+        return {"type": "video", "video": videos[0]}
+    # A path, so that no name is taken for base64; of a URL load_image says that it is never fetched.
+    frames = [load_image(file if "://" in file else Path(file)) for file in item]
+    return {"type": "video", "video": frames} if len(frames) > 1 else {"type": "image", "image": frames[0]}
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -202,13 +236,23 @@ def _plot(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from lynx.data.jsonl import JsonlDataset
-    from lynx.eval import accuracy
+    from lynx import generation
+    from lynx.eval import accuracy, judge, questions
 
-    dataset = JsonlDataset(options.data, options.root)
+    generation.check_settings(options.settings)
+    for file in (options.answers, options.sheet):
+        if file is not None and not file.parent.is_dir():
+            raise FileNotFoundError(f"{file}: there is no folder {file.parent} to write it into")
+    judges = judge.same_words if options.judge is None else judge.LanguageModelJudge(options.judge)
     model, processor = _load(options.model)
-    answered = accuracy.answer_records(model, processor, dataset.records)
+    asked, skipped = questions.read(options.data, options.root, encode=processor.encode)
+    answered = accuracy.answer_questions(model, processor, asked, judge=judges, settings=options.settings)
     print(accuracy.table(accuracy.scores(answered)))
+    if skipped:
+        print(f"skipped, and not counted: {len(skipped)}; the first: {skipped[0]}")
+    if options.answers is not None:
+        accuracy.write(answered, options.answers)
+        print(options.answers)
     if options.sheet is not None:
         from lynx.eval import pictures
 

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from lynx import checkpoint
 from lynx.data import digits
-from lynx.data.jsonl import JsonlDataset
-from lynx.eval import accuracy, pictures
+from lynx.eval import accuracy, pictures, questions
 from lynx.train import curves, recipe
 from lynx.train.run import LOG, run
 
@@ -28,7 +27,7 @@ def demo(folder: str | Path, *, seed: int = 0) -> dict[str, accuracy.Score]:
     run(recipe.load("tiny", changes), fresh=True)
     curves.draw(folder / "model" / LOG, folder / "loss.png")
     model, processor = checkpoint.load(folder / "model")
-    answered = accuracy.answer_records(model, processor, JsonlDataset(test_data).records)
+    answered = accuracy.answer_questions(model, processor, questions.read(test_data)[0], max_new_tokens=16)
     by_type = accuracy.scores(answered)
     pictures.answer_sheet(answered[: 2 * len(by_type)], folder / "answers.png")
     print(f"\nHeld-out pictures:\n{accuracy.table(by_type)}\n")

@@ -137,14 +137,17 @@ def to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
 
 def _flatten(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # "I;16" in its byte orders, and 16 bits inside the 32 of "I"
-        levels = np.asarray(image).astype(np.int64)
+        levels = np.asarray(image)
         if levels.min() < 0 or levels.max() > 65535:
             raise ValueError(f"grey levels {levels.min()} ... {levels.max()} do not fit 16 bits")
-        return Image.fromarray(((levels + 128) // 257).astype(np.uint8)).convert("RGB")
+        levels = levels.astype(np.uint32)
+        levels += 128  # in place, as such a file may be small and its image huge
+        levels //= 257
+        return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("floating-point pixels have no defined range")
     if image.has_transparency_data:
-        image = image.convert("RGBA")
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")

@@ -8,14 +8,14 @@ import torch
 from PIL import Image
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
-from lynx import vision
+from lynx import calls, vision
 from lynx.config import LynxConfig
 from lynx.conversation import IGNORED, ConversationEncoder, Sample
 from lynx.fusion.cross_attention import text_layout
 from lynx.image_processor import LynxImageProcessor
 from lynx.images import ImageSource, load_image, random_resized_crop_box
 from lynx.resampler import media_layout
-from lynx.videos import VideoSource, is_video_file, load_video
+from lynx.videos import VideoSource, load_video
 from lynx_kernels import PackedLayout, SpanLayout
 
 _SIGLIP = {"image_mean": (0.5,) * 3, "image_std": (0.5,) * 3, "resize": "exact"}
@@ -129,6 +129,7 @@ class LynxProcessor(ProcessorMixin):
                 An image is a path, bytes, a PIL image or a (H, W, 3) uint8 array.
             text: a question, or a list of them.
             videos: like images; a video is a list of images, or the path or bytes of a video file.
+            kwargs: ``padding=True`` and ``return_tensors="pt"``, as others' processors are called; they change nothing.
 
         Returns:
             ``input_ids``, ``attention_mask`` and, where there are pictures, ``pixel_values``, ``frame_positions`` and
@@ -139,9 +140,7 @@ class LynxProcessor(ProcessorMixin):
         """
         if text is None:
             raise ValueError("text is missing: pass a question, or a list of them")
-        kwargs.pop("return_tensors", None)  # batches are always torch tensors
-        if kwargs:
-            raise TypeError(f"unexpected arguments {sorted(kwargs)}")
+        calls.refuse_unexpected(kwargs)
         if isinstance(text, str):
             text, images, videos = [text], [images], [videos]
         if not isinstance(text, Sequence) or not all(isinstance(each, str) for each in text):
@@ -150,17 +149,54 @@ class LynxProcessor(ProcessorMixin):
         for name, media in per_text.items():
             if media is not None and (not isinstance(media, list | tuple) or len(media) != len(text)):
                 raise ValueError(f"{name} must be a list with one entry (or None) for each of the {len(text)} texts")
-        samples = []
+        conversations = []
         for row, question in enumerate(text):
             content: list[dict[str, Any]] = [
-                *({"type": "image", "image": image} for image in _as_list(images and images[row], depth=0)),
-                *({"type": "video", "video": video} for video in _as_list(videos and videos[row], depth=1)),
+                *({"type": "image", "image": image} for image in calls.as_list(images and images[row], depth=0)),
+                *({"type": "video", "video": video} for video in calls.as_list(videos and videos[row], depth=1)),
                 {"type": "text", "text": question},
             ]
-            samples.append(self.encode([{"role": "user", "content": content}]))
-        batch = self.pad(samples)
+            conversations.append([{"role": "user", "content": content}])
+        return self._questions(conversations)
+
+    def _questions(self, conversations: Sequence[Sequence[dict[str, Any]]]) -> BatchFeature:
+        batch = self.pad([self.encode(messages) for messages in conversations])
         del batch["labels"], batch["max_supervised"]
         return batch
+
+    def apply_chat_template(  # type: ignore[override]  # fewer options: the words around a question never change
+        self,
+        conversation: Sequence[Any],
+        *,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        continue_final_message: bool = False,
+        add_generation_prompt: bool = True,
+        processor_kwargs: dict[str, Any] | None = None,
+        **kwargs,
+    ) -> BatchFeature:
+        """The left-padded batch of one conversation, or of a list of them, as pipelines ask for it.
+
+        Args:
+            conversation: as ``encode`` takes it, ending with a question; an image or video may also stand under
+                "path", "url" or "base64" in its part, as elsewhere in transformers, but no URL is fetched.
+            tokenize, return_dict: must be True: Lynx has no template that would make a text of pictures.
+            continue_final_message, add_generation_prompt: False and True, as said of ``conversation``.
+            processor_kwargs, kwargs: as those of a call.
+
+        Raises:
+            ValueError, TypeError: as ``encode`` and a call say, or another option is asked for.
+        """
+        is_one = bool(conversation) and isinstance(conversation[0], dict)
+        conversations = [conversation] if is_one else conversation
+        is_asked = all(len(messages) % 2 for messages in conversations)  # user and assistant take turns
+        if not (tokenize and return_dict and add_generation_prompt and is_asked) or continue_final_message:
+            raise ValueError(
+                "a LynxProcessor makes batches of questions: pass tokenize=True, return_dict=True and "
+                "add_generation_prompt=True, and a conversation that ends with a question"
+            )
+        calls.refuse_unexpected({**kwargs, **(processor_kwargs or {})})
+        return self._questions([[calls.with_sources(message) for message in messages] for messages in conversations])
 
     def encode(self, messages: Sequence[dict[str, Any]]) -> Sample:
         """One conversation in transformers' messages format.
@@ -340,15 +376,3 @@ def _crop_boxes(frames: list[Image.Image], generator: np.random.Generator) -> li
         if frame.size not in boxes:
             boxes[frame.size] = random_resized_crop_box(frame.height, frame.width, generator)
     return [boxes[frame.size] for frame in frames]
-
-
-def _as_list(media: Any, depth: int) -> list:
-    """A single item as a list of one; an item is ``depth`` lists deep (an image 0, a video 1 unless it is a file)."""
-    if media is None:
-        return []
-    if isinstance(media, list | tuple) and media and is_video_file(media[0]):
-        return list(media)
-    first = media
-    for _ in range(depth):
-        first = first[0] if isinstance(first, list | tuple) and first else None
-    return list(media) if isinstance(first, list | tuple) else [media]

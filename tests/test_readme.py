@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lynx.cli import _parser
-from lynx.data.jsonl import JsonlDataset
+from lynx.cli import _options
+from lynx.eval import questions
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -25,9 +25,9 @@ def test_python(code):
 def test_commands_are_known():
     lines = [line for block in blocks("bash") for line in block.replace("\\\n", "").splitlines()]
     commands = [line for line in lines if line.startswith(".venv/bin/lynx ")]
-    assert len(commands) == 8
+    assert len(commands) == 9
     for command in commands:
-        _parser().parse_args(shlex.split(command, comments=True)[1:])
+        _options(shlex.split(command, comments=True)[1:])
 
 
 def test_records_are_readable(tmp_path):
@@ -35,8 +35,8 @@ def test_records_are_readable(tmp_path):
     (tmp_path / "my.jsonl").write_text(lines)
     for name in ("cat.png", "1.png", "2.png"):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
-    dataset = JsonlDataset(tmp_path / "my.jsonl")
-    assert (len(dataset), dataset.skipped) == (3, [])
+    asked, skipped = questions.read(tmp_path / "my.jsonl")
+    assert (len(asked), skipped) == (3, [])
 
 
 def test_make_targets_exist():

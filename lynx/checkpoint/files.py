@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +42,17 @@ def read(path: str | Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))  # the rest of torch's message advises to read it unsafely
         raise ValueError(
             f"{path} is refused: it is no checkpoint, or holds more than tensors and plain values, so that reading it "
-            "could run code. If you trust where it is from, save its tensors alone in a file of their own. "
-            f"({_first_line(error)})"
+            "could run code. If you trust where it is from, save its tensors alone in a file of their own."
+            + (f" (It asks for {named[1]}.)" if named else "")
         ) from error
     except OSError:
         raise
     except Exception as error:  # of a damaged file torch's unpickler raises almost anything
-        raise ValueError(f"{path} cannot be read, truncated perhaps: {_first_line(error)}") from error
+        first_line, *_ = str(error).splitlines() or [""]  # those after it trace torch's C++
+        raise ValueError(f"{path} cannot be read, truncated perhaps: {type(error).__name__} {first_line}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a dict of tensors")
     return content
@@ -62,16 +65,26 @@ def _read_folder(folder: Path) -> dict[str, Any]:
     if found.suffix != ".json":
         return read(found)
     try:
-        shards = sorted(set(json.loads(found.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        index = json.loads(found.read_text())
+    except ValueError as error:
         raise ValueError(f"{found} is no index of shards, truncated perhaps: {error}") from error
     content: dict[str, Any] = {}
-    for shard in shards:
-        if Path(shard).name != shard or not (folder / shard).is_file():
-            raise FileNotFoundError(f"{found} names {shard}, which is no file of the folder")
-        content.update(read(folder / shard))
+    for shard in shards(found, index):
+        content.update(read(shard))
     return content
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+def shards(path: Path, index: Any) -> list[Path]:
+    """The files that an index of shards, the JSON of ``path``, names.
+
+    Raises:
+        ValueError: it is no such index.
+        FileNotFoundError: one of them is missing, or outside the index's folder.
+    """
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"{path} is no index of shards: it has no weight_map from weights to names of files")
+    for name in names.values():
+        if Path(name).name != name or not (path.parent / name).is_file():
+            raise FileNotFoundError(f"{path} names {name}, which is no file of the folder")
+    return sorted({path.parent / name for name in names.values()})

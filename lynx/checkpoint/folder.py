@@ -1,6 +1,7 @@
 """Model folders: everything ``from_pretrained`` needs, whole or an error."""
 
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ _FILES = {
     "tokenizer_config.json": "the tokenizer's settings",
 }
 _INDEX = "model.safetensors.index.json"
+_UNFINISHED = ".saving-"
 _WEIGHTS = ("model.safetensors", _INDEX)
 
 
@@ -38,10 +40,17 @@ def save(
 
     Files come to their place whole. A model that was there before is gone from the moment the new files move in, and
     config.json comes last: whenever this is cut off, ``load`` finds the old model, the new one, or refuses the folder.
+    What a save that was killed has left is removed.
+
+    Raises:
+        FileExistsError: ``folder`` is a file, or holds a model that is no Lynx.
     """
     folder = Path(folder)
+    refuse_another_model(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as unfinished:
+    for left in folder.glob(f"{_UNFINISHED}*"):
+        shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=folder) as unfinished:
         model.save_pretrained(unfinished, state_dict=state_dict)
         if processor is not None:
             processor.save_pretrained(unfinished)
@@ -49,6 +58,22 @@ def save(
             stale.unlink(missing_ok=True)
         for path in sorted(Path(unfinished).iterdir(), key=lambda path: path.name == "config.json"):
             path.replace(folder / path.name)
+
+
+def refuse_another_model(folder: str | Path) -> None:
+    """Raise FileExistsError where saving a model would destroy another that is no Lynx."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file, expected a folder to save the model in")
+    if (folder / "config.json").is_file():
+        try:
+            model_type = _read_json(folder / "config.json").get("model_type")
+        except ValueError:
+            return  # cut off while it was written
+        if model_type != LynxConfig.model_type:
+            raise FileExistsError(
+                f"{folder} holds a model of model_type {model_type!r}, which would be lost; save to another folder"
+            )
 
 
 def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> tuple[LynxForConditionalGeneration, LynxProcessor]:
@@ -76,9 +101,8 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> tuple[LynxF
     model_type = contents["config.json"].get("model_type")
     if model_type != LynxConfig.model_type:
         raise ValueError(f"{folder} holds a model of model_type {model_type!r}, expected {LynxConfig.model_type!r}")
-    for shard in set(contents.get(_INDEX, {}).get("weight_map", {}).values()):
-        if Path(shard).name != shard or not (folder / shard).is_file():
-            raise FileNotFoundError(f"{folder / _INDEX} names {shard}, which is no file of the folder")
+    if _INDEX in contents:
+        files.shards(folder / _INDEX, contents[_INDEX])
     config = LynxConfig.from_pretrained(folder)
     processor = LynxProcessor.from_pretrained(folder, local_files_only=True)
     _check_agreement(folder, config, processor)

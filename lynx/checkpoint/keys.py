@@ -65,6 +65,9 @@ def _unwrapped(content: Mapping[str, Any]) -> Mapping[str, Any]:
     for name in _WRAPPERS:
         if isinstance(content.get(name), Mapping):
             return _unwrapped(content[name])
+    others = [f"{key!r} ({type(key).__name__})" for key in content if not isinstance(key, str)]
+    if others:
+        raise ValueError(f"the weights have keys that are no names: {', '.join(others)}")
     return content
 
 

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lynx import vision
 from lynx.checkpoint import files, keys, names, shapes
-from lynx.checkpoint.folder import save
+from lynx.checkpoint.folder import refuse_another_model, save
 from lynx.config import LynxConfig
 from lynx.model import LynxForConditionalGeneration
 from lynx.presets import on_meta
@@ -141,7 +141,9 @@ def convert(
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or cannot be used.
+        FileExistsError: ``output`` is a file, or holds a model that is no Lynx, Vicuna's perhaps.
     """
+    refuse_another_model(output)
     overrides = _read_overrides(config)
     text = overrides.setdefault("text_config", {})
     if image_size is not None:
@@ -276,4 +278,7 @@ def _read_overrides(path: str | Path | None) -> dict[str, Any]:
 def _tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"{folder}: no such tokenizer folder")
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} has no tokenizer that transformers can read: {error}") from error

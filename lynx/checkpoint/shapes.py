@@ -16,6 +16,7 @@ from lynx.config import LynxConfig
 VICUNA_ROWS = 32000  # of Vicuna's tables, without the row of [PAD]
 _EVA_G_WIDTH = 1408
 _EVA_G_BLOCKS = 40  # of the original, of which Lynx leaves out the last
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim")  # others follow
 _OTHER_NAMES = {"rope_theta", "rope_scaling"}  # that transformers takes, and keeps under another
 
 
@@ -142,6 +143,10 @@ def _fields(name: str, overrides: Any, defaults: Any) -> dict[str, Any]:
     unknown = sorted(field for field in overrides if not hasattr(defaults, field) and field not in _OTHER_NAMES)
     if unknown:
         raise ValueError(f"{type(defaults).__name__} has no {', '.join(unknown)}, which config's {name} overrides")
+    for field in _SIZES:
+        value = overrides.get(field, 1)
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"config's {name}: {field} is {value!r}, must be an integer of at least 1")
     return dict(overrides)
 
 

@@ -1,88 +1,124 @@
 """Answers to held-out questions, and how many are right."""
 
+import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from lynx.data.records import text_of
+from lynx.eval.judge import Judge, same_words
+from lynx.eval.questions import Question
 from lynx.generation import answer
 from lynx.model import LynxForConditionalGeneration
 from lynx.processor import LynxProcessor
 
+_NORMAL_95 = 1.959964  # two-sided
+
 
 @dataclass(frozen=True)
 class Answered:
-    """A record's last question with what the model said to it and what is true."""
+    """A question, what the model said to it, and whether that is right."""
 
-    record: dict[str, Any]
-    question: str
+    question: Question
     prediction: str
-    truth: str
-
-    @property
-    def is_right(self) -> bool:
-        """Whether prediction and truth are the same words, case and outer blanks aside."""
-        return self.prediction.strip().lower() == self.truth.strip().lower()
+    is_right: bool
 
 
-def answer_records(
+def answer_questions(
     model: LynxForConditionalGeneration,
     processor: LynxProcessor,
-    records: Sequence[dict[str, Any]],
+    questions: Sequence[Question],
     *,
+    judge: Judge = same_words,
+    settings: str | None = None,
     batch_size: int = 64,
-    max_new_tokens: int = 16,
-    **options,
+    **options: Any,
 ) -> list[Answered]:
-    """Ask the last question of every record, its earlier rounds as history.
+    """Ask every question, then have the predictions judged.
 
     Args:
-        records: conversations that end with an answer, the truth.
+        settings, options: as for ``lynx.generation.generate_answers``: greedy and at most 64 new tokens by default.
         batch_size: questions at once.
-        max_new_tokens: of an answer.
-        options: any of transformers' ``generate``; greedy by default.
     """
-    answered = []
+    predictions = []
     model.eval()
-    for start in tqdm(range(0, len(records), batch_size), desc="answering", unit="batch"):
-        chunk = records[start : start + batch_size]
-        samples = [processor.encode(record["messages"][:-1]) for record in chunk]
-        predictions = answer(model, processor, samples, max_new_tokens=max_new_tokens, **options)
-        for record, prediction in zip(chunk, predictions, strict=True):
-            question, truth = (text_of(message) for message in record["messages"][-2:])
-            answered.append(Answered(record, question, prediction, truth))
-    return answered
+    for start in tqdm(range(0, len(questions), batch_size), desc="answering", unit="batch"):
+        samples = [processor.encode(each.messages) for each in questions[start : start + batch_size]]
+        predictions += answer(model, processor, samples, settings=settings, **options)
+    cases = list(zip(questions, predictions, strict=True))
+    return [Answered(*case, is_right) for case, is_right in zip(cases, judge(cases), strict=True)]
 
 
 @dataclass(frozen=True)
 class Score:
-    """The share of right answers to one type of question, beside that of always giving the commonest truth."""
+    """How many of some questions were answered rightly, and how many would be by always giving the commonest truth."""
 
     questions: int
-    accuracy: float
-    majority: float
+    right: int
+    commonest: int
+
+    @property
+    def accuracy(self) -> float:
+        """The share of right answers."""
+        return self.right / self.questions
+
+    @property
+    def majority(self) -> float:
+        """The share of the commonest truth."""
+        return self.commonest / self.questions
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval of the accuracy (E. B. Wilson, JASA 22, 1927), which holds for few questions too."""
+        n, share, z2 = self.questions, self.accuracy, _NORMAL_95**2
+        centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+        half = _NORMAL_95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+        return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def scores(answered: Sequence[Answered]) -> dict[str, Score]:
-    """The score of each question type (the records' ``type``), in the order they first appear."""
-    by_type: dict[str, list[Answered]] = {}
+    """The score of each kind of question, in the order they first appear."""
+    by_kind: dict[str, list[Answered]] = {}
     for each in answered:
-        by_type.setdefault(str(each.record.get("type", "all")), []).append(each)
+        by_kind.setdefault(each.question.kind, []).append(each)
     result = {}
-    for kind, group in by_type.items():
-        right = sum(each.is_right for each in group)
-        [(_, commonest)] = Counter(each.truth.strip().lower() for each in group).most_common(1)
-        result[kind] = Score(len(group), right / len(group), commonest / len(group))
+    for kind, group in by_kind.items():
+        [(_, commonest)] = Counter(each.question.truths[0].strip().lower() for each in group).most_common(1)
+        result[kind] = Score(len(group), sum(each.is_right for each in group), commonest)
     return result
 
 
-def table(by_type: dict[str, Score]) -> str:
-    """The scores as lines of text."""
-    width = max(map(len, by_type), default=0)
-    lines = [f"{'question type':<{max(width, 13)}}  questions  accuracy  majority class"]
-    for kind, score in by_type.items():
-        lines.append(f"{kind:<{max(width, 13)}}  {score.questions:9d}  {score.accuracy:8.1%}  {score.majority:14.1%}")
+def table(by_kind: dict[str, Score]) -> str:
+    """The scores as lines of text, and where there are several kinds, those of all questions below."""
+    rows = dict(by_kind)
+    if len(by_kind) > 1:
+        columns = zip(*((each.questions, each.right, each.commonest) for each in by_kind.values()), strict=True)
+        rows["overall"] = Score(*map(sum, columns))
+    width = max(13, *map(len, rows), 0)
+    lines = [f"{'question type':<{width}}  right / questions  accuracy  95 % interval    majority class"]
+    for kind, score in rows.items():
+        low, high = score.interval
+        lines.append(
+            f"{kind:<{width}}  {score.right:5d} / {score.questions:<9d}  {score.accuracy:8.1%}  "
+            f"{low:6.1%} - {high:6.1%}  {score.majority:14.1%}"
+        )
     return "\n".join(lines)
+
+
+def write(answered: Sequence[Answered], path: str | Path) -> None:
+    """A JSONL file of every question with its answers, to judge elsewhere or to compare two models on."""
+    lines = (
+        {
+            "type": each.question.kind,
+            "question": each.question.text,
+            "answer": each.question.truths,
+            "prediction": each.prediction,
+            "right": each.is_right,
+        }
+        for each in answered
+    )
+    Path(path).write_text("".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines), encoding="utf-8")

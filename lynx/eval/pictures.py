@@ -1,8 +1,8 @@
 """Drawings of what a model answers."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
@@ -10,6 +10,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from PIL import Image
 
+from lynx.data.records import Messages
 from lynx.eval.accuracy import Answered
 from lynx.images import load_image
 from lynx.videos import load_video
@@ -31,16 +32,17 @@ def answer_sheet(answered: Sequence[Answered], path: str | Path, *, columns: int
     for axis in axes.flat:
         axis.axis("off")
     for axis, each in zip(axes.flat, answered, strict=False):
-        frames = _frames(each.record)
+        frames = _frames(each.question.messages)
         if frames:
             axis.imshow(_side_by_side(frames), interpolation="nearest")
         else:
             axis.text(0.5, 0.5, "(no picture)", ha="center", va="center", color="grey", transform=axis.transAxes)
         axis.set_aspect("equal", adjustable="datalim")  # with the box's aspect: every cell as large, pictures centred
         axis.set_box_aspect(0.55)
-        axis.set_title(_printable(each.question), fontsize=9, wrap=True, parse_math=False)  # a "$" is a dollar
+        axis.set_title(_fitted(each.question.text), fontsize=9, parse_math=False)  # a "$" is a dollar
         color = _RIGHT if each.is_right else _WRONG
-        text = f"answer: {_printable(each.prediction) or '(nothing)'}\ntruth: {_printable(each.truth)}"
+        text = _fitted(f"answer: {each.prediction.strip() or '(nothing)'}")
+        text += "\n" + _fitted(f"truth: {' or '.join(each.question.truths)}")
         place = {"ha": "center", "va": "top", "transform": axis.transAxes}
         axis.text(0.5, -0.05, text, fontsize=10, color=color, parse_math=False, **place)
     figure.tight_layout()
@@ -48,13 +50,15 @@ def answer_sheet(answered: Sequence[Answered], path: str | Path, *, columns: int
     plt.close(figure)
 
 
-def _printable(text: str) -> str:
-    return "".join(character if character.isprintable() else " " for character in text)
+def _fitted(text: str) -> str:
+    """As much of a text as a cell has room for."""
+    printable = "".join(character if character.isprintable() else " " for character in text)
+    return "\n".join(textwrap.wrap(printable, 36, max_lines=2, placeholder=" ..."))
 
 
-def _frames(record: dict[str, Any]) -> list[Image.Image]:
+def _frames(messages: Messages) -> list[Image.Image]:
     frames = []
-    for message in record["messages"]:
+    for message in messages:
         for part in message["content"] if isinstance(message["content"], list) else []:
             if part["type"] == "image":
                 frames.append(load_image(part["image"]))

@@ -201,7 +201,7 @@ def _with_block(layer_class: type[nn.Module]) -> type[nn.Module]:
         hidden_states = self.cross_attention(hidden_states, keys_values, media.layout)
         return layer_class.forward(self, hidden_states, *args, **kwargs)
 
-    return type(f"{layer_class.__name__}WithCrossAttention", (layer_class,), {"forward": forward})
+    return layers.subclass(layer_class, "WithCrossAttention", forward, _with_block)
 
 
 def _keys_values(block: GatedCrossAttention, number: int, media: Media) -> tuple[Tensor, Tensor]:

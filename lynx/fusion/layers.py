@@ -6,6 +6,7 @@ or another of them.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -21,3 +22,19 @@ def insert(layer: nn.Module, name: str, module: nn.Module, derive: Callable[[typ
     for each in module.modules():
         each._is_hf_initialized = True  # type: ignore[assignment]  # the decoder's own initialisation must not draw it again
     return type(layer).__name__
+
+
+def subclass(layer_class: type[nn.Module], ending: str, forward: Callable, again: Callable[[type], type]) -> type:
+    """A layer's class with another ``forward`` and an ``ending`` to its name.
+
+    No module has it by this name, so pickle finds it by ``again``, which gives the class of ``layer_class`` once more.
+    """
+
+    def reduce(self, protocol: int) -> tuple[Callable, tuple, dict[str, Any]]:
+        return _empty, (again, layer_class), self.__dict__
+
+    return type(f"{layer_class.__name__}{ending}", (layer_class,), {"forward": forward, "__reduce_ex__": reduce})
+
+
+def _empty(derive: Callable[[type], type], layer_class: type) -> Any:
+    return object.__new__(derive(layer_class))

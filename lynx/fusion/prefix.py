@@ -32,7 +32,7 @@ def _with_adapter(layer_class: type[nn.Module]) -> type[nn.Module]:
             return (self.output_adapter(output[0]), *output[1:])
         return self.output_adapter(output)
 
-    return type(f"{layer_class.__name__}WithAdapter", (layer_class,), {"forward": forward})
+    return layers.subclass(layer_class, "WithAdapter", forward, _with_adapter)
 
 
 def lengths(input_ids: Tensor, attention_mask: Tensor | None, image_token_id: int) -> Tensor:

@@ -154,6 +154,22 @@ def test_a_new_model_replaces_the_old_one_whole(folder, model, processor, monkey
         checkpoint.load(folder)
 
 
+def test_what_a_killed_save_left_is_removed(folder, model, processor):
+    (folder / ".saving-killed").mkdir()
+    (folder / ".saving-killed" / "model.safetensors").write_bytes(b"half")
+    checkpoint.save(folder, model, processor)
+    assert not list(folder.glob(".saving-*"))
+
+
+def test_another_model_is_spared(folder, model, processor):
+    (folder / "config.json").write_text("{")  # cut off: no model that could be lost
+    checkpoint.save(folder, model, processor)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(FileExistsError, match="model_type 'llama', which would be lost"):
+        checkpoint.save(folder, model, processor)
+    assert (folder / "config.json").read_text() == '{"model_type": "llama"}'
+
+
 @pytest.mark.parametrize("name", ["num_latents", "image_token_id", "max_frames", "tokens_per_frame"])
 def test_a_processor_of_another_model_is_refused(folder, name):
     path = folder / "processor_config.json"
@@ -169,6 +185,10 @@ def test_weights_outside_the_folder_are_refused(folder, tmp_path):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(FileNotFoundError, match="no file of the folder"):
         checkpoint.load(folder)
+    for wrong in ({"weight_map": ["a"]}, {"weight_map": {"resampler.latents": 3}}, {}):
+        (folder / "model.safetensors.index.json").write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match="is no index of shards"):
+            checkpoint.load(folder)
 
 
 @pytest.mark.parametrize("name", ["config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"])

@@ -3,6 +3,7 @@
 import base64
 import io
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -102,6 +103,16 @@ def test_16_bit_grey_is_scaled():
     for image in (Image.fromarray(levels), Image.fromarray(levels.astype(np.int32))):
         np.testing.assert_array_equal(np.asarray(load_image(image)), expected)
     np.testing.assert_array_equal(np.asarray(load_image(encode(Image.fromarray(levels)))), expected)
+
+
+def test_a_small_file_of_16_bit_grey_takes_no_more_memory_than_its_image_needs():
+    side = 1000
+    file = encode(Image.fromarray(np.zeros((side, side), np.uint16)))
+    tracemalloc.start()
+    load_image(file)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10 * side**2, "2 bytes of the file's levels, 4 to compute with, 1 of the result"
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,13 @@
 """Conversations to token rows and batches, and every refusal on the way."""
 
+import base64
+import io
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from transformers import pipeline
 
 from lynx import LynxProcessor
 from lynx.images import ImageError
@@ -124,8 +129,65 @@ def test_call_is_for_questions(processor):
     video = [picture(0), picture(1)]
     for videos in (video, [video]):
         assert processor(text="What?", videos=videos)["frame_positions"].tolist() == [0, 1]
+    usual = processor(text=["What?"], images=[picture(0)], padding=True, return_tensors="pt")
+    assert torch.equal(usual["input_ids"], one["input_ids"])
     both = processor(text=["What?", "Which?"], images=[None, [picture(0), picture(1)]], videos=[video, None])
     assert both["frame_positions"].tolist() == [0, 1, -1, -1]
+
+
+ASKED = {"tokenize": True, "return_dict": True}
+
+
+def test_chats_as_transformers_has_them(model, processor, tmp_path):
+    """Alone, in a list, with the picture by its path, after an earlier round; and through a pipeline."""
+    Image.fromarray(picture(0)).save(tmp_path / "a.png")
+    path = str(tmp_path / "a.png")
+    asked = {**ASKED, "add_generation_prompt": True, "return_tensors": "pt"}
+    for part in ({"image": picture(0)}, {"path": path}, {"url": path}, {"base64": encoded(picture(0))}):
+        messages = [{"role": "user", "content": [{"type": "image", **part}, {"type": "text", "text": "What?"}]}]
+        batch = processor.apply_chat_template(messages, **asked)
+        expected = processor(text="What?", images=picture(0))
+        assert sorted(batch) == sorted(expected)
+        assert all(torch.equal(batch[name], expected[name]) for name in ("input_ids", "pixel_values"))
+    dialog = [*conversation("Hello", "yes"), *conversation("What?")]
+    both = processor.apply_chat_template([messages, dialog], **asked, padding=True)
+    expected = processor.pad([processor.encode(each) for each in (messages_of(path), dialog)])
+    assert torch.equal(both["input_ids"], expected["input_ids"])
+    ask = pipeline("image-text-to-text", model=model, processor=processor)
+    [answer] = ask(text=messages_of(path), max_new_tokens=3, return_full_text=False)
+    [plain] = ask(text="What?", images=path, max_new_tokens=3, return_full_text=False)
+    assert answer["generated_text"] == plain["generated_text"]
+    assert len(ask(text=["What?", "Why is that so?"], images=[path, path], max_new_tokens=3)) == 2
+
+
+def messages_of(path):
+    return conversation("What?", images=[path])
+
+
+def encoded(array):
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({}, ValueError, "pass tokenize=True, return_dict=True"),
+        ({"tokenize": True, "return_dict": True, "continue_final_message": True}, ValueError, "ends with a question"),
+        ({"tokenize": True, "return_dict": True, "tools": []}, TypeError, "unexpected arguments {'tools'"),
+        (
+            {"tokenize": True, "return_dict": True, "processor_kwargs": {"padding": False}},
+            TypeError,
+            "'padding': False",
+        ),
+    ],
+)
+def test_chats_of_another_kind_are_refused(processor, options, error, message):
+    with pytest.raises(error, match=message):
+        processor.apply_chat_template(conversation("What?"), **options)
+    with pytest.raises(ValueError, match="ends with a question"):
+        processor.apply_chat_template(conversation("What?", "that"), **ASKED)
 
 
 @pytest.mark.parametrize(
@@ -162,8 +224,9 @@ def test_bad_calls_are_refused(processor, tmp_path):
         processor(text=5)
     with pytest.raises(ValueError, match="at least one sample"):
         processor(text=[])
-    with pytest.raises(TypeError, match=r"unexpected arguments \['audio'\]"):
-        processor(text="a", audio=1)
+    for wrong in ({"audio": 1}, {"return_tensors": "np"}, {"padding": "max_length"}, {"padding": False}):
+        with pytest.raises(TypeError, match=rf"unexpected arguments \{{'{next(iter(wrong))}'"):
+            processor(text="a", **wrong)
     with pytest.raises(ImageError, match=r"nothing\.png: no such file"):
         processor(text="a", images=str(tmp_path / "nothing.png"))
 

@@ -113,6 +113,7 @@ def test_numbers_that_are_not_finite_are_named(weights, value):
         (lambda rest, tower, language: (rest, None, language), r"lack the vision tower: give EVA"),
         (lambda rest, tower, language: (rest, tower, None), r"lack the language model: give Vicuna's"),
         (lambda rest, tower, language: ({**rest, "step": 3}, tower, language), r"else than tensors: step \(int\)"),
+        (lambda rest, tower, language: ({**rest, 7: tower}, tower, language), r"keys that are no names: 7 \(int\)"),
     ],
 )
 def test_weights_of_another_model_are_refused(weights, change, message):
@@ -136,7 +137,10 @@ def test_weights_of_another_model_are_refused(weights, change, message):
         ({"text_config": {"tie_word_embeddings": True, "num_attention_heads": 4}}, "tie_word_embeddings is true"),
         ({"prefix_is_causal": False}, "the release knows no prefix_is_causal=False"),
         ({"text_config": {"num_attention_heads": 5, "hidden_size": 32, "head_dim": 8}}, "config contradicts itself"),
-        ({"text_config": {"num_attention_heads": "4"}}, "num_attention_heads is 4, which does not divide"),
+        ({"text_config": {"num_attention_heads": "4"}}, "text_config: num_attention_heads is '4', must be an integer"),
+        ({"text_config": {"num_attention_heads": 0}}, "num_attention_heads is 0, must be an integer of at least 1"),
+        ({"text_config": {"hidden_size": 0}}, "text_config: hidden_size is 0, must be"),
+        ({"text_config": {"vocab_size": "a"}}, "vocab_size is 'a', must be"),
         ({"resampler_head_dim": 0}, "resampler_head_dim is 0, must be"),
     ],
 )
@@ -146,6 +150,10 @@ def test_contradicting_configurations_are_refused(weights, config, message):
 
 
 # ---- files
+
+
+class Plain:
+    pass
 
 
 class Harmful:
@@ -158,8 +166,12 @@ def test_code_in_a_pickle_is_not_run(weights, tmp_path, monkeypatch):
     torch.save({"model": weights, "args": Harmful()}, tmp_path / "bad.pt")
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(Harmful(), protocol=2))
     for name in ("bad.pt", "plain.pt"):
-        with pytest.raises(ValueError, match=f"{name} is refused.*could run code"):
+        with pytest.raises(ValueError, match=f"{name} is refused.*could run code") as refused:
             files.read(tmp_path / name)
+        assert "weights_only" not in str(refused.value), "torch's advice is to read it unsafely"
+    torch.save({"model": weights, "args": Plain()}, tmp_path / "bad.pt")
+    with pytest.raises(ValueError, match=r"It asks for tests\.lynx\.test_reference_refused\.Plain\.\)"):
+        files.read(tmp_path / "bad.pt")
     assert not (tmp_path / "harm").exists()
 
 
@@ -208,9 +220,10 @@ def test_folders_of_shards(weights, tmp_path, safe):
         (tmp_path / f"{index}.index.json").write_text(json.dumps({"weight_map": shards}))
         with pytest.raises(FileNotFoundError, match="no file of the folder"):
             files.read(tmp_path)
-    (tmp_path / f"{index}.index.json").write_text("{")
-    with pytest.raises(ValueError, match="no index of shards"):
-        files.read(tmp_path)
+    for wrong in ("{", "[]", "{}", '{"weight_map": ["a"]}', '{"weight_map": {"a": 3}}', '{"weight_map": {"a": null}}'):
+        (tmp_path / f"{index}.index.json").write_text(wrong)
+        with pytest.raises(ValueError, match=rf"{index}\.index\.json is no index of shards"):
+            files.read(tmp_path)
 
 
 def test_other_files_are_refused(tmp_path):
@@ -285,6 +298,8 @@ def test_a_tokenizer_without_a_pad_token_gets_one(release, tokenizer):
     ("more", "message"),
     [
         (("--tokenizer", "nowhere"), "no such tokenizer folder"),
+        (("--tokenizer", "vicuna"), "vicuna has no tokenizer that transformers can read"),
+        (("--tokenizer", "broken"), "broken has no tokenizer that transformers can read: Expecting"),
         (("--vision", "nowhere"), "no such file"),
         (("--config", "lynx.pt"), ""),
         (("--image-size", "-4"), "is not at least 1"),
@@ -293,6 +308,8 @@ def test_a_tokenizer_without_a_pad_token_gets_one(release, tokenizer):
 )
 def test_convert_says_what_is_wrong(release, capsys, monkeypatch, more, message):
     monkeypatch.chdir(release)
+    (release / "broken").mkdir()
+    (release / "broken" / "tokenizer.json").write_text("{")
     try:
         status = main(command(release, *more))
     except SystemExit as stop:  # argparse's own
@@ -300,3 +317,16 @@ def test_convert_says_what_is_wrong(release, capsys, monkeypatch, more, message)
     assert status == 2
     assert message in capsys.readouterr().err
     assert not (release / "model").exists()
+
+
+def test_convert_spares_another_model(release, capsys):
+    """Vicuna's own folder, given as the output by mistake."""
+    vicuna = release / "vicuna"
+    (vicuna / "config.json").write_text('{"model_type": "llama"}')
+    (vicuna / "pytorch_model.bin").rename(vicuna / "model.safetensors")
+    before = {path: path.read_bytes() for path in vicuna.iterdir()}
+    for output in (vicuna, release / "heads.json"):
+        assert main(["convert", str(release / "no.pt"), str(output)]) == 2
+    assert "vicuna holds a model of model_type 'llama', which would be lost" in (err := capsys.readouterr().err)
+    assert "heads.json is a file, expected a folder" in err
+    assert {path: path.read_bytes() for path in vicuna.iterdir()} == before

@@ -11,8 +11,7 @@ from safetensors.torch import load_file
 
 from lynx import LynxProcessor, checkpoint, cli
 from lynx.data import digits, jsonl
-from lynx.data.jsonl import JsonlDataset
-from lynx.eval import accuracy, pictures
+from lynx.eval import accuracy, questions
 from lynx.train import curves, flops, parts, recipe, run, watch
 from lynx.train.resolution import set_resolution
 from tests.lynx.clips import frame, write_clip
@@ -60,9 +59,9 @@ def trained(data, tmp_path_factory):
 def test_it_learns(data, trained):
     folder, log = trained
     assert log[-1]["loss"] < 0.1 * log[0]["loss"]
-    answered = accuracy.answer_records(*checkpoint.load(folder), JsonlDataset(data).records, batch_size=3)
-    assert [(each.prediction, each.truth) for each in answered if not each.is_right] == []
-    assert accuracy.scores(answered) == {"digit": accuracy.Score(2, 1.0, 0.5), "parity": accuracy.Score(2, 1.0, 0.5)}
+    answered = accuracy.answer_questions(*checkpoint.load(folder), questions.read(data)[0], batch_size=3)
+    assert [(each.prediction, each.question.truths) for each in answered if not each.is_right] == []
+    assert accuracy.scores(answered) == {"digit": accuracy.Score(2, 2, 1), "parity": accuracy.Score(2, 2, 1)}
 
 
 def test_the_log_tells_what_was_trained_on(trained):
@@ -82,18 +81,6 @@ def test_the_log_tells_what_was_trained_on(trained):
 def test_too_many_broken_records_stop_the_run(data, tmp_path):
     with pytest.raises(ValueError, match="1 records are broken, more than the limit of 0"):
         train(data, tmp_path, steps=3, max_broken=0)
-
-
-def test_scores_count_right_answers_and_the_commonest_truth():
-    answered = [
-        accuracy.Answered({"type": kind}, "?", prediction, truth)
-        for kind, prediction, truth in (
-            ("a", "Seven", "seven "), ("a", "7", "seven"), ("a", "", "six"), ("b", "no", "yes"), ("a", "six", "six"),
-            ("a", "six", "seven"),
-        )
-    ]  # fmt: skip
-    assert accuracy.scores(answered) == {"a": accuracy.Score(5, 2 / 5, 3 / 5), "b": accuracy.Score(1, 0.0, 1.0)}
-    assert "40.0%           60.0%" in accuracy.table(accuracy.scores(answered))
 
 
 def test_a_file_is_read_through_once(data, tmp_path, monkeypatch):
@@ -306,15 +293,6 @@ def test_ask(data, trained, capsys):
     assert capsys.readouterr().out.strip()
 
 
-def test_evaluate(data, trained, capsys, tmp_path):
-    folder, _ = trained
-    sheet = tmp_path / "sheet.png"
-    assert cli.main(["evaluate", str(folder), str(data), "--sheet", str(sheet)]) == 0
-    assert "digit" in (out := capsys.readouterr().out)
-    assert "100.0%" in out
-    assert Image.open(sheet).size[0] > 500
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -325,6 +303,15 @@ def test_evaluate(data, trained, capsys, tmp_path):
         (["ask", "{folder}/none", "{folder}/pictures/0000.png", "What?"], "no such model folder"),
         (["ask", "{model}", *["{folder}/pictures/0000.png"] * 6, "What?"], "6 frames, expected 1 to 5"),
         (["ask", "{model}", "{folder}/pictures/0000.png", "\udcff"], "no valid Unicode"),
+        (["ask", "{model}", "-q", "What?"], "say at least one picture"),
+        (["ask", "{model}", "-p", "{folder}/pictures/0000.png", "What?"], "say a question, beside -p with -q"),
+        (["ask", "{model}", "a.png", "b.mp4", "What?"], "b.mp4 is a video, an item of its own"),
+        (["ask", "{model}", "https://example.org/cat.png", "What?"], "https://example.org/cat.png: a URL is never"),
+        (["ask", "{model}", "{folder}/pictures/0000", "What?"], "0000: no such file"),
+        (
+            ["ask", "{model}", "{folder}/pictures/0000.png", "What?", "--settings", "none"],
+            "settings='none' is not known",
+        ),
         (["train", "tiny", "data={folder}/none.jsonl", "output={folder}/out"], "none.jsonl"),
         (["train", "tinny"], "no such recipe file, nor a shipped recipe; did you mean tiny?"),
         (["train", "tiny", "data={folder}/few.jsonl", "step=3"], "there is no key 'step'; did you mean"),
@@ -343,6 +330,25 @@ def test_counts_below_one_are_refused(capsys):
     with pytest.raises(SystemExit):
         cli.main(["ask", "a", "b", "c", "--beams", "-1"])
     assert "is not at least 1" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["ask", "a", "b", "c", "--beams", "two"])
+    assert "argument --beams: 'two' is no whole number" in capsys.readouterr().err
+
+
+def test_an_unknown_option_shows_its_commands_usage(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["ask", "a", "b", "--beam", "2", "--bogus"])
+    assert "usage: lynx ask [options] MODEL PICTURE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("module", "advice"), [("matplotlib", True), ("gguf", False), ("av", False)])
+def test_what_brings_a_missing_module(capsys, monkeypatch, module, advice):
+    def fail(options):
+        raise ModuleNotFoundError(f"there is no {module}", name=module)
+
+    monkeypatch.setattr(cli, "_plot", fail)
+    assert cli.main(["plot", "folder"]) == 2
+    assert ("lynx-kernels[demo]" in capsys.readouterr().err) == advice
 
 
 def test_demo(tmp_path, capsys, monkeypatch):
@@ -356,12 +362,3 @@ def test_demo(tmp_path, capsys, monkeypatch):
     for name in ("answers.png", "loss.png"):
         Image.open(tmp_path / name).load()
     checkpoint.load(tmp_path / "model")
-
-
-def test_pictures_are_drawn(tmp_path):
-    messages = [{"role": "user", "content": "Two?"}, {"role": "assistant", "content": "2"}]
-    answered = [
-        accuracy.Answered({"messages": messages}, "Two or $x $a_{$?", prediction, "2") for prediction in ("2", "", "3")
-    ]
-    pictures.answer_sheet(answered, tmp_path / "answers.png", columns=2)
-    Image.open(tmp_path / "answers.png").load()

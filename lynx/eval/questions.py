@@ -1,0 +1,97 @@
+"""Questions whose answers are known: of a JSONL file in any format of ``lynx.data.records``, Open-VQA's included."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from lynx.data.records import MediaFolder, Messages, RecordError, parse, parse_line, text_of
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question to ask.
+
+    Attributes:
+        messages: the conversation that ends with it, as ``LynxProcessor.encode`` takes it.
+        truths: right answers; to give one of them is enough.
+        kind: the group it is counted in: the record's ``type``, or its ``class`` as in Open-VQA, or "all".
+    """
+
+    messages: Messages
+    truths: list[str]
+    kind: str = "all"
+
+    @property
+    def text(self) -> str:
+        """The question itself, without pictures and earlier rounds."""
+        return text_of(self.messages[-1])
+
+
+def read(
+    path: str | Path, root: str | Path | None = None, *, encode: Callable[[Messages], Any] | None = None
+) -> tuple[list[Question], list[str]]:
+    """The last question of every conversation, and where and why a record cannot be used, which is logged too.
+
+    All pictures, and a frame of every video, are decoded once: what is missing or broken is known before the first
+    question is asked.
+
+    Args:
+        path: the JSONL file.
+        root: the folder that the paths of media are relative to and may not leave; the file's own by default.
+        encode: what will make inputs of the messages, a ``LynxProcessor``'s; a record that it refuses is skipped too.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: no record of it can be used.
+        ModuleNotFoundError: it has a video, and PyAV is not installed.
+    """
+    path = Path(path)
+    folder = MediaFolder(path.parent if root is None else root, check=True)
+    questions: list[Question] = []
+    skipped: list[str] = []
+    with path.open("rb") as file:
+        for number, line in enumerate(tqdm(file, desc=f"reading {path.name}", unit="record", delay=2), start=1):
+            if not line.strip():
+                continue
+            try:
+                found = _questions(parse_line(line), folder)
+                if encode is not None:
+                    for each in found:
+                        encode(each.messages)
+            except ValueError as error:  # a RecordError, or what encode says
+                skipped.append(f"{path}:{number}: {error}")
+            else:
+                questions += found
+    if not questions:
+        first = f"; the first: {skipped[0]}" if skipped else ""
+        raise ValueError(f"{path}: none of its {len(skipped)} records can be used{first}")
+    for reason in skipped:
+        logger.warning("record skipped: %s", reason)
+    return questions, skipped
+
+
+def _questions(line: dict[str, Any], folder: MediaFolder) -> list[Question]:
+    first, *others = parse(line, folder).conversations
+    content = first[0]["content"]
+    media = [part for part in content if part["type"] != "text"] if isinstance(content, list) else []
+    kind = str(line.get("type", line.get("class", "all")))
+    found = []
+    for *messages, answer in (first, *(_about(media, other) for other in others)):
+        if not text_of(messages[-1]).strip():
+            raise RecordError("the question is empty")
+        found.append(Question(messages, answer["choices"] if "choices" in answer else [text_of(answer)], kind))
+    return found
+
+
+def _about(media: list[dict[str, Any]], conversation: Messages) -> Messages:
+    """A conversation with the media that stand in the first one of its record."""
+    question, *rest = conversation
+    content = question["content"]
+    text = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return [{**question, "content": [*media, *text]}, *rest]

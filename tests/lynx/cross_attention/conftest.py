@@ -1,0 +1,55 @@
+"""A small model with cross-attention, and conversations with media between their words."""
+
+import pytest
+
+from tests.lynx.conftest import conversation, make_config, picture
+
+BLOCKS = {"cross_attention_heads": 2, "cross_attention_head_dim": 8, "cross_attention_expansion": 2}
+
+
+def cross_config(tokenizer, **options):
+    return make_config(tokenizer, fusion="cross_attention", **{**BLOCKS, **options})
+
+
+@pytest.fixture
+def config(tokenizer):
+    return cross_config(tokenizer)
+
+
+def interleaved(seed=0, answer="seven"):
+    """An image and a video inside a question, and an image in the next one."""
+    content = [
+        {"type": "text", "text": "Is this "},
+        {"type": "image", "image": picture(seed)},
+        {"type": "text", "text": "like "},
+        {"type": "video", "video": [picture(seed + 1), picture(seed + 2)]},
+        {"type": "text", "text": "this?"},
+    ]
+    second = [{"type": "text", "text": "Odd?"}, {"type": "image", "image": picture(seed + 3)}]
+    return [
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": answer},
+        {"role": "user", "content": second},
+    ]
+
+
+@pytest.fixture
+def samples(processor):
+    """Interleaved media, none at all, two together before the text, one image."""
+    conversations = [
+        [*interleaved(), {"role": "assistant", "content": "no"}],
+        conversation("Hello", "yes, hello"),
+        conversation("Same?", "no", images=[picture(4)], videos=[[picture(5), picture(6)]]),
+        conversation("Which digit is this?", "seven", images=[picture(7)]),
+    ]
+    return [processor.encode(messages) for messages in conversations]
+
+
+@pytest.fixture
+def questions(processor):
+    batch = processor.pad([processor.encode(each) for each in (interleaved(), conversation("Hello"), interleaved(20))])
+    return inputs(batch)
+
+
+def inputs(batch):
+    return {name: value for name, value in batch.items() if name != "labels"}
