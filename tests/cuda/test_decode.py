@@ -158,6 +158,17 @@ def test_rows_do_not_meet(position, place, rows):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
+def test_scores_of_minus_infinity():
+    """As of a query that sees no key."""
+    case = case_of(1, ([0], [40], [3]), dim=8)
+    case.inputs[0].abs_()
+    for keys in (case.inputs[1], case.inputs[3]):
+        keys.fill_(-torch.inf)
+    out, lse = case.operation(*case.inputs)
+    assert not out.any()
+    assert lse.isneginf().all()
+
+
 def test_roots_without_keys():
     for case in without_root_keys(case_of):
         assert_case_within_budget(case, gradients=False)
