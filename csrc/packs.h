@@ -101,6 +101,12 @@ struct Values {
     bool takes_packs;  // whether rows start at multiples of 16 bytes
 };
 
+// Of one dtype, side by side in rows that follow each other `stride` elements apart.
+inline Values values_of(const void* data, Dtype dtype, int64_t stride = 0) {
+    const int64_t bytes = dtype == Dtype::kFloat ? 4 : 2;
+    return {data, dtype, reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * bytes % 16 == 0};
+}
+
 // Some of them as memory holds them. Apart from widening, so that several loads are on their way before one is used.
 template <int kItems>
 struct alignas(16) Raw {

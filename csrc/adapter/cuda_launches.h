@@ -41,12 +41,6 @@ inline int narrow_size(const char* what, int64_t size) {
     return static_cast<int>(size);
 }
 
-// Rows that one dtype holds side by side, of which `count` follow each other `stride` elements apart.
-inline Values values_of(const void* data, Dtype dtype, int64_t stride) {
-    const int64_t bytes = dtype == Dtype::kFloat ? 4 : 2;
-    return {data, dtype, reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * bytes % 16 == 0};
-}
-
 // Whether every row starts and ends at a multiple of 16 bytes.
 inline bool is_whole(const Matrix& matrix) {
     const int64_t items = matrix.dtype == Dtype::kFloat ? 4 : 8;

@@ -9,7 +9,7 @@ namespace lynx {
 namespace {
 
 Values values_of(const Tensor& tensor, int64_t stride = 0) {
-    return few::values_of(tensor.const_data_ptr(), dtype_of(tensor), stride);
+    return lynx::values_of(tensor.const_data_ptr(), dtype_of(tensor), stride);
 }
 
 Values values_of(const std::optional<Tensor>& tensor) {

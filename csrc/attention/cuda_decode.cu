@@ -25,7 +25,7 @@ std::tuple<Tensor, Tensor> attention_decode(const Tensor& q, const Tensor& root_
     Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), q.size(3)});
     Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
     decode::Problem problem = {};
-    problem.q = {q.const_data_ptr(), dtype_of(q), reinterpret_cast<uintptr_t>(q.const_data_ptr()) % 16 == 0};
+    problem.q = values_of(q.const_data_ptr(), dtype_of(q));  // 16 bytes divide rows of D
     problem.root_k = cache_of(root_k), problem.root_v = cache_of(root_v);
     problem.branch_k = cache_of(branch_k), problem.branch_v = cache_of(branch_v);
     problem.branch_to_root = indices_of(branch_to_root);

@@ -14,13 +14,16 @@
 
 namespace lynx::decode {
 
-// Whole numbers of either size, on the device.
+// Whole numbers of either size, on the device. One that does not fit into 31 bits is the largest that does, out of range
+// as well.
 struct Indices {
     const void* data;
     bool is_long;
 
     LYNX_PORTABLE int operator[](int i) const {
-        return is_long ? static_cast<int>(static_cast<const int64_t*>(data)[i]) : static_cast<const int32_t*>(data)[i];
+        if (!is_long) return static_cast<const int32_t*>(data)[i];
+        const int64_t value = static_cast<const int64_t*>(data)[i];
+        return value == static_cast<int>(value) ? static_cast<int>(value) : 0x7fffffff;
     }
 };
 
@@ -49,7 +52,7 @@ struct Work {
     int branch, row_tile, kv_head, part;
     bool is_root;
     int root;                 // of the branch
-    int first_key, num_keys;  // of the part
+    int first_key, num_keys;  // of the part; less than 0 where others have all keys
     int length;               // keys of the root or the branch
 };
 
@@ -70,7 +73,7 @@ LYNX_PORTABLE Work work_of(const Problem& problem, int block, int chunk) {
     const int parts = work.is_root ? problem.root_parts : problem.branch_parts;
     const int index = work.is_root ? work.part : work.part - problem.root_parts;
     const int chunks = (work.length + chunk - 1) / chunk, each = (chunks + parts - 1) / parts * chunk;
-    work.first_key = index * each < work.length ? index * each : work.length;
+    work.first_key = index * each;
     work.num_keys = each < work.length - work.first_key ? each : work.length - work.first_key;
     return work;
 }
@@ -169,7 +172,7 @@ struct Attend {
     LYNX_PORTABLE static Row row_of(const Args& args, const Work& work, int in_tile, const Shared& shared) {
         const int shared_heads = args.heads / args.kv_heads, rows = args.queries * shared_heads;
         const int number = work.row_tile * kTileRows + in_tile, slot = number / rows, in_branch = number % rows;
-        const int branch = slot < args.slots ? shared.branches[slot] : -1;
+        const int branch = shared.branches[slot];  // none behind the slots
         return {branch, in_branch / shared_heads, work.kv_head * shared_heads + in_branch % shared_heads, branch >= 0};
     }
 
@@ -242,7 +245,8 @@ struct Attend {
         }
     }
 
-    // A query misses the keys of its branch that are newer than its own: query i of Q the last Q - 1 - i.
+    // A query misses the keys of its branch that are newer than its own: query i of Q the last Q - 1 - i. A part ends with
+    // a chunk, or with all keys.
     LYNX_PORTABLE static void leave_scores(const Args& args, const Work& work, const Place& place, Shared& shared) {
         LYNX_UNROLL_BY(1)
         for (int i = 0; i < kOwnScores; i++) {
@@ -255,9 +259,9 @@ struct Attend {
                 LYNX_UNROLL
                 for (int item = 0; item < 4; item++) sums[item] += parts.items[item];
             }
-            const int in_part = place.round * kChunk + key;
+            const int position = work.first_key + place.round * kChunk + key;
             const int newer = work.is_root ? 0 : args.queries - 1 - row_of(args, work, row, shared).query;
-            const bool is_seen = in_part < work.num_keys && work.first_key + in_part < work.length - newer;
+            const bool is_seen = position < work.length - newer;
             shared.scores[row][key] = is_seen ? ((sums[0] + sums[1]) + (sums[2] + sums[3])) * args.scale : -INFINITY;
         }
     }

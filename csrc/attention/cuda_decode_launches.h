@@ -34,7 +34,7 @@ inline int narrow_size(const char* what, int64_t size) {
 inline int count_parts(int64_t capacity, int chunk, int64_t blocks, int64_t fitting) {
     if (capacity == 0) return 0;
     const int64_t chunks = (capacity + chunk - 1) / chunk;
-    const int64_t wanted = std::min(chunks, std::max<int64_t>(1, fitting / std::max<int64_t>(1, blocks)));
+    const int64_t wanted = std::max<int64_t>(1, fitting / blocks);
     const int64_t each = (chunks + wanted - 1) / wanted;
     return static_cast<int>((chunks + each - 1) / each);
 }

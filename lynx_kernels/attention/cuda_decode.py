@@ -1,10 +1,10 @@
 """Decoding in the CUDA C++ of csrc/attention: a launch over parts of the roots' keys and of the branches' own, and one
 that merges them.
 
-A root's keys are read once for as many of its branches as fill a tile of 8 rows (queries times the heads that share a
-head of keys): beams of one picture read it once. Launches follow from the shapes of the caches, lengths stay on the
-device, so calls capture into CUDA graphs. Scores, weights and sums are fp32 throughout. No atomics: two runs agree bit
-by bit. The device asserts that indices are in range.
+A root's keys are read once for as many of its branches as fill a tile of rows (queries times the heads that share a
+head of keys): beams of one picture read it once. A tile has 1, 4 or 8, by how many a root has on average. Launches
+follow from the shapes of the caches, lengths stay on the device, so calls capture into CUDA graphs. Scores, weights and
+sums are fp32 throughout. No atomics: two runs agree bit by bit. The device asserts that indices are in range.
 """
 
 import torch

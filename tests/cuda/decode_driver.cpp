@@ -20,17 +20,17 @@ void run(const Numbers& numbers) {
     lynx::decode::Problem problem = problem_of(numbers);
     const int64_t rows = static_cast<int64_t>(problem.branches) * problem.queries * problem.heads;
     const auto q_dtype = static_cast<lynx::Dtype>(numbers["q_dtype"]);
-    const Buffer scale(sizeof(double)), q(rows * problem.dim * kSizes[numbers["q_dtype"]]);
+    const Buffer scale(sizeof(double)), q(rows * problem.dim * kSizes[numbers["q_dtype"]], numbers["q_offset"]);
     scale.read(), q.read();
-    problem.q = {q.data(), q_dtype, true};
+    problem.q = lynx::values_of(q.data(), q_dtype);
     std::vector<std::unique_ptr<Buffer>> memory;
-    auto read = [&](int64_t bytes) {
-        memory.push_back(std::make_unique<Buffer>(bytes));
+    auto read = [&](int64_t bytes, int64_t offset = 0) {
+        memory.push_back(std::make_unique<Buffer>(bytes, offset));
         memory.back()->read();
         return memory.back()->data();
     };
     auto cache = [&](const std::string& name) -> lynx::decode::Cache {
-        return {read(numbers[name + "_bytes"]),
+        return {read(numbers[name + "_bytes"], numbers[name + "_offset"]),
                 {numbers[name + "_stride0"], numbers[name + "_stride1"], numbers[name + "_stride2"]}};
     };
     auto indices = [&](const std::string& name, int count) -> lynx::decode::Indices {

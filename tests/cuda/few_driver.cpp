@@ -6,13 +6,14 @@
 
 namespace {
 
-// A tensor as `<name>_dtype` (-1 where it is absent) and, of rows, `<name>_stride` describe it; `offset` elements in.
+// A tensor as `<name>_dtype` (-1 where it is absent), `<name>_offset` (bytes behind a multiple of 16) and, of rows,
+// `<name>_stride` describe it.
 struct Argument {
     Argument(const Numbers& numbers, const std::string& name, int64_t rows, int64_t columns, bool has_stride = false)
         : dtype(numbers[name + "_dtype"]),
           stride(has_stride ? numbers[name + "_stride"] : columns),
-          buffer(dtype < 0 ? 0 : ((rows - 1) * stride + columns) * kSizes[dtype],
-                 dtype < 0 ? 0 : numbers["offset"] * kSizes[dtype]) {
+          buffer(dtype < 0 || rows == 0 ? 0 : ((rows - 1) * stride + columns) * kSizes[dtype],
+                 numbers[name + "_offset"]) {
         if (dtype >= 0) buffer.read();
     }
 
@@ -20,7 +21,7 @@ struct Argument {
 
     lynx::Values values(int64_t distance = 0) const {
         if (dtype < 0) return {nullptr, lynx::Dtype::kFloat, false};
-        return lynx::few::values_of(buffer.data(), type(), distance);
+        return lynx::values_of(buffer.data(), type(), distance);
     }
 
     lynx::few::Matrix matrix(int64_t rows, int64_t columns) const {
@@ -40,8 +41,7 @@ void run(const Numbers& numbers) {
     const Argument down_bias(numbers, "down_bias", 1, bottleneck), up(numbers, "up", width, bottleneck, true);
     const Argument up_bias(numbers, "up_bias", 1, width), scale(numbers, "scale", 1, 1);
     const int64_t statistics = norm_weight.dtype < 0 ? 0 : tokens;
-    const Buffer out(tokens * width * kSizes[x.dtype], numbers["offset"] * kSizes[x.dtype]);
-    const Buffer mean(statistics * sizeof(float)), rstd(statistics * sizeof(float));
+    const Buffer out(tokens * width * kSizes[x.dtype]), mean(statistics * sizeof(float)), rstd(statistics * sizeof(float));
     const Buffer preactivation(tokens * bottleneck * kSizes[down.dtype]), activated(tokens * bottleneck * kSizes[down.dtype]);
     lynx::few::adapt({tokens, width, bottleneck, *static_cast<float*>(eps.data()),
                       static_cast<lynx::Activation>(numbers["activation"]), x.values(x.stride), x.stride,

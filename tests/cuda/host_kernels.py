@@ -70,7 +70,8 @@ class HostKernels:
 
     Attributes:
         seed: of the order of blocks and threads.
-        offset: elements in front of the rows, so that these do not start at multiples of 16 bytes.
+        offset: elements in front of the rows of embeddings and frames, so that these do not start at multiples of 16
+            bytes. Others stand where the tensors do.
         multiprocessors: of the GPU. So few that a block has several strips of rows, or chunks of keys.
     """
 
@@ -131,18 +132,17 @@ class HostKernels:
         (tokens, width), bottleneck = x.shape, down_weight.shape[0]
         statistics = x.new_empty(tokens if norm_weight is not None else 0, dtype=torch.float32)
         results = [x.new_empty(x.shape), statistics, statistics, down_weight.new_empty(tokens, bottleneck)]
-        if tokens == 0:
-            return tuple(results)
         arguments = {
             "x": x, "norm_weight": norm_weight, "norm_bias": norm_bias, "down": down_weight, "down_bias": down_bias,
             "up": up_weight, "up_bias": up_bias, "scale": scale,
         }  # fmt: skip
         numbers = {
-            "seed": self.seed, "offset": self.offset, "multiprocessors": self.multiprocessors, "tokens": tokens,
-            "width": width, "bottleneck": bottleneck, "activation": activation,
+            "seed": self.seed, "multiprocessors": self.multiprocessors, "tokens": tokens, "width": width,
+            "bottleneck": bottleneck, "activation": activation,
         }  # fmt: skip
         for name, tensor in arguments.items():
             numbers[f"{name}_dtype"] = -1 if tensor is None else _DTYPES.index(tensor.dtype)
+            numbers[f"{name}_offset"] = 0 if tensor is None else _offset(tensor)
             if tensor is not None and tensor.dim() == 2:
                 numbers[f"{name}_stride"] = tensor.stride(0)
         given = [_memory(torch.tensor(eps)), *(_memory(each) for each in arguments.values() if each is not None)]
@@ -166,12 +166,12 @@ class HostKernels:
             "seed": self.seed, "multiprocessors": self.multiprocessors, "branches": q.shape[0], "queries": q.shape[1],
             "heads": q.shape[2], "dim": q.shape[3], "kv_heads": root_k.shape[2], "roots": root_k.shape[0],
             "root_capacity": root_k.shape[1], "branch_capacity": branch_k.shape[1], "q_dtype": _DTYPES.index(q.dtype),
-            "cache_dtype": _DTYPES.index(root_k.dtype),
+            "cache_dtype": _DTYPES.index(root_k.dtype), "q_offset": _offset(q),
         }  # fmt: skip
         given = [torch.tensor(scale, dtype=torch.float64).numpy().tobytes(), _memory(q)]
         for name, cache in caches.items():
             given.append(_memory(cache))
-            numbers[f"{name}_bytes"] = len(given[-1])
+            numbers |= {f"{name}_bytes": len(given[-1]), f"{name}_offset": _offset(cache)}
             numbers |= {f"{name}_stride{i}": cache.stride(i) for i in range(3)}
         for name, index in indices.items():
             given.append(_memory(index))
@@ -202,8 +202,15 @@ def _run_for(driver: str, numbers: dict[str, int], given: list[bytes], results: 
     """Tensors like ``results``, with what the program writes."""
     said = run(HERE / driver, *(f"{name}={value}" for name, value in numbers.items()), given=b"".join(given))
     sizes = [each.nbytes for each in results]
+    if not said:  # of which frombuffer makes no tensor
+        return tuple(results)
     parts = torch.frombuffer(bytearray(said), dtype=torch.uint8).split(sizes)
     return tuple(part.clone().view(each.dtype).view(each.shape) for part, each in zip(parts, results, strict=True))
+
+
+def _offset(tensor: Tensor) -> int:
+    """In bytes, behind a multiple of 16: what the kernels' loads must mind."""
+    return tensor.data_ptr() % 16
 
 
 def _memory(tensor: Tensor) -> bytes:

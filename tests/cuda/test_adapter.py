@@ -6,7 +6,7 @@ import torch
 from lynx_kernels.adapter import adapter
 from lynx_kernels.dispatch import which
 from tests.cuda.host_kernels import launches
-from tests.lynx_kernels.helpers import permuted
+from tests.lynx_kernels.helpers import permuted, shifted
 from tests.lynx_kernels.test_adapter import ACTIVATIONS, FORWARD, OPTIONAL, check_autocast_forward, check_forward, make
 
 pytestmark = pytest.mark.usefixtures("on_host")
@@ -84,22 +84,39 @@ def test_activations_at_the_ends(activation):
     finite = torch.where(x.isnan(), 0, x)
     out, *_ = kernels(finite, None, None, eye, None, eye, None, scale, activation=activation)
     torch.testing.assert_close(out, finite + ACTIVATIONS[activation](finite))
-    out, *_ = kernels(torch.full((1, 8), torch.nan), None, None, eye, None, eye, None, scale, activation=activation)
+    no_numbers = torch.full((8,), torch.nan)
+    out, *_ = kernels(torch.ones(1, 8), None, None, eye, no_numbers, eye, None, scale, activation=activation)
     assert out.isnan().all()
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 8])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_mean_far_above_deviation(dtype, tokens):
+@pytest.mark.parametrize(("dtype", "mean"), [*((dtype, 1e3) for dtype in DTYPES), (torch.float32, 1e6)])
+def test_mean_far_above_deviation(dtype, mean, tokens):
+    """Of the last one the first mean is off by a tenth of the deviation."""
     inputs, _ = make((tokens,), 520, 16, dtype)
-    inputs[0] = inputs[0] + 1000
+    inputs[0] = inputs[0] + mean
     check_forward(kernels, inputs)
+
+
+def test_the_activation_is_of_what_backward_reads():
+    """-20.06 in bf16 is -20, and silu of that is 6% more."""
+    eye, bias = torch.eye(8, dtype=torch.bfloat16), torch.full((8,), -20.06)
+    out, *_, preactivation = kernels(torch.zeros(1, 8), None, None, eye, bias, eye, None, torch.tensor(1.0))
+    torch.testing.assert_close(out, ACTIVATIONS["silu"](preactivation.float()), rtol=0.01, atol=0)
 
 
 def test_constant_rows():
     inputs, _ = make((3,), 40, 8, torch.float32)
     inputs[0] = torch.full_like(inputs[0], 3.0)
     check_forward(kernels, inputs)
+
+
+@pytest.mark.parametrize("width", [40, 77])
+def test_constant_rows_of_large_numbers(width):
+    """0 less their mean, over the root of eps, is infinite: what stands behind a row's end must not be that."""
+    x, *parameters = make((3,), width, 8, torch.float32)[0]
+    *_, preactivation = kernels(torch.full_like(x, 3e36), *parameters)
+    assert torch.equal(preactivation, kernels(torch.zeros_like(x), *parameters)[3])
 
 
 @pytest.mark.parametrize("tokens", [1, 6])
@@ -124,10 +141,14 @@ def test_streams_and_weights_of_any_dtypes(stream, weights):
 
 @pytest.mark.parametrize("offset", [1, 2, 4])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_that_do_not_start_at_16_bytes(offset, dtype, on_host):
-    """The sanitizer stops any wide access at another address."""
-    on_host.offset = offset
-    check((3,), 40, 16, dtype)
+def test_rows_that_do_not_start_at_16_bytes(offset, dtype):
+    """All of them, and each by itself. The sanitizer stops any wide access at another address."""
+    inputs, _ = make((3,), 40, 16, dtype)
+    expected = kernels(*inputs)
+    for some in (range(8), *([i] for i in range(8))):
+        actual = kernels(*(shifted(each, offset) if i in some else each for i, each in enumerate(inputs)))
+        for ours, theirs in zip(actual, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -144,6 +165,8 @@ def test_strides(dtype):
         for ours, theirs in zip(kernels(*changed), expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
             assert ours.is_contiguous()
+    one_axis = [permuted(each.flatten(0, -2)) if i == 0 else each for i, each in enumerate(inputs)]
+    assert torch.equal(kernels(*one_axis)[0].view(expected[0].shape), expected[0])
     permuted_vectors = [permuted(each) if each.dim() == 1 else each for each in inputs]
     assert torch.equal(kernels(*permuted_vectors)[0], expected[0])
     assert torch.equal(kernels(inputs[0][:1, :1].expand(2, 3, 40), *inputs[1:])[0][1, 2], expected[0][0, 0])
@@ -196,7 +219,8 @@ def reason(inputs):
 def test_what_is_refused(on_host, monkeypatch):
     inputs, _ = make((3,), 16, 8, torch.bfloat16)
     assert which(adapter, *inputs).name == "cuda"
-    assert reason([each.double() for each in inputs]).endswith("an argument is fp64")
+    for fp64 in ([0], [1], [2], [3, 5], [4], [6], [7]):
+        assert reason([each.double() if i in fp64 else each for i, each in enumerate(inputs)]).endswith("is fp64")
     assert reason(make((5, 13), 16, 8, torch.bfloat16)[0]) == "the CUDA kernels take up to 64 tokens, x has 65"
     assert reason([*inputs[:3], torch.zeros(0, 16).bfloat16(), None, torch.zeros(16, 0).bfloat16(), *inputs[6:]]) == (
         "down_weight is empty: (0, 16)"

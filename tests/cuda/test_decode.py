@@ -14,7 +14,7 @@ from tests.lynx_kernels.attention_cases import (
     nothing_to_decode,
     without_root_keys,
 )
-from tests.lynx_kernels.helpers import permuted
+from tests.lynx_kernels.helpers import permuted, shifted
 
 pytestmark = pytest.mark.usefixtures("on_host")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -71,10 +71,14 @@ def test_scales(scale):
 
 
 def test_scores_that_exp_does_not_take():
-    """Larger ones in later chunks, and in later parts, and much smaller ones."""
+    """Larger ones in later chunks, and in later parts, and much smaller ones; and none that is not."""
     case = case_of(1, ([0], [200], [40]), dim=8)
     case.inputs[0] *= 100
     case.inputs[1][0, :100] *= -5
+    assert_case_within_budget(case, gradients=False)
+    case.inputs[0].abs_()
+    for keys in (case.inputs[1], case.inputs[3]):
+        keys.abs_().add_(1).neg_()
     assert_case_within_budget(case, gradients=False)
 
 
@@ -99,19 +103,28 @@ def test_queries_of_another_dtype(dtype, narrow):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strides(dtype):
     """Caches with the heads outside, as transformers keeps them, and others; keys and values that lie differently; rows
-    that do not start at 16 bytes: the same numbers."""
+    that do not start at 16 bytes: the same numbers. The sanitizer stops any wide access at another address."""
     case = case_of(2, ([0, 1, 0], [20, 3], [5, 2, 19]), kv_heads=2, dim=16, dtype=dtype)
     expected = case.operation(*case.inputs)
     q, *caches = case.inputs
     heads_outside = [each.transpose(1, 2).contiguous().transpose(1, 2) for each in caches]
     mixed = [each if i % 2 else permuted(caches[i]) for i, each in enumerate(heads_outside)]
     spread = [torch.cat([each + 1, each], -1)[..., each.shape[-1] :] for each in caches]
-    shifted = [torch.cat([each[..., :1], each, each[..., :7]], -1)[..., 1:17] for each in caches]
-    odd = [torch.cat([each, each[..., :1]], -1)[..., :16] for each in caches]
-    for changed in (heads_outside, mixed, spread, shifted, odd, [permuted(each) for each in caches]):
+    behind = [torch.cat([each[..., :1], each, each[..., :7]], -1)[..., 1:17] for each in caches]
+    odd, half_a_load = ([torch.cat([each, each[..., :by]], -1)[..., :16] for each in caches] for by in (1, 4))
+    branches_apart = [
+        torch.cat([each.flatten(1), each.flatten(1)[:, :1]], 1)[:, :-1].unflatten(1, each.shape[1:]) for each in caches
+    ]
+    every_other = [torch.stack([each, each + 1], -1)[..., 0] for each in caches]
+    all_permuted = [permuted(each) for each in caches]
+    for changed in (
+        heads_outside, mixed, spread, behind, odd, half_a_load, branches_apart, every_other, all_permuted
+    ):  # fmt: skip
         for ours, theirs in zip(case.operation(permuted(q), *changed), expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
             assert ours.is_contiguous()
+    for ours, theirs in zip(case.operation(shifted(q, 1), *caches), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
 def test_strides_of_indices():
@@ -122,6 +135,38 @@ def test_strides_of_indices():
     for given in (map(permuted, indices), [indices[0], indices[1].long(), indices[2]]):
         for ours, theirs in zip(call(*case.inputs, *given), expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("position", "place", "rows"),
+    [
+        (0, (1, 0, 3), [(1, 0, 3)]),  # a query, by itself
+        (1, (2, 45, 0), [(branch, query, head) for branch in (0, 4) for query in (0, 1) for head in (0, 1)]),
+        (2, (2, 0, 1), [(branch, query, head) for branch in (0, 4) for query in (0, 1) for head in (2, 3)]),  # a value
+        (3, (3, 16, 1), [(3, 1, 2), (3, 1, 3)]),  # a key that the last query alone sees
+    ],
+)
+def test_rows_do_not_meet(position, place, rows):
+    """What is no number stays with those that see it."""
+    case = case_of(2, heads=4, kv_heads=2)
+    expected, expected_lse = case.operation(*case.inputs)
+    for row in rows:
+        expected[row] = torch.nan
+        expected_lse[row] = expected_lse[row] if position == 2 else torch.nan
+    case.inputs[position][place] = torch.nan
+    for ours, theirs in zip(case.operation(*case.inputs), (expected, expected_lse), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+def test_scores_of_minus_infinity():
+    """As of a query that sees no key."""
+    case = case_of(1, ([0], [40], [3]), dim=8)
+    case.inputs[0].abs_()
+    for keys in (case.inputs[1], case.inputs[3]):
+        keys.fill_(-torch.inf)
+    out, lse = case.operation(*case.inputs)
+    assert not out.any()
+    assert lse.isneginf().all()
 
 
 def test_roots_without_keys():
@@ -151,9 +196,11 @@ def test_the_order_of_threads_changes_nothing(on_host):
     [
         ("branch_to_root", [0, 2], "a root is out of range"),
         ("branch_to_root", [-1, 0], "a root is out of range"),
+        ("branch_to_root", [0, 2**32 + 1], "a root is out of range"),
         ("root_lengths", [6, 2], "a length exceeds the cache"),
         ("branch_lengths", [1, 5], "a length exceeds the cache"),
         ("branch_lengths", [1, -1], "a length is negative"),
+        ("branch_lengths", [1, 1 - 2**32], "a length exceeds the cache"),
     ],
 )
 def test_indices_out_of_range(name, value, message, on_host):
@@ -204,6 +251,8 @@ def test_more_rows_than_plain_products_are_for():
     )
     assert reason(case_of(1, eight, heads=2, kv_heads=1).inputs, eight).endswith("slower than tensor cores")
     assert reason(case_of(1, eight, heads=2, kv_heads=2).inputs, eight) is None
+    five_a_root = [0] * 4 + [1] * 5, [4, 4], [1] * 9
+    assert reason(case_of(1, five_a_root, heads=2, kv_heads=1).inputs, five_a_root)
 
 
 def test_autocast():
@@ -221,7 +270,7 @@ def test_autocast():
 SHAPES = [
     (5, 1, 32, 32, 128, 1, 577, 128), (1, 1, 32, 8, 128, 1, 576, 512), (80, 1, 32, 32, 128, 16, 577, 128),
     (8, 1, 32, 32, 128, 1, 577, 64), (1, 1, 1, 1, 8, 1, 0, 1), (320, 4, 64, 8, 64, 64, 2**17, 4096),
-    (3, 1, 14, 2, 64, 5, 40, 2**20),
+    (3, 1, 14, 2, 64, 5, 40, 2**20), (32, 1, 1, 1, 64, 16, 2**14, 64),
 ]  # fmt: skip
 NAMES = ("branches", "queries", "heads", "kv_heads", "dim", "roots", "root_capacity", "branch_capacity")
 
@@ -246,7 +295,8 @@ def test_launches(shape, dtype, multiprocessors):
         (branch_parts, branch_room, branches * row_tiles * kv_heads),
     ):
         assert (parts == 0) == (room == 0)
-        assert parts <= -(-room // chunk)
+        chunks = -(-room // chunk)
+        assert parts <= 1 or (parts - 1) * -(-chunks // parts) < chunks  # the last one has some, too
         assert parts <= 1 or parts * working <= fitting
 
 

@@ -25,6 +25,11 @@ def permuted(tensor: Tensor) -> Tensor:
     return storage[..., 0].permute(tuple(reversed(range(tensor.dim())))).copy_(tensor.detach())
 
 
+def shifted(tensor: Tensor, by: int) -> Tensor:
+    """The same values, ``by`` elements behind the start of a storage."""
+    return tensor.new_empty(tensor.numel() + by)[by:].view(tensor.shape).copy_(tensor)
+
+
 def run(function: Function, inputs: Sequence[Tensor | None], grad: Tensor | None) -> list[Tensor]:
     """The output of ``function(*inputs)`` and the gradient of each floating-point input; ``grad`` None sums."""
     leaves = [
