@@ -6,6 +6,7 @@ import os
 import pickle
 import sys
 import types
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -253,11 +254,14 @@ def test_the_prompts_that_come_along():
     assert "Answer with a place name." in tasks["place"][0]
 
 
+@dataclass
 class Labels:
     """As ``datasets.ClassLabel``."""
 
+    names: tuple[str, ...] = ("cat", "dog")
+
     def int2str(self, number):
-        return ["cat", "dog"][number]
+        return self.names[number]
 
 
 class Rows:
@@ -311,13 +315,26 @@ def test_rows_of_datasets(root):
     transformed = ColumnRecords(Rows(rows, features, "custom"), columns)
     assert transformed[0].conversations[0][0]["content"][1]["text"] == "Transformed?"
     assert transformed.fingerprint is None
-    fingerprints = {
-        ColumnRecords(Rows(each, features), chosen, root).fingerprint
-        for each, chosen in (
-            (rows, columns), (rows, {**columns, "question": "label"}), ([*rows[:2], {**rows[2], "label": 0}], columns),
-        )
-    }  # fmt: skip
-    assert len(fingerprints | {records.fingerprint}) == 3, "of content and columns; not of the root"
+
+
+def test_the_fingerprint_of_rows(root):
+    rows = [{"answer": f"{n:3}", "label": n % 2, "other": n} for n in range(200)]
+    features = {"answer": "string", "label": Labels()}
+
+    def fingerprint(rows=rows, features=features, columns=None, **options):
+        return ColumnRecords(
+            Rows(rows, features), columns or {"answer": "answer", "task": "label"}, **options
+        ).fingerprint
+
+    first = fingerprint()
+    assert fingerprint(root=root, name="elsewhere") == fingerprint([{**row, "other": 0} for row in rows]) == first
+    others = [
+        fingerprint([{**rows[0], "answer": "one"}, *rows[1:]]),
+        fingerprint([rows[0], {**rows[1], "answer": "longer, though not among the rows that are read"}, *rows[2:]]),
+        fingerprint(features={**features, "label": Labels(("dog", "cat"))}),
+        fingerprint(columns={"answer": "answer"}),
+    ]
+    assert len({first, *others}) == 5
 
 
 def test_rows_of_anything(root):
