@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from lynx.train import parts, recipe, schedule, start
+from lynx.train import parts, recipe, run, schedule, start
 from tests.lynx import packs
 from tests.lynx.conftest import make_model
 from tests.lynx.small import write_records
@@ -233,6 +233,17 @@ def test_noisy_pairs_beside_the_papers_mixture(tmp_path):
     for others in ([], [pairs]):
         with pytest.raises(recipe.RecipeError, match="pretrain-224: data: datasets lacks noisy with a weight"):
             start.mixture(dataclasses.replace(noisy, datasets=[*files, *others]), noisy.stages[0])
+
+
+def test_a_run_goes_on_with_data_that_moved():
+    def described(folder, weight=1):
+        datasets = [{"name": "a", "path": f"{folder}/a.jsonl", "root": folder}]
+        data = [{"name": "group", "weight": weight, "datasets": datasets}]
+        changes = {"data": data, "datasets": datasets, "root": folder, "prompts": f"{folder}/prompts.yaml"}
+        return recipe.load("tiny", changes).as_dict()
+
+    assert run._differences(described("old"), described("new")) == []
+    assert run._differences(described("old"), described("new", weight=2))
 
 
 def test_every_pack_of_a_run_goes_through_the_vision_tower(tmp_path, processor):

@@ -1,17 +1,14 @@
-"""Records in every format, from files and rows, prompts around them, and mixtures described in a recipe."""
+"""Records in every format, from files, prompts around them, and mixtures described in a recipe."""
 
 import base64
 import json
 import os
 import pickle
-import sys
-import types
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from lynx.data.columns import ColumnRecords
 from lynx.data.jsonl import JsonlRecords
 from lynx.data.mixture import paper_groups, shares
 from lynx.data.prompts import Prompts
@@ -251,115 +248,6 @@ def test_the_prompts_that_come_along():
             assert len({"{question}" in prompt for prompt in prompts}) == 1, f"{task}: asks itself, or puts questions"
     assert "Please answer yes or no." in tasks["yes or no"][0]
     assert "Answer with a place name." in tasks["place"][0]
-
-
-class Labels:
-    """As ``datasets.ClassLabel``."""
-
-    def int2str(self, number):
-        return ["cat", "dog"][number]
-
-
-class Rows:
-    """As ``datasets.Dataset``, as far as it matters: rows are as they are stored in the format of Arrow."""
-
-    def __init__(self, rows, features, kind=None):
-        self.rows, self.features, self.format = rows, features, {"type": kind}
-        self.data = types.SimpleNamespace(nbytes=len(repr(rows)))
-
-    column_names = property(lambda self: list(self.rows[0]))
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        row = self.rows[index]
-        if self.format["type"] == "custom":
-            return {**row, "query": "Transformed?"}
-        assert self.format["type"] == "arrow"
-        return types.SimpleNamespace(to_pylist=lambda: [row])
-
-    def with_format(self, kind):
-        return Rows(self.rows, self.features, kind)
-
-    def select_columns(self, columns):
-        return Rows([{column: row[column] for column in columns} for row in self.rows], self.features)
-
-
-def test_rows_of_datasets(root):
-    raw = (root / "a.png").read_bytes()
-    rows = [
-        {"img": {"bytes": raw, "path": None}, "label": 1, "query": "Which?"},
-        {"img": {"bytes": None, "path": "a.png"}, "label": 0, "query": "Which?"},
-        {"img": None, "label": -1, "query": "Which?"},
-    ]
-    features = {"img": "image", "label": Labels(), "query": "string"}
-    dataset = Rows(rows, features)
-    columns = {"image": "img", "answer": "label", "question": "query"}
-    records = ColumnRecords(dataset, columns, task="vqa", name="pets")
-    assert len(records) == 3
-    [messages] = phrased(records[0], None, prompts=PROMPTS)
-    assert messages[0]["content"][0] == {"type": "image", "image": raw}
-    assert messages[1]["content"] == "dog"
-    with pytest.raises(RecordError, match="has no root folder"):
-        records[1]
-    inside = ColumnRecords(dataset, columns, root)[1]
-    assert inside.conversations[0][0]["content"][0]["image"] == str(root / "a.png")
-    with pytest.raises(RecordError, match="answer is -1"):
-        records[2]
-    assert records.where(2) == "pets[2]"
-    transformed = ColumnRecords(Rows(rows, features, "custom"), columns)
-    assert transformed[0].conversations[0][0]["content"][1]["text"] == "Transformed?"
-    assert transformed.fingerprint is None
-    fingerprints = {
-        ColumnRecords(Rows(each, features), chosen, root).fingerprint
-        for each, chosen in (
-            (rows, columns), (rows, {**columns, "question": "label"}), ([*rows[:2], {**rows[2], "label": 0}], columns),
-        )
-    }  # fmt: skip
-    assert len(fingerprints | {records.fingerprint}) == 3, "of content and columns; not of the root"
-
-
-def test_rows_of_anything(root):
-    messages = [QUESTION, ANSWER]
-    records = ColumnRecords([{"messages": messages, "other": 3}])
-    assert records[0].conversations == [messages]
-    image = Image.fromarray(picture(0))
-    [[question, _]] = ColumnRecords([{"image": image, "answer": "x"}])[0].conversations
-    assert question["content"][0]["image"] is image
-    for bad, message in (
-        (([{"a": 1}], {"image": "b"}), r"no column \['b'\]"),
-        (([{"a": 1}],), r"none of the columns \['a'\] is a field"),
-        (([{"a": 1}], {"picture": "a"}), r"no field \['picture'\]"),
-        (([],), "is empty"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            ColumnRecords(*bad)
-    with pytest.raises(TypeError, match="without streaming"):
-        ColumnRecords(iter([]))
-    with pytest.raises(TypeError, match=r"splits \['train'\]"):
-        ColumnRecords({"train": [1]})
-
-
-def test_a_saved_data_set(root, monkeypatch):
-    """What ``open_mixture`` asks of the library; a module that gives such rows stands in for it."""
-    rows = Rows([{"img": {"bytes": b"raw", "path": None}, "label": 1}], {"img": "image", "label": Labels()})
-    library = types.SimpleNamespace(load_from_disk={str(root / "saved"): rows}.__getitem__)
-    monkeypatch.setitem(sys.modules, "datasets", library)
-    (root / "saved").mkdir()
-    columns = {"image": "img", "answer": "label"}
-    description = [{"name": "g", "weight": 1, "datasets": [{"name": "s", "path": "saved", "columns": columns}]}]
-    [records] = open_mixture(description, root, seed=0).datasets
-    [messages] = phrased(records[0], None)
-    assert messages[0]["content"][0] == {"type": "image", "image": b"raw"}
-    assert messages[1]["content"] == "dog"
-    assert records.where(0) == f"{root}/saved[0]"
-
-
-def test_a_missing_library_is_named(root, monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ModuleNotFoundError, match="pip install datasets"):
-        ColumnRecords.from_disk(root)
 
 
 def line(path, n=1):
