@@ -71,7 +71,7 @@ def data(tmp_path):
 @pytest.mark.parametrize("decoder", ["decoder", "tied"])
 @pytest.mark.parametrize("tower", [*VISION, "whole-clip", "whole-blip-2"])
 def test_the_weights_are_those_of_the_folders(folders, data, decoder, tower):
-    model, processor = start.model(paper(folders, data, decoder=decoder, tower=tower))
+    model, processor = start.model(paper(folders, data, decoder=decoder, tower=tower), pytest.fail)
     text = load_file(folders / decoder / "model.safetensors")
     of_vision = load_file(folders / tower / "model.safetensors")
     if tower.startswith("whole"):
@@ -182,13 +182,13 @@ def test_what_does_not_fit_is_said(folders, data, tmp_path, change, message):
     with (both / "cut/model.safetensors").open("r+b") as file:
         file.truncate(1000)
     with pytest.raises(ValueError, match=message):
-        start.model(paper(both, data, **change))
+        start.model(paper(both, data, **change), pytest.fail)
 
 
 @pytest.mark.parametrize("tower", VISION)
 def test_a_tiny_model_on_a_pretrained_tower(folders, data, tower):
     chosen = recipe.load("tiny", {"data": str(data), "vision_tower": str(folders / tower)})
-    model, processor = start.model(chosen)
+    model, processor = start.model(chosen, lambda: start.mixture(chosen, chosen.stages[0]))
     assert model.config.vision_config.hidden_size == model.vision_tower.config.hidden_size == 24
     assert model(**processor.pack([processor.encode(conversation("What?", "red", [picture(0)]))])).loss > 0
     assert start.untrained(chosen, model) == []

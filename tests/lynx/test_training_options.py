@@ -99,8 +99,9 @@ def test_what_is_frozen_is_bf16_and_has_neither_gradient_nor_state(fusion, data,
             "weight_decay": 0.2, "max_grad_norm": 0.25,
         },
     )  # fmt: skip
-    model, processor = start.model(chosen)
-    trainer, at_the_step = run.stage_trainer(chosen, chosen.stages[0], model, processor), AtTheStep()
+    mixture = start.mixture(chosen, chosen.stages[0])
+    model, processor = start.model(chosen, lambda: mixture)
+    trainer, at_the_step = run.stage_trainer(chosen, chosen.stages[0], model, processor, mixture), AtTheStep()
     trainer.add_callback(at_the_step)
     trainer.train()
     assert trainer.args.max_grad_norm == 0.25
