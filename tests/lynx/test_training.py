@@ -319,7 +319,7 @@ def test_ask(data, trained, capsys):
         (["ask", "{model}", "-p", "{folder}/pictures/0000.png", "What?"], "say a question, beside -p with -q"),
         (["ask", "{model}", "a.png", "b.mp4", "What?"], "b.mp4 is a video, an item of its own"),
         (["ask", "{model}", "https://example.org/cat.png", "What?"], "https://example.org/cat.png: a URL is never"),
-        (["ask", "{model}", "{folder}/pictures/0000", "What?"], "0000: no such file"),
+        (["ask", "{model}", "cat1", "What?"], "cat1: no such file"),  # though it could be base64
         (
             ["ask", "{model}", "{folder}/pictures/0000.png", "What?", "--settings", "none"],
             "settings='none' is not known",
