@@ -3,6 +3,7 @@
 import json
 import shutil
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,10 +103,12 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> tuple[LynxF
         raise ValueError(f"{folder} holds a model of model_type {model_type!r}, expected {LynxConfig.model_type!r}")
     if _INDEX in contents:
         shards(folder / _INDEX, contents[_INDEX])
-    config = LynxConfig.from_pretrained(folder)
-    processor = LynxProcessor.from_pretrained(folder, local_files_only=True)
+    with _errors_about(folder, "config.json"):
+        config = LynxConfig.from_pretrained(folder)
+    with _errors_about(folder, "processor_config.json or the tokenizer"):
+        processor = LynxProcessor.from_pretrained(folder, local_files_only=True)
     _check_agreement(folder, config, processor)
-    try:
+    with _errors_about(folder, "config.json or the weights"):
         model, report = LynxForConditionalGeneration.from_pretrained(
             folder,
             config=config,
@@ -115,8 +118,6 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> tuple[LynxF
             use_safetensors=True,
             local_files_only=True,
         )
-    except SafetensorError as error:
-        raise ValueError(f"{folder}: the weights ({_WEIGHTS[0]}) cannot be read, truncated perhaps: {error}") from error
     problems = [
         f"{what} {', '.join(map(str, sorted(report[key])))}"
         for key, what in {
@@ -129,6 +130,19 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> tuple[LynxF
     if problems:
         raise ValueError(f"{folder}: the weights do not fit config.json; {'; '.join(problems)}")
     return model.eval(), processor
+
+
+@contextmanager
+def _errors_about(folder: Path, what: str):
+    """A ValueError for whatever transformers meets in files that are damaged or were made by hand."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"{folder}: the weights ({_WEIGHTS[0]}) cannot be read, truncated perhaps: {error}") from error
+    except (OSError, ValueError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{folder}: {what} cannot be used: {type(error).__name__}: {error}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -177,6 +177,22 @@ def test_a_damaged_file_is_named(folder, name, content):
         checkpoint.load(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "value", "message"),
+    [
+        ("processor_config.json", "image_token_id", "many", r"processor_config\.json or the tokenizer cannot be used"),
+        ("processor_config.json", "image_processor", 7, r"processor_config\.json or the tokenizer cannot be used"),
+        ("config.json", "dtype", "float7", r"config\.json cannot be used: AttributeError.*float7"),
+        ("config.json", "num_latents", "many", "num_latents is 'many', must be an integer"),
+    ],
+)
+def test_values_of_no_use_are_refused(folder, name, key, value, message):
+    options = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps({**options, key: value}))
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load(folder)
+
+
 def test_a_configuration_of_another_model_is_refused(folder):
     options = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**options, "model_type": "llama"}))
