@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from lynx import vision
 from lynx.checkpoint.files import shards
 from lynx.config import LynxConfig
 from lynx.model import LynxForConditionalGeneration
+from lynx.presets import on_meta
 from lynx.processor import LynxProcessor
 
 _FILES = {
@@ -107,14 +108,15 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> tuple[LynxF
         config = LynxConfig.from_pretrained(folder)
     with _errors_about(folder, "processor_config.json or the tokenizer"):
         processor = LynxProcessor.from_pretrained(folder, local_files_only=True)
-    _check_agreement(folder, config, processor)
+    with _errors_about(folder, "config.json"):
+        _check_agreement(folder, config, processor)
     with _errors_about(folder, "config.json or the weights"):
+        _check_shapes(folder, config)
         model, report = LynxForConditionalGeneration.from_pretrained(
             folder,
             config=config,
             dtype=dtype or "auto",
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are reported below, with the rest
             use_safetensors=True,
             local_files_only=True,
         )
@@ -123,7 +125,6 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> tuple[LynxF
         for key, what in {
             "missing_keys": "missing:",
             "unexpected_keys": "unexpected:",
-            "mismatched_keys": "of another shape (saved, expected):",
         }.items()
         if report.get(key)
     ]
@@ -153,6 +154,24 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected an object")
     return content
+
+
+def _check_shapes(folder: Path, config: LynxConfig) -> None:
+    """Raise ValueError, before memory is spent, where config.json makes weights of other shapes than are saved."""
+    expected = {name: list(tensor.shape) for name, tensor in on_meta(config).state_dict().items()}
+    wrong = []
+    for path in sorted(folder.glob("model*.safetensors")):
+        with safe_open(path, "pt") as file:
+            saved = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (no dict)
+        wrong += [
+            f"{name} {saved[name]}, {expected[name]}"
+            for name in saved
+            if saved[name] != expected.get(name, saved[name])
+        ]
+    if wrong:
+        raise ValueError(
+            f"{folder}: the weights do not fit config.json; of another shape (saved, expected): {'; '.join(wrong)}"
+        )
 
 
 def _check_agreement(folder: Path, config: LynxConfig, processor: LynxProcessor) -> None:

@@ -1,6 +1,7 @@
 """Model folders: bit for bit there and back, found by the Auto classes, and refused when they are not whole."""
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,17 @@ def test_weights_that_do_not_fit_are_refused(folder, damage, message):
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=message):
         checkpoint.load(folder)
+
+
+def test_shapes_are_checked_before_memory_is_spent(folder):
+    """A configuration that lost its text_config, for one, is that of a 7B model; here some GiB are enough."""
+    options = json.loads((folder / "config.json").read_text())
+    options["text_config"]["intermediate_size"] = 2**21
+    (folder / "config.json").write_text(json.dumps(options))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=r"of another shape .*down_proj\.weight \[32, 48\], \[32, 2097152\]"):
+        checkpoint.load(folder)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20, "a GiB"
 
 
 def test_truncated_weights_are_refused(folder):
