@@ -117,6 +117,7 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> tuple[LynxF
             config=config,
             dtype=dtype or "auto",
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are reported below, with the rest
             use_safetensors=True,
             local_files_only=True,
         )
@@ -125,6 +126,7 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> tuple[LynxF
         for key, what in {
             "missing_keys": "missing:",
             "unexpected_keys": "unexpected:",
+            "mismatched_keys": "of another shape (saved, expected):",
         }.items()
         if report.get(key)
     ]
