@@ -161,10 +161,10 @@ def _ask(options: argparse.Namespace) -> None:
         *pictures, question = pictures
         questions = [question]
     items = [item for item in (pictures, *options.items) if item]
-    if not items:
-        raise ValueError("say at least one picture; 'lynx ask --help' shows how")
-    if not questions:
-        raise ValueError("say a question, beside -p with -q; 'lynx ask --help' shows how")
+    if not questions or not items:
+        raise ValueError(
+            "say at least one picture and one question, beside -p the question with -q; 'lynx ask --help' shows how"
+        )
     parts = [_part(item) for item in items]
     search = {"num_beams": options.beams, "max_new_tokens": options.max_new_tokens}
     search = {name: value for name, value in search.items() if value is not None}

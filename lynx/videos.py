@@ -244,7 +244,7 @@ class _Video:
                 if not container.streams:
                     raise VideoError(f"{self.name}: cut short, or empty")
                 if stream is None or stream.disposition & self.av.stream.Disposition.attached_pic:
-                    raise VideoError(f"{self.name}: there is no video in it")
+                    raise VideoError(f"{self.name}: there is no video in it; it may have been cut short")
                 if stream.codec_context is None:
                     raise VideoError(f"{self.name}: its codec is not known")
                 if stream.codec_context.width:  # otherwise the first frame tells

@@ -3,16 +3,18 @@
 import json
 import shutil
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from lynx import vision
 from lynx.checkpoint import files
 from lynx.config import LynxConfig
 from lynx.model import LynxForConditionalGeneration
+from lynx.presets import on_meta
 from lynx.processor import LynxProcessor
 
 _FILES = {
@@ -103,10 +105,14 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> tuple[LynxF
         raise ValueError(f"{folder} holds a model of model_type {model_type!r}, expected {LynxConfig.model_type!r}")
     if _INDEX in contents:
         files.shards(folder / _INDEX, contents[_INDEX])
-    config = LynxConfig.from_pretrained(folder)
-    processor = LynxProcessor.from_pretrained(folder, local_files_only=True)
-    _check_agreement(folder, config, processor)
-    try:
+    with _errors_about(folder, "config.json"):
+        config = LynxConfig.from_pretrained(folder)
+    with _errors_about(folder, "processor_config.json or the tokenizer"):
+        processor = LynxProcessor.from_pretrained(folder, local_files_only=True)
+    with _errors_about(folder, "config.json"):
+        _check_agreement(folder, config, processor)
+    with _errors_about(folder, "config.json or the weights"):
+        _check_shapes(folder, config)
         model, report = LynxForConditionalGeneration.from_pretrained(
             folder,
             config=config,
@@ -116,8 +122,6 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> tuple[LynxF
             use_safetensors=True,
             local_files_only=True,
         )
-    except SafetensorError as error:
-        raise ValueError(f"{folder}: the weights ({_WEIGHTS[0]}) cannot be read, truncated perhaps: {error}") from error
     if found := problems(report, "missing_keys", "unexpected_keys", "mismatched_keys"):
         raise ValueError(f"{folder}: the weights do not fit config.json; {found}")
     if dtype is None:
@@ -143,6 +147,19 @@ def _restore_dtypes(folder: Path, model: LynxForConditionalGeneration) -> None:
             parameter.data = saved[name].clone()
 
 
+@contextmanager
+def _errors_about(folder: Path, what: str):
+    """A ValueError for whatever transformers meets in files that are damaged or were made by hand."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"{folder}: the weights ({_WEIGHTS[0]}) cannot be read, truncated perhaps: {error}") from error
+    except (OSError, ValueError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{folder}: {what} cannot be used: {type(error).__name__}: {error}") from error
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
@@ -151,6 +168,24 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected an object")
     return content
+
+
+def _check_shapes(folder: Path, config: LynxConfig) -> None:
+    """Raise ValueError, before memory is spent, where config.json makes weights of other shapes than are saved."""
+    expected = {name: list(tensor.shape) for name, tensor in on_meta(config).state_dict().items()}
+    wrong = []
+    for path in sorted(folder.glob("model*.safetensors")):
+        with safe_open(path, "pt") as file:
+            saved = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (no dict)
+        wrong += [
+            f"{name} {saved[name]}, {expected[name]}"
+            for name in saved
+            if saved[name] != expected.get(name, saved[name])
+        ]
+    if wrong:
+        raise ValueError(
+            f"{folder}: the weights do not fit config.json; of another shape (saved, expected): {'; '.join(wrong)}"
+        )
 
 
 def _check_agreement(folder: Path, config: LynxConfig, processor: LynxProcessor) -> None:

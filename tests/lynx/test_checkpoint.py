@@ -1,6 +1,7 @@
 """Model folders: bit for bit there and back, found by the Auto classes, and refused when they are not whole."""
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,17 @@ def test_weights_that_do_not_fit_are_refused(folder, damage, message):
         checkpoint.load(folder)
 
 
+def test_shapes_are_checked_before_memory_is_spent(folder):
+    """A configuration that lost its text_config, for one, is that of a 7B model; here some GiB are enough."""
+    options = json.loads((folder / "config.json").read_text())
+    options["text_config"]["intermediate_size"] = 2**21
+    (folder / "config.json").write_text(json.dumps(options))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=r"of another shape .*down_proj\.weight \[32, 48\], \[32, 2097152\]"):
+        checkpoint.load(folder)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20, "a GiB"
+
+
 def test_truncated_weights_are_refused(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
@@ -196,6 +208,22 @@ def test_weights_outside_the_folder_are_refused(folder, tmp_path):
 def test_a_damaged_file_is_named(folder, name, content):
     (folder / name).write_text(content)
     with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+        checkpoint.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "message"),
+    [
+        ("processor_config.json", "image_token_id", "many", r"processor_config\.json or the tokenizer cannot be used"),
+        ("processor_config.json", "image_processor", 7, r"processor_config\.json or the tokenizer cannot be used"),
+        ("config.json", "dtype", "float7", r"config\.json cannot be used: AttributeError.*float7"),
+        ("config.json", "num_latents", "many", "num_latents is 'many', must be an integer"),
+    ],
+)
+def test_values_of_no_use_are_refused(folder, name, key, value, message):
+    options = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps({**options, key: value}))
+    with pytest.raises(ValueError, match=message):
         checkpoint.load(folder)
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lynx import checkpoint, cli
@@ -77,6 +78,7 @@ def test_what_cannot_be_asked_is_skipped_with_its_place(tmp_path, processor, cap
     root.mkdir()
     Image.fromarray(picture(1)).save(tmp_path / "secret.png")
     (root / "link.png").symlink_to(tmp_path / "secret.png")
+    (root / "text.png").write_text("This is no picture.")
     path = write(
         root,
         annotation(image="images/missing.png"),
@@ -85,6 +87,7 @@ def test_what_cannot_be_asked_is_skipped_with_its_place(tmp_path, processor, cap
         annotation(answer=""),
         annotation(image="../secret.png"),
         annotation(image="link.png"),
+        annotation(image="text.png"),
         {"video": ["images/a.png"] * 5, "question": "What happens?", "answer": "nothing"},
         annotation(),
     )
@@ -92,7 +95,7 @@ def test_what_cannot_be_asked_is_skipped_with_its_place(tmp_path, processor, cap
     assert len(asked) == 1
     reasons = [
         "missing.png", "not JSON", "the question is empty", "answer is", "leaves the root folder",
-        "'link.png' leaves the root folder", "5 frames, expected 1 to 4",
+        "'link.png' leaves the root folder", "text.png: not an image", "5 frames, expected 1 to 4",
     ]  # fmt: skip
     assert len(skipped) == len(reasons)
     for line, (each, reason) in enumerate(zip(skipped, reasons, strict=True), start=1):
@@ -176,26 +179,35 @@ def test_a_judge_is_asked_for_every_truth(judge_folder, monkeypatch, caplog):
 
     def replies(prompts):
         asked.append(list(prompts))
-        return ["Yes" if 'the answer "a red cat" imply the answer "a cat"' in each else "Hm" for each in prompts]
+        right = {'imply the answer "a cat"': "Yes", 'imply the answer "a dog"': "No."}
+        return [next((say for words, say in right.items() if words in each), "Hm") for each in prompts]
 
     monkeypatch.setattr(model, "replies", replies)
-    cases = [(question("Who?", ["a dog", "a cat"]), "a red cat"), (question("Who?", ["a dog"]), "a red cat")]
-    assert model(cases) == [True, False]
-    assert [len(each) for each in asked] == [2, 1]
-    assert asked[1] == [
+    truths = ["a dog", "a cat"], ["a dog"], ["a bird"]
+    assert model([(question("Who?", each), "a red cat") for each in truths]) == [True, False, False]
+    assert [len(each) for each in asked] == [2, 2]
+    assert asked[1][:1] == [
         'Given the question "Who?", does the answer "a red cat" imply the answer "a dog"? Answer with Yes or No.'
     ]
-    assert "2 of 3 verdicts are neither Yes nor No and count as No; the first: 'Hm'" in caplog.text
+    assert "1 of 4 verdicts are neither Yes nor No and count as No; the first: 'Hm'" in caplog.text
 
 
 @pytest.mark.parametrize("template", [None, "{% for m in messages %}<s>{{ m.content }}{% endfor %}\nBot:"])
-def test_a_judge_answers_alone_as_beside_others(judge_folder, template):
+def test_a_judge_answers_alone_as_beside_others(judge_folder, template, monkeypatch):
     model = judge.LanguageModelJudge(judge_folder)
     model.tokenizer.chat_template = template
+    kind, begins = type(model.tokenizer), []
+    tokenize = kind.__call__
+    monkeypatch.setattr(
+        kind,
+        "__call__",
+        lambda *args, **options: (begins.append(options["add_special_tokens"]), tokenize(*args, **options))[1],
+    )
     prompts = ["Is it odd? Answer with Yes or No.", "No?", "And 7, is that odd or even, would you say?"]
     together = model.replies(prompts)
     assert together == [model.replies([each])[0] for each in prompts]
     assert any(together)
+    assert set(begins) == {template is None}, "a template writes its own BOS"
 
 
 def test_a_judge_that_is_not_there(tmp_path):
@@ -203,6 +215,14 @@ def test_a_judge_that_is_not_there(tmp_path):
         judge.LanguageModelJudge(tmp_path / "none")
     with pytest.raises(ValueError, match="holds no language model that transformers can read"):
         judge.LanguageModelJudge(tmp_path)
+
+
+def test_a_judge_in_a_pickle_is_refused(judge_folder):
+    weights = load_file(judge_folder / "model.safetensors")
+    (judge_folder / "model.safetensors").unlink()
+    torch.save(weights, judge_folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="holds no language model that transformers can read"):
+        judge.LanguageModelJudge(judge_folder)
 
 
 @pytest.fixture
@@ -213,7 +233,8 @@ def folder(model, processor, tmp_path):
 
 def test_evaluate(folder, tmp_path, capsys, monkeypatch):
     """Open-VQA's own format, with the paper's settings, a judge that always agrees, a picture that is missing."""
-    path = write(tmp_path, annotation(), annotation(image="images/gone.png"), annotation(**{"class": "Color"}))
+    long = {"video": ["images/a.png"] * 9, "question": "What happens?", "answer": "nothing"}
+    path = write(tmp_path, annotation(), annotation(image="images/gone.png"), annotation(**{"class": "Color"}), long)
     used = []
     monkeypatch.setattr(accuracy, "answer", lambda *args, **options: (used.append(options), ["<$red\n"] * 2)[1])
     monkeypatch.setattr(judge, "LanguageModelJudge", lambda folder: lambda cases: [True] * len(cases))
@@ -223,7 +244,7 @@ def test_evaluate(folder, tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert used == [{"settings": "open-vqa-image"}]
     assert out.splitlines()[3].split() == ["overall", "2", "/", "2", "100.0%", "34.2%", "-", "100.0%", "100.0%"]
-    assert "skipped, and not counted: 1; the first: " in out
+    assert "skipped, and not counted: 2; the first: " in out
     assert "gone.png" in out
     lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert [line["type"] for line in lines] == ["Place", "Color"]

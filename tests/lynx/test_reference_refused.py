@@ -216,7 +216,7 @@ def test_folders_of_shards(weights, tmp_path, safe):
     assert all(torch.equal(content[key], language[key]) for key in language)
     (tmp_path / f"part1.{suffix}").rename(tmp_path.parent / f"outside.{suffix}")
     for wrong in (f"part1.{suffix}", f"../outside.{suffix}"):
-        shards[next(iter(halves[1]))] = wrong
+        shards.update(dict.fromkeys(halves[1], wrong))
         (tmp_path / f"{index}.index.json").write_text(json.dumps({"weight_map": shards}))
         with pytest.raises(FileNotFoundError, match="no file of the folder"):
             files.read(tmp_path)

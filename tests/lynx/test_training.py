@@ -303,11 +303,11 @@ def test_ask(data, trained, capsys):
         (["ask", "{folder}/none", "{folder}/pictures/0000.png", "What?"], "no such model folder"),
         (["ask", "{model}", *["{folder}/pictures/0000.png"] * 6, "What?"], "6 frames, expected 1 to 5"),
         (["ask", "{model}", "{folder}/pictures/0000.png", "\udcff"], "no valid Unicode"),
-        (["ask", "{model}", "-q", "What?"], "say at least one picture"),
-        (["ask", "{model}", "-p", "{folder}/pictures/0000.png", "What?"], "say a question, beside -p with -q"),
+        (["ask", "{model}", "-q", "What?"], "say at least one picture and one question"),
+        (["ask", "{model}", "-p", "{folder}/pictures/0000.png", "What?"], "beside -p the question with -q"),
         (["ask", "{model}", "a.png", "b.mp4", "What?"], "b.mp4 is a video, an item of its own"),
         (["ask", "{model}", "https://example.org/cat.png", "What?"], "https://example.org/cat.png: a URL is never"),
-        (["ask", "{model}", "{folder}/pictures/0000", "What?"], "0000: no such file"),
+        (["ask", "{model}", "cat1", "What?"], "cat1: no such file"),  # though it could be base64
         (
             ["ask", "{model}", "{folder}/pictures/0000.png", "What?", "--settings", "none"],
             "settings='none' is not known",
