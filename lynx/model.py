@@ -88,6 +88,10 @@ class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, Genera
         """The decoder's vocabulary projection."""
         return self.language_model.get_output_embeddings()
 
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """Another vocabulary projection, as ``resize_token_embeddings`` makes one."""
+        self.language_model.set_output_embeddings(new_embeddings)
+
     def get_decoder(self) -> PreTrainedModel:
         """The decoder without its vocabulary projection."""
         return self.language_model.get_decoder()

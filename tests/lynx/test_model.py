@@ -255,6 +255,26 @@ def test_bad_batches_say_what_is_wrong(model, processor, samples):
             model(**batch)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_vocabulary_can_grow(config, tokenizer, tied, tmp_path):
+    """New tokens come behind the old ones, whose logits stay; the picture's placeholder moves out of their way."""
+    config.text_config.tie_word_embeddings = config.tie_word_embeddings = tied
+    model = make_model(config)
+    batch = inputs(LynxProcessor.for_model(config, tokenizer)(text="What?", images=picture(0)))
+    before = model(**batch).logits
+    size = len(tokenizer) + 3
+    model.resize_token_embeddings(size)
+    model.config.image_token_id = size
+    ids = batch["input_ids"]
+    batch["input_ids"] = torch.where(ids == len(tokenizer), size, ids)
+    after = model(**batch).logits
+    assert after.shape[-1] == size
+    torch.testing.assert_close(after[..., : len(tokenizer)], before)
+    assert model(**batch, labels=batch["input_ids"].masked_fill(ids == len(tokenizer), -100)).loss > 0
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(LynxForConditionalGeneration.from_pretrained(tmp_path)(**batch).logits, after)
+
+
 def test_another_attention_refuses_packed_rows(config, processor, samples):
     config.text_config._attn_implementation = "sdpa"
     with pytest.raises(ValueError, match="packed rows need attn_implementation='lynx'"):
