@@ -139,6 +139,17 @@ def test_streams_and_weights_of_any_dtypes(stream, weights):
     assert (out.double() - exact).abs().max() <= 4 * eps * exact.abs().max()
 
 
+@pytest.mark.parametrize("weights", DTYPES)
+def test_sums_are_fp32(weights):
+    """Whatever the weights are: an fp32 stream shows it."""
+    inputs, _ = make((3,), 40, 1032, torch.float32)
+    inputs = [each.to(weights) if i in (3, 5) else each for i, each in enumerate(inputs)]
+    out, *_, preactivation = kernels(*inputs, activation="relu")
+    x, *_, up_weight, up_bias, scale = (each.double() for each in inputs)
+    exact = x + scale * (preactivation.double().relu() @ up_weight.t() + up_bias)
+    torch.testing.assert_close(out.double(), exact, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("offset", [1, 2, 4])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_that_do_not_start_at_16_bytes(offset, dtype):
@@ -151,10 +162,12 @@ def test_rows_that_do_not_start_at_16_bytes(offset, dtype):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(("width", "bottleneck"), [(40, 16), (13, 13)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_strides(dtype):
-    """Rows further apart than they are wide: by wide loads, and not; columns that are not side by side."""
-    inputs, _ = make((2, 3), 40, 16, dtype)
+def test_strides(dtype, width, bottleneck):
+    """Rows further apart than they are wide: by wide loads, to the end and not, and by others; columns that are not side
+    by side."""
+    inputs, _ = make((2, 3), width, bottleneck, dtype)
     expected = kernels(*inputs)
 
     def spread(tensor, by):
@@ -169,7 +182,7 @@ def test_strides(dtype):
     assert torch.equal(kernels(*one_axis)[0].view(expected[0].shape), expected[0])
     permuted_vectors = [permuted(each) if each.dim() == 1 else each for each in inputs]
     assert torch.equal(kernels(*permuted_vectors)[0], expected[0])
-    assert torch.equal(kernels(inputs[0][:1, :1].expand(2, 3, 40), *inputs[1:])[0][1, 2], expected[0][0, 0])
+    assert torch.equal(kernels(inputs[0][:1, :1].expand(2, 3, width), *inputs[1:])[0][1, 2], expected[0][0, 0])
 
 
 @pytest.mark.parametrize("tokens", [1, 6, 12])
