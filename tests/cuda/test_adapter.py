@@ -165,8 +165,8 @@ def test_rows_that_do_not_start_at_16_bytes(offset, dtype):
 @pytest.mark.parametrize(("width", "bottleneck"), [(40, 16), (13, 13)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strides(dtype, width, bottleneck):
-    """Rows further apart than they are wide: by wide loads, to the end and not, and by others; columns that are not side
-    by side."""
+    """Rows further apart than they are wide: by wide loads, to the end and not, and by others; columns that are not
+    side by side."""
     inputs, _ = make((2, 3), width, bottleneck, dtype)
     expected = kernels(*inputs)
 
