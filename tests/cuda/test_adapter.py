@@ -94,7 +94,7 @@ def test_activations_at_the_ends(activation):
 @pytest.mark.parametrize("tokens", [1, 3, 8])
 @pytest.mark.parametrize(("dtype", "mean"), [*((dtype, 1e3) for dtype in DTYPES), (torch.float32, 1e6)])
 def test_mean_far_above_deviation(dtype, mean, tokens):
-    """Of the last one the first mean is off by a tenth of the deviation."""
+    """Where it is farthest above, the first sum of a row is not exact enough."""
     inputs, _ = make((tokens,), 520, 16, dtype)
     inputs[0] = inputs[0] + mean
     check_forward(kernels, inputs)
