@@ -166,6 +166,7 @@ struct Down {
         for (int i = 0; i < Multiply::kFills; i++) {
             const int pair = Multiply::pair_of(thread, i), in_tile = pair % kTokens;
             const int token = work.first_token + in_tile, column = Multiply::column_of(work, thread, pair);
+            if (pair >= Multiply::kPasses * kTokens) continue;
             // Tokens of a pass follow each other: its columns' weights serve them all.
             const bool is_new_pass = i == 0 || i * Multiply::kGroups % kTokens == 0;
             Raw<kItems> weight_raw = {}, bias_raw = {}, raw = {};
@@ -249,7 +250,7 @@ struct Up {
         for (int i = 0; i < Multiply::kFills; i++) {
             const int pair = Multiply::pair_of(thread, i), token = work.first_token + pair % kTokens;
             const int column = Multiply::column_of(work, thread, pair);
-            const bool is_there = token < args.product.tokens;
+            const bool is_there = pair < Multiply::kPasses * kTokens && token < args.product.tokens;
             const Weight* from = args.activated + static_cast<int64_t>(token) * args.product.columns + column;
             if constexpr (kIsWhole)
                 words[i] = is_there && column < args.product.columns ? load_words(from) : Words{};
@@ -259,6 +260,7 @@ struct Up {
         LYNX_UNROLL
         for (int i = 0; i < Multiply::kFills; i++) {
             const int pair = Multiply::pair_of(thread, i);
+            if (pair >= Multiply::kPasses * kTokens) continue;
             float values[kItems];
             LYNX_UNROLL
             for (int item = 0; item < kItems; item++) values[item] = item_of<Weight>(words[i], item);

@@ -99,9 +99,9 @@ struct Multiplier {
         }
     }
 
-    // The pairs of a pass and a token that a thread fills for its lane, and where they go.
-    static constexpr int kFills = kPasses * kTokens / kGroups;
-    static_assert(kFills * kGroups == kPasses * kTokens, "all threads fill as many");
+    // The pairs of a pass and a token that a thread fills for its lane, and where they go. With the numbers above all have
+    // as many, and those who ask whether a pair is one need not: but without the question nvcc 13.0 spills.
+    static constexpr int kFills = (kPasses * kTokens + kGroups - 1) / kGroups;
 
     LYNX_PORTABLE static int pair_of(int thread, int fill) { return thread / kLanes + fill * kGroups; }
 
@@ -123,10 +123,11 @@ struct Multiplier {
         return (((token * kPasses + pass) * kQuads + quad) * kLanes + lane) * 4;
     }
 
-    // As soon as the weights of a pass are out of their registers, those of the next round are asked for; behind the last
-    // one there are no rows. Those of tokens that are not there hold anything, and nobody looks at their sums.
+    // As soon as the weights of a pass are out of their registers, those of the next round are asked for. Rows of tokens
+    // that are not there hold anything, and nobody looks at their sums.
     LYNX_PORTABLE static void multiply(const Product& product, const Place& place, const Shared& shared,
                                        Registers& registers) {
+        const bool has_next = place.round + 1 < rounds(product);  // else no rows, but without asking nvcc 13.0 spills
         const Work next = work_of(product, place.block, place.round + 1);
         if (place.round % product.chunks == 0) {
             LYNX_UNROLL
@@ -146,7 +147,7 @@ struct Multiplier {
                     for (int item = 0; item < 4; item++)
                         weights[i][item] = item_of<Weight>(registers.weights[pass][i], 4 * quad + item);
                 }
-                if (quad == kQuads - 1) ask(product, next, pass, place.thread, registers);
+                if (quad == kQuads - 1 && has_next) ask(product, next, pass, place.thread, registers);
                 LYNX_UNROLL
                 for (int token = 0; token < kTokens; token++) {
                     const auto values =

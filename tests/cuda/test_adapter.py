@@ -1,5 +1,7 @@
 """The CUDA kernels of the adapter for a few tokens, run on the CPU through the implementation that launches them."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -92,7 +94,7 @@ def test_activations_at_the_ends(activation):
 @pytest.mark.parametrize("tokens", [1, 3, 8])
 @pytest.mark.parametrize(("dtype", "mean"), [*((dtype, 1e3) for dtype in DTYPES), (torch.float32, 1e6)])
 def test_mean_far_above_deviation(dtype, mean, tokens):
-    """Of the last one the first mean is off by a tenth of the deviation."""
+    """Where it is farthest above, the first sum of a row is not exact enough."""
     inputs, _ = make((tokens,), 520, 16, dtype)
     inputs[0] = inputs[0] + mean
     check_forward(kernels, inputs)
@@ -139,6 +141,17 @@ def test_streams_and_weights_of_any_dtypes(stream, weights):
     assert (out.double() - exact).abs().max() <= 4 * eps * exact.abs().max()
 
 
+@pytest.mark.parametrize("weights", DTYPES)
+def test_sums_are_fp32(weights):
+    """Whatever the weights are: an fp32 stream shows it."""
+    inputs, _ = make((3,), 40, 1032, torch.float32)
+    inputs = [each.to(weights) if i in (3, 5) else each for i, each in enumerate(inputs)]
+    out, *_, preactivation = kernels(*inputs, activation="relu")
+    x, *_, up_weight, up_bias, scale = (each.double() for each in inputs)
+    exact = x + scale * (preactivation.double().relu() @ up_weight.t() + up_bias)
+    torch.testing.assert_close(out.double(), exact, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("offset", [1, 2, 4])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_that_do_not_start_at_16_bytes(offset, dtype):
@@ -151,16 +164,18 @@ def test_rows_that_do_not_start_at_16_bytes(offset, dtype):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(("width", "bottleneck"), [(40, 16), (13, 13)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_strides(dtype):
-    """Rows further apart than they are wide: by wide loads, and not; columns that are not side by side."""
-    inputs, _ = make((2, 3), 40, 16, dtype)
+def test_strides(dtype, width, bottleneck):
+    """Rows further apart than they are wide: by wide loads, to the end and not, and by others; columns that are not
+    side by side."""
+    inputs, _ = make((2, 3), width, bottleneck, dtype)
     expected = kernels(*inputs)
 
     def spread(tensor, by):
         return torch.cat([tensor, tensor.new_full((*tensor.shape[:-1], by), torch.nan)], -1)[..., : tensor.shape[-1]]
 
-    for change in (lambda each: spread(each, 8), lambda each: spread(each, 3), permuted):
+    for change in (*(partial(spread, by=by) for by in (8, 4, 3)), permuted):
         changed = [change(each) if each is not None and each.dim() >= 2 else each for each in inputs]
         for ours, theirs in zip(kernels(*changed), expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
@@ -169,7 +184,7 @@ def test_strides(dtype):
     assert torch.equal(kernels(*one_axis)[0].view(expected[0].shape), expected[0])
     permuted_vectors = [permuted(each) if each.dim() == 1 else each for each in inputs]
     assert torch.equal(kernels(*permuted_vectors)[0], expected[0])
-    assert torch.equal(kernels(inputs[0][:1, :1].expand(2, 3, 40), *inputs[1:])[0][1, 2], expected[0][0, 0])
+    assert torch.equal(kernels(inputs[0][:1, :1].expand(2, 3, width), *inputs[1:])[0][1, 2], expected[0][0, 0])
 
 
 @pytest.mark.parametrize("tokens", [1, 6, 12])
