@@ -6,6 +6,8 @@ import re
 import pytest
 import torch
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 
 from lynx.train import parts, recipe, schedule, start
 from tests.lynx import packs
@@ -148,6 +150,18 @@ def test_wrong_recipes_say_what_is_wrong(tmp_path):
     (tmp_path / "tag.yaml").write_text("model: !!python/object/apply:os.getcwd []")
     with pytest.raises(recipe.RecipeError, match="is not YAML"):
         recipe.load(tmp_path / "tag.yaml")
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "deepspeed"])
+def test_launch_files_say_what_accelerate_knows(name):
+    """A key that it does not know would be refused at the top of the file, and passed over inside it."""
+    config = load_config_from_file(str(recipe.SHIPPED.parent / "launch" / f"{name}.yaml"))
+    options = {action.dest for action in launch_command_parser()._actions}
+    assert options >= {*config.fsdp_config, *config.deepspeed_config}
+    assert bool(config.fsdp_config) == (name == "fsdp2")
+    assert bool(config.deepspeed_config) == (name == "deepspeed")
+    assert config.distributed_type in ("MULTI_GPU", "FSDP", "DEEPSPEED"), "of MULTI_CPU it would start one process"
+    assert (config.num_processes, config.mixed_precision) == (8, "no"), "the trainer casts by itself"
 
 
 @pytest.mark.parametrize("shape", ["linear", "cosine"])
