@@ -51,7 +51,7 @@ def test_table_5():
     assert 2.8e9 < lynx.stages[2].steps * lynx.stages[2].tokens_per_step < 3.2e9
     # On the paper's numbers of GPUs, a whole number of packs each.
     assert [
-        s.tokens_per_step % (gpus * lynx.token_budget) for s, gpus in zip(lynx.stages, (32, 32, 12), strict=True)
+        s.tokens_per_step % (gpus * lynx.token_budget) for s, gpus in zip(lynx.stages, (32, 32, 24), strict=True)
     ] == [0] * 3
     assert lynx.precision == "bf16"
 
