@@ -13,7 +13,6 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-
 # The numbers first: what does not fit the terminal is cut off at the end.
 _BAR = "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix} {bar}"
 

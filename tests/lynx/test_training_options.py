@@ -106,6 +106,8 @@ def test_what_is_frozen_is_bf16_and_has_neither_gradient_nor_state(fusion, data,
     assert trainer.args.max_grad_norm == 0.25
     for group, decay in zip(trainer.optimizer.param_groups, (0.2, 0.0), strict=True):
         assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.8, 0.9), 1e-5, decay)
+    held = sum(len(group["params"]) for group in trainer.optimizer.param_groups)
+    assert held == sum(parameter.requires_grad for parameter in model.parameters())
     assert at_the_step.seen.keys() == {name for name, _ in model.named_parameters()}
     present = {parts.part_of(name) for name in at_the_step.seen}
     assert present == {*trains, "frame_positions", "vision_tower", "language_model"}
