@@ -13,6 +13,9 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+# The numbers first: what does not fit the terminal is cut off at the end.
+_BAR = "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix} {bar}"
+
 
 @dataclass
 class Window:
@@ -65,7 +68,9 @@ class ProgressBar(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         if state.is_world_process_zero:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.stage, unit="step")
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, desc=self.stage, dynamic_ncols=True, bar_format=_BAR
+            )
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if self.bar is not None:

@@ -43,15 +43,21 @@ def data(tmp_path_factory):
 
 
 @pytest.mark.usefixtures("cuda")
-@pytest.mark.parametrize("config", ["ddp.yaml", "fsdp2.yaml"])
-def test_launched_training_is_the_same_training(config, data, tmp_path):
-    """On as many GPUs as there are, up to two; the batch is two packs either way."""
+def test_sharded_training_is_the_same_training(data, tmp_path):
+    """On as many GPUs as there are, up to two; packs are planned for the ranks, so both have as many of these."""
     processes = min(2, torch.cuda.device_count())
-    plain = train(data, tmp_path / "plain", tokens_per_step=2 * 256)
-    launched = train(data, tmp_path / "launched", config, processes, tokens_per_step=2 * 256)
-    assert launched == pytest.approx(plain, rel=5e-2)
-    model, _ = checkpoint.load(tmp_path / "launched")
-    assert not any(torch.isnan(parameter).any() for parameter in model.parameters())
+    whole, sharded = (train(data, tmp_path / name, f"{name}.yaml", processes) for name in ("ddp", "fsdp2"))
+    assert sharded == pytest.approx(whole, rel=5e-2)
+    assert list((tmp_path / "fsdp2/checkpoints/train/checkpoint-6").glob("pytorch_model_fsdp*")), "it was not sharded"
+    for name in ("ddp", "fsdp2"):
+        model, _ = checkpoint.load(tmp_path / name)
+        assert not any(torch.isnan(parameter).any() for parameter in model.parameters())
+
+
+@pytest.mark.usefixtures("cuda")
+def test_one_launched_process_is_a_plain_one(data, tmp_path):
+    launched = train(data, tmp_path / "launched", "ddp.yaml", 1, tokens_per_step=2 * 256)
+    assert launched == pytest.approx(train(data, tmp_path / "plain", tokens_per_step=2 * 256), rel=1e-2)
 
 
 @pytest.mark.usefixtures("cuda")

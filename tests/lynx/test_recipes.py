@@ -6,6 +6,8 @@ import re
 import pytest
 import torch
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 
 from lynx.train import parts, recipe, run, schedule, start
 from tests.lynx import packs
@@ -49,7 +51,7 @@ def test_table_5():
     assert 2.8e9 < lynx.stages[2].steps * lynx.stages[2].tokens_per_step < 3.2e9
     # On the paper's numbers of GPUs, a whole number of packs each.
     assert [
-        s.tokens_per_step % (gpus * lynx.token_budget) for s, gpus in zip(lynx.stages, (32, 32, 12), strict=True)
+        s.tokens_per_step % (gpus * lynx.token_budget) for s, gpus in zip(lynx.stages, (32, 32, 24), strict=True)
     ] == [0] * 3
     assert lynx.precision == "bf16"
 
@@ -148,6 +150,18 @@ def test_wrong_recipes_say_what_is_wrong(tmp_path):
     (tmp_path / "tag.yaml").write_text("model: !!python/object/apply:os.getcwd []")
     with pytest.raises(recipe.RecipeError, match="is not YAML"):
         recipe.load(tmp_path / "tag.yaml")
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "deepspeed"])
+def test_launch_files_say_what_accelerate_knows(name):
+    """A key that it does not know would be refused at the top of the file, and passed over inside it."""
+    config = load_config_from_file(str(recipe.SHIPPED.parent / "launch" / f"{name}.yaml"))
+    options = {action.dest for action in launch_command_parser()._actions}
+    assert options >= {*config.fsdp_config, *config.deepspeed_config}
+    assert bool(config.fsdp_config) == (name == "fsdp2")
+    assert bool(config.deepspeed_config) == (name == "deepspeed")
+    assert config.distributed_type in ("MULTI_GPU", "FSDP", "DEEPSPEED"), "of MULTI_CPU it would start one process"
+    assert (config.num_processes, config.mixed_precision) == (8, "no"), "the trainer casts by itself"
 
 
 @pytest.mark.parametrize("shape", ["linear", "cosine"])

@@ -1,5 +1,6 @@
 """What a run may turn on and off, for both fusions: memory, precision, compilation, workers, logs."""
 
+import multiprocessing
 import sys
 from functools import partial
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from lynx import presets
 from lynx.train import parts, recipe, run, start, watch
+from lynx.train.trainer import LynxTrainer
 from tests.lynx.small import write_records
 from tests.lynx.test_training import train
 
@@ -74,6 +76,19 @@ def test_workers_change_nothing(fusion, data, tmp_path):
     assert losses(loaded) == losses(plain)
 
 
+def test_workers_outlive_sigterm(data, tmp_path, monkeypatch):
+    """Which a scheduler sends to them as well: a run that wants to end its step and save still needs them."""
+    step = LynxTrainer.training_step
+
+    def terminating(*args, **kwargs):
+        for worker in multiprocessing.active_children():
+            worker.terminate()  # SIGTERM
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(LynxTrainer, "training_step", terminating)
+    assert len(train(data, tmp_path, steps=8, workers=1)) == 8, "more than were loaded ahead"
+
+
 class AtTheStep(TrainerCallback):
     """Looks at every parameter between an optimizer's step and the end of its gradients."""
 
@@ -107,6 +122,8 @@ def test_what_is_frozen_is_bf16_and_has_neither_gradient_nor_state(fusion, data,
     assert trainer.args.max_grad_norm == 0.25
     for group, decay in zip(trainer.optimizer.param_groups, (0.2, 0.0), strict=True):
         assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.8, 0.9), 1e-5, decay)
+    held = sum(len(group["params"]) for group in trainer.optimizer.param_groups)
+    assert held == sum(parameter.requires_grad for parameter in model.parameters())
     assert at_the_step.seen.keys() == {name for name, _ in model.named_parameters()}
     present = {parts.part_of(name) for name in at_the_step.seen}
     assert present == {*trains, "frame_positions", "vision_tower", "language_model"}
@@ -127,11 +144,11 @@ def test_compiled_training(fusion, data, tmp_path, monkeypatch):
     After eight graphs torch.compile gives up and runs the model as it is.
     """
     monkeypatch.setattr(start, "presets", SimpleNamespace(**{**vars(presets), "tiny": one_layer_each}))
-    plain = train(data, tmp_path / "plain", steps=6, **fusion)
+    plain = train(data, tmp_path / "plain", steps=11, **fusion)
     monkeypatch.setattr(run, "TrainingArguments", partial(TrainingArguments, torch_compile_backend="eager"))
     torch._dynamo.reset()
     counters.clear()
-    compiled = train(data, tmp_path / "compiled", steps=6, compile=True, **fusion)
+    compiled = train(data, tmp_path / "compiled", steps=11, compile=True, **fusion)
     assert 0 < counters["stats"]["unique_graphs"] <= 4
     assert counters["frames"]["ok"] == counters["frames"]["total"], "something cannot be compiled"
     assert losses(compiled) == pytest.approx(losses(plain), rel=1e-5)
