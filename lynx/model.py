@@ -18,7 +18,7 @@ from lynx.fusion.cross_attention import Media
 from lynx.projection import Projection
 from lynx.resampler import Resampler, media_layout
 from lynx.sharing import SharedRootGeneration
-from lynx_kernels import PackedLayout, SpanLayout, linear_cross_entropy, pack_embeddings
+from lynx_kernels import PackedLayout, SpanLayout, linear_cross_entropy, onednn, pack_embeddings
 from lynx_kernels.integrations import transformers as attention_integration
 from lynx_kernels.layout import require
 
@@ -91,6 +91,16 @@ class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, Genera
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         """Another vocabulary projection, as ``resize_token_embeddings`` makes one."""
         self.language_model.set_output_embeddings(new_embeddings)
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """The logits (..., V) of rows (..., width)."""
+        head = self.get_output_embeddings()
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not onednn.is_quicker(hidden, head.weight):
+            return head(hidden)
+        # The largest product of a new token. Whoever changed what the head does is heard.
+        is_plain = type(head) is nn.Linear and "forward" not in vars(head)
+        is_watched = head._forward_hooks or head._forward_pre_hooks
+        return onednn.linear(hidden, head.weight) if is_plain and not is_watched else head(hidden)
 
     def get_decoder(self) -> PreTrainedModel:
         """The decoder without its vocabulary projection."""
@@ -297,7 +307,7 @@ class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, Genera
             loss = self._loss(hidden, labels, layout, num_items_in_batch, max_supervised)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.get_output_embeddings()(hidden[:, kept])
+            logits = self.project(hidden[:, kept])
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -45,8 +45,8 @@ class SharedRootGeneration(GenerationMixin):
             options |= cache.advance(length)
         hidden = self.get_decoder()(past_key_values=cache, use_cache=True, **options, **kwargs).last_hidden_state
         if "layout" not in options:
-            return CausalLMOutputWithPast(logits=self.get_output_embeddings()(hidden), past_key_values=cache)
-        logits = self.get_output_embeddings()(hidden[0, cache.last_tokens])[:, None]
+            return CausalLMOutputWithPast(logits=self.project(hidden), past_key_values=cache)
+        logits = self.project(hidden[0, cache.last_tokens])[:, None]
         return CausalLMOutputWithPast(
             logits=logits.repeat_interleave(rows // len(logits), 0),  # beams of a row begin with the same
             past_key_values=cache,

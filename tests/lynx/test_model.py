@@ -9,10 +9,11 @@ from transformers import CohereConfig, GraniteConfig, LlamaForCausalLM
 
 from lynx import LynxForConditionalGeneration, LynxProcessor
 from lynx.generation import answer
-from lynx_kernels import PackedLayout
+from lynx_kernels import PackedLayout, onednn
 from lynx_kernels.loss import one_pass
 from lynx_kernels.loss import rows as loss_rows
 from tests.lynx.conftest import VISION, conversation, make_config, make_model, picture
+from tests.numbers import assert_within_budget
 
 
 def inputs(batch):
@@ -253,6 +254,30 @@ def test_bad_batches_say_what_is_wrong(model, processor, samples):
     for batch, message in cases:
         with pytest.raises(ValueError, match=message):
             model(**batch)
+
+
+def test_logits_of_a_large_vocabulary(model, monkeypatch):
+    """Without gradients, in fp32 on a CPU, they are oneDNN's; whoever changed what the head does is heard."""
+    monkeypatch.setattr(onednn, "SMALL_WEIGHT", 0)
+    called = []
+    product = onednn.linear
+    monkeypatch.setattr(onednn, "linear", lambda *args: called.append(1) or product(*args))
+    hidden, head = torch.randn(2, 5, 32), model.get_output_embeddings()
+    expected = head(hidden)
+    with torch.no_grad():
+        for rows in (hidden, hidden[:, -1:], hidden[:, ::2], hidden[:0], hidden[0]):
+            found = model.project(rows)
+            exact, low = head.double()(rows.double()), head.float()(rows)
+            assert_within_budget(found, exact, low)
+        assert len(called) == 5
+        hook = head.register_forward_hook(lambda module, args, out: out + 1)
+        torch.testing.assert_close(model.project(hidden), expected + 1)
+        hook.remove()
+        head.forward = lambda rows: torch.zeros(())
+        assert model.project(hidden) == 0
+        del head.forward
+    assert model.project(hidden).requires_grad
+    assert len(called) == 5
 
 
 @pytest.mark.parametrize("tied", [False, True])
