@@ -4,7 +4,7 @@
 and vision tower, vision tokens put in by masked_scatter, logits of all rows. ``transformers`` is what one writes well
 without our kernels: the samples in groups of near length, padded, scaled_dot_product_attention, logits of the
 supervised rows alone. ``lynx packed`` is ours. All have the same weights, the resampler and the adapters train, the
-loss is that of all supervised tokens; forward and backward are timed, no optimizer, no loading of pictures. Items are
+loss is that of all supervised tokens; forward and backward are timed, no optimizer, no loading of pictures. Tokens are
 supervised tokens.
 """
 
@@ -128,7 +128,7 @@ def setup(name: str, number: int, dtype: torch.dtype, device: str) -> Setup:
     return Setup(
         providers={provider: partial(_call, step) for provider, step in steps.items()},
         check=check,
-        items=sum(int((sample.labels != IGNORED).sum()) for sample in chosen),
+        tokens=sum(int((sample.labels != IGNORED).sum()) for sample in chosen),
         device=device,
         parameters=list(model.parameters()),
     )
