@@ -4,7 +4,7 @@
 and vision tower, vision tokens put in by masked_scatter, logits of all rows. ``transformers`` is what one writes well
 without our kernels: the samples in groups of near length, padded, scaled_dot_product_attention, logits of the
 supervised rows alone. ``lynx packed`` is ours. All have the same weights, the resampler and the adapters train, the
-loss is that of all supervised tokens; forward and backward are timed, no optimizer, no loading of pictures. Tokens are
+loss is that of all supervised tokens; forward and backward are timed, no optimizer, no loading of pictures. Rates count
 supervised tokens.
 """
 
