@@ -42,7 +42,7 @@ class Setup:
         left_out: why other providers, by name, do not answer; stored and shown.
         threads: of PyTorch, where the case asks for its own number; it is then part of its shape.
         frames: that a call handles; given, rates are in frames too.
-        tokens: that a call generates, likewise.
+        tokens: that a call generates or learns from, likewise.
     """
 
     providers: Mapping[str, Callable[[Any], object]]
