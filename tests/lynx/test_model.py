@@ -13,11 +13,8 @@ from lynx_kernels import PackedLayout, onednn
 from lynx_kernels.loss import one_pass
 from lynx_kernels.loss import rows as loss_rows
 from tests.lynx.conftest import VISION, conversation, make_config, make_model, picture
+from tests.lynx.model_checks import check_checkpointing_changes_nothing, check_packed_is_padded, inputs
 from tests.numbers import assert_within_budget
-
-
-def inputs(batch):
-    return {name: value for name, value in batch.items() if name != "labels"}
 
 
 @pytest.mark.parametrize("vision", VISION)
@@ -29,12 +26,7 @@ def test_packed_and_padded_give_the_same_logits(tokenizer, vision):
         processor.encode(conversation("Hello", "yes")),
         processor.encode(conversation("Which digits?", "1 2 3", videos=[[picture(1), picture(2), picture(3)]])),
     ]
-    packed, padded = processor.pack(samples), processor.pad(samples)
-    packed_logits = model(**inputs(packed)).logits[0]
-    padded_logits = model(**inputs(padded)).logits[padded["attention_mask"].bool()]
-    assert packed_logits.abs().max() > 0.1
-    torch.testing.assert_close(packed_logits, padded_logits, rtol=0, atol=1e-4)
-    torch.testing.assert_close(model(**packed).loss, model(**padded).loss, rtol=1e-5, atol=1e-6)
+    check_packed_is_padded(model, processor, samples)
 
 
 def test_questions_about_one_picture_can_share_it(model, processor):
@@ -120,15 +112,7 @@ def test_every_parameter_learns(model, processor, samples):
 
 
 def test_gradient_checkpointing_changes_nothing(model, processor, samples):
-    batch = processor.pack(samples)
-    model.train()
-    model(**batch).loss.backward()
-    plain = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-    model.zero_grad()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model(**batch).loss.backward()
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, plain[name], msg=name)
+    check_checkpointing_changes_nothing(model, processor.pack(samples))
 
 
 @pytest.mark.parametrize(("frequency", "expected"), [(1, [True] * 3), (2, [True, False, True])])

@@ -3,6 +3,7 @@
 import pytest
 
 from tests.lynx.conftest import conversation, make_config, picture
+from tests.lynx.model_checks import inputs
 
 BLOCKS = {"cross_attention_heads": 2, "cross_attention_head_dim": 8, "cross_attention_expansion": 2}
 
@@ -49,7 +50,3 @@ def samples(processor):
 def questions(processor):
     batch = processor.pad([processor.encode(each) for each in (interleaved(), conversation("Hello"), interleaved(20))])
     return inputs(batch)
-
-
-def inputs(batch):
-    return {name: value for name, value in batch.items() if name != "labels"}

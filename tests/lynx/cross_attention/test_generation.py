@@ -9,7 +9,8 @@ from lynx.fusion.cross_attention import CrossAttentionCache
 from lynx.generation import answer
 from lynx_kernels import SpanLayout
 from tests.lynx.conftest import conversation, picture
-from tests.lynx.cross_attention.conftest import inputs, interleaved
+from tests.lynx.cross_attention.conftest import interleaved
+from tests.lynx.model_checks import inputs
 
 
 def test_greedy_generation_is_the_argmax_of_forward(model, processor, questions):

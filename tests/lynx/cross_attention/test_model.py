@@ -8,7 +8,8 @@ from transformers import LlamaForCausalLM
 
 from lynx import LynxForConditionalGeneration, LynxProcessor, checkpoint
 from tests.lynx.conftest import conversation, make_model, picture
-from tests.lynx.cross_attention.conftest import cross_config, inputs, interleaved
+from tests.lynx.cross_attention.conftest import cross_config, interleaved
+from tests.lynx.model_checks import check_packed_is_padded, inputs
 
 
 def test_a_new_model_is_its_language_model(tokenizer, config, processor, samples):
@@ -37,12 +38,7 @@ def test_a_new_model_is_its_language_model(tokenizer, config, processor, samples
 
 
 def test_packed_and_padded_give_the_same(model, processor, samples):
-    packed, padded = processor.pack(samples), processor.pad(samples)
-    packed_logits = model(**inputs(packed)).logits[0]
-    padded_logits = model(**inputs(padded)).logits[padded["attention_mask"].bool()]
-    assert packed_logits.abs().max() > 0.1
-    torch.testing.assert_close(packed_logits, padded_logits, rtol=0, atol=1e-4)
-    torch.testing.assert_close(model(**packed).loss, model(**padded).loss, rtol=1e-5, atol=1e-6)
+    check_packed_is_padded(model, processor, samples)
 
 
 @pytest.mark.parametrize(("sees", "second_item"), [("preceding", False), ("all", True)])
