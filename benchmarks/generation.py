@@ -109,15 +109,16 @@ def setup(
     wide = torch.float64 if device == "cpu" else torch.float32
     wanted = {"return_dict_in_generate": True, "output_scores": True}
     one = {**options, "max_new_tokens": 1, "min_new_tokens": 1}
-    exact = plain(copy.deepcopy(model).to(wide), prefix[:1].to(wide), texts[:1, :1].to(wide), one, None, **wanted)
+    answered = plain(copy.deepcopy(model).to(wide), prefix[:1].to(wide), texts[:1, :1].to(wide), one, None, **wanted)
+    exact = answered.scores[0][0]
+    finite = exact.isfinite()
 
     def error_of(found: Any) -> float:
-        expected, first = exact.scores[0][0], found.scores[0][0].to(wide)
-        return (first - expected)[expected.isfinite()].abs().max().item()
+        return (found.scores[0][0].to(wide) - exact)[finite].abs().max().item()
 
     def check(provider: str) -> None:
         expected, found = (providers[each](None, **wanted) for each in ("plain", provider))
-        largest = exact.scores[0][0][exact.scores[0][0].isfinite()].abs().max().item()
+        largest = exact[finite].abs().max().item()
         error, allowed = error_of(found), 2 * (error_of(expected) + torch.finfo(dtype).eps * largest)
         assert error <= allowed, f"first scores: error {error:.1e} exceeds {allowed:.1e}"
         assert found.sequences.shape == (pictures * questions, new_tokens), f"shape is {tuple(found.sequences.shape)}"

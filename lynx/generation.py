@@ -111,9 +111,12 @@ class _InOrder(BaseStreamer):
 
     def __init__(self, streamer: BaseStreamer, numbers: Sequence[int]):
         self._streamer, self._numbers = streamer, numbers
+        self._order: list[int] = []
 
     def put(self, value: Tensor) -> None:
-        self._streamer.put(value[_places(self._numbers, len(value))])
+        if not self._order:  # the prompt comes first, and says how many rows there are
+            self._order = _places(self._numbers, len(value))
+        self._streamer.put(value[self._order])
 
     def end(self) -> None:
         self._streamer.end()
