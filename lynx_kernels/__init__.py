@@ -7,7 +7,7 @@ from lynx_kernels.embeddings import pack_embeddings
 from lynx_kernels.frames import pack_frames
 from lynx_kernels.layout import PackedLayout, SpanLayout
 from lynx_kernels.loss import linear_cross_entropy
-from lynx_kernels.planner import PackPlanner, plan_packs
+from lynx_kernels.packing import PackPlanner, plan_packs
 
 __version__ = "0.1.0"
 

@@ -1,4 +1,4 @@
-// Cuts a stream of samples into packs. lynx_kernels/planner/reference.py defines what is done and says why; this does
+// Cuts a stream of samples into packs. lynx_kernels/packing/reference.py defines what is done and says why; this does
 // the same, faster, and must give the very same packs.
 #pragma once
 

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lynx_kernels import dispatch, host
-from lynx_kernels.planner import reference
-from lynx_kernels.planner.reference import Step
+from lynx_kernels.packing import reference
+from lynx_kernels.packing.reference import Step
 
 logger = logging.getLogger(__name__)
 

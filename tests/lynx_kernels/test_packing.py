@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lynx_kernels import PackPlanner, dispatch, host, plan_packs, planner
-from lynx_kernels.planner import reference
+from lynx_kernels import PackPlanner, dispatch, host, packing, plan_packs
+from lynx_kernels.packing import reference
 
 COMPILED = host.module is not None
 FORMS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(not COMPILED, reason="no compiled module"))]
@@ -232,7 +232,7 @@ def test_too_long(impl, caplog):
         plan_packs([11], token_budget=10, impl=impl)
 
     made = PackPlanner(10, impl=impl, too_long="skip")
-    with caplog.at_level(logging.WARNING, logger="lynx_kernels.planner"):
+    with caplog.at_level(logging.WARNING, logger="lynx_kernels.packing"):
         steps = made.push([5, 11, 12]) + made.push([10, 13]) + made.flush()
         assert plan_packs([3, 11], token_budget=10, too_long="skip", impl=impl) == [[[0]]]
     assert steps == [[[0]], [[3]]]
@@ -333,4 +333,4 @@ def test_without_the_compiled_module(monkeypatch):
 @pytest.mark.skipif(not COMPILED, reason="no compiled module")
 def test_the_compiled_module_runs_unless_another_is_named():
     assert dispatch.which(PackPlanner, 10).name == "cpu"
-    assert isinstance(PackPlanner(10)._planner, planner._Compiled)
+    assert isinstance(PackPlanner(10)._planner, packing._Compiled)
