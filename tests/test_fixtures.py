@@ -82,7 +82,7 @@ def conversation(question, answer=None, *media):
 
 
 ONE_IMAGE = {"type": "image", "image": image(1, 8, 8)}  # of the tower's size: nothing is resized
-CLIP = {"type": "video", "video": [image(2, 10, 13), image(3, 10, 13)]}
+CLIP = {"type": "video", "video": [image(2, 10, 14), image(3, 10, 14)]}
 
 
 @pytest.mark.parametrize("name", ["model-prefix", "model-cross-attention"])
@@ -93,7 +93,7 @@ def test_a_model_folder_still_says_the_same(name):
     conversations = [
         conversation("Which digit is this?", "seven", ONE_IMAGE),
         conversation("Odd or even?", "odd"),
-        conversation("Which colour is this?", "red", CLIP),
+        conversation("Which colour is this?", "red", ONE_IMAGE, CLIP),
     ]
     batch = processor.pack([processor.encode(messages) for messages in conversations])
     assert torch.equal(batch["input_ids"], expected["input_ids"])
