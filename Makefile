@@ -23,7 +23,7 @@ bench: .venv/test-installed
 
 # The CUDA kernels for all GPUs that they are written for, which takes nvcc but no GPU; where they lie is what is printed.
 cuda: .venv/test-installed
-	$(BIN)/python -m lynx_kernels.cuda_build
+	$(BIN)/python -m lynx_kernels.backends.cuda_build
 
 # Random calls of the C++ in csrc under AddressSanitizer and UBSan, for a minute.
 fuzz: .venv/test-installed

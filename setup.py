@@ -3,8 +3,8 @@
 Kernels are compiled once per instruction set, and the processor decides when the module is loaded. Where there is no
 C++ compiler, or it fails, the package is installed without the module and says so when it is asked to use it.
 
-The CUDA kernels are built by lynx_kernels/cuda_build.py when they are first used, from the copy of csrc that the
-package carries; with LYNX_CUDA=1 (and --no-build-isolation, it needs torch) here and now, or installing fails.
+The CUDA kernels are built by lynx_kernels/backends/cuda_build.py when they are first used, from the copy of csrc that
+the package carries; with LYNX_CUDA=1 (and --no-build-isolation, it needs torch) here and now, or installing fails.
 """
 
 import importlib.util
@@ -20,36 +20,37 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
-# Best first; what each asks of the processor stands in csrc/instruction_sets.cpp.
+# Best first; what each asks of the processor stands in csrc/common/instruction_sets.cpp.
 _AVX512 = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 _X86 = {"avx512bf16": [*_AVX512, "-mavx512bf16", "-mavx512vnni"], "avx512": _AVX512, "avx2": ["-mavx2", "-mfma"]}
 INSTRUCTION_SETS = {**(_X86 if platform.machine() == "x86_64" else {}), "plain": []}
 KERNELS = {
-    "attention": "csrc/attention/kernels.cpp",
-    "decode": "csrc/attention/decode_kernels.cpp",
-    "adapter": "csrc/adapter/kernels.cpp",
-    "frames": "csrc/frames/kernels.cpp",
+    "attention": "csrc/attention_common/cpu/kernels.cpp",
+    "decode": "csrc/prefix_attention_decode/cpu/kernels.cpp",
+    "adapter": "csrc/adapter/cpu/kernels.cpp",
+    "frames": "csrc/pack_frames/cpu/kernels.cpp",
 }
 BINDINGS = [  # all that knows Python
-    "csrc/module.cpp",
-    *(f"csrc/{each}/bindings.cpp" for each in ("adapter", "attention", "embeddings", "frames", "planner")),
+    "csrc/common/module.cpp",
+    *(f"csrc/{each}/cpu/bindings.cpp" for each in ("adapter", "attention_common", "pack_embeddings", "pack_frames")),
+    "csrc/planner/bindings.cpp",
 ]
 SOURCES = [
-    "csrc/instruction_sets.cpp",
-    "csrc/threads.cpp",
-    "csrc/adapter/adapter.cpp",
-    "csrc/attention/attention.cpp",
-    "csrc/attention/decode.cpp",
-    "csrc/attention/plan.cpp",
+    "csrc/common/instruction_sets.cpp",
+    "csrc/common/threads.cpp",
+    "csrc/adapter/cpu/adapter.cpp",
+    "csrc/attention_common/cpu/attention.cpp",
+    "csrc/prefix_attention_decode/cpu/decode.cpp",
+    "csrc/attention_common/cpu/plan.cpp",
     "csrc/planner/planner.cpp",
     "csrc/planner/balance.cpp",
-    "csrc/embeddings/embeddings.cpp",
-    "csrc/frames/frames.cpp",
+    "csrc/pack_embeddings/cpu/embeddings.cpp",
+    "csrc/pack_frames/cpu/frames.cpp",
 ]
 CUDA = "lynx_kernels._cuda"
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
 KERNEL_FLAGS = ["-ffp-contract=fast"]
-SOURCE_FLAGS = ["-ffp-contract=off"]  # csrc/frames/filter.h: doubles as Pillow computes them
+SOURCE_FLAGS = ["-ffp-contract=off"]  # csrc/pack_frames/filter.h: doubles as Pillow computes them
 
 
 def compiler(flags: list[str]) -> list[str]:
@@ -115,7 +116,7 @@ class CarrySources(build_py):
 
 
 def _cuda_builder():
-    spec = importlib.util.spec_from_file_location("cuda_build", "lynx_kernels/cuda_build.py")
+    spec = importlib.util.spec_from_file_location("cuda_build", "lynx_kernels/backends/cuda_build.py")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

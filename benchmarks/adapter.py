@@ -16,8 +16,8 @@ from benchmarks.checks import assert_near, forward, train
 from benchmarks.harness import Case, Setup
 from benchmarks.rows import OURS
 from benchmarks.timing import cold_copies, matmul_rate
-from lynx_kernels.adapter import _IMPLEMENTATIONS, adapter
-from lynx_kernels.dispatch import which
+from lynx_kernels.backends.dispatch import which
+from lynx_kernels.ops.adapter import _IMPLEMENTATIONS, adapter
 
 TOKENS = (1, 4, 16, 64, 512, 2048, 8192, 65536)
 # dtype, d, r, tokens. Lynx has d=4096 and a bottleneck of half that width; a processor reads such weights in 2 ms, so

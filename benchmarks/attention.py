@@ -26,8 +26,10 @@ from benchmarks.harness import CALL_SECONDS, Case, Setup
 from benchmarks.rows import OURS
 from benchmarks.timing import cold_copies, matmul_rate
 from lynx_kernels import SpanLayout, cross_attention, prefix_attention, prefix_attention_decode
-from lynx_kernels.attention import cross, decode, prefix
-from lynx_kernels.dispatch import which
+from lynx_kernels.backends.dispatch import which
+from lynx_kernels.ops import cross_attention as cross
+from lynx_kernels.ops import prefix_attention as prefix
+from lynx_kernels.ops import prefix_attention_decode as decode
 
 # Files and how many of their groups: all that the GPU has room for, and what two cores do in some tenths of a second.
 CPU = (

@@ -22,8 +22,8 @@ from benchmarks.checks import assert_near, forward, train
 from benchmarks.harness import Case, Setup
 from benchmarks.rows import OURS
 from benchmarks.timing import cold_copies
-from lynx_kernels.dispatch import which
-from lynx_kernels.embeddings import _IMPLEMENTATIONS, pack_embeddings
+from lynx_kernels.backends.dispatch import which
+from lynx_kernels.ops.pack_embeddings import _IMPLEMENTATIONS, pack_embeddings
 
 # dtype, d, vision rows a sample, numbers of samples. 32 latents are Lynx's, 576 rows LLaVA's.
 CPU = (

@@ -28,8 +28,8 @@ from benchmarks.harness import Case, Setup
 from benchmarks.rows import OURS
 from benchmarks.timing import matmul_rate
 from lynx import LynxConfig, LynxForConditionalGeneration
+from lynx.media.resampler import media_layout
 from lynx.presets import lynx_7b
-from lynx.resampler import media_layout
 from lynx.train import parts
 from lynx_kernels import PackedLayout, plan_packs
 from lynx_kernels.nn import Adapter, PerceiverAttention

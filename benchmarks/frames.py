@@ -33,8 +33,8 @@ from benchmarks.frames_peers import (
 from benchmarks.harness import Case, Setup
 from benchmarks.rows import OURS
 from benchmarks.timing import cold_copies
-from lynx_kernels.dispatch import which
-from lynx_kernels.frames import _IMPLEMENTATIONS, pack_frames
+from lynx_kernels.backends.dispatch import which
+from lynx_kernels.ops.pack_frames import _IMPLEMENTATIONS, pack_frames
 
 WORKLOADS = ("sized-420", "video-420", "video-224", "photos-420")
 QUICK = ("sized-420", "video-420")

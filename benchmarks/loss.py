@@ -21,8 +21,8 @@ from benchmarks.checks import assert_near
 from benchmarks.harness import Case, Setup
 from benchmarks.rows import OURS
 from benchmarks.timing import matmul_rate
-from lynx_kernels.dispatch import which
-from lynx_kernels.loss import _IMPLEMENTATIONS, linear_cross_entropy
+from lynx_kernels.backends.dispatch import which
+from lynx_kernels.ops.linear_cross_entropy import _IMPLEMENTATIONS, linear_cross_entropy
 
 IGNORED = -100
 ROWS, VOCABULARY = 4096, 32000

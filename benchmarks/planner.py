@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from benchmarks.harness import Case, Setup
 from benchmarks.rows import OURS
-from lynx_kernels.dispatch import which
+from lynx_kernels.backends.dispatch import which
 from lynx_kernels.packing import _IMPLEMENTATIONS, PackPlanner, Step, plan_packs
 
 TOKEN_BUDGET = 4096

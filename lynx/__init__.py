@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from lynx.config import LynxConfig
-from lynx.image_processor import LynxImageProcessor
+from lynx.media.image_processor import LynxImageProcessor
 from lynx.model import LynxForConditionalGeneration
 from lynx.processor import LynxProcessor
 

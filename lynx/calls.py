@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lynx.videos import is_video_file
+from lynx.media.videos import is_video_file
 
 _ALWAYS = {"padding": (True, "longest"), "return_tensors": (None, "pt")}  # how every batch is
 

@@ -153,8 +153,8 @@ def _load(folder: Path):
 def _ask(options: argparse.Namespace) -> None:
     import torch
 
-    from lynx import generation
-    from lynx.streaming import AnswerStreamer
+    from lynx.generation.answers import answers as generation
+    from lynx.generation.streaming import AnswerStreamer
 
     pictures, questions = options.picture, options.questions
     if not questions and pictures:
@@ -199,8 +199,8 @@ def _ask(options: argparse.Namespace) -> None:
 
 def _part(item: list[str]) -> dict[str, Any]:
     """An item as a part of a message; several files are a video's frames."""
-    from lynx.images import load_image
-    from lynx.videos import is_video_file
+    from lynx.media.images import load_image
+    from lynx.media.videos import is_video_file
 
     videos = [file for file in item if is_video_file(file)]
     if videos and len(item) > 1:
@@ -236,8 +236,8 @@ def _plot(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from lynx import generation
     from lynx.eval import accuracy, judge, questions
+    from lynx.generation.answers import answers as generation
 
     generation.check_settings(options.settings)
     for file in (options.answers, options.sheet):

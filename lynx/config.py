@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import AutoConfig, Blip2VisionConfig, PreTrainedConfig
 
-from lynx_kernels.adapter.activations import ACTIVATIONS
+from lynx_kernels.ops.adapter.activations import ACTIVATIONS
 
 _DEFAULT_TEXT = "llama"
 _DEFAULT_VISION = "blip_2_vision_model"  # the architecture of EVA-CLIP ViT-g

@@ -9,16 +9,17 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from lynx import vision
-from lynx.cache import SharedRootCache, StaticTensors
 from lynx.config import LynxConfig
-from lynx.conversation import IGNORED
+from lynx.data.conversation import IGNORED
 from lynx.fusion import cross_attention, fuse, prefix
 from lynx.fusion.cross_attention import Media
-from lynx.projection import Projection
-from lynx.resampler import Resampler, media_layout
-from lynx.sharing import SharedRootGeneration
-from lynx_kernels import PackedLayout, SpanLayout, linear_cross_entropy, onednn, pack_embeddings
+from lynx.generation.cache import SharedRootCache, StaticTensors
+from lynx.generation.sharing import SharedRootGeneration
+from lynx.media import tower
+from lynx.media.projection import Projection
+from lynx.media.resampler import Resampler, media_layout
+from lynx_kernels import PackedLayout, SpanLayout, linear_cross_entropy, pack_embeddings
+from lynx_kernels.backends import onednn
 from lynx_kernels.integrations import transformers as attention_integration
 from lynx_kernels.layout import require
 
@@ -57,7 +58,7 @@ class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, Genera
             language_model = AutoModelForCausalLM.from_config(config.text_config, attn_implementation=implementation)
         _refuse_unknown_heads(language_model)
         self.language_model = language_model
-        self.vision_tower = vision.drop_unused(vision_tower or vision.build(config.vision_config))
+        self.vision_tower = tower.drop_unused(vision_tower or tower.build(config.vision_config))
         if config.bridge == "resampler":
             self.resampler = Resampler.from_config(config)
         else:
@@ -112,15 +113,16 @@ class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, Genera
         """The vision tokens of all items, one item after another.
 
         Args:
-            pixel_values: of all frames, as ``lynx.vision.encode`` wants them.
+            pixel_values: of all frames, as ``lynx.media.tower.encode`` wants them.
             frame_positions: (N,) int64, a frame's place in its video or -1 for an image; all images if None.
-            layout: which latents see which frames' tokens, from ``lynx.resampler.media_layout``; needed for videos.
+            layout: which latents see which frames' tokens, from ``lynx.media.resampler.media_layout``; needed for
+                videos.
                 Without a resampler it says only by its ``num_queries`` how many of the tokens go on, all if None.
 
         Returns:
             (items * num_latents, width), or without a resampler (frames * tokens, width).
         """
-        features = vision.encode(self.vision_tower, pixel_values)  # (N, tokens, media width)
+        features = tower.encode(self.vision_tower, pixel_values)  # (N, tokens, media width)
         num_frames, tokens = features.shape[:2]
         if layout is not None and layout.num_keys != num_frames * tokens:
             raise ValueError(

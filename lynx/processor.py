@@ -8,14 +8,15 @@ import torch
 from PIL import Image
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
-from lynx import calls, vision
+from lynx import calls
 from lynx.config import LynxConfig
-from lynx.conversation import IGNORED, ConversationEncoder, Sample
+from lynx.data.conversation import IGNORED, ConversationEncoder, Sample
 from lynx.fusion.cross_attention import text_layout
-from lynx.image_processor import LynxImageProcessor
-from lynx.images import ImageSource, load_image, random_resized_crop_box
-from lynx.resampler import media_layout
-from lynx.videos import VideoSource, load_video
+from lynx.media import tower
+from lynx.media.image_processor import LynxImageProcessor
+from lynx.media.images import ImageSource, load_image, random_resized_crop_box
+from lynx.media.resampler import media_layout
+from lynx.media.videos import VideoSource, load_video
 from lynx_kernels import PackedLayout, SpanLayout
 
 _SIGLIP = {"image_mean": (0.5,) * 3, "image_std": (0.5,) * 3, "resize": "exact"}
@@ -96,7 +97,7 @@ class LynxProcessor(ProcessorMixin):
             **{
                 "size": towers.image_size,
                 "patch_size": towers.patch_size,
-                "output": "patches" if vision.takes_patches(towers) else "pixels",
+                "output": "patches" if tower.takes_patches(towers) else "pixels",
                 **(_SIGLIP if towers.model_type.startswith("siglip") else {}),
                 **(image_options or {}),
             }
@@ -106,7 +107,7 @@ class LynxProcessor(ProcessorMixin):
             tokenizer,
             image_token_id=config.image_token_id,
             num_latents=config.num_latents,
-            tokens_per_frame=vision.tokens_per_frame(towers),
+            tokens_per_frame=tower.tokens_per_frame(towers),
             max_frames=config.max_frames,
             lowercase=lowercase,
             fusion=config.fusion,

@@ -5,10 +5,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lynx_kernels.adapter import adapter
-from lynx_kernels.adapter.activations import ACTIVATIONS
-from lynx_kernels.attention import cross_attention
 from lynx_kernels.layout import SpanLayout
+from lynx_kernels.ops.adapter import adapter
+from lynx_kernels.ops.adapter.activations import ACTIVATIONS
+from lynx_kernels.ops.cross_attention import cross_attention
 
 
 class Adapter(nn.Module):

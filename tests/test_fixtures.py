@@ -18,7 +18,7 @@ import lynx_kernels
 from benchmarks import report
 from benchmarks.rows import newest, read
 from lynx import checkpoint
-from lynx.generation import generate_answers
+from lynx.generation.answers import generate_answers
 from lynx.train import recipe, run
 from lynx.train.watch import read_log
 from lynx_kernels import PackedLayout, SpanLayout

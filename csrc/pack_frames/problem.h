@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../dtype.h"
+#include "../common/dtype.h"
 
 namespace lynx::frames {
 

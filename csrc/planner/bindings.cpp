@@ -1,4 +1,4 @@
-#include "../bindings.h"
+#include "../common/bindings.h"
 
 #include <tuple>
 #include <vector>

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lynx import vision
 from lynx.checkpoint import files
 from lynx.config import LynxConfig
+from lynx.media import tower
 from lynx.model import LynxForConditionalGeneration
 from lynx.presets import on_meta
 from lynx.processor import LynxProcessor
@@ -199,7 +199,7 @@ def _check_agreement(folder: Path, config: LynxConfig, processor: LynxProcessor)
         "prefix_is_causal": (processor.prefix_is_causal, config.prefix_is_causal),
         "sees_media": (processor.sees_media, config.sees_media),
         "max_frames": (processor.max_frames, config.max_frames),
-        "tokens_per_frame": (processor.tokens_per_frame, vision.tokens_per_frame(vision_config)),
+        "tokens_per_frame": (processor.tokens_per_frame, tower.tokens_per_frame(vision_config)),
         "size": (processor.image_processor.size, vision_config.image_size),
     }
     for name, (has, wants) in expected.items():

@@ -14,10 +14,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lynx import vision
 from lynx.checkpoint import files, keys, names, shapes
 from lynx.checkpoint.folder import refuse_another_model, save
 from lynx.config import LynxConfig
+from lynx.media import tower as vision
 from lynx.model import LynxForConditionalGeneration
 from lynx.presets import on_meta
 from lynx.processor import LynxProcessor

@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lynx.images import ImageSource
-from lynx.videos import VideoSource
+from lynx.media.images import ImageSource
+from lynx.media.videos import VideoSource
 
 PROMPT = "User: {question}\nBot:"
 IGNORED = -100

@@ -27,8 +27,8 @@ from typing import Any
 
 from PIL import Image
 
-from lynx.images import ImageError, decode_base64, load_image
-from lynx.videos import is_video_file, load_video
+from lynx.media.images import ImageError, decode_base64, load_image
+from lynx.media.videos import is_video_file, load_video
 
 Messages = list[dict[str, Any]]
 

@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch.utils.data import Dataset, Sampler
 
-from lynx.conversation import Sample
 from lynx.data.broken import Broken, TooManyBrokenError
+from lynx.data.conversation import Sample
 from lynx.data.mixture import Mixture, Reference
 from lynx.data.prompts import Prompts
 from lynx.processor import LynxProcessor

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from lynx.eval.judge import Judge, same_words
 from lynx.eval.questions import Question
-from lynx.generation import answer
+from lynx.generation.answers import answer
 from lynx.model import LynxForConditionalGeneration
 from lynx.processor import LynxProcessor
 

@@ -12,8 +12,8 @@ from PIL import Image
 
 from lynx.data.records import Messages
 from lynx.eval.accuracy import Answered
-from lynx.images import load_image
-from lynx.videos import load_video
+from lynx.media.images import load_image
+from lynx.media.videos import load_video
 
 _SHOWN = 4  # frames of a video file
 _RIGHT, _WRONG = "#1a7f37", "#cf222e"

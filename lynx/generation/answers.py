@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from lynx.conversation import Sample
+from lynx.data.conversation import Sample
 from lynx.model import LynxForConditionalGeneration
 from lynx.processor import LynxProcessor
 

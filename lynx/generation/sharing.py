@@ -9,7 +9,7 @@ from transformers import GenerationMixin
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from lynx.cache import SharedRootCache, StaticTensors
+from lynx.generation.cache import SharedRootCache, StaticTensors
 from lynx_kernels.integrations import transformers as attention_integration
 
 # Options of generate which read several tokens at once, want what is not computed, or say what the cache knows better.

@@ -9,8 +9,8 @@ from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
-from lynx.images import DEFAULT_MAX_PIXELS, ImageSource, load_image
-from lynx_kernels.frames import pack_frames
+from lynx.media.images import DEFAULT_MAX_PIXELS, ImageSource, load_image
+from lynx_kernels.ops.pack_frames import pack_frames
 
 
 class LynxImagesKwargs(TypedDict, total=False):
@@ -78,7 +78,7 @@ class LynxImageProcessor(BaseImageProcessor):
         """Turn images into ``pixel_values``, as ``lynx_kernels.pack_frames`` lays them out.
 
         Args:
-            images: one image or a list of them, each as ``lynx.images.load_image`` takes it, or a uint8 array or
+            images: one image or a list of them, each as ``lynx.media.images.load_image`` takes it, or a uint8 array or
                 tensor (height, width, 3) or (3, height, width); or frames stacked in one, (N, height, width, 3) or (N,
                 3, height, width). Lists in lists count as one.
             crop_boxes: for training, (top, left, height, width) in each upright image: it is cropped, and the box is

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lynx.config import LynxConfig
-from lynx.projection import add_frame_positions
+from lynx.media.projection import add_frame_positions
 from lynx_kernels import SpanLayout
 from lynx_kernels.nn import PerceiverAttention
 

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from lynx.images import DEFAULT_MAX_PIXELS, ImageError, check_size, to_rgb
+from lynx.media.images import DEFAULT_MAX_PIXELS, ImageError, check_size, to_rgb
 
 # Demuxers of one self-contained file: playlists, for one, would open others.
 _FORMATS = ("asf", "avi", "flv", "gif", "matroska", "mov", "mpeg", "mpegts", "ogg")

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lynx import vision
-from lynx.conversation import IGNORED
+from lynx.data.conversation import IGNORED
+from lynx.media import tower
 from lynx.model import LynxForConditionalGeneration
 from lynx.train.parts import part_of
 
@@ -30,7 +30,7 @@ class StepFlops:
 
     def __init__(self, model: LynxForConditionalGeneration):
         self.config = model.config
-        self.tokens_per_frame = vision.tokens_per_frame(model.config.vision_config)
+        self.tokens_per_frame = tower.tokens_per_frame(model.config.vision_config)
         head = model.get_output_embeddings().weight
         trained = {part_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
         media_flows = bool(trained & {"vision_tower", "frame_positions"})

@@ -14,7 +14,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lynx import checkpoint, vision
+from lynx import checkpoint
+from lynx.media import tower
 from lynx.train.recipe import RecipeError
 from lynx_kernels.integrations import transformers as attention_integration
 
@@ -59,14 +60,14 @@ def vision_tower(folder: str) -> PreTrainedModel:
     if not hasattr(config, "image_size"):
         raise RecipeError(f"{where} holds a {config.model_type}, which is no vision model")
     with torch.device("meta"):
-        built = vision.build(config)
+        built = tower.build(config)
     return _loaded(
         where,
         folder,
         type(built),
         config=config,
         attn_implementation=built.config._attn_implementation,
-        key_mapping={r"^vision_model\.": ""} if vision.takes_patches(config) else None,  # of a whole BLIP-2
+        key_mapping={r"^vision_model\.": ""} if tower.takes_patches(config) else None,  # of a whole BLIP-2
     )
 
 

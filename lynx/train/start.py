@@ -19,8 +19,8 @@ from transformers import PreTrainedConfig
 
 from lynx import checkpoint, presets
 from lynx.config import LynxConfig
-from lynx.conversation import PROMPT
 from lynx.data.collator import Collator
+from lynx.data.conversation import PROMPT
 from lynx.data.mixture import Mixture, paper_groups
 from lynx.data.prompts import Prompts
 from lynx.data.records import RecordError, text_of

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_PACKAGE = Path(__file__).parent
+_PACKAGE = Path(__file__).parents[1]
 
 
 def refusal(tensor: Tensor) -> str | None:
@@ -49,7 +49,9 @@ def kernels() -> Any:
 
 @cache
 def _load() -> str | None:
-    from lynx_kernels import cuda_build  # not with the package: it is a program too, python -m lynx_kernels.cuda_build
+    from lynx_kernels.backends import (
+        cuda_build,  # not with the package: it is a program too, python -m lynx_kernels.backends.cuda_build
+    )
 
     path = next(iter(_PACKAGE.glob("_cuda*.so")), None)
     try:

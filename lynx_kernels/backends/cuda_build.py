@@ -1,4 +1,6 @@
-"""Builds the CUDA C++ of csrc into one library that torch loads: ``python -m lynx_kernels.cuda_build`` does it here.
+"""Builds the CUDA C++ of csrc into one library that torch loads.
+
+``python -m lynx_kernels.backends.cuda_build`` does it here.
 
 Only the standard library is needed: setup.py uses this file too, where neither torch nor lynx_kernels can be imported.
 The code keeps to libtorch's stable ABI, so a library serves every torch from 2.11 on, a CPU build of it too.
@@ -23,7 +25,8 @@ from pathlib import Path
 NAME = "_cuda.so"
 LOG = "build.log"  # beside a library in the cache: what ninja, nvcc and ptxas said
 SOURCES = (
-    "torch_library.cu", "adapter/few.cu", "attention/cuda_decode.cu", "embeddings/embeddings.cu", "frames/frames.cu",
+    "common/torch_library.cu", "adapter/cuda/small_m.cu", "prefix_attention_decode/cuda/decode.cu",
+    "pack_embeddings/cuda/embeddings.cu", "pack_frames/cuda/frames.cu",
 )  # fmt: skip
 # What 9.0 and 10.0 have beyond the common instructions needs the "a"; the code of 8.0 also runs on 8.6 to 8.9.
 _ARCHS = ("80", "90a", "100a")
@@ -81,7 +84,7 @@ def find_tools() -> Tools:
 
 def find_sources() -> Path:
     """The folder csrc: inside an installed package, or beside the package in a checkout."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     for folder in (package / "csrc", package.parent / "csrc"):
         if folder.is_dir():
             return folder

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lynx_kernels.dispatch import PLAIN_TENSORS
+from lynx_kernels.backends.dispatch import PLAIN_TENSORS
 
 _LIBRARY = torch.library.Library("lynx_kernels", "DEF")
 _AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}

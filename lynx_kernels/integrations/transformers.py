@@ -30,8 +30,9 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
-from lynx_kernels.attention import prefix_attention, prefix_attention_decode
 from lynx_kernels.layout import PackedLayout
+from lynx_kernels.ops.prefix_attention import prefix_attention
+from lynx_kernels.ops.prefix_attention_decode import prefix_attention_decode
 
 NAME = "lynx"
 _UNSUPPORTED = {  # what layers pass to the attention function for features we lack

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lynx_kernels import dispatch, host
+from lynx_kernels.backends import cpu as cpu_backend
+from lynx_kernels.backends import dispatch
 from lynx_kernels.packing import reference
 from lynx_kernels.packing.reference import Step
 
@@ -22,7 +23,7 @@ class _Compiled:
     """``lynx_kernels._host``'s planner, which takes addresses."""
 
     def __init__(self, token_budget: int, ranks: int, lookahead: int):
-        self._planner = host.module.Planner(token_budget, ranks, lookahead)
+        self._planner = cpu_backend.module.Planner(token_budget, ranks, lookahead)
         self.flush, self.waiting, self.restore = self._planner.flush, self._planner.waiting, self._planner.restore
 
     @property
@@ -34,7 +35,7 @@ class _Compiled:
 
     @staticmethod
     def plan_known(tokens: NDArray, patches: NDArray, token_budget: int, ranks: int) -> list[Step]:
-        return host.module.plan_known(tokens.ctypes.data, patches.ctypes.data, tokens.size, token_budget, ranks)
+        return cpu_backend.module.plan_known(tokens.ctypes.data, patches.ctypes.data, tokens.size, token_budget, ranks)
 
 
 class _Plain(reference.Planner):
@@ -49,7 +50,7 @@ class _Plain(reference.Planner):
 _FORMS: dict[str, type[_Compiled] | type[_Plain]] = {"cpu": _Compiled, "reference": _Plain}
 _IMPLEMENTATIONS = dispatch.Operation(
     "planner",
-    dispatch.Implementation("cpu", _Compiled, refusal=lambda: host.MISSING),
+    dispatch.Implementation("cpu", _Compiled, refusal=lambda: cpu_backend.MISSING),
     dispatch.Implementation("reference", _Plain),
 )
 

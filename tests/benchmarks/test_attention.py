@@ -19,7 +19,7 @@ from benchmarks.checks import assert_near, forward, train
 from benchmarks.harness import measure
 from benchmarks.tables import as_text
 from lynx_kernels import prefix_attention
-from lynx_kernels.dispatch import Choice
+from lynx_kernels.backends.dispatch import Choice
 
 PREFIX, CROSS, DECODE = "prefix_attention", "cross_attention", "prefix_attention_decode"
 WORKLOADS = {

@@ -8,7 +8,7 @@ from benchmarks.embeddings import cases, make_batch, setup
 from benchmarks.harness import measure
 from benchmarks.rows import OURS
 from benchmarks.tables import as_text
-from lynx_kernels import host
+from lynx_kernels.backends import cpu as cpu_backend
 
 
 def plain(function, **options):
@@ -33,7 +33,7 @@ def test_every_provider_is_right(mode, dtype):
     made = tiny(mode, dtype)
     [case, *_] = cases(quick=True, device="cpu")
     assert set(made.providers) <= set(case.providers)
-    assert (OURS + "cpu" in made.providers) == (host.MISSING is None)
+    assert (OURS + "cpu" in made.providers) == (cpu_backend.MISSING is None)
     for name in made.providers:
         made.check(name)
 

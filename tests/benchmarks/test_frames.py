@@ -9,7 +9,7 @@ from benchmarks import frames
 from benchmarks.frames import cases, setup
 from benchmarks.frames_peers import FOLDER, Peer, Workload, workload
 from benchmarks.harness import Case, measure
-from lynx_kernels.frames import pack_frames
+from lynx_kernels.ops.pack_frames import pack_frames
 
 VIDEO = Workload("video", 28, 14, ((60, 80),) * 2)
 PHOTOS = Workload("photos", 28, 14, ((40, 60), (90, 50), (20, 28)))

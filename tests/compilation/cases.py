@@ -11,12 +11,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lynx_kernels import PackedLayout, SpanLayout, dispatch
-from lynx_kernels.adapter import _IMPLEMENTATIONS as ADAPTER
-from lynx_kernels.attention.cross import _IMPLEMENTATIONS as CROSS
-from lynx_kernels.attention.decode import _IMPLEMENTATIONS as DECODE
-from lynx_kernels.attention.prefix import _IMPLEMENTATIONS as PREFIX
-from lynx_kernels.embeddings import _IMPLEMENTATIONS as EMBEDDINGS
+from lynx_kernels import PackedLayout, SpanLayout
+from lynx_kernels.backends import dispatch
+from lynx_kernels.ops.adapter import _IMPLEMENTATIONS as ADAPTER
+from lynx_kernels.ops.cross_attention import _IMPLEMENTATIONS as CROSS
+from lynx_kernels.ops.pack_embeddings import _IMPLEMENTATIONS as EMBEDDINGS
+from lynx_kernels.ops.prefix_attention import _IMPLEMENTATIONS as PREFIX
+from lynx_kernels.ops.prefix_attention_decode import _IMPLEMENTATIONS as DECODE
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from lynx_kernels.adapter import triton as implementation
-from lynx_kernels.adapter import triton_launches as launches
-from lynx_kernels.adapter.triton_launches import Call, Launch, plan_by_rule
+from lynx_kernels.ops.adapter import triton as implementation
+from lynx_kernels.ops.adapter.triton import launches
+from lynx_kernels.ops.adapter.triton.launches import Call, Launch, plan_by_rule
 from tests.compilation import table
 from tests.compilation.cases import ADAPTER_CASES, FP32
 from tests.compilation.offline import GFX942, SHARED_MEMORY, TENSOR_CORES

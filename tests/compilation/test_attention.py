@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from lynx_kernels.attention import triton_launches
+from lynx_kernels.ops.attention_common.triton import launches
 from tests.compilation import table
 from tests.compilation.cases import ATTENTION_CASES, FP32
 from tests.compilation.offline import GFX942, SHARED_MEMORY, TENSOR_CORES
@@ -26,7 +26,7 @@ WIDE_SPILLS, SINGLE_SPILLS, WIDE_SINGLE_SPILLS = 1200, 1300, 12000
 
 
 def test_the_cases_cover_every_launch():
-    shipped = {each for each in vars(triton_launches).values() if isinstance(each, triton_launches.Launch)}
+    shipped = {each for each in vars(launches).values() if isinstance(each, launches.Launch)}
     compiled = {row.launch for case in ATTENTION_CASES for row in table.results(case, 90)}
     for launch in shipped:
         cut = f"BQ={launch.block_queries}, BK={launch.block_keys}, "
@@ -35,9 +35,9 @@ def test_the_cases_cover_every_launch():
 
 
 def test_few_queries_a_span_have_launches_of_their_own():
-    few = triton_launches.FEW_FORWARD, triton_launches.FEW_QUERY_GRADIENT
+    few = launches.FEW_FORWARD, launches.FEW_QUERY_GRADIENT
     for queries, spans, expected in [(32, True, True), (33, True, False), (32, False, False)]:
-        chosen = triton_launches.choose_launches(128, torch.bfloat16, queries, 1, spans)
+        chosen = launches.choose_launches(128, torch.bfloat16, queries, 1, spans)
         assert (chosen[:2] == few) == expected
 
 

@@ -5,8 +5,8 @@
 #include <cstdlib>
 #include <vector>
 
-#include "../../csrc/adapter/adapter.h"
-#include "../../csrc/instruction_sets.h"
+#include "../../csrc/adapter/cpu/adapter.h"
+#include "../../csrc/common/instruction_sets.h"
 #include "fuzz.h"
 
 namespace {

@@ -6,8 +6,8 @@
 #include <stdexcept>
 #include <vector>
 
-#include "../../csrc/attention/attention.h"
-#include "../../csrc/instruction_sets.h"
+#include "../../csrc/attention_common/cpu/attention.h"
+#include "../../csrc/common/instruction_sets.h"
 #include "fuzz.h"
 
 namespace {

@@ -7,8 +7,8 @@
 #include <stdexcept>
 #include <vector>
 
-#include "../../csrc/attention/decode.h"
-#include "../../csrc/instruction_sets.h"
+#include "../../csrc/prefix_attention_decode/cpu/decode.h"
+#include "../../csrc/common/instruction_sets.h"
 #include "fuzz.h"
 
 namespace {

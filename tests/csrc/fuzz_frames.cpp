@@ -6,9 +6,9 @@
 #include <utility>
 #include <vector>
 
-#include "../../csrc/frames/filter.h"
-#include "../../csrc/frames/frames.h"
-#include "../../csrc/instruction_sets.h"
+#include "../../csrc/pack_frames/filter.h"
+#include "../../csrc/pack_frames/cpu/frames.h"
+#include "../../csrc/common/instruction_sets.h"
 #include "fuzz.h"
 
 namespace {

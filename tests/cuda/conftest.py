@@ -2,7 +2,7 @@
 
 import pytest
 
-from lynx_kernels import cuda_runtime
+from lynx_kernels.backends import cuda as cuda_backend
 from tests.cuda import host_kernels
 
 
@@ -12,7 +12,7 @@ def on_host(monkeypatch):
     if host_kernels.MISSING:
         pytest.skip(host_kernels.MISSING)
     kernels = host_kernels.HostKernels()
-    monkeypatch.setattr(cuda_runtime, "kernels", lambda: kernels)
-    monkeypatch.setattr(cuda_runtime, "unsuited", lambda tensor: None)
-    monkeypatch.setattr(cuda_runtime, "missing", lambda: None)
+    monkeypatch.setattr(cuda_backend, "kernels", lambda: kernels)
+    monkeypatch.setattr(cuda_backend, "unsuited", lambda tensor: None)
+    monkeypatch.setattr(cuda_backend, "missing", lambda: None)
     return kernels

@@ -1,6 +1,6 @@
 // The CUDA kernels of prefix_attention_decode on the CPU: `decode_driver <numbers>`, or `decode_driver shape <numbers>`
 // for how they would be launched.
-#include "attention/cuda_decode_launches.h"
+#include "prefix_attention_decode/cuda/launches.h"
 #include "driver.h"
 #include "on_host.h"
 

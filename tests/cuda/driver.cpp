@@ -1,7 +1,7 @@
 // The CUDA kernels of pack_embeddings and pack_frames on the CPU: `driver <kernel> <numbers>`.
 #include "driver.h"
-#include "embeddings/cuda_launches.h"
-#include "frames/cuda_launches.h"
+#include "pack_embeddings/cuda/launches.h"
+#include "pack_frames/cuda/launches.h"
 #include "on_host.h"
 
 namespace {

@@ -1,6 +1,6 @@
 // The CUDA kernels of the adapter on the CPU: `few_driver <numbers>`, or `few_driver shape <numbers>` for how they would
 // be launched.
-#include "adapter/cuda_launches.h"
+#include "adapter/cuda/launches.h"
 #include "driver.h"
 #include "on_host.h"
 

@@ -8,7 +8,7 @@
 #include <random>
 #include <vector>
 
-#include "phases.h"
+#include "common/phases.h"
 
 namespace lynx {
 

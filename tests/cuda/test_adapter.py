@@ -5,8 +5,8 @@ from functools import partial
 import pytest
 import torch
 
-from lynx_kernels.adapter import adapter
-from lynx_kernels.dispatch import which
+from lynx_kernels.backends.dispatch import which
+from lynx_kernels.ops.adapter import adapter
 from tests.cuda.host_kernels import launches
 from tests.lynx_kernels.helpers import permuted, shifted
 from tests.lynx_kernels.test_adapter import ACTIVATIONS, FORWARD, OPTIONAL, check_autocast_forward, check_forward, make
@@ -249,7 +249,7 @@ def test_what_is_refused(on_host, monkeypatch):
 
 
 def test_nothing_is_built_for_calls_that_are_refused(monkeypatch):
-    monkeypatch.setattr("lynx_kernels.cuda_runtime.missing", lambda: pytest.fail("the kernels would be built"))
+    monkeypatch.setattr("lynx_kernels.backends.cuda.missing", lambda: pytest.fail("the kernels would be built"))
     inputs, _ = make((3,), 16, 8, torch.float32)
     assert reason(make((65,), 16, 8, torch.float32)[0])
     assert reason([each.requires_grad_() for each in inputs])

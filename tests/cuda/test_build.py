@@ -11,8 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lynx_kernels import cuda_build, cuda_runtime
-from lynx_kernels.cuda_build import NAME, SOURCES, BuildError, MissingToolError, cached, find_tools
+from lynx_kernels.backends import cuda as cuda_backend
+from lynx_kernels.backends import cuda_build
+from lynx_kernels.backends.cuda_build import NAME, SOURCES, BuildError, MissingToolError, cached, find_tools
 
 ROOT = Path(__file__).parents[2]
 # Notes every compilation in $CALLS, and writes what it was asked for, slowly.
@@ -40,8 +41,8 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setenv("LYNX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
     monkeypatch.delenv("LYNX_CUDA", raising=False)
-    monkeypatch.setattr(cuda_runtime, "_PACKAGE", tmp_path)
-    monkeypatch.setattr(cuda_runtime, "_load", functools.cache(cuda_runtime._load.__wrapped__))
+    monkeypatch.setattr(cuda_backend, "_PACKAGE", tmp_path)
+    monkeypatch.setattr(cuda_backend, "_load", functools.cache(cuda_backend._load.__wrapped__))
     return tmp_path
 
 
@@ -67,7 +68,7 @@ def test_without_nvcc(home, monkeypatch):
     programs_without("nvcc", home, monkeypatch)
     with pytest.raises(MissingToolError, match=f"there is no nvcc in {home}.* install the CUDA toolkit"):
         find_tools()
-    assert cuda_runtime.missing().startswith("the CUDA kernels are not built, and cannot be here: there is no nvcc")
+    assert cuda_backend.missing().startswith("the CUDA kernels are not built, and cannot be here: there is no nvcc")
 
 
 def test_without_ninja(home, monkeypatch):
@@ -79,7 +80,7 @@ def test_without_ninja(home, monkeypatch):
 
 def test_without_torch_or_sources(home, monkeypatch):
     install_nvcc(home, WORKING)
-    monkeypatch.setattr(cuda_build, "__file__", str(home / "lynx_kernels/cuda_build.py"))
+    monkeypatch.setattr(cuda_build, "__file__", str(home / "lynx_kernels/backends/cuda_build.py"))
     with pytest.raises(MissingToolError, match="there is no folder csrc in"):
         cuda_build.find_sources()
     monkeypatch.setattr(cuda_build.importlib.util, "find_spec", lambda name: None)
@@ -95,17 +96,17 @@ def test_a_compiler_that_fails(home):
     with pytest.raises(BuildError, match=r"(?s)ninja.* failed with exit status.*rows.h\(7\): error: expected a ;"):
         cached(find_tools())
     with pytest.warns(UserWarning, match="Other implementations run in their place"):
-        why = cuda_runtime.missing()
+        why = cuda_backend.missing()
     assert why.startswith("the CUDA kernels cannot be built:")
     assert "expected a ;" in why
-    assert cuda_runtime.missing() == why  # tried once, and warned of once
+    assert cuda_backend.missing() == why  # tried once, and warned of once
     assert not list((home / "cache").rglob("*.so")) + list((home / "cache").rglob("*.o"))
 
 
 @needs_ninja
 def test_built_once_by_several_processes(home):
     install_nvcc(home, WORKING)
-    command = [sys.executable, str(ROOT / "lynx_kernels/cuda_build.py")]
+    command = [sys.executable, str(ROOT / "lynx_kernels/backends/cuda_build.py")]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
     results = [process.communicate(timeout=60) for process in processes]
     paths = {Path(out.strip()) for out, _ in results}
@@ -123,7 +124,7 @@ def test_sources_and_compiler_are_part_of_the_key(home, tmp_path):
     tools = find_tools()
     first = cached(tools)
     csrc = Path(shutil.copytree(tools.csrc, tmp_path / "other/csrc"))
-    (csrc / "numbers.h").write_text("// changed")
+    (csrc / "common/numbers.h").write_text("// changed")
     others = {cached(SimpleNamespace(**{**vars(tools), "csrc": csrc}))}
     install_nvcc(home, WORKING.replace("1.0", "1.1"))
     others.add(cached(tools))
@@ -143,7 +144,7 @@ def test_building_can_be_forbidden(home, monkeypatch):
     install_nvcc(home, WORKING)
     monkeypatch.setenv("LYNX_CUDA", "0")
     assert (
-        cuda_runtime.missing() == "the CUDA kernels are not built, and LYNX_CUDA=0 forbids to build them on first use"
+        cuda_backend.missing() == "the CUDA kernels are not built, and LYNX_CUDA=0 forbids to build them on first use"
     )
     assert not Path(home, "calls").exists()
 
@@ -152,23 +153,23 @@ def test_a_library_in_the_package_comes_first(home):
     install_nvcc(home, WORKING)
     (home / "_cuda.abi3.so").write_text("no library")
     with pytest.warns(UserWarning, match="cannot be loaded"):
-        assert str(home / "_cuda.abi3.so") in cuda_runtime.missing()
+        assert str(home / "_cuda.abi3.so") in cuda_backend.missing()
     assert not Path(home, "calls").exists()
 
 
 def test_refusals(home, monkeypatch):
     tensor = SimpleNamespace(device=torch.device("cuda", 0))
-    monkeypatch.setattr(cuda_runtime, "_load", lambda: "not built")
-    assert cuda_runtime.refusal(torch.ones(1)) == "CUDA kernels need a GPU, and the tensors are on cpu"
+    monkeypatch.setattr(cuda_backend, "_load", lambda: "not built")
+    assert cuda_backend.refusal(torch.ones(1)) == "CUDA kernels need a GPU, and the tensors are on cpu"
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert "not built for any" in cuda_runtime.refusal(tensor)
+    assert "not built for any" in cuda_backend.refusal(tensor)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert "compute capability 8.0" in cuda_runtime.refusal(tensor)
+    assert "compute capability 8.0" in cuda_backend.refusal(tensor)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert cuda_runtime.refusal(tensor) == "not built"
-    monkeypatch.setattr(cuda_runtime, "_load", lambda: None)
-    assert cuda_runtime.refusal(tensor) is None
+    assert cuda_backend.refusal(tensor) == "not built"
+    monkeypatch.setattr(cuda_backend, "_load", lambda: None)
+    assert cuda_backend.refusal(tensor) is None
 
 
 @pytest.mark.parametrize("why", [None, "not built"])
@@ -179,9 +180,9 @@ def test_compiled_functions_may_ask(why, home, monkeypatch):
         subprocess.run(["true"], check=True)
         return why
 
-    monkeypatch.setattr(cuda_runtime, "_load", load)
+    monkeypatch.setattr(cuda_backend, "_load", load)
     torch._dynamo.reset()
-    compiled = torch.compile(lambda x: x + (cuda_runtime.missing() is None), backend="eager", fullgraph=True)
+    compiled = torch.compile(lambda x: x + (cuda_backend.missing() is None), backend="eager", fullgraph=True)
     assert compiled(torch.zeros(())) == (why is None)
 
 
@@ -208,7 +209,7 @@ def test_installing(home):
         assert result.returncode == 0, result.stderr
         built = [path.name for path in (target / "lynx_kernels").glob("_*.so")]
         assert built == (["_cuda.abi3.so"] if wanted == "1" else [])
-        assert (target / "lynx_kernels/csrc/embeddings/embeddings.cu").exists()
+        assert (target / "lynx_kernels/csrc/pack_embeddings/cuda/embeddings.cu").exists()
     install_nvcc(home, FAILING)
     result = run_setup("build_ext", *places, PYTHONPATH=str(home), LYNX_CUDA="1")
     assert result.returncode != 0

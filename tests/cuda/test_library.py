@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 from triton import knobs
 
-from lynx_kernels.cuda_build import LOG, SOURCES, MissingToolError, cached, find_tools
+from lynx_kernels.backends.cuda_build import LOG, SOURCES, MissingToolError, cached, find_tools
 
 try:
     TOOLS = find_tools()

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from lynx_kernels.embeddings import pack_embeddings
+from lynx_kernels.ops.pack_embeddings import pack_embeddings
 from tests.cuda.host_kernels import KernelError
 from tests.lynx_kernels.helpers import run
-from tests.lynx_kernels.test_embeddings import (
+from tests.lynx_kernels.test_pack_embeddings import (
     BACKWARD,
     NARROW,
     calls,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from lynx_kernels.frames import pack_frames
+from lynx_kernels.ops.pack_frames import pack_frames
 from tests.lynx_kernels.frame_helpers import MEAN, STD, pack_bytes, pillow_resize, random_frame, random_shapes
 
 pytestmark = pytest.mark.usefixtures("on_host")

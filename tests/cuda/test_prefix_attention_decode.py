@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lynx_kernels import prefix_attention_decode
-from lynx_kernels.dispatch import which
+from lynx_kernels.backends.dispatch import which
 from tests.cuda.host_kernels import KernelError, launches
 from tests.lynx_kernels.attention_cases import (
     assert_case_within_budget,

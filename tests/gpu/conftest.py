@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from lynx_kernels import triton_runtime
+from lynx_kernels.backends import triton as triton_backend
 from tests.gpu import bench
 
 
 def _reason() -> str | None:
-    if triton_runtime.INTERPRETED:
+    if triton_backend.INTERPRETED:
         return "TRITON_INTERPRET=1: this process interprets kernels"
     return None if bench.PRESENT else f"no {bench.DEVICE} device"
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from lynx_kernels import dispatch
-from lynx_kernels.adapter import _IMPLEMENTATIONS, adapter
+from lynx_kernels.backends import dispatch
+from lynx_kernels.ops.adapter import _IMPLEMENTATIONS, adapter
 from tests.gpu import bench
 from tests.lynx_kernels.helpers import count_compilations, run
 from tests.lynx_kernels.test_adapter import (

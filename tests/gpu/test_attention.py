@@ -4,15 +4,11 @@ from functools import partial
 import pytest
 import torch
 
-from lynx_kernels import (
-    PackedLayout,
-    SpanLayout,
-    cross_attention,
-    dispatch,
-    prefix_attention,
-    prefix_attention_decode,
-)
-from lynx_kernels.attention import cross, decode, prefix
+from lynx_kernels import PackedLayout, SpanLayout, cross_attention, prefix_attention, prefix_attention_decode
+from lynx_kernels.backends import dispatch
+from lynx_kernels.ops import cross_attention as cross
+from lynx_kernels.ops import prefix_attention as prefix
+from lynx_kernels.ops import prefix_attention_decode as decode
 from tests.gpu import bench
 from tests.lynx_kernels.attention_cases import (
     CASES,

@@ -45,5 +45,5 @@ def test_the_benchmark_of_prefix_attention_runs(tmp_path):
 @pytest.mark.usefixtures("cuda")
 def test_the_tuner_runs(tmp_path):
     path = tmp_path / "tuned.json"
-    run("lynx_kernels.adapter.tune", "16x128x64", "--output", path)
+    run("lynx_kernels.ops.adapter.triton.tune", "16x128x64", "--output", path)
     assert len(json.loads(path.read_text())) == 2  # forward and backward

@@ -5,10 +5,11 @@ from functools import partial
 import pytest
 import torch
 
-from lynx_kernels import dispatch, prefix_attention_decode
-from lynx_kernels.adapter import _IMPLEMENTATIONS as ADAPTERS
-from lynx_kernels.adapter import adapter
-from lynx_kernels.attention import decode
+from lynx_kernels import prefix_attention_decode
+from lynx_kernels.backends import dispatch
+from lynx_kernels.ops import prefix_attention_decode as decode
+from lynx_kernels.ops.adapter import _IMPLEMENTATIONS as ADAPTERS
+from lynx_kernels.ops.adapter import adapter
 from tests.gpu import bench
 from tests.lynx_kernels.attention_cases import (
     assert_case_within_budget,

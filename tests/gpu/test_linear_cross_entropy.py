@@ -4,12 +4,12 @@ import sys
 import pytest
 import torch
 
-from lynx_kernels import dispatch
-from lynx_kernels.loss import _IMPLEMENTATIONS, linear_cross_entropy, one_pass
+from lynx_kernels.backends import dispatch
+from lynx_kernels.ops.linear_cross_entropy import _IMPLEMENTATIONS, chunked, linear_cross_entropy
 from tests.gpu import bench
 from tests.lynx_kernels.helpers import check, check_results, count_compilations, permuted, run
-from tests.lynx_kernels.test_loss import make as make_on
-from tests.lynx_kernels.test_loss import naive, with_options
+from tests.lynx_kernels.test_linear_cross_entropy import make as make_on
+from tests.lynx_kernels.test_linear_cross_entropy import naive, with_options
 
 BF16 = torch.bfloat16
 CASES = [(impl, dtype) for impl in _IMPLEMENTATIONS.names for dtype in bench.DTYPES]
@@ -174,7 +174,7 @@ def test_memory():
     hidden.requires_grad_()
     peak, kept = bench.memory_of(lambda: linear_cross_entropy(hidden, weight, labels, impl="one_pass"))
     assert kept <= hidden.nbytes + 8 * bench.ROUNDING
-    assert peak <= 2 * hidden.nbytes + 4 * one_pass.CHUNK * weight.shape[0] * 4
+    assert peak <= 2 * hidden.nbytes + 4 * chunked.CHUNK * weight.shape[0] * 4
     assert peak < labels.shape[0] * weight.shape[0] * 4 / 2
 
 

@@ -4,11 +4,11 @@ import sys
 import pytest
 import torch
 
-from lynx_kernels import dispatch
-from lynx_kernels.embeddings import _IMPLEMENTATIONS, pack_embeddings
+from lynx_kernels.backends import dispatch
+from lynx_kernels.ops.pack_embeddings import _IMPLEMENTATIONS, pack_embeddings
 from tests.gpu import bench
 from tests.lynx_kernels.helpers import check_results, count_compilations, run
-from tests.lynx_kernels.test_embeddings import (
+from tests.lynx_kernels.test_pack_embeddings import (
     calls,
     check_conversions,
     check_equal,
@@ -17,7 +17,7 @@ from tests.lynx_kernels.test_embeddings import (
     naive,
     runs,
 )
-from tests.lynx_kernels.test_embeddings import make as make_on
+from tests.lynx_kernels.test_pack_embeddings import make as make_on
 
 BF16 = torch.bfloat16
 CASES = [

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from lynx_kernels import dispatch
-from lynx_kernels.frames import pack_frames
+from lynx_kernels.backends import dispatch
+from lynx_kernels.ops.pack_frames import pack_frames
 from tests.gpu import bench
 from tests.lynx_kernels.frame_helpers import OPTIONS, random_frame, random_shapes
 

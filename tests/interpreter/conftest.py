@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from lynx_kernels import triton_runtime
+from lynx_kernels.backends import triton as triton_backend
 from tests.interpreter import bfloat16, checks
 
 
 def pytest_collection_modifyitems(items):
-    if not triton_runtime.INTERPRETED:
+    if not triton_backend.INTERPRETED:
         for item in items:
             if Path(__file__).parent in item.path.parents:
                 item.add_marker(

@@ -5,10 +5,10 @@ from functools import cache
 import pytest
 import torch
 
-from lynx_kernels import dispatch
-from lynx_kernels.adapter import adapter
-from lynx_kernels.adapter import triton as implementation
-from lynx_kernels.adapter.triton_launches import Launch, Plan
+from lynx_kernels.backends import dispatch
+from lynx_kernels.ops.adapter import adapter
+from lynx_kernels.ops.adapter import triton as implementation
+from lynx_kernels.ops.adapter.triton.launches import Launch, Plan
 from tests.interpreter import DTYPES
 from tests.interpreter.sparse import run_only
 from tests.lynx_kernels.helpers import check, permuted, run

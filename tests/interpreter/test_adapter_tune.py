@@ -11,10 +11,9 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from lynx_kernels.adapter import triton as implementation
-from lynx_kernels.adapter import triton_launches as launches
-from lynx_kernels.adapter import tune
-from lynx_kernels.adapter.triton_launches import Launch, Plan
+from lynx_kernels.ops.adapter import triton as implementation
+from lynx_kernels.ops.adapter.triton import launches, tune
+from lynx_kernels.ops.adapter.triton.launches import Launch, Plan
 
 START = Plan("fused", Launch(16, 32, 16, 4, 2), Launch(16, 32, 16, 4, 2))
 
@@ -107,7 +106,7 @@ def test_every_form_that_can_take_a_call_is_tried():
 
 
 def test_without_a_gpu():
-    command = [sys.executable, "-m", "lynx_kernels.adapter.tune", "8x64x32"]
+    command = [sys.executable, "-m", "lynx_kernels.ops.adapter.triton.tune", "8x64x32"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert "launches are timed on a GPU" in done.stderr

@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from lynx_kernels import PackedLayout, SpanLayout, cross_attention, prefix_attention, prefix_attention_decode
-from lynx_kernels.attention import triton_cross as cross
-from lynx_kernels.attention import triton_decode, triton_parts, triton_rows
-from lynx_kernels.attention import triton_prefix as prefix
-from lynx_kernels.attention.triton_launches import Launch
+from lynx_kernels.ops.attention_common import triton as triton_rows
+from lynx_kernels.ops.attention_common.triton import splits as triton_parts
+from lynx_kernels.ops.attention_common.triton.launches import Launch
+from lynx_kernels.ops.cross_attention import triton as cross
+from lynx_kernels.ops.prefix_attention import triton as prefix
+from lynx_kernels.ops.prefix_attention_decode import triton as triton_decode
 from tests.interpreter.sparse import run_only
 from tests.lynx_kernels.attention_helpers import dense_attention, packed_visible, random, run
 from tests.numbers import assert_within_budget

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from lynx_kernels import SpanLayout, cross_attention, which
-from lynx_kernels.attention import triton_cross, triton_parts
-from lynx_kernels.attention import triton_rows as implementation
-from lynx_kernels.attention.triton_launches import Launch
-from lynx_kernels.attention.triton_parts import count_parts
+from lynx_kernels.ops.attention_common import triton as implementation
+from lynx_kernels.ops.attention_common.triton import splits as triton_parts
+from lynx_kernels.ops.attention_common.triton.launches import Launch
+from lynx_kernels.ops.attention_common.triton.splits import count_parts
+from lynx_kernels.ops.cross_attention import triton as triton_cross
 from tests.lynx_kernels.attention_cases import (
     assert_case_within_budget,
     assert_huge_scores_within_budget,

@@ -7,11 +7,11 @@ import torch
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 
-from lynx_kernels import dispatch
-from lynx_kernels.embeddings import pack_embeddings
-from lynx_kernels.embeddings import triton as implementation
+from lynx_kernels.backends import dispatch
+from lynx_kernels.ops.pack_embeddings import pack_embeddings
+from lynx_kernels.ops.pack_embeddings import triton as implementation
 from tests.interpreter import DTYPES
-from tests.lynx_kernels.test_embeddings import calls, check_equal, check_mixed, check_permuted, make
+from tests.lynx_kernels.test_pack_embeddings import calls, check_equal, check_mixed, check_permuted, make
 
 interpreted = calls("triton")
 

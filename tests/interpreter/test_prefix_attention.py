@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lynx_kernels import PackedLayout, dispatch, prefix_attention
-from lynx_kernels.attention import triton_rows as implementation
-from lynx_kernels.attention.triton_launches import Launch
+from lynx_kernels import PackedLayout, prefix_attention
+from lynx_kernels.backends import dispatch
+from lynx_kernels.ops.attention_common import triton as implementation
+from lynx_kernels.ops.attention_common.triton.launches import Launch
 from tests.lynx_kernels.attention_cases import GROUPS_OF_A_BATCH, Case, assert_results_within_budget, grads_of
 from tests.lynx_kernels.attention_helpers import EXAMPLES, dense_attention, packed_visible, random, run
 from tests.lynx_kernels.helpers import permuted

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from lynx_kernels import prefix_attention_decode, which
-from lynx_kernels.attention import triton_decode as implementation
-from lynx_kernels.attention.triton_launches import Launch
+from lynx_kernels.ops.attention_common.triton.launches import Launch
+from lynx_kernels.ops.prefix_attention_decode import triton as implementation
 from tests.lynx_kernels.attention_cases import (
     SEVERAL_TILES,
     assert_case_within_budget,

@@ -3,7 +3,7 @@
 import torch
 
 from lynx import checkpoint
-from lynx.resampler import media_layout
+from lynx.media.resampler import media_layout
 
 HEADS = {"text_config": {"num_attention_heads": 4}, "vision_config": {"num_attention_heads": 4}}
 IDS = torch.tensor([1, 17, 4, 33, 8, 21, 2])

@@ -5,9 +5,10 @@ import torch
 from PIL import Image
 from transformers.generation.streamers import BaseStreamer
 
-from lynx import cli, generation
-from lynx.generation import answer, generate_answers
-from lynx.streaming import AnswerStreamer
+from lynx import cli
+from lynx.generation.answers import answer, generate_answers
+from lynx.generation.answers import answers as generation
+from lynx.generation.streaming import AnswerStreamer
 from tests.lynx.conftest import conversation, picture
 from tests.lynx.searches import NEW
 

@@ -8,10 +8,11 @@ from torch import nn
 from transformers import CohereConfig, GraniteConfig, LlamaForCausalLM
 
 from lynx import LynxForConditionalGeneration, LynxProcessor
-from lynx.generation import answer
-from lynx_kernels import PackedLayout, onednn
-from lynx_kernels.loss import one_pass
-from lynx_kernels.loss import rows as loss_rows
+from lynx.generation.answers import answer
+from lynx_kernels import PackedLayout
+from lynx_kernels.backends import onednn
+from lynx_kernels.ops.linear_cross_entropy import chunked
+from lynx_kernels.ops.linear_cross_entropy import rows as loss_rows
 from tests.lynx.conftest import VISION, conversation, make_config, make_model, picture
 from tests.lynx.model_checks import check_checkpointing_changes_nothing, check_packed_is_padded, inputs
 from tests.numbers import assert_within_budget
@@ -96,8 +97,8 @@ def test_unsupervised_rows_do_not_reach_the_vocabulary_on_a_device(model, proces
     expected = model(**batch).loss
     monkeypatch.setattr(loss_rows, "host_may_read", lambda tensor: False)
     seen = []
-    product = one_pass._product
-    monkeypatch.setattr(one_pass, "_product", lambda left, right: seen.append(left.shape[0]) or product(left, right))
+    product = chunked._product
+    monkeypatch.setattr(chunked, "_product", lambda left, right: seen.append(left.shape[0]) or product(left, right))
     with torch.no_grad():
         torch.testing.assert_close(model(**batch).loss, expected)
     assert sum(seen) == batch["max_supervised"] < batch["labels"].numel()

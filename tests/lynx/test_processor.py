@@ -10,8 +10,8 @@ from PIL import Image
 from transformers import pipeline
 
 from lynx import LynxProcessor
-from lynx.images import ImageError
-from lynx.videos import load_video
+from lynx.media.images import ImageError
+from lynx.media.videos import load_video
 from tests.lynx.clips import frame, numbers, write_clip
 from tests.lynx.conftest import VISION, conversation, make_config, picture
 

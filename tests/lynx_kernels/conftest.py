@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lynx_kernels import host
+from lynx_kernels.backends import cpu as cpu_backend
 
 
 @pytest.fixture
@@ -14,12 +14,12 @@ def poison():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=host.instruction_sets())
+@pytest.fixture(params=cpu_backend.instruction_sets())
 def instruction_set(request):
     """Each one that this processor has, forced while the test runs."""
-    host.force_instruction_set(request.param)
+    cpu_backend.force_instruction_set(request.param)
     yield request.param
-    host.force_instruction_set(None)
+    cpu_backend.force_instruction_set(None)
 
 
 @pytest.fixture

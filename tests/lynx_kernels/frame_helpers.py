@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lynx_kernels.frames import pack_frames
+from lynx_kernels.ops.pack_frames import pack_frames
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)

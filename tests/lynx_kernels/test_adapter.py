@@ -6,8 +6,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from lynx_kernels import dispatch, onednn, triton_runtime
-from lynx_kernels.adapter import _IMPLEMENTATIONS, adapter, reference
+from lynx_kernels.backends import dispatch, onednn
+from lynx_kernels.backends import triton as triton_backend
+from lynx_kernels.ops.adapter import _IMPLEMENTATIONS, adapter, reference
 from tests.lynx_kernels.helpers import check, check_results, count_compilations, dtensors, permuted, run
 from tests.numbers import assert_within_budget
 
@@ -318,7 +319,7 @@ def test_a_second_derivative_is_refused():
 
 
 def test_triton_refuses_fp64(monkeypatch):
-    monkeypatch.setattr(triton_runtime, "INTERPRETED", True)
+    monkeypatch.setattr(triton_backend, "INTERPRETED", True)
     assert dispatch.which(adapter, *make()[0]).refused["triton"].endswith("an argument is fp64")
 
 

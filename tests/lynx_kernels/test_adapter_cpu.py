@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lynx_kernels import host
-from lynx_kernels.adapter import adapter, cpu
+from lynx_kernels.backends import cpu as cpu_backend
+from lynx_kernels.ops.adapter import adapter, cpu
 from tests.lynx_kernels.helpers import assert_child_ends_well, permuted
 from tests.lynx_kernels.test_adapter import (
     ACTIVATIONS,
@@ -23,8 +23,8 @@ from tests.lynx_kernels.test_adapter import (
 )
 from tests.numbers import assert_within_budget
 
-if host.MISSING is not None:
-    pytest.skip(host.MISSING, allow_module_level=True)
+if cpu_backend.MISSING is not None:
+    pytest.skip(cpu_backend.MISSING, allow_module_level=True)
 
 DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if runs("cpu", dtype)]
 MIXED = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -241,7 +241,7 @@ def test_backward_of_layer_norm_in_a_forked_child(restore_threads):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("absent", [(), ("norm_bias",), ("norm_weight", "norm_bias")])
 def test_without_the_compiled_module(monkeypatch, dtype, absent, calls):
-    monkeypatch.setattr(host, "module", None)
+    monkeypatch.setattr(cpu_backend, "module", None)
     check_adapter("cpu", *make((7,), 35, 19, dtype, absent))
     check_adapter("cpu", *make((5000,), 16, 8, dtype, absent))  # where sums in bf16 are far out
     assert not calls

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lynx_kernels import PackedLayout, SpanLayout, cross_attention, prefix_attention, prefix_attention_decode
-from lynx_kernels.attention import reference
+from lynx_kernels.ops.attention_common import reference
 from tests.lynx_kernels.attention_cases import (
     BRANCH_LENGTHS,
     GROUPS_OF_A_BATCH,

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lynx_kernels import PackedLayout, SpanLayout, cross_attention, host, prefix_attention, which
+from lynx_kernels import PackedLayout, SpanLayout, cross_attention, prefix_attention, which
+from lynx_kernels.backends import cpu as cpu_backend
 from tests.lynx_kernels import attention_cases
 from tests.lynx_kernels.attention_cases import (
     GROUPS_OF_A_BATCH,
@@ -18,8 +19,8 @@ from tests.lynx_kernels.attention_cases import (
 from tests.lynx_kernels.attention_helpers import FEW_EXAMPLES, GROUPS, dense_attention, random, run, spans
 from tests.lynx_kernels.helpers import assert_child_ends_well, permuted
 
-if host.MISSING is not None:
-    pytest.skip(host.MISSING, allow_module_level=True)
+if cpu_backend.MISSING is not None:
+    pytest.skip(cpu_backend.MISSING, allow_module_level=True)
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -196,15 +197,15 @@ def test_which_and_refusals(monkeypatch):
         assert f"would be in {dtype}" in which(prefix_attention, half, half, half, layout).refused["cpu"]
     with torch.autocast("cpu", dtype=torch.float16):
         assert "would be in torch.float16" in which(prefix_attention, q, q, q, layout).refused["cpu"]
-    monkeypatch.setattr(host, "MISSING", "the compiled module is missing")
+    monkeypatch.setattr(cpu_backend, "MISSING", "the compiled module is missing")
     choice = which(cross_attention, q, q, q, span_layout)
     assert (choice.name, choice.refused["cpu"]) == ("reference", "the compiled module is missing")
 
 
 def test_instruction_sets():
-    assert host.instruction_sets()[-1] == "plain"
+    assert cpu_backend.instruction_sets()[-1] == "plain"
     with pytest.raises(ValueError, match=r"instruction set 'mmx' is not available here; there are:.* plain"):
-        host.force_instruction_set("mmx")
+        cpu_backend.force_instruction_set("mmx")
 
 
 def test_tables_that_do_not_fit_are_refused():

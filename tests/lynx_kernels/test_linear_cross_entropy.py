@@ -2,8 +2,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lynx_kernels import dispatch, loss, onednn
-from lynx_kernels.loss import linear_cross_entropy, one_pass, reference, rows
+from lynx_kernels.backends import dispatch, onednn
+from lynx_kernels.ops import linear_cross_entropy as loss
+from lynx_kernels.ops.linear_cross_entropy import chunked as one_pass
+from lynx_kernels.ops.linear_cross_entropy import linear_cross_entropy, reference, rows
 from tests.lynx_kernels.helpers import check, count_compilations, dtensors, permuted, run
 from tests.numbers import assert_within_budget
 

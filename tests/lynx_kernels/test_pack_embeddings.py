@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lynx_kernels import dispatch, host
-from lynx_kernels.embeddings import _IMPLEMENTATIONS, pack_embeddings, reference
+from lynx_kernels.backends import cpu as cpu_backend
+from lynx_kernels.backends import dispatch
+from lynx_kernels.ops.pack_embeddings import _IMPLEMENTATIONS, pack_embeddings, reference
 from tests.lynx_kernels.helpers import assert_child_ends_well, check, count_compilations, dtensors, permuted, run
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -259,13 +260,13 @@ def test_which_and_unknown_implementation(monkeypatch):
     wide = dispatch.which(pack_embeddings, *inputs)
     assert wide.name == "reference"
     assert wide.refused["cuda"] == "the CUDA kernels add up in fp32, and an argument is fp64"
-    assert wide.refused["cpu"] == (host.MISSING or "adds up in fp32, embedding is torch.float64")
+    assert wide.refused["cpu"] == (cpu_backend.MISSING or "adds up in fp32, embedding is torch.float64")
     narrow = [*inputs[:1], inputs[1].float(), inputs[2].half(), inputs[3]]
     assert dispatch.which(pack_embeddings, *narrow).refused["cuda"] == (
         "CUDA kernels need a GPU, and the tensors are on cpu"
     )
-    assert dispatch.which(pack_embeddings, *narrow).name == ("cpu" if host.MISSING is None else "reference")
-    monkeypatch.setattr(host, "MISSING", "the compiled module is missing")
+    assert dispatch.which(pack_embeddings, *narrow).name == ("cpu" if cpu_backend.MISSING is None else "reference")
+    monkeypatch.setattr(cpu_backend, "MISSING", "the compiled module is missing")
     assert dispatch.which(pack_embeddings, *narrow).refused["cpu"] == "the compiled module is missing"
     with pytest.raises(ValueError, match="impl='nonsense' is not an implementation"):
         pack_embeddings(*inputs, impl="nonsense")
@@ -300,7 +301,7 @@ def test_dtensor_is_refused(tmp_path):
         pack_embeddings(token_ids, distribute(embedding), vision, vision_index)
 
 
-needs_host = pytest.mark.skipif(host.MISSING is not None, reason=str(host.MISSING))
+needs_host = pytest.mark.skipif(cpu_backend.MISSING is not None, reason=str(cpu_backend.MISSING))
 
 
 @pytest.fixture

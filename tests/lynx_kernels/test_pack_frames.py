@@ -8,9 +8,9 @@ from torch.nn import functional as F
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from lynx_kernels import host
-from lynx_kernels.dispatch import which
-from lynx_kernels.frames import pack_frames
+from lynx_kernels.backends import cpu as cpu_backend
+from lynx_kernels.backends.dispatch import which
+from lynx_kernels.ops.pack_frames import pack_frames
 from tests.lynx_kernels.frame_helpers import (
     MEAN,
     OPTIONS,
@@ -33,7 +33,7 @@ def one_thread():
 
 
 @pytest.fixture(
-    params=["reference", pytest.param("cpu", marks=pytest.mark.skipif(bool(host.MISSING), reason="not built"))]
+    params=["reference", pytest.param("cpu", marks=pytest.mark.skipif(bool(cpu_backend.MISSING), reason="not built"))]
 )
 def impl(request):
     return request.param
@@ -184,10 +184,10 @@ def test_no_frames(impl):
 def test_which():
     frame = np.zeros((9, 9, 3), np.uint8)
     choice = which(pack_frames, [frame], **OPTIONS)
-    assert choice.name == ("reference" if host.MISSING else "cpu")
+    assert choice.name == ("reference" if cpu_backend.MISSING else "cpu")
     assert choice.refused == {
         "cuda": "CUDA kernels need a GPU, and the tensors are on cpu",
-        **({"cpu": host.MISSING} if host.MISSING else {}),
+        **({"cpu": cpu_backend.MISSING} if cpu_backend.MISSING else {}),
     }
     with pytest.raises(ValueError, match="not an implementation"):
         pack_frames([frame], **OPTIONS, impl="nothing")

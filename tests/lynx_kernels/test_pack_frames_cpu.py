@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lynx_kernels import host
-from lynx_kernels.dispatch import which
-from lynx_kernels.frames import pack_frames
+from lynx_kernels.backends import cpu as cpu_backend
+from lynx_kernels.backends.dispatch import which
+from lynx_kernels.ops.pack_frames import pack_frames
 from tests.lynx_kernels.frame_helpers import (
     MEAN,
     OPTIONS,
@@ -26,8 +26,8 @@ from tests.lynx_kernels.frame_helpers import (
 )
 from tests.lynx_kernels.helpers import assert_child_ends_well
 
-if host.MISSING is not None:
-    pytest.skip(host.MISSING, allow_module_level=True)
+if cpu_backend.MISSING is not None:
+    pytest.skip(cpu_backend.MISSING, allow_module_level=True)
 
 # One pixel, one row or column, ten to one, up, down, a side that stays, blocks of rows and groups of columns left over.
 SHAPES = [
@@ -97,14 +97,14 @@ def calls(draw):
 
 
 @settings(max_examples=150, deadline=None)
-@given(calls(), st.sampled_from(host.instruction_sets()))
+@given(calls(), st.sampled_from(cpu_backend.instruction_sets()))
 def test_any_call(call, instruction_set):
     frame, options = call
-    host.force_instruction_set(instruction_set)
+    cpu_backend.force_instruction_set(instruction_set)
     try:
         assert_same([frame], mean=MEAN, std=STD, **options)
     finally:
-        host.force_instruction_set(None)
+        cpu_backend.force_instruction_set(None)
 
 
 @settings(max_examples=150, deadline=None)
@@ -278,7 +278,7 @@ def test_which_and_refusals(monkeypatch):
     assert which(pack_frames, [frame], **OPTIONS).name == "cpu"
     elsewhere = torch.zeros(9, 9, 3, dtype=torch.uint8, device="meta")
     assert which(pack_frames, [elsewhere], **OPTIONS).refused["cpu"] == "runs on CPUs, the frames are on meta"
-    monkeypatch.setattr(host, "MISSING", "the compiled module is missing")
+    monkeypatch.setattr(cpu_backend, "MISSING", "the compiled module is missing")
     choice = which(pack_frames, [frame], **OPTIONS)
     assert (choice.name, choice.refused["cpu"]) == ("reference", "the compiled module is missing")
     with pytest.raises(RuntimeError, match="the compiled module is missing"):

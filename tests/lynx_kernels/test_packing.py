@@ -6,10 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lynx_kernels import PackPlanner, dispatch, host, packing, plan_packs
+from lynx_kernels import PackPlanner, packing, plan_packs
+from lynx_kernels.backends import cpu as cpu_backend
+from lynx_kernels.backends import dispatch
 from lynx_kernels.packing import reference
 
-COMPILED = host.module is not None
+COMPILED = cpu_backend.module is not None
 FORMS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(not COMPILED, reason="no compiled module"))]
 forms = pytest.mark.parametrize("impl", FORMS)
 BUDGET = 20
@@ -322,7 +324,7 @@ def test_errors_of_options(chosen, message):
 
 
 def test_without_the_compiled_module(monkeypatch):
-    monkeypatch.setattr(host, "MISSING", "it is missing")
+    monkeypatch.setattr(cpu_backend, "MISSING", "it is missing")
     choice = dispatch.which(PackPlanner, 10)
     assert (choice.name, choice.refused) == ("reference", {"cpu": "it is missing"})
     assert isinstance(PackPlanner(10)._planner, reference.Planner)

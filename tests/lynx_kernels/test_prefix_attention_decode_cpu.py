@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lynx_kernels import host, prefix_attention_decode, which
+from lynx_kernels import prefix_attention_decode, which
+from lynx_kernels.backends import cpu as cpu_backend
 from tests.lynx_kernels.attention_cases import (
     SEVERAL_TILES,
     assert_case_within_budget,
@@ -18,8 +19,8 @@ from tests.lynx_kernels.attention_cases import (
 from tests.lynx_kernels.attention_helpers import FEW_EXAMPLES, random
 from tests.lynx_kernels.helpers import assert_child_ends_well, permuted
 
-if host.MISSING is not None:
-    pytest.skip(host.MISSING, allow_module_level=True)
+if cpu_backend.MISSING is not None:
+    pytest.skip(cpu_backend.MISSING, allow_module_level=True)
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -236,6 +237,6 @@ def test_which_and_refusals(monkeypatch):
         with torch.no_grad():
             assert ask(*case.inputs, *indices).name == "cpu"
         tensor.requires_grad_(False)
-    monkeypatch.setattr(host, "MISSING", "the compiled module is missing")
+    monkeypatch.setattr(cpu_backend, "MISSING", "the compiled module is missing")
     choice = ask(*case.inputs, *indices)
     assert (choice.name, choice.refused["cpu"]) == ("reference", "the compiled module is missing")

@@ -7,8 +7,8 @@
 
 #include <cmath>
 
-#include "cuda_multiplier.h"
-#include "problem.h"
+#include "../multiplier.h"
+#include "../../problem.h"
 
 namespace lynx::few {
 

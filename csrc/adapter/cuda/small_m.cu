@@ -2,8 +2,8 @@
 #include <optional>
 #include <tuple>
 
-#include "../torch_library.h"
-#include "cuda_launches.h"
+#include "../../common/torch_library.h"
+#include "../launches.h"
 
 namespace lynx {
 namespace {

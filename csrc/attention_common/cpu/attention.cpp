@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <memory>
 
-#include "../instruction_sets.h"
-#include "../numbers.h"
+#include "../../common/instruction_sets.h"
+#include "../../common/numbers.h"
 #include "heads.h"
 
 namespace lynx {

@@ -4,7 +4,7 @@
 #include "problem.h"
 #include "scratch.h"
 #include "visibility.h"
-#include "weigh.h"
+#include "../../attention/online_softmax.h"
 
 namespace {
 

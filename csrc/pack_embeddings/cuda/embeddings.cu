@@ -1,6 +1,6 @@
 // pack_embeddings for torch, on a GPU. Python has checked shapes, dtypes and devices; the device checks indices.
-#include "../torch_library.h"
-#include "cuda_launches.h"
+#include "../../common/torch_library.h"
+#include "../../embeddings/launches.h"
 
 namespace lynx {
 namespace {

@@ -8,9 +8,9 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../numbers.h"
-#include "../packs.h"
-#include "../phases.h"
+#include "../../common/numbers.h"
+#include "../../common/packs.h"
+#include "../../common/phases.h"
 
 namespace lynx {
 

@@ -5,8 +5,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "cuda_kernels.h"
-#include "rows.h"
+#include "../../embeddings/kernels.h"
+#include "../../rows.h"
 
 namespace lynx {
 

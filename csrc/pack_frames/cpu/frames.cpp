@@ -5,9 +5,9 @@
 #include <tuple>
 #include <vector>
 
-#include "../instruction_sets.h"
-#include "../threads.h"
-#include "filter.h"
+#include "../../common/instruction_sets.h"
+#include "../../common/threads.h"
+#include "../../filter.h"
 
 namespace lynx::frames {
 

@@ -1,6 +1,6 @@
 // pack_frames for torch, on a GPU. Python has checked shapes, boxes and devices.
-#include "../torch_library.h"
-#include "cuda_launches.h"
+#include "../../common/torch_library.h"
+#include "../../frames/launches.h"
 
 namespace lynx {
 namespace {

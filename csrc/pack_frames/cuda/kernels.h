@@ -5,9 +5,9 @@
 
 #include <cstdint>
 
-#include "../phases.h"
-#include "filter.h"
-#include "problem.h"
+#include "../../common/phases.h"
+#include "../../filter.h"
+#include "../../problem.h"
 
 namespace lynx::frames {
 

@@ -5,7 +5,7 @@
 #include <stdexcept>
 #include <vector>
 
-#include "cuda_kernels.h"
+#include "../../frames/kernels.h"
 
 namespace lynx::frames {
 

@@ -2,8 +2,8 @@
 // indices.
 #include <tuple>
 
-#include "../torch_library.h"
-#include "cuda_decode_launches.h"
+#include "../../common/torch_library.h"
+#include "../../attention/launches.h"
 
 namespace lynx {
 namespace {

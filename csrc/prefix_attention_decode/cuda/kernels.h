@@ -9,8 +9,8 @@
 #include <cassert>
 #include <cmath>
 
-#include "../packs.h"
-#include "../phases.h"
+#include "../../common/packs.h"
+#include "../../common/phases.h"
 
 namespace lynx::decode {
 

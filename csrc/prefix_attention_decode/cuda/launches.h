@@ -7,7 +7,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "cuda_decode.h"
+#include "../../attention/kernels.h"
 
 namespace lynx::decode {
 

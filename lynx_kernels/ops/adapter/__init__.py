@@ -3,21 +3,22 @@
 import torch
 from torch import Tensor
 
-from lynx_kernels import dispatch, triton_runtime
-from lynx_kernels.adapter import cpu, cuda, reference
-from lynx_kernels.adapter.activations import ACTIVATIONS
-from lynx_kernels.dtypes import wide
-from lynx_kernels.registration import define, lower
+from lynx_kernels.backends import dispatch
+from lynx_kernels.backends import triton as triton_backend
+from lynx_kernels.backends.dtypes import wide
+from lynx_kernels.backends.registration import define, lower
+from lynx_kernels.ops.adapter import cpu, cuda, reference
+from lynx_kernels.ops.adapter.activations import ACTIVATIONS
 
 _IMPLEMENTATIONS = dispatch.Operation(
     "adapter",
     dispatch.Implementation("cuda", cuda.forward, refusal=cuda.refusal, reluctance=cuda.reluctance),
     dispatch.Implementation(
         "triton",
-        triton_runtime.lazy("lynx_kernels.adapter.triton", "forward"),
-        triton_runtime.lazy("lynx_kernels.adapter.triton", "backward"),
-        refusal=triton_runtime.refusal,
-        reluctance=triton_runtime.reluctance,
+        triton_backend.lazy("lynx_kernels.ops.adapter.triton", "forward"),
+        triton_backend.lazy("lynx_kernels.ops.adapter.triton", "backward"),
+        refusal=triton_backend.refusal,
+        reluctance=triton_backend.reluctance,
     ),
     dispatch.Implementation("cpu", cpu.forward, cpu.backward, cpu.refusal),
     dispatch.Implementation("reference", reference.forward, reference.backward),

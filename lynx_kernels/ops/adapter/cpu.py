@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lynx_kernels import host, onednn
-from lynx_kernels.adapter.activations import ACTIVATION_GRADIENTS, ACTIVATIONS
+from lynx_kernels.backends import cpu as cpu_backend
+from lynx_kernels.backends import onednn
+from lynx_kernels.ops.adapter.activations import ACTIVATION_GRADIENTS, ACTIVATIONS
 
 _DTYPES = (torch.float32, torch.bfloat16)
-# Below this many, a product of fp32 with a small weight is PyTorch's (lynx_kernels.onednn says how small).
+# Below this many, a product of fp32 with a small weight is PyTorch's (lynx_kernels.backends.onednn says how small).
 _FEW_TOKENS = 64
 
 # Up to here the C++ form wins. On Zen 4 with two threads and cold weights, d=1024, r=512, T = 1, 16, 64, eager takes
@@ -77,7 +78,7 @@ def forward(
     """Return the output (T, d) and what backward needs: mean (T,), rstd (T,) and the pre-activation (T, r)."""
     compute = down_weight.dtype
     is_few = x.shape[0] <= _COMPILED_TOKENS
-    if is_few and host.module is not None and down_weight.is_contiguous() and up_weight.is_contiguous():
+    if is_few and cpu_backend.module is not None and down_weight.is_contiguous() and up_weight.is_contiguous():
         return _compiled_forward(
             x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, scale, eps, activation
         )
@@ -130,7 +131,7 @@ def _compiled_forward(
     readable = [
         _readable(each) for each in (x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, scale)
     ]
-    host.module.adapter_forward(
+    cpu_backend.module.adapter_forward(
         (tokens, width, bottleneck), eps, activation, *map(_numbers, readable),
         _numbers(out), mean.data_ptr(), rstd.data_ptr(), _numbers(preactivation), torch.get_num_threads(),
     )  # fmt: skip
@@ -202,12 +203,12 @@ def backward(
 
 def _normalize(x, mean, rstd, weight, bias, dtype: torch.dtype) -> Tensor:
     """LayerNorm's output (T, d) again."""
-    if host.module is None:
+    if cpu_backend.module is None:
         normalized = (x - mean[:, None]).mul_(rstd[:, None]).mul_(weight)
         return (normalized if bias is None else normalized.add_(bias)).to(dtype)
     out = torch.empty_like(x, dtype=dtype)
     floats = [None if each is None else each.float().contiguous() for each in (mean, rstd, weight, bias)]
-    host.module.adapter_renormalize(
+    cpu_backend.module.adapter_renormalize(
         *x.shape, _numbers(x), *map(_address, floats), _numbers(out), torch.get_num_threads()
     )
     return out
@@ -219,7 +220,7 @@ def _norm_backward(grad_normalized, grad, x, mean, rstd, weight, bias, needs: tu
     ATen's own sums the gradients of weight and bias up in the dtype of x, which in bf16 was seen to be wrong by a fifth
     over 8192 tokens, and takes two passes more.
     """
-    if host.module is None:
+    if cpu_backend.module is None:
         grad_x, *grads = torch.ops.aten.native_layer_norm_backward(
             grad_normalized.float(), x.float(), x.shape[1:], mean[:, None], rstd[:, None], weight.float(),
             None if bias is None else bias.float(), list(needs),
@@ -229,7 +230,7 @@ def _norm_backward(grad_normalized, grad, x, mean, rstd, weight, bias, needs: tu
         grad_x = torch.empty_like(x) if needs[0] else None
         grads = [weight.new_empty(x.shape[1], dtype=torch.float32) if needed else None for needed in needs[1:]]
         floats = [each.float().contiguous() for each in (mean, rstd, weight)]
-        host.module.adapter_norm_backward(
+        cpu_backend.module.adapter_norm_backward(
             *x.shape, _numbers(x), *map(_address, floats), _numbers(grad_normalized), _numbers(grad), _numbers(grad_x),
             *map(_address, grads), torch.get_num_threads(),
         )  # fmt: skip

@@ -10,7 +10,8 @@ and bf16, as under autocast.
 import torch
 from torch import Tensor
 
-from lynx_kernels import cuda_runtime, dispatch
+from lynx_kernels.backends import cuda as cuda_backend
+from lynx_kernels.backends import dispatch
 
 _ACTIVATIONS = ("silu", "relu", "gelu", "gelu_tanh")  # in the order of lynx::Activation
 FEW_TOKENS = 64
@@ -25,7 +26,7 @@ PREFERRED_TOKENS = {2: 8, 4: 16}
 def refusal(x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, down_weight: Tensor, *rest) -> str | None:
     """Why this implementation cannot run the call, or None. Builds the kernels where that is all that lacks."""
     tensors = (x, norm_weight, norm_bias, down_weight, *rest)
-    if why := cuda_runtime.unsuited(x) or dispatch.gradient_refusal("the CUDA kernels of the adapter", *tensors):
+    if why := cuda_backend.unsuited(x) or dispatch.gradient_refusal("the CUDA kernels of the adapter", *tensors):
         return why
     if any(each is not None and each.dtype == torch.float64 for each in tensors):
         return "the CUDA kernels add up in fp32, and an argument is fp64"
@@ -33,7 +34,7 @@ def refusal(x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, dow
         return f"down_weight is empty: {tuple(down_weight.shape)}"
     if _tokens(x) > FEW_TOKENS:
         return f"the CUDA kernels take up to {FEW_TOKENS} tokens, x has {_tokens(x)}"
-    return cuda_runtime.missing()
+    return cuda_backend.missing()
 
 
 def reluctance(
@@ -74,7 +75,7 @@ def forward(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the output (T, d), mean (T,), rstd (T,) and the pre-activation (T, r)."""
-    return cuda_runtime.kernels().adapter_few(
+    return cuda_backend.kernels().adapter_few(
         _with_dense_rows(x), _dense(norm_weight), _dense(norm_bias), _with_dense_rows(down_weight), _dense(down_bias),
         _with_dense_rows(up_weight), _dense(up_bias), scale, float(eps), _ACTIVATIONS.index(activation),
     )  # fmt: skip

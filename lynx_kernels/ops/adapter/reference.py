@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lynx_kernels.adapter.activations import ACTIVATION_GRADIENTS, ACTIVATIONS
-from lynx_kernels.dtypes import wide
+from lynx_kernels.backends.dtypes import wide
+from lynx_kernels.ops.adapter.activations import ACTIVATION_GRADIENTS, ACTIVATIONS
 
 
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

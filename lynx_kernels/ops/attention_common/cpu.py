@@ -7,7 +7,7 @@ of the head dimension, so slices and transposed views are not copied.
 import torch
 from torch import Tensor
 
-from lynx_kernels import host
+from lynx_kernels.backends import cpu as cpu_backend
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -16,8 +16,8 @@ def refusal(q: Tensor, *keys_and_values: Tensor) -> str | None:
     """Why this implementation cannot run the call, or None."""
     if q.device.type != "cpu":
         return f"runs on CPUs, q is on {q.device}"
-    if host.MISSING is not None:
-        return host.MISSING
+    if cpu_backend.MISSING is not None:
+        return cpu_backend.MISSING
     dtype = common_dtype(q, *keys_and_values)
     if torch.is_autocast_enabled("cpu") and dtype != torch.float64:
         dtype = torch.get_autocast_dtype("cpu")
@@ -50,7 +50,7 @@ def _forward(layout, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Ten
     dtype = common_dtype(q, k, v)
     out, lse = q.new_empty(q.shape, dtype=dtype), q.new_empty(q.shape[:2], dtype=torch.float32)
     queries, keys, values = (prepare(each, dtype) for each in (q, k, v))
-    host.module.attention_forward(
+    cpu_backend.module.attention_forward(
         layout, (q.shape[1], k.shape[1], q.shape[2]), scale, dtype == torch.bfloat16,
         _view(queries), _view(keys), _view(values), _view(out), lse.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -74,7 +74,7 @@ def _backward(
     grad, out, queries, keys, values = (prepare(each, dtype) for each in (grad, out, q, k, v))
     lse = lse.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.to(torch.float32).contiguous()
-    host.module.attention_backward(
+    cpu_backend.module.attention_backward(
         layout, (q.shape[1], k.shape[1], q.shape[2]), scale, dtype == torch.bfloat16,
         _view(grad), 0 if grad_lse is None else grad_lse.data_ptr(), _view(out), lse.data_ptr(),
         _view(queries), _view(keys), _view(values), *map(_view, gradients), torch.get_num_threads(),
@@ -84,12 +84,12 @@ def _backward(
 
 def _packed_layout(segments: Tensor, num_tokens: int, root_is_causal: bool):
     segments = segments.contiguous()
-    return host.module.packed_layout(segments.data_ptr(), segments.shape[0], num_tokens, root_is_causal)
+    return cpu_backend.module.packed_layout(segments.data_ptr(), segments.shape[0], num_tokens, root_is_causal)
 
 
 def _span_layout(segments: Tensor, num_queries: int, num_keys: int):
     segments = segments.contiguous()
-    return host.module.span_layout(segments.data_ptr(), segments.shape[0], num_queries, num_keys)
+    return cpu_backend.module.span_layout(segments.data_ptr(), segments.shape[0], num_queries, num_keys)
 
 
 def prefix_attention(

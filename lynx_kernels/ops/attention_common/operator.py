@@ -5,9 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lynx_kernels import dispatch, triton_runtime
-from lynx_kernels.dtypes import wide
-from lynx_kernels.registration import define, lower
+from lynx_kernels.backends import dispatch
+from lynx_kernels.backends import triton as triton_backend
+from lynx_kernels.backends.dtypes import wide
+from lynx_kernels.backends.registration import define, lower
 
 
 def define_attention(
@@ -123,4 +124,4 @@ def triton_refusal(q: Tensor, *keys_and_values: Tensor) -> str | None:
     """Why the Triton kernels cannot take these tensors, or None if they can."""
     if q.shape[-1] > 256:
         return f"Triton attention holds a head in one tile of at most 256 columns, and head_dim is {q.shape[-1]}"
-    return triton_runtime.refusal(q, *keys_and_values)
+    return triton_backend.refusal(q, *keys_and_values)

@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from lynx_kernels.dtypes import wide
+from lynx_kernels.backends.dtypes import wide
 from lynx_kernels.layout import key_intervals
 
 _MAX_CELLS = 2**18  # pairs of query and key, a head, that are computed at once: bounds the memory

@@ -4,19 +4,26 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from lynx_kernels import dispatch, triton_runtime
-from lynx_kernels.attention import cpu, reference
-from lynx_kernels.attention.operator import check_heads, check_rows, define_attention, resolve_scale, triton_refusal
+from lynx_kernels.backends import dispatch
+from lynx_kernels.backends import triton as triton_backend
 from lynx_kernels.layout import SpanLayout
+from lynx_kernels.ops.attention_common import cpu, reference
+from lynx_kernels.ops.attention_common.operator import (
+    check_heads,
+    check_rows,
+    define_attention,
+    resolve_scale,
+    triton_refusal,
+)
 
 _IMPLEMENTATIONS = dispatch.Operation(
     "cross_attention",
     dispatch.Implementation(
         "triton",
-        triton_runtime.lazy("lynx_kernels.attention.triton_cross", "forward"),
-        triton_runtime.lazy("lynx_kernels.attention.triton_cross", "backward"),
+        triton_backend.lazy("lynx_kernels.ops.cross_attention.triton", "forward"),
+        triton_backend.lazy("lynx_kernels.ops.cross_attention.triton", "backward"),
         refusal=triton_refusal,
-        reluctance=triton_runtime.reluctance,
+        reluctance=triton_backend.reluctance,
     ),
     dispatch.Implementation("cpu", cpu.cross_attention, cpu.cross_attention_backward, cpu.refusal),
     dispatch.Implementation("reference", reference.cross_attention, reference.cross_attention_backward),

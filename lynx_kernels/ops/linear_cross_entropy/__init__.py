@@ -3,15 +3,15 @@
 import torch
 from torch import Tensor
 
-from lynx_kernels import dispatch
-from lynx_kernels.dtypes import wide
-from lynx_kernels.loss import one_pass, reference
-from lynx_kernels.loss.rows import compute_dtype
-from lynx_kernels.registration import define, lower
+from lynx_kernels.backends import dispatch
+from lynx_kernels.backends.dtypes import wide
+from lynx_kernels.backends.registration import define, lower
+from lynx_kernels.ops.linear_cross_entropy import chunked, reference
+from lynx_kernels.ops.linear_cross_entropy.rows import compute_dtype
 
 _IMPLEMENTATIONS = dispatch.Operation(
     "linear_cross_entropy",
-    dispatch.Implementation("one_pass", one_pass.forward, refusal=one_pass.refusal),
+    dispatch.Implementation("one_pass", chunked.forward, refusal=chunked.refusal),
     dispatch.Implementation("reference", reference.forward, reference.backward),
 )
 _REDUCTIONS = ("mean", "sum", "none")
@@ -146,7 +146,7 @@ def _sum_fake(hidden, weight, shift_labels, label_smoothing, ignore_index, max_s
     return (
         hidden.new_empty((), dtype=wide(compute_dtype(hidden, weight))),
         hidden.new_empty(hidden.shape if needs[0] else 0),
-        weight.new_empty(weight.shape if needs[1] else 0, dtype=one_pass.summed_dtype(weight)),
+        weight.new_empty(weight.shape if needs[1] else 0, dtype=chunked.summed_dtype(weight)),
     )
 
 
@@ -190,7 +190,7 @@ _FORWARD = define(
 _SUM = define(
     "linear_cross_entropy_sum(Tensor hidden, Tensor weight, Tensor shift_labels, float label_smoothing, "
     "SymInt ignore_index, SymInt max_supervised, bool[] needs) -> (Tensor, Tensor, Tensor)",
-    one_pass.forward,
+    chunked.forward,
     fake=_sum_fake,
     autograd=(_sum_setup_context, _sum_autograd),
     autocast=_autocast,

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lynx_kernels import onednn
-from lynx_kernels.dtypes import wide
-from lynx_kernels.loss import rows as supervised_rows
+from lynx_kernels.backends import onednn
+from lynx_kernels.backends.dtypes import wide
+from lynx_kernels.ops.linear_cross_entropy import rows as supervised_rows
 
 CHUNK = 512  # rows; 65 MB of logits in fp32 with 32000 tokens
 

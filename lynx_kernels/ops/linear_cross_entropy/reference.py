@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lynx_kernels.dtypes import wide
-from lynx_kernels.loss import rows as supervised_rows
+from lynx_kernels.backends.dtypes import wide
+from lynx_kernels.ops.linear_cross_entropy import rows as supervised_rows
 
 CHUNK = 1024  # rows; 131 MB of logits with 32000 tokens
 

@@ -3,19 +3,21 @@
 import torch
 from torch import Tensor
 
-from lynx_kernels import cuda_runtime, dispatch, triton_runtime
-from lynx_kernels.embeddings import cpu, cuda, reference
-from lynx_kernels.registration import define
+from lynx_kernels.backends import cuda as cuda_backend
+from lynx_kernels.backends import dispatch
+from lynx_kernels.backends import triton as triton_backend
+from lynx_kernels.backends.registration import define
+from lynx_kernels.ops.pack_embeddings import cpu, cuda, reference
 
 
 def _cuda_refusal(token_ids: Tensor, embedding: Tensor, vision: Tensor, vision_index: Tensor) -> str | None:
     if torch.float64 in (embedding.dtype, vision.dtype):
         return "the CUDA kernels add up in fp32, and an argument is fp64"
-    return cuda_runtime.refusal(embedding)
+    return cuda_backend.refusal(embedding)
 
 
 def _triton_refusal(token_ids: Tensor, embedding: Tensor, vision: Tensor, vision_index: Tensor) -> str | None:
-    return triton_runtime.refusal(embedding, vision)
+    return triton_backend.refusal(embedding, vision)
 
 
 _IMPLEMENTATIONS = dispatch.Operation(
@@ -23,10 +25,10 @@ _IMPLEMENTATIONS = dispatch.Operation(
     dispatch.Implementation("cuda", cuda.forward, cuda.backward, _cuda_refusal),
     dispatch.Implementation(
         "triton",
-        triton_runtime.lazy("lynx_kernels.embeddings.triton", "forward"),
-        triton_runtime.lazy("lynx_kernels.embeddings.triton", "backward"),
+        triton_backend.lazy("lynx_kernels.ops.pack_embeddings.triton", "forward"),
+        triton_backend.lazy("lynx_kernels.ops.pack_embeddings.triton", "backward"),
         refusal=_triton_refusal,
-        reluctance=triton_runtime.reluctance,
+        reluctance=triton_backend.reluctance,
     ),
     dispatch.Implementation("cpu", cpu.forward, cpu.backward, cpu.refusal),
     dispatch.Implementation("reference", reference.forward, reference.backward),

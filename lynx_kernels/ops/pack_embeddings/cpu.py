@@ -7,8 +7,8 @@ takes: rows of the table's own dtype go over byte by byte.
 import torch
 from torch import Tensor
 
-from lynx_kernels import host
-from lynx_kernels.embeddings.rows import dense
+from lynx_kernels.backends import cpu as cpu_backend
+from lynx_kernels.ops.pack_embeddings.rows import dense
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of lynx::Dtype
 
@@ -17,8 +17,8 @@ def refusal(token_ids: Tensor, embedding: Tensor, vision: Tensor, vision_index: 
     """Why this implementation cannot run the call, or None."""
     if embedding.device.type != "cpu":
         return f"runs on CPUs, embedding is on {embedding.device}"
-    if host.MISSING is not None:
-        return host.MISSING
+    if cpu_backend.MISSING is not None:
+        return cpu_backend.MISSING
     for name, tensor in (("embedding", embedding), ("vision", vision)):
         if tensor.dtype not in _DTYPES:
             return f"adds up in fp32, {name} is {tensor.dtype}"
@@ -41,7 +41,7 @@ def forward(
     embedding, vision = dense(embedding), dense(vision)
     rows, width = token_ids.shape[0], embedding.shape[1]
     out = embedding.new_empty((rows, width))
-    host.module.pack_embeddings(
+    cpu_backend.module.pack_embeddings(
         token_ids.data_ptr(), vision_index.data_ptr(), rows, _view(embedding), _view(vision), _view(out), width,
         torch.get_num_threads(),
     )  # fmt: skip
@@ -65,7 +65,7 @@ def backward(
         if not needs[0 if of_table else 1]:
             continue
         out = grad.new_empty((size, width), dtype=dtype)
-        host.module.sum_gradients(
+        cpu_backend.module.sum_gradients(
             token_ids.data_ptr(), vision_index.data_ptr(), rows, of_table, _view(grad), _view(out), width,
             torch.get_num_threads(),
         )  # fmt: skip

@@ -8,8 +8,8 @@ them: no floating-point atomics, so it is reproducible. A table that trains take
 import torch
 from torch import Tensor
 
-from lynx_kernels import cuda_runtime
-from lynx_kernels.embeddings.rows import backward_by, dense
+from lynx_kernels.backends import cuda as cuda_backend
+from lynx_kernels.ops.pack_embeddings.rows import backward_by, dense
 
 
 def forward(
@@ -19,13 +19,13 @@ def forward(
     vision_index: Tensor,  # (T,)
 ) -> Tensor:
     """Return the packed rows (T, d) in the dtype of the table."""
-    return cuda_runtime.kernels().pack_embeddings(
+    return cuda_backend.kernels().pack_embeddings(
         token_ids.contiguous(), dense(embedding), dense(vision), vision_index.contiguous()
     )
 
 
 def _vision_gradient(grad: Tensor, vision_index: Tensor, num_vision: int, dtype: torch.dtype) -> Tensor:
-    return cuda_runtime.kernels().pack_embeddings_backward(dense(grad), vision_index.contiguous(), num_vision, dtype)
+    return cuda_backend.kernels().pack_embeddings_backward(dense(grad), vision_index.contiguous(), num_vision, dtype)
 
 
 backward = backward_by(_vision_gradient)

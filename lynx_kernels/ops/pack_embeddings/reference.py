@@ -8,7 +8,7 @@ Shapes: T rows, V tokens in the table, M vision rows, width d.
 import torch
 from torch import Tensor
 
-from lynx_kernels.embeddings.rows import backward_by, sum_rows
+from lynx_kernels.ops.pack_embeddings.rows import backward_by, sum_rows
 
 
 def forward(

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lynx_kernels.dtypes import wide
+from lynx_kernels.backends.dtypes import wide
 
 
 def dense(tensor: Tensor) -> Tensor:

@@ -6,13 +6,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lynx_kernels import cuda_runtime, dispatch
-from lynx_kernels.frames import cpu, cuda, reference
-from lynx_kernels.registration import define
+from lynx_kernels.backends import cuda as cuda_backend
+from lynx_kernels.backends import dispatch
+from lynx_kernels.backends.registration import define
+from lynx_kernels.ops.pack_frames import cpu, cuda, reference
 
 
 def _cuda_refusal(out: Tensor, *frames: Tensor) -> str | None:
-    return cuda_runtime.refusal(out)
+    return cuda_backend.refusal(out)
 
 
 _IMPLEMENTATIONS = dispatch.Operation(

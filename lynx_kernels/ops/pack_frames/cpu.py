@@ -8,15 +8,15 @@ separate planes are the fast ones.
 import torch
 from torch import Tensor
 
-from lynx_kernels import host
-from lynx_kernels.frames.levels import levels_of
+from lynx_kernels.backends import cpu as cpu_backend
+from lynx_kernels.ops.pack_frames.levels import levels_of
 
 
 def refusal(out: Tensor, *frames: Tensor) -> str | None:
     """Why this implementation cannot run the call, or None."""
     if out.device.type != "cpu":
         return f"runs on CPUs, the frames are on {out.device}"
-    return host.MISSING
+    return cpu_backend.MISSING
 
 
 def forward(
@@ -33,7 +33,7 @@ def forward(
 ) -> None:
     """Fill ``out``."""
     levels = levels_of(tuple(mean), tuple(std), out.dtype)
-    host.module.pack_frames(
+    cpu_backend.module.pack_frames(
         [(frame.data_ptr(), *frame.stride()) for frame in frames],
         [tuple(crop_boxes[4 * index : 4 * index + 4]) for index in range(len(frames))],
         flips,
@@ -41,7 +41,7 @@ def forward(
         size if patch_size is None else patch_size,  # one patch as large as the square: (channel, row, column)
         resize == "exact",
         crop_rounding == "floor",
-        getattr(host.module.Dtype, str(out.dtype).removeprefix("torch.")),
+        getattr(cpu_backend.module.Dtype, str(out.dtype).removeprefix("torch.")),
         levels.data_ptr(),
         mean,
         std,

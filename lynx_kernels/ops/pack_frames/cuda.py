@@ -10,8 +10,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lynx_kernels import cuda_runtime
-from lynx_kernels.frames.levels import levels_of
+from lynx_kernels.backends import cuda as cuda_backend
+from lynx_kernels.ops.pack_frames.levels import levels_of
 
 
 def forward(
@@ -27,7 +27,7 @@ def forward(
     crop_rounding: str,
 ) -> None:
     """Fill ``out``."""
-    cuda_runtime.kernels().pack_frames(
+    cuda_backend.kernels().pack_frames(
         frames,
         out,
         _levels_on(out.device, tuple(mean), tuple(std), out.dtype),

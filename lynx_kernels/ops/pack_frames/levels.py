@@ -5,7 +5,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lynx_kernels.dtypes import wide
+from lynx_kernels.backends.dtypes import wide
 
 
 @lru_cache(maxsize=64)

@@ -13,7 +13,7 @@ Shapes: frames of height h and width w, square outputs of side S, patches of sid
 import torch
 from torch import Tensor
 
-from lynx_kernels.dtypes import wide
+from lynx_kernels.backends.dtypes import wide
 
 _ONE = 2**22  # 1.0 in Pillow's fixed-point weights
 

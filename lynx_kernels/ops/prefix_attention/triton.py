@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from lynx_kernels.attention import triton_rows
+from lynx_kernels.ops.attention_common import triton as triton_rows
 
 
 def forward(

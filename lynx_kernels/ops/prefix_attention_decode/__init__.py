@@ -5,9 +5,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lynx_kernels import dispatch, triton_runtime
-from lynx_kernels.attention import cpu, cuda_decode, decode_cpu, reference
-from lynx_kernels.attention.operator import check_heads, define_attention, resolve_scale, triton_refusal
+from lynx_kernels.backends import dispatch
+from lynx_kernels.backends import triton as triton_backend
+from lynx_kernels.ops.attention_common import cpu as common_cpu
+from lynx_kernels.ops.attention_common import reference
+from lynx_kernels.ops.attention_common.operator import check_heads, define_attention, resolve_scale, triton_refusal
+from lynx_kernels.ops.prefix_attention_decode import cpu, cuda
 
 
 def _forward_only(kernels: str, refusal: Callable[..., str | None]) -> Callable[..., str | None]:
@@ -17,16 +20,14 @@ def _forward_only(kernels: str, refusal: Callable[..., str | None]) -> Callable[
 
 _IMPLEMENTATIONS = dispatch.Operation(
     "prefix_attention_decode",
-    dispatch.Implementation(
-        "cuda", cuda_decode.forward, refusal=cuda_decode.refusal, reluctance=cuda_decode.reluctance
-    ),
+    dispatch.Implementation("cuda", cuda.forward, refusal=cuda.refusal, reluctance=cuda.reluctance),
     dispatch.Implementation(
         "triton",
-        triton_runtime.lazy("lynx_kernels.attention.triton_decode", "forward"),
+        triton_backend.lazy("lynx_kernels.ops.prefix_attention_decode.triton", "forward"),
         refusal=_forward_only("Triton", triton_refusal),
-        reluctance=triton_runtime.reluctance,
+        reluctance=triton_backend.reluctance,
     ),
-    dispatch.Implementation("cpu", decode_cpu.forward, refusal=_forward_only("C++", cpu.refusal)),
+    dispatch.Implementation("cpu", cpu.forward, refusal=_forward_only("C++", common_cpu.refusal)),
     dispatch.Implementation("reference", reference.prefix_attention_decode, reference.prefix_attention_decode_backward),
 )
 

@@ -7,8 +7,8 @@ converted first. Roots and branches are cut into parts by their lengths alone: t
 import torch
 from torch import Tensor
 
-from lynx_kernels import host
-from lynx_kernels.attention.cpu import common_dtype, prepare
+from lynx_kernels.backends import cpu as cpu_backend
+from lynx_kernels.ops.attention_common.cpu import common_dtype, prepare
 
 
 def _cache(tensor: Tensor) -> tuple[int, int, int, int]:
@@ -43,7 +43,7 @@ def forward(
         # Kept while their addresses are in use.
         readable = [prepare(each, dtype) for each in floats]
         indices = [each.contiguous() for each in (branch_to_root, root_lengths, branch_lengths)]
-        host.module.attention_decode(
+        cpu_backend.module.attention_decode(
             (branches, roots, queries), (root_room, branch_k.shape[1]), (heads, kv_heads, head_dim), scale,
             dtype == torch.bfloat16, *map(_cache, readable), *map(_index, indices), out.data_ptr(), lse.data_ptr(),
             torch.get_num_threads(),

@@ -10,7 +10,8 @@ sums are fp32 throughout. No atomics: two runs agree bit by bit. The device asse
 import torch
 from torch import Tensor
 
-from lynx_kernels import cuda_runtime, dispatch
+from lynx_kernels.backends import cuda as cuda_backend
+from lynx_kernels.backends import dispatch
 
 _MOST_DIM, _DIM_MULTIPLE = 128, 8
 # Rows that share keys, up to which it runs unasked: a number of 2 bytes is multiplied once for every row, in fp32, by
@@ -24,7 +25,7 @@ PREFERRED_ROWS = 8
 def refusal(q: Tensor, root_k: Tensor, root_v: Tensor, branch_k: Tensor, branch_v: Tensor) -> str | None:
     """Why this implementation cannot run the call, or None. Builds the kernels where that is all that lacks."""
     caches = root_k, root_v, branch_k, branch_v
-    if why := cuda_runtime.unsuited(q) or dispatch.gradient_refusal("the CUDA kernels of decoding", q, *caches):
+    if why := cuda_backend.unsuited(q) or dispatch.gradient_refusal("the CUDA kernels of decoding", q, *caches):
         return why
     if q.dtype == torch.float64:
         return "the CUDA kernels add up in fp32, and an argument is fp64"
@@ -36,7 +37,7 @@ def refusal(q: Tensor, root_k: Tensor, root_v: Tensor, branch_k: Tensor, branch_
             f"the CUDA kernels of decoding take a head_dim that is a multiple of {_DIM_MULTIPLE}, up to {_MOST_DIM}, "
             f"and it is {q.shape[-1]}"
         )
-    return cuda_runtime.missing()
+    return cuda_backend.missing()
 
 
 def reluctance(q: Tensor, root_k: Tensor, *rest: Tensor) -> str | None:
@@ -72,7 +73,7 @@ def forward(
     """Return the output (B, Q, H, D) and the LSE (B, Q, H)."""
     if q.numel() == 0:
         return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
-    return cuda_runtime.kernels().prefix_attention_decode(
+    return cuda_backend.kernels().prefix_attention_decode(
         q.contiguous(), _readable(root_k), _readable(root_v), _readable(branch_k), _readable(branch_v),
         branch_to_root.contiguous(), root_lengths.contiguous(), branch_lengths.contiguous(), float(scale),
     )  # fmt: skip

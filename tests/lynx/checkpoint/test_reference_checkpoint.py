@@ -7,7 +7,7 @@ import torch
 
 from lynx import LynxConfig, checkpoint
 from lynx.checkpoint import names, shapes
-from lynx.resampler import media_layout
+from lynx.media.resampler import media_layout
 from tests.lynx.conftest import VISION, make_config, make_model
 from tests.lynx.reference_helpers import HEADS, IDS, frames_of, inputs, load, parts_of
 from tests.lynx.reference_model import ReferenceModel

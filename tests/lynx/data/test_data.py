@@ -16,7 +16,7 @@ from lynx.data.mixture import Group, Mixture, Reference
 from lynx.data.records import RecordError, text_of
 from lynx.data.stream import PackDataset
 from lynx.data.tokenizer import train_tokenizer
-from lynx.videos import load_video
+from lynx.media.videos import load_video
 from tests.lynx.clips import frame, write_clip
 from tests.lynx.conftest import picture
 

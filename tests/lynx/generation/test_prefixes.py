@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lynx import LynxForConditionalGeneration, LynxProcessor, vision
-from lynx.projection import Projection
+from lynx import LynxForConditionalGeneration, LynxProcessor
+from lynx.media import tower
+from lynx.media.projection import Projection
 from lynx_kernels import SpanLayout
 from tests.lynx.clips import frame, write_clip
 from tests.lynx.conftest import conversation, make_config, make_model, picture
@@ -164,7 +165,7 @@ def test_a_video_file_has_as_many_tokens_as_its_frames(tokenizer, tmp_path):
     model, processor = build(tokenizer, bridge="linear")
     clip = write_clip(tmp_path / "clip.mp4", [frame(i) for i in range(9)])
     batch = processor(text="What?", videos=str(clip))
-    assert (batch["input_ids"] == processor.image_token_id).sum() == 4 * vision.tokens_per_frame(
+    assert (batch["input_ids"] == processor.image_token_id).sum() == 4 * tower.tokens_per_frame(
         model.config.vision_config
     )
     assert "media_layout" not in batch

@@ -13,9 +13,9 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from lynx.image_processor import LynxImageProcessor
-from lynx.images import ImageError
-from lynx_kernels.frames import pack_frames
+from lynx.media.image_processor import LynxImageProcessor
+from lynx.media.images import ImageError
+from lynx_kernels.ops.pack_frames import pack_frames
 
 
 def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -179,7 +179,7 @@ import sys
 for name in ("torchvision", "cv2", "skimage", "av", "lynx_kernels._host"):
     sys.modules[name] = None
 import numpy as np
-from lynx.image_processor import LynxImageProcessor
+from lynx.media.image_processor import LynxImageProcessor
 picture = np.frombuffer(sys.stdin.buffer.read(), np.uint8).reshape(40, 60, 3)
 sys.stdout.buffer.write(LynxImageProcessor(size=28)(picture, return_tensors="np").pixel_values.tobytes())
 """

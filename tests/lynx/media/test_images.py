@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
-from lynx.image_processor import LynxImageProcessor
-from lynx.images import DEFAULT_MAX_PIXELS, ImageError, decode_base64, load_image, random_resized_crop_box
+from lynx.media.image_processor import LynxImageProcessor
+from lynx.media.images import DEFAULT_MAX_PIXELS, ImageError, decode_base64, load_image, random_resized_crop_box
 
 ORIENTATION = 0x0112
 

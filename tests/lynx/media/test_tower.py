@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lynx import vision
-from lynx.resampler import Resampler, media_layout
+from lynx.media import tower as vision
+from lynx.media.resampler import Resampler, media_layout
 from tests.lynx.conftest import VISION, make_config, make_model
 
 

@@ -8,8 +8,8 @@ import av
 import numpy as np
 import pytest
 
-from lynx.images import ImageError
-from lynx.videos import VideoError, load_video
+from lynx.media.images import ImageError
+from lynx.media.videos import VideoError, load_video
 from tests.lynx.clips import frame, numbers, packets, write_clip
 
 COUNT = 41  # a prime: no middle of a segment falls between two frames

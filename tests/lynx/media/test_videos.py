@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lynx import videos
-from lynx.images import ImageError
-from lynx.videos import VideoError, is_video_file, load_video
+from lynx.media import videos
+from lynx.media.images import ImageError
+from lynx.media.videos import VideoError, is_video_file, load_video
 from tests.lynx.clips import frame, numbers, packets, write_clip
 
 COUNT = 41  # a prime: no middle of a segment falls between two frames

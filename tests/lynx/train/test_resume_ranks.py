@@ -15,9 +15,9 @@ from lynx import checkpoint, cli
 from lynx.train import checkpoints, recipe, run, trainer, watch
 from tests.lynx import processes
 from tests.lynx.small import write_records
-from tests.lynx.test_resume import STEPS, before, changes_for, check_same, consumed, go
+from tests.lynx.train.test_resume import STEPS, before, changes_for, check_same, consumed, go
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PACKS = {"token_budget": 28, "tokens_per_step": 56}  # a sample a pack
 
 
@@ -95,7 +95,7 @@ def test_torchrun_passes_sigterm_on_and_goes_on(data, whole, tmp_path):
     arguments = ["train", "tiny", *(f"{key}={value}" for key, value in changes.items())]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     done = subprocess.run(
-        [*launcher, "tests.lynx.test_resume_ranks", *arguments],
+        [*launcher, "tests.lynx.train.test_resume_ranks", *arguments],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,

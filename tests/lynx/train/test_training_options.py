@@ -16,7 +16,7 @@ from lynx import presets
 from lynx.train import parts, recipe, run, start, watch
 from lynx.train.trainer import LynxTrainer
 from tests.lynx.small import write_records
-from tests.lynx.test_training import train
+from tests.lynx.train.test_training import train
 
 READS = {"prefix": "adapters", "cross_attention": "cross_attention"}  # what a fusion puts into the decoder
 

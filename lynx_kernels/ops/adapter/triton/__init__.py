@@ -16,8 +16,10 @@ import torch
 import triton
 from torch import Tensor
 
-from lynx_kernels.adapter import triton_backward, triton_few, triton_forward
-from lynx_kernels.adapter.triton_launches import Call, Launch, choose_plan
+from lynx_kernels.ops.adapter.triton import bwd as triton_backward
+from lynx_kernels.ops.adapter.triton import fwd as triton_forward
+from lynx_kernels.ops.adapter.triton import small_m as triton_few
+from lynx_kernels.ops.adapter.triton.launches import Call, Launch, choose_plan
 
 _GROUP = 8  # tiles of rows that go together; 8 of 128 rows times d = 4096 in bf16 are 8 MiB, well inside L2
 _BLOCK_WIDTH = 1024  # row kernels: one block of 4 warps reads 8 values a thread, one or two vector loads

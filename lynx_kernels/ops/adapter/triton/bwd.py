@@ -12,7 +12,7 @@ and so does the gradient of the scale: sum(grad * (activated Wu^T + bu)) = sum(a
 import triton
 import triton.language as tl
 
-from lynx_kernels.adapter.triton_blocks import activate, own_tile, slope
+from lynx_kernels.ops.adapter.triton.blocks import activate, own_tile, slope
 
 _BSUMS = tl.constexpr(16)  # partial row sums read at once: one by one their latencies add up
 

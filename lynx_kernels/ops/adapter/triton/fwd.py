@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from lynx_kernels.adapter.triton_blocks import activate, inverse_deviation, mean_and_squares, own_tile
+from lynx_kernels.ops.adapter.triton.blocks import activate, inverse_deviation, mean_and_squares, own_tile
 
 
 @triton.jit

@@ -2,8 +2,8 @@
 
 A plan depends on Python numbers alone (shapes, dtypes, the name of the GPU), so that choosing one reads nothing from
 the device, may stand in a CUDA graph, and is the same on every rank. Plans for shapes that were timed come from
-``tuned.json`` beside this file, where ``python -m lynx_kernels.adapter.tune`` has been run; the rest follow the rules
-below. Nothing is timed unless that is run.
+``tuned.json`` beside this file, where ``python -m lynx_kernels.ops.adapter.triton.tune`` has been run; the rest
+follow the rules below. Nothing is timed unless that is run.
 
 None of the rules is measured: no GPU yet. The reasons are arithmetic and what the compiler reports (tests/compilation).
 Compiled for sm_80 every launch stays under 99 KiB of shared memory, what sm_86, 89 and 120 have, which compile alike:

@@ -14,7 +14,7 @@ alone give, along_s = Wd norm_weight and offset_s = Wd norm_bias over its column
 import triton
 import triton.language as tl
 
-from lynx_kernels.adapter.triton_blocks import activate, inverse_deviation, mean_and_squares
+from lynx_kernels.ops.adapter.triton.blocks import activate, inverse_deviation, mean_and_squares
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """Time the launches of the adapter's Triton kernels on this GPU and store the best, for the shapes one asks for.
 
-    python -m lynx_kernels.adapter.tune 8192x4096x2048 64x4096x2048 --dtype bf16
+    python -m lynx_kernels.ops.adapter.triton.tune 8192x4096x2048 64x4096x2048 --dtype bf16
 
 From the plan that the rules give each form, forward and backward, one number after another is changed for as long as
 that is faster. A plan must give right numbers before it is timed. ``tuned.json`` beside ``triton_launches.py`` keeps
@@ -21,10 +21,10 @@ import triton
 from torch import Tensor
 from triton.errors import TritonError
 
-from lynx_kernels.adapter import reference
-from lynx_kernels.adapter import triton as implementation
-from lynx_kernels.adapter import triton_launches as launches
-from lynx_kernels.adapter.triton_launches import Call, Launch, Plan
+from lynx_kernels.ops.adapter import reference
+from lynx_kernels.ops.adapter import triton as implementation
+from lynx_kernels.ops.adapter.triton import launches
+from lynx_kernels.ops.adapter.triton.launches import Call, Launch, Plan
 
 _LEAST = {"block_rows": 16, "block_columns": 16, "block_inner": 16, "num_warps": 1, "num_stages": 1, "parts": 1}
 _MOST = {"block_rows": 256, "block_columns": 256, "block_inner": 512, "num_warps": 16, "num_stages": 8, "parts": 64}

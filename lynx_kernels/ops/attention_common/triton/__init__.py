@@ -12,8 +12,10 @@ import torch
 import triton
 from torch import Tensor
 
-from lynx_kernels.attention import triton_backward, triton_forward
-from lynx_kernels.attention.triton_launches import (
+from lynx_kernels.layout import KEY_TILE
+from lynx_kernels.ops.attention_common.triton import bwd as triton_backward
+from lynx_kernels.ops.attention_common.triton import fwd as triton_forward
+from lynx_kernels.ops.attention_common.triton.launches import (
     Launch,
     choose_launches,
     compute_dtype,
@@ -21,8 +23,7 @@ from lynx_kernels.attention.triton_launches import (
     exponent,
     in_units,
 )
-from lynx_kernels.attention.triton_parts import count_parts, merge
-from lynx_kernels.layout import KEY_TILE
+from lynx_kernels.ops.attention_common.triton.splits import count_parts, merge
 
 _STATISTICS_ROWS = 32
 

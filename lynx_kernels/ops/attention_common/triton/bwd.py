@@ -10,7 +10,7 @@ miscompiled for Hopper by Triton before 3.7.1. Nobody shares an output: no atomi
 import triton
 import triton.language as tl
 
-from lynx_kernels.attention.triton_tiles import (
+from lynx_kernels.ops.attention_common.triton.tiles import (
     add_weighted_rows,
     edge_tile,
     find_segment,

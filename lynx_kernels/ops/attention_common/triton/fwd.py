@@ -7,7 +7,7 @@ then, under a mask, those at the edges of what they see: at most one of the root
 import triton
 import triton.language as tl
 
-from lynx_kernels.attention.triton_tiles import (
+from lynx_kernels.ops.attention_common.triton.tiles import (
     add_weighted_rows,
     edge_tile,
     load_rows,

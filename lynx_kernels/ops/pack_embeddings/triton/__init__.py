@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lynx_kernels.embeddings.rows import backward_by, dense
+from lynx_kernels.ops.pack_embeddings.rows import backward_by, dense
 
 # None of these is measured: no GPU yet. 4096 columns in 16 bits are 8 KiB, 64 bytes a thread of 4 warps.
 _COLUMNS = 4096

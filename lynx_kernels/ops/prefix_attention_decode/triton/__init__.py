@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lynx_kernels.attention.triton_forward import attend
-from lynx_kernels.attention.triton_launches import Launch, compute_dtype, constants, exponent, in_units
-from lynx_kernels.attention.triton_parts import count_parts, merge
-from lynx_kernels.attention.triton_tiles import zero_rows
+from lynx_kernels.ops.attention_common.triton.fwd import attend
+from lynx_kernels.ops.attention_common.triton.launches import Launch, compute_dtype, constants, exponent, in_units
+from lynx_kernels.ops.attention_common.triton.splits import count_parts, merge
+from lynx_kernels.ops.attention_common.triton.tiles import zero_rows
 
 _LN2 = tl.constexpr(0.6931471805599453)
 _SCAN = 64  # branches looked at at once, for those of one root

@@ -8,7 +8,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from lynx import LynxProcessor
 from tests.lynx.conftest import conversation, make_model, picture
-from tests.lynx.cross_attention.conftest import cross_config, interleaved
+from tests.lynx.fusion.cross_attention.conftest import cross_config, interleaved
 from tests.lynx.model_checks import inputs
 
 

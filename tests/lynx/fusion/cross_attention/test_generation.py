@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from lynx.fusion.cross_attention import CrossAttentionCache
-from lynx.generation import answer
+from lynx.generation.answers import answer
 from lynx_kernels import SpanLayout
 from tests.lynx.conftest import conversation, picture
-from tests.lynx.cross_attention.conftest import interleaved
+from tests.lynx.fusion.cross_attention.conftest import interleaved
 from tests.lynx.model_checks import inputs
 
 

@@ -8,7 +8,7 @@ from transformers import LlamaForCausalLM
 
 from lynx import LynxForConditionalGeneration, LynxProcessor, checkpoint
 from tests.lynx.conftest import conversation, make_model, picture
-from tests.lynx.cross_attention.conftest import cross_config, interleaved
+from tests.lynx.fusion.cross_attention.conftest import cross_config, interleaved
 from tests.lynx.model_checks import check_packed_is_padded, inputs
 
 

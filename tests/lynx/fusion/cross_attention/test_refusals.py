@@ -7,7 +7,7 @@ from transformers import DynamicCache, StaticCache
 from lynx.fusion.cross_attention import Media
 from lynx_kernels import SpanLayout
 from tests.lynx.conftest import make_config, make_model
-from tests.lynx.cross_attention.conftest import cross_config
+from tests.lynx.fusion.cross_attention.conftest import cross_config
 from tests.lynx.model_checks import inputs
 
 
