@@ -16,8 +16,8 @@ from benchmarks.checks import assert_near, forward, train
 from benchmarks.harness import Case, Setup
 from benchmarks.rows import OURS
 from benchmarks.timing import cold_copies, matmul_rate
-from lynx_kernels.backends.dispatch import which
-from lynx_kernels.ops.adapter import _IMPLEMENTATIONS, adapter
+from lynx_kernels.backends.dispatch import explain
+from lynx_kernels.ops.adapter import OPERATION, adapter
 
 TOKENS = (1, 4, 16, 64, 512, 2048, 8192, 65536)
 # dtype, d, r, tokens. Lynx has d=4096 and a bottleneck of half that width; a processor reads such weights in 2 ms, so
@@ -58,7 +58,7 @@ def cases(*, quick: bool, device: str) -> Iterator[Case]:
                     mode,
                     f"{name} d={width} r={bottleneck} T={tokens}",
                     partial(setup, mode, tokens, width, bottleneck, DTYPES[name], device, peers),
-                    (*peers, *(OURS + impl for impl in _IMPLEMENTATIONS.names), "matmuls"),
+                    (*peers, *(OURS + impl for impl in OPERATION.names), "matmuls"),
                     _flops(mode, tokens, width, bottleneck) / matmul_rate(device, DTYPES[name]),
                 )
 
@@ -104,9 +104,7 @@ def setup(
     functions: dict[str, Callable[..., Tensor]] = {name: makers[name]() for name in peers}
     run = forward if mode == "forward" else train
     with torch.set_grad_enabled(mode == "train"):  # some implementations only go forward
-        functions |= {
-            OURS + impl: partial(adapter, impl=impl) for impl in _IMPLEMENTATIONS.names if _runs(impl, inputs)
-        }
+        functions |= {OURS + impl: partial(adapter, impl=impl) for impl in OPERATION.names if _runs(impl, inputs)}
     grad = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(inputs[0])
     exact, magnitudes = _exact(run, inputs, grad)
 
@@ -135,7 +133,7 @@ def setup(
 def _runs(impl: str, inputs: list[Tensor]) -> bool:
     """Whether it can, even where it would not unasked: where one form overtakes another is what is to be seen."""
     try:
-        which(adapter, *inputs, impl=impl)
+        explain(adapter, *inputs, impl=impl)
     except RuntimeError:
         return False
     return True

@@ -26,7 +26,7 @@ from benchmarks.harness import CALL_SECONDS, Case, Setup
 from benchmarks.rows import OURS
 from benchmarks.timing import cold_copies, matmul_rate
 from lynx_kernels import SpanLayout, cross_attention, prefix_attention, prefix_attention_decode
-from lynx_kernels.backends.dispatch import which
+from lynx_kernels.backends.dispatch import explain
 from lynx_kernels.ops import cross_attention as cross
 from lynx_kernels.ops import prefix_attention as prefix
 from lynx_kernels.ops import prefix_attention_decode as decode
@@ -54,7 +54,7 @@ _MOST_HELD_BYTES = {"cpu": 2 * 2**30, "cuda": 40 * 2**30}
 # Up to here launching from Python takes longer than running.
 _CAPTURED_TOKENS = 8192
 _REFERENCE_BATCH = 2**18  # scores a head that the reference holds at least
-_IMPLEMENTATIONS = {each._IMPLEMENTATIONS.name: each._IMPLEMENTATIONS for each in (prefix, cross, decode)}
+OPERATION = {each.OPERATION.name: each.OPERATION for each in (prefix, cross, decode)}
 
 
 def cases(*, quick: bool, device: str) -> Iterator[Case]:
@@ -86,7 +86,7 @@ def _names(workload: Workload, mode: str, device: str) -> tuple[str, ...]:
     root, branches = workload.groups[0]
     tiny = Workload("", workload.operation, ((min(root, 1), (1,) * len(branches)),), workload.root_is_causal)
     floors = ["matmuls"] if workload.operation == "prefix_attention" else []
-    return (*candidates(tiny, mode, device, _IMPLEMENTATIONS[workload.operation].names), *floors)
+    return (*candidates(tiny, mode, device, OPERATION[workload.operation].names), *floors)
 
 
 def candidates(
@@ -166,8 +166,8 @@ def setup(
     run = train if trains else forward
     packed = inputs_of(workload, dtype, device, heads, dim, trains=trains)
     function = operation(workload, device)
-    refused = which(function, *packed).refused
-    impls = _IMPLEMENTATIONS[workload.operation].names
+    refused = explain(function, *packed).refused
+    impls = OPERATION[workload.operation].names
     peers: dict[str, Peer] = {}
     left_out: dict[str, str] = {}
     for name, peer in candidates(workload, mode, device, impls, compiler).items():

@@ -22,8 +22,8 @@ from benchmarks.checks import assert_near, forward, train
 from benchmarks.harness import Case, Setup
 from benchmarks.rows import OURS
 from benchmarks.timing import cold_copies
-from lynx_kernels.backends.dispatch import which
-from lynx_kernels.ops.pack_embeddings import _IMPLEMENTATIONS, pack_embeddings
+from lynx_kernels.backends.dispatch import explain
+from lynx_kernels.ops.pack_embeddings import OPERATION, pack_embeddings
 
 # dtype, d, vision rows a sample, numbers of samples. 32 latents are Lynx's, 576 rows LLaVA's.
 CPU = (
@@ -108,7 +108,7 @@ def cases(*, quick: bool, device: str) -> Iterator[Case]:
                     mode,
                     f"{name} d={width} nv={num_vision} B={samples}",
                     partial(setup, mode, samples, num_vision, width, DTYPES[name], device),
-                    (*_PEERS, *(OURS + impl for impl in _IMPLEMENTATIONS.names)),
+                    (*_PEERS, *(OURS + impl for impl in OPERATION.names)),
                 )
 
 
@@ -125,8 +125,8 @@ def setup(
         "pad_sequence": padded, "cat": cat, "masked_scatter": masked_scatter, "where": where,
         "compile": compiler(where, dynamic=False),
     }  # fmt: skip
-    refused = which(pack_embeddings, batch.token_ids, table, vision, batch.vision_index).refused
-    for impl in _IMPLEMENTATIONS.names:
+    refused = explain(pack_embeddings, batch.token_ids, table, vision, batch.vision_index).refused
+    for impl in OPERATION.names:
         if impl not in refused:
             functions[OURS + impl] = partial(_ours, impl)
     packed_grad = torch.randn(batch.num_rows, width, device=device).to(dtype)

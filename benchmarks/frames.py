@@ -33,8 +33,8 @@ from benchmarks.frames_peers import (
 from benchmarks.harness import Case, Setup
 from benchmarks.rows import OURS
 from benchmarks.timing import cold_copies
-from lynx_kernels.backends.dispatch import which
-from lynx_kernels.ops.pack_frames import _IMPLEMENTATIONS, pack_frames
+from lynx_kernels.backends.dispatch import explain
+from lynx_kernels.ops.pack_frames import OPERATION, pack_frames
 
 WORKLOADS = ("sized-420", "video-420", "video-224", "photos-420")
 QUICK = ("sized-420", "video-420")
@@ -62,9 +62,9 @@ def _uncompiled(function: Callable, **options: object) -> Callable:
 
 def _ours(device: str) -> list[str]:
     """Implementations, and the best again with ``out=``. Dense products for a check are not a way to pack frames."""
-    names = [name for name in _IMPLEMENTATIONS.names if name != "reference"]
+    names = [name for name in OPERATION.names if name != "reference"]
     frame = torch.zeros(1, 1, 3, dtype=torch.uint8, device=device)
-    best = which(pack_frames, [frame], size=1, patch_size=1, mean=MEAN, std=STD).name
+    best = explain(pack_frames, [frame], size=1, patch_size=1, mean=MEAN, std=STD).name
     return names + ([f"{best} out="] if best in names else [])
 
 
@@ -76,7 +76,7 @@ def setup(asked: Workload, dtype: torch.dtype, device: str, threads: int, compil
         "size": asked.size, "patch_size": asked.patch_size, "mean": MEAN, "std": STD, "dtype": dtype,
         "crop_rounding": "floor",
     }  # fmt: skip
-    refused = which(pack_frames, tensors, **options).refused
+    refused = explain(pack_frames, tensors, **options).refused
     found = peers(asked, dtype, device, compiler)
     out = pack_frames(tensors, **options)
     for name in _ours(device):

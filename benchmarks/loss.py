@@ -21,8 +21,8 @@ from benchmarks.checks import assert_near
 from benchmarks.harness import Case, Setup
 from benchmarks.rows import OURS
 from benchmarks.timing import matmul_rate
-from lynx_kernels.backends.dispatch import which
-from lynx_kernels.ops.linear_cross_entropy import _IMPLEMENTATIONS, linear_cross_entropy
+from lynx_kernels.backends.dispatch import explain
+from lynx_kernels.ops.linear_cross_entropy import OPERATION, linear_cross_entropy
 
 IGNORED = -100
 ROWS, VOCABULARY = 4096, 32000
@@ -95,7 +95,7 @@ def cases(*, quick: bool, device: str) -> Iterator[Case]:
                 mode,
                 f"{dtype} T={rows} V={VOCABULARY} d={width} supervised={percent}",
                 partial(setup, mode, rows, VOCABULARY, width, percent, DTYPES[dtype], device),
-                (*MAKERS, *(OURS + impl for impl in _IMPLEMENTATIONS.names), "matmuls"),
+                (*MAKERS, *(OURS + impl for impl in OPERATION.names), "matmuls"),
                 _flops(mode, rows * percent // 100, VOCABULARY, width) / matmul_rate(device, DTYPES[dtype]),
             )
 
@@ -132,9 +132,9 @@ def setup(mode: str, rows: int, vocabulary: int, width: int, percent: int, dtype
             functions[name] = maker()
         else:
             left_out[name] = why
-    refused = which(linear_cross_entropy, *inputs).refused
+    refused = explain(linear_cross_entropy, *inputs).refused
     at_most = rows * percent // 100  # whoever builds a batch knows it
-    for impl in _IMPLEMENTATIONS.names:
+    for impl in OPERATION.names:
         if impl in refused:
             left_out[OURS + impl] = refused[impl]
         else:

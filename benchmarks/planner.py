@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from benchmarks.harness import Case, Setup
 from benchmarks.rows import OURS
-from lynx_kernels.backends.dispatch import which
-from lynx_kernels.packing import _IMPLEMENTATIONS, PackPlanner, Step, plan_packs
+from lynx_kernels.backends.dispatch import explain
+from lynx_kernels.packing import OPERATION, PackPlanner, Step, plan_packs
 
 TOKEN_BUDGET = 4096
 NUM_SAMPLES = (10_000, 100_000)
@@ -93,7 +93,7 @@ def cases(*, quick: bool, device: str) -> Iterator[Case]:
                     mode,
                     f"budget={TOKEN_BUDGET} ranks={ranks} samples={num_samples}",
                     partial(setup, mode, ranks, num_samples),
-                    (peer, *(OURS + impl for impl in _IMPLEMENTATIONS.names)),
+                    (peer, *(OURS + impl for impl in OPERATION.names)),
                 )
 
 
@@ -101,10 +101,10 @@ def setup(mode: str, ranks: int, num_samples: int) -> Setup:
     """The providers of one case; each must put every sample into one pack and keep the budget."""
     costs = mixture(num_samples)
     peer, plan, ours = PEERS[mode]
-    refused = which(PackPlanner, TOKEN_BUDGET).refused
+    refused = explain(PackPlanner, TOKEN_BUDGET).refused
     providers: dict[str, Callable[[Costs], list[Step]]] = {
         peer: plan,
-        **{OURS + impl: partial(ours, impl, ranks) for impl in _IMPLEMENTATIONS.names if impl not in refused},
+        **{OURS + impl: partial(ours, impl, ranks) for impl in OPERATION.names if impl not in refused},
     }
 
     def check(name: str) -> None:

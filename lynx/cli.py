@@ -153,7 +153,7 @@ def _load(folder: Path):
 def _ask(options: argparse.Namespace) -> None:
     import torch
 
-    from lynx.generation.answers import answers as generation
+    from lynx.generation import answers as generation
     from lynx.generation.streaming import AnswerStreamer
 
     pictures, questions = options.picture, options.questions
@@ -237,7 +237,7 @@ def _plot(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from lynx.eval import accuracy, judge, questions
-    from lynx.generation.answers import answers as generation
+    from lynx.generation import answers as generation
 
     generation.check_settings(options.settings)
     for file in (options.answers, options.sheet):

@@ -1,6 +1,6 @@
 """Kernels for multimodal language models: one import, one call, the same numbers out."""
 
-from lynx_kernels.backends.dispatch import which
+from lynx_kernels.backends.dispatch import explain
 from lynx_kernels.layout import PackedLayout, SpanLayout
 from lynx_kernels.ops.adapter import adapter
 from lynx_kernels.ops.cross_attention import cross_attention
@@ -19,11 +19,11 @@ __all__ = [
     "SpanLayout",
     "adapter",
     "cross_attention",
+    "explain",
     "linear_cross_entropy",
     "pack_embeddings",
     "pack_frames",
     "plan_packs",
     "prefix_attention",
     "prefix_attention_decode",
-    "which",
 ]

@@ -16,15 +16,15 @@ from torch import Tensor
 _PACKAGE = Path(__file__).parents[1]
 
 
-def refusal(tensor: Tensor) -> str | None:
+def unsupported_reason(tensor: Tensor) -> str | None:
     """Why CUDA kernels cannot take tensors on this one's device, or None if they can.
 
     Builds the kernels where that is all that lacks.
     """
-    return unsuited(tensor) or missing()
+    return device_unsupported_reason(tensor) or library_missing_reason()
 
 
-def unsuited(tensor: Tensor) -> str | None:
+def device_unsupported_reason(tensor: Tensor) -> str | None:
     """Why they could not even if they were built: what to ask before anything that depends on shapes."""
     device = tensor.device
     if device.type != "cuda":
@@ -37,7 +37,7 @@ def unsuited(tensor: Tensor) -> str | None:
 
 
 @torch.compiler.assume_constant_result  # torch.compile asks it, and does not trace it
-def missing() -> str | None:
+def library_missing_reason() -> str | None:
     """Why there is no library, or None where it is loaded. Decided once."""
     return _load()
 

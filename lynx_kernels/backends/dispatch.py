@@ -36,8 +36,8 @@ class Implementation:
     name: str
     forward: Callable
     backward: Callable[..., Any] = _no_gradient
-    refusal: Callable[..., str | None] = lambda *tensors: None
-    reluctance: Callable[..., str | None] = lambda *tensors: None
+    unsupported_reason: Callable[..., str | None] = lambda *tensors: None
+    not_preferred_reason: Callable[..., str | None] = lambda *tensors: None
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,9 @@ class Operation:
         for name, implementation in self._implementations.items():
             if impl is not None and name != impl and not asking:
                 continue
-            why = implementation.refusal(*tensors)
+            why = implementation.unsupported_reason(*tensors)
             if why is None and name != impl:
-                why = implementation.reluctance(*tensors)
+                why = implementation.not_preferred_reason(*tensors)
             if why is not None:
                 refused[name] = why
             elif chosen is None:
@@ -114,7 +114,7 @@ class Operation:
         raise _Answer(Choice(chosen, refused))
 
 
-def which(operation: Callable, *args: Any, **kwargs: Any) -> Choice:
+def explain(operation: Callable, *args: Any, **kwargs: Any) -> Choice:
     """What ``operation(*args, **kwargs)`` would run, and why not the others; nothing is computed.
 
     >>> print(which(lynx_kernels.adapter, x, *weights))
@@ -130,7 +130,7 @@ def which(operation: Callable, *args: Any, **kwargs: Any) -> Choice:
     raise TypeError(f"which() needs an operation of lynx_kernels, got {operation!r}")
 
 
-def gradient_refusal(kernels: str, *tensors: torch.Tensor | None) -> str | None:
+def gradient_unsupported_reason(kernels: str, *tensors: torch.Tensor | None) -> str | None:
     """Why ``kernels`` that only go forward cannot take these tensors, or None if nothing asks for a gradient."""
     if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors):
         return f"{kernels} have no gradient, and an argument requires one"

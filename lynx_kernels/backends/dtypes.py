@@ -3,6 +3,6 @@
 import torch
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of statistics, scores, sums and losses: at least fp32, and never narrower than the input."""
     return torch.promote_types(dtype, torch.float32)

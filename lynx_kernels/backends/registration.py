@@ -73,7 +73,7 @@ def _nobody_watches(args: tuple[Any, ...]) -> bool:
     return True
 
 
-def lower(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def autocast_to(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """``tensor`` in the autocast ``dtype``; fp64 stays, as everywhere in PyTorch's autocast."""
     return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
 

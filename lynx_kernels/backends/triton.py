@@ -14,7 +14,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 INSTALLED = importlib.util.find_spec("triton") is not None
 
 
-def refusal(*tensors: Tensor | None) -> str | None:
+def unsupported_reason(*tensors: Tensor | None) -> str | None:
     """Why Triton kernels cannot take these tensors, or None if they can."""
     if not INSTALLED:
         return "triton is not installed"
@@ -32,7 +32,7 @@ def refusal(*tensors: Tensor | None) -> str | None:
     return None
 
 
-def reluctance(*tensors: Tensor | None) -> str | None:
+def not_preferred_reason(*tensors: Tensor | None) -> str | None:
     """Why Triton kernels run only when named, or None: interpreting them serves tests."""
     return "the Triton interpreter runs only when named" if INTERPRETED else None
 

@@ -48,9 +48,9 @@ class _Plain(reference.Planner):
 
 
 _FORMS: dict[str, type[_Compiled] | type[_Plain]] = {"cpu": _Compiled, "reference": _Plain}
-_IMPLEMENTATIONS = dispatch.Operation(
+OPERATION = dispatch.Operation(
     "planner",
-    dispatch.Implementation("cpu", _Compiled, refusal=lambda: cpu_backend.MISSING),
+    dispatch.Implementation("cpu", _Compiled, unsupported_reason=lambda: cpu_backend.MISSING),
     dispatch.Implementation("reference", _Plain),
 )
 
@@ -102,7 +102,7 @@ class PackPlanner:
         self.token_budget, self.ranks, self.lookahead = as_int(token_budget), as_int(ranks), as_int(lookahead)
         self.too_long = too_long
         self.skipped = 0
-        form = _FORMS[_IMPLEMENTATIONS.choose(impl)]
+        form = _FORMS[OPERATION.choose(impl)]
         self._planner = form(self.token_budget, self.ranks, self.lookahead)
 
     @property
@@ -191,7 +191,7 @@ def plan_packs(
     """
     _check_options(token_budget=(token_budget, 1), ranks=(ranks, 1))
     _check_too_long(too_long)
-    form = _FORMS[_IMPLEMENTATIONS.choose(impl)]
+    form = _FORMS[OPERATION.choose(impl)]
     costs = _costs(tokens, patches, 0)
     _leave_out(costs[0], as_int(token_budget), too_long, 0, 0)
     return form.plan_known(*costs, as_int(token_budget), as_int(ranks))

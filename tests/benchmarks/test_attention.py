@@ -320,7 +320,7 @@ def test_setup_tells_the_frame_what_to_measure(monkeypatch):
     assert saved == 16 * rows + rows + WORKLOADS["full"].layout("cpu").segments.nbytes  # output and LSE, not q, k, v
     assert tiny(WORKLOADS["full"]).parameters == ()
     refused = dict.fromkeys(["triton", "cpu", "reference"], "not today")
-    monkeypatch.setattr(attention, "which", lambda *args: Choice("other", refused))
+    monkeypatch.setattr(attention, "explain", lambda *args: Choice("other", refused))
     assert tiny(WORKLOADS["full"]).left_out["lynx reference"] == "not today"
     assert not [name for name in tiny(WORKLOADS["full"]).providers if name.startswith("lynx ")]
 

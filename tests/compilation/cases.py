@@ -13,11 +13,11 @@ from torch import Tensor
 
 from lynx_kernels import PackedLayout, SpanLayout
 from lynx_kernels.backends import dispatch
-from lynx_kernels.ops.adapter import _IMPLEMENTATIONS as ADAPTER
-from lynx_kernels.ops.cross_attention import _IMPLEMENTATIONS as CROSS
-from lynx_kernels.ops.pack_embeddings import _IMPLEMENTATIONS as EMBEDDINGS
-from lynx_kernels.ops.prefix_attention import _IMPLEMENTATIONS as PREFIX
-from lynx_kernels.ops.prefix_attention_decode import _IMPLEMENTATIONS as DECODE
+from lynx_kernels.ops.adapter import OPERATION as ADAPTER
+from lynx_kernels.ops.cross_attention import OPERATION as CROSS
+from lynx_kernels.ops.pack_embeddings import OPERATION as EMBEDDINGS
+from lynx_kernels.ops.prefix_attention import OPERATION as PREFIX
+from lynx_kernels.ops.prefix_attention_decode import OPERATION as DECODE
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}

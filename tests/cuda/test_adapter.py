@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from lynx_kernels.backends.dispatch import which
+from lynx_kernels.backends.dispatch import explain
 from lynx_kernels.ops.adapter import adapter
 from tests.cuda.host_kernels import launches
 from tests.lynx_kernels.helpers import permuted, shifted
@@ -228,12 +228,12 @@ def test_compiled(tokens):
 
 
 def reason(inputs):
-    return which(adapter, *inputs).refused.get("cuda")
+    return explain(adapter, *inputs).refused.get("cuda")
 
 
 def test_what_is_refused(on_host, monkeypatch):
     inputs, _ = make((3,), 16, 8, torch.bfloat16)
-    assert which(adapter, *inputs).name == "cuda"
+    assert explain(adapter, *inputs).name == "cuda"
     for fp64 in ([0], [1], [2], [3, 5], [4], [6], [7]):
         assert reason([each.double() if i in fp64 else each for i, each in enumerate(inputs)]).endswith("is fp64")
     assert reason(make((5, 13), 16, 8, torch.bfloat16)[0]) == "the CUDA kernels take up to 64 tokens, x has 65"
@@ -244,7 +244,7 @@ def test_what_is_refused(on_host, monkeypatch):
         tensor.requires_grad_()
         assert reason(inputs) == "the CUDA kernels of the adapter have no gradient, and an argument requires one"
         with torch.no_grad():
-            assert which(adapter, *inputs).name == "cuda"
+            assert explain(adapter, *inputs).name == "cuda"
         tensor.requires_grad_(False)
 
 
@@ -257,10 +257,10 @@ def test_nothing_is_built_for_calls_that_are_refused(monkeypatch):
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 16), (torch.float16, 8), (torch.bfloat16, 8)])
 def test_more_tokens_than_plain_products_are_for(dtype, most):
-    assert which(adapter, *make((most,), 16, 8, dtype)[0]).name == "cuda"
+    assert explain(adapter, *make((most,), 16, 8, dtype)[0]).name == "cuda"
     inputs, _ = make((most + 1,), 16, 8, dtype)
     assert reason(inputs).startswith(f"beyond {most} tokens, and x has {most + 1}, plain products")
-    assert which(adapter, *inputs, impl="cuda").name == "cuda"
+    assert explain(adapter, *inputs, impl="cuda").name == "cuda"
     if dtype == torch.float32:
         with torch.autocast("cpu", torch.bfloat16):
             assert reason(make((9,), 16, 8, dtype)[0]).startswith("beyond 8 tokens")

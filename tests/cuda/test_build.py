@@ -28,7 +28,7 @@ FAILING = """#!/bin/sh
 echo "rows.h(7): error: expected a ;"
 exit 2
 """
-needs_ninja = pytest.mark.skipif(shutil.which("ninja") is None, reason="there is no ninja on PATH")
+needs_ninja = pytest.mark.skipif(shutil.explain("ninja") is None, reason="there is no ninja on PATH")
 
 
 @pytest.fixture
@@ -68,7 +68,9 @@ def test_without_nvcc(home, monkeypatch):
     programs_without("nvcc", home, monkeypatch)
     with pytest.raises(MissingToolError, match=f"there is no nvcc in {home}.* install the CUDA toolkit"):
         find_tools()
-    assert cuda_backend.missing().startswith("the CUDA kernels are not built, and cannot be here: there is no nvcc")
+    assert cuda_backend.library_missing_reason().startswith(
+        "the CUDA kernels are not built, and cannot be here: there is no nvcc"
+    )
 
 
 def test_without_ninja(home, monkeypatch):
@@ -84,7 +86,7 @@ def test_without_torch_or_sources(home, monkeypatch):
     with pytest.raises(MissingToolError, match="there is no folder csrc in"):
         cuda_build.find_sources()
     monkeypatch.setattr(cuda_build.importlib.util, "find_spec", lambda name: None)
-    if shutil.which("ninja"):
+    if shutil.explain("ninja"):
         with pytest.raises(MissingToolError, match="torch cannot be imported"):
             find_tools()
 
@@ -96,10 +98,10 @@ def test_a_compiler_that_fails(home):
     with pytest.raises(BuildError, match=r"(?s)ninja.* failed with exit status.*rows.h\(7\): error: expected a ;"):
         cached(find_tools())
     with pytest.warns(UserWarning, match="Other implementations run in their place"):
-        why = cuda_backend.missing()
+        why = cuda_backend.library_missing_reason()
     assert why.startswith("the CUDA kernels cannot be built:")
     assert "expected a ;" in why
-    assert cuda_backend.missing() == why  # tried once, and warned of once
+    assert cuda_backend.library_missing_reason() == why  # tried once, and warned of once
     assert not list((home / "cache").rglob("*.so")) + list((home / "cache").rglob("*.o"))
 
 
@@ -144,7 +146,8 @@ def test_building_can_be_forbidden(home, monkeypatch):
     install_nvcc(home, WORKING)
     monkeypatch.setenv("LYNX_CUDA", "0")
     assert (
-        cuda_backend.missing() == "the CUDA kernels are not built, and LYNX_CUDA=0 forbids to build them on first use"
+        cuda_backend.library_missing_reason()
+        == "the CUDA kernels are not built, and LYNX_CUDA=0 forbids to build them on first use"
     )
     assert not Path(home, "calls").exists()
 
@@ -153,23 +156,23 @@ def test_a_library_in_the_package_comes_first(home):
     install_nvcc(home, WORKING)
     (home / "_cuda.abi3.so").write_text("no library")
     with pytest.warns(UserWarning, match="cannot be loaded"):
-        assert str(home / "_cuda.abi3.so") in cuda_backend.missing()
+        assert str(home / "_cuda.abi3.so") in cuda_backend.library_missing_reason()
     assert not Path(home, "calls").exists()
 
 
 def test_refusals(home, monkeypatch):
     tensor = SimpleNamespace(device=torch.device("cuda", 0))
     monkeypatch.setattr(cuda_backend, "_load", lambda: "not built")
-    assert cuda_backend.refusal(torch.ones(1)) == "CUDA kernels need a GPU, and the tensors are on cpu"
+    assert cuda_backend.unsupported_reason(torch.ones(1)) == "CUDA kernels need a GPU, and the tensors are on cpu"
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert "not built for any" in cuda_backend.refusal(tensor)
+    assert "not built for any" in cuda_backend.unsupported_reason(tensor)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert "compute capability 8.0" in cuda_backend.refusal(tensor)
+    assert "compute capability 8.0" in cuda_backend.unsupported_reason(tensor)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert cuda_backend.refusal(tensor) == "not built"
+    assert cuda_backend.unsupported_reason(tensor) == "not built"
     monkeypatch.setattr(cuda_backend, "_load", lambda: None)
-    assert cuda_backend.refusal(tensor) is None
+    assert cuda_backend.unsupported_reason(tensor) is None
 
 
 @pytest.mark.parametrize("why", [None, "not built"])
@@ -182,7 +185,9 @@ def test_compiled_functions_may_ask(why, home, monkeypatch):
 
     monkeypatch.setattr(cuda_backend, "_load", load)
     torch._dynamo.reset()
-    compiled = torch.compile(lambda x: x + (cuda_backend.missing() is None), backend="eager", fullgraph=True)
+    compiled = torch.compile(
+        lambda x: x + (cuda_backend.library_missing_reason() is None), backend="eager", fullgraph=True
+    )
     assert compiled(torch.zeros(())) == (why is None)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lynx_kernels import prefix_attention_decode
-from lynx_kernels.backends.dispatch import which
+from lynx_kernels.backends.dispatch import explain
 from tests.cuda.host_kernels import KernelError, launches
 from tests.lynx_kernels.attention_cases import (
     assert_case_within_budget,
@@ -222,7 +222,7 @@ def test_compiled():
 
 
 def reason(inputs, indices=SEVERAL_CHUNKS):
-    return which(prefix_attention_decode, *inputs, *map(torch.tensor, indices)).refused.get("cuda")
+    return explain(prefix_attention_decode, *inputs, *map(torch.tensor, indices)).refused.get("cuda")
 
 
 def test_what_is_refused():

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lynx_kernels.backends import dispatch
-from lynx_kernels.ops.adapter import _IMPLEMENTATIONS, adapter
+from lynx_kernels.ops.adapter import OPERATION, adapter
 from tests.gpu import bench
 from tests.lynx_kernels.helpers import count_compilations, run
 from tests.lynx_kernels.test_adapter import (
@@ -22,7 +22,7 @@ BF16 = torch.bfloat16
 PAPER = {"width": 4096, "bottleneck": 2048} if bench.DEVICE == "cuda" else {"width": 96, "bottleneck": 48}
 CASES = [
     (impl, dtype)
-    for impl in _IMPLEMENTATIONS.names
+    for impl in OPERATION.names
     for dtype in bench.DTYPES
     if bench.PRESENT and runs(impl, dtype, bench.DEVICE)
 ]
@@ -41,7 +41,7 @@ def calls(impl):
 @pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize("dtype", bench.DTYPES)
 def test_the_kernels_run_unless_another_is_named(dtype):
-    assert dispatch.which(adapter, *make(dtype=dtype)[0]).name == "triton"
+    assert dispatch.explain(adapter, *make(dtype=dtype)[0]).name == "triton"
 
 
 @pytest.mark.parametrize("tokens", [1, 17, 512, 8192])

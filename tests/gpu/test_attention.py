@@ -59,13 +59,13 @@ def make(name, impl, dtype, cases=REAL, **options):
 
 def runs(name, impl, dtype):
     case = make(name, None, dtype, CASES)
-    return impl not in dispatch.which(case.operation, *case.inputs).refused
+    return impl not in dispatch.explain(case.operation, *case.inputs).refused
 
 
 CALLS = [
     (name, impl, dtype)
     for name, module in MODULES.items()
-    for impl in module._IMPLEMENTATIONS.names
+    for impl in module.OPERATION.names
     for dtype in bench.DTYPES
     if bench.PRESENT and runs(name, impl, dtype)
 ]
@@ -95,7 +95,7 @@ def check(name, impl, case, grads=None, operation=None):
 @pytest.mark.parametrize("name", MODULES)
 def test_the_kernels_run_unless_another_is_named(name, dtype):
     case = make(name, None, dtype)
-    assert dispatch.which(case.operation, *case.inputs).name == "triton"
+    assert dispatch.explain(case.operation, *case.inputs).name == "triton"
 
 
 @calls
@@ -154,7 +154,7 @@ def test_compiled(name, impl, dtype):
     check(name, impl, case, operation=torch.compile(case.operation, fullgraph=True))
 
 
-@pytest.mark.parametrize("impl", prefix._IMPLEMENTATIONS.names)
+@pytest.mark.parametrize("impl", prefix.OPERATION.names)
 def test_new_lengths_compile_twice_at_most(impl):
     if not any(each == impl for _, each, _ in CALLS):
         pytest.skip(f"{impl} does not run here")

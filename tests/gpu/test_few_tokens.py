@@ -8,7 +8,7 @@ import torch
 from lynx_kernels import prefix_attention_decode
 from lynx_kernels.backends import dispatch
 from lynx_kernels.ops import prefix_attention_decode as decode
-from lynx_kernels.ops.adapter import _IMPLEMENTATIONS as ADAPTERS
+from lynx_kernels.ops.adapter import OPERATION as ADAPTERS
 from lynx_kernels.ops.adapter import adapter
 from tests.gpu import bench
 from tests.lynx_kernels.attention_cases import (
@@ -25,7 +25,7 @@ from tests.lynx_kernels.test_adapter import make as make_on
 BF16 = torch.bfloat16
 ON_GPU = bench.DEVICE == "cuda"
 PAPER = {"width": 4096, "bottleneck": 2048} if ON_GPU else {"width": 96, "bottleneck": 48}
-DECODERS = decode._IMPLEMENTATIONS
+DECODERS = decode.OPERATION
 # Beams of two pictures, one without a beam; the same sizes with other lengths.
 BEAMS = [0, 2, 0, 0, 2, 0], [576, 33, 0], [3, 70, 64, 128, 5, 17]
 OTHER_BEAMS = [2, 1, 1, 0, 0, 2], [576, 0, 500], [128, 3, 70, 64, 5, 9]
@@ -44,7 +44,7 @@ def decoding(queries, batch=BEAMS, impl=None, dtype=BF16, **options):
 
 def runs(call, *args):
     try:
-        dispatch.which(call, *args)
+        dispatch.explain(call, *args)
     except RuntimeError:
         return False
     return True
@@ -81,10 +81,10 @@ def forward(impl):
 @pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize("dtype", bench.DTYPES)
 def test_the_kernels_run_unless_another_is_named(dtype):
-    assert dispatch.which(adapter, *make((5,), **PAPER, dtype=dtype)).name == "cuda"
-    assert dispatch.which(adapter, *make((64,), **PAPER, dtype=dtype)).name == "triton"
+    assert dispatch.explain(adapter, *make((5,), **PAPER, dtype=dtype)).name == "cuda"
+    assert dispatch.explain(adapter, *make((64,), **PAPER, dtype=dtype)).name == "triton"
     case = decoding(1, dtype=dtype)
-    assert dispatch.which(prefix_attention_decode, *case.inputs, *case.table).name == "cuda"
+    assert dispatch.explain(prefix_attention_decode, *case.inputs, *case.table).name == "cuda"
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 5, 8, 9, 16, 64])

@@ -5,15 +5,15 @@ import pytest
 import torch
 
 from lynx_kernels.backends import dispatch
-from lynx_kernels.ops.linear_cross_entropy import _IMPLEMENTATIONS, chunked, linear_cross_entropy
+from lynx_kernels.ops.linear_cross_entropy import OPERATION, chunked, linear_cross_entropy
 from tests.gpu import bench
 from tests.lynx_kernels.helpers import check, check_results, count_compilations, permuted, run
 from tests.lynx_kernels.test_linear_cross_entropy import make as make_on
 from tests.lynx_kernels.test_linear_cross_entropy import naive, with_options
 
 BF16 = torch.bfloat16
-CASES = [(impl, dtype) for impl in _IMPLEMENTATIONS.names for dtype in bench.DTYPES]
-IMPLEMENTATIONS = list(_IMPLEMENTATIONS.names)
+CASES = [(impl, dtype) for impl in OPERATION.names for dtype in bench.DTYPES]
+IMPLEMENTATIONS = list(OPERATION.names)
 LLAMA = {"width": 4096, "vocabulary": 32000} if bench.DEVICE == "cuda" else {"width": 64, "vocabulary": 500}
 
 
@@ -31,7 +31,7 @@ def num_supervised(labels):
 
 @pytest.mark.parametrize(("reduction", "name"), [("mean", "one_pass"), ("sum", "one_pass"), ("none", "reference")])
 def test_the_best_runs_unless_another_is_named(reduction, name):
-    assert dispatch.which(linear_cross_entropy, *make(), reduction=reduction).name == name
+    assert dispatch.explain(linear_cross_entropy, *make(), reduction=reduction).name == name
 
 
 @pytest.mark.parametrize("rows", [3, 1000, 4096])

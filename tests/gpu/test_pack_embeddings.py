@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lynx_kernels.backends import dispatch
-from lynx_kernels.ops.pack_embeddings import _IMPLEMENTATIONS, pack_embeddings
+from lynx_kernels.ops.pack_embeddings import OPERATION, pack_embeddings
 from tests.gpu import bench
 from tests.lynx_kernels.helpers import check_results, count_compilations, run
 from tests.lynx_kernels.test_pack_embeddings import (
@@ -22,7 +22,7 @@ from tests.lynx_kernels.test_pack_embeddings import make as make_on
 BF16 = torch.bfloat16
 CASES = [
     (impl, dtype)
-    for impl in _IMPLEMENTATIONS.names
+    for impl in OPERATION.names
     for dtype in bench.DTYPES
     if bench.PRESENT and runs(impl, dtype, bench.DEVICE)
 ]
@@ -37,7 +37,7 @@ def make(*args, **options):
 @pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize("dtype", bench.DTYPES)
 def test_the_kernels_run_unless_another_is_named(dtype):
-    choice = dispatch.which(pack_embeddings, *make(dtype=dtype)[0])
+    choice = dispatch.explain(pack_embeddings, *make(dtype=dtype)[0])
     assert choice.name == "cuda", choice
 
 

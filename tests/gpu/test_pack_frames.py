@@ -29,7 +29,7 @@ def check(frames, **options):
 
 
 def test_the_kernels_run_unless_another_is_named():
-    choice = dispatch.which(pack_frames, on_device((30, 40)), **OPTIONS)
+    choice = dispatch.explain(pack_frames, on_device((30, 40)), **OPTIONS)
     assert choice.name == "cuda", choice
 
 

@@ -310,6 +310,6 @@ def _last_three(kernel, programs):
 
 def test_the_interpreter_runs_only_when_named():
     inputs, _ = make(dtype=torch.float32)
-    assert dispatch.which(adapter, *inputs).name == "cpu"
-    assert dispatch.which(adapter, *inputs).refused["triton"] == "the Triton interpreter runs only when named"
-    assert dispatch.which(adapter, *inputs, impl="triton").name == "triton"
+    assert dispatch.explain(adapter, *inputs).name == "cpu"
+    assert dispatch.explain(adapter, *inputs).refused["triton"] == "the Triton interpreter runs only when named"
+    assert dispatch.explain(adapter, *inputs, impl="triton").name == "triton"

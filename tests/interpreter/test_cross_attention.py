@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lynx_kernels import SpanLayout, cross_attention, which
+from lynx_kernels import SpanLayout, cross_attention, explain
 from lynx_kernels.ops.attention_common import triton as implementation
 from lynx_kernels.ops.attention_common.triton import splits as triton_parts
 from lynx_kernels.ops.attention_common.triton.launches import Launch
@@ -183,6 +183,6 @@ def test_few_queries_fill_a_gpu(keys):
 
 def test_the_interpreter_runs_only_when_named():
     case, layout = case_of(), SpanLayout.from_spans(*SEVERAL_TILES)
-    assert which(cross_attention, *case.inputs, layout).refused == {
+    assert explain(cross_attention, *case.inputs, layout).refused == {
         "triton": "the Triton interpreter runs only when named"
     }

@@ -96,5 +96,5 @@ def test_backward_leaves_out_indices_out_of_range():
 
 def test_runs_only_when_named():
     inputs, _ = make(dtype=torch.float32)
-    refused = dispatch.which(pack_embeddings, *inputs).refused
+    refused = dispatch.explain(pack_embeddings, *inputs).refused
     assert refused["triton"] == "the Triton interpreter runs only when named"

@@ -267,9 +267,9 @@ def test_one_launch_forward_and_three_backward(monkeypatch):
 def test_the_interpreter_runs_only_when_named():
     layout = PackedLayout.causal([3])
     inputs = [random(3, 1, 16, dtype=FP32)] * 3
-    choice = dispatch.which(prefix_attention, *inputs, layout)
+    choice = dispatch.explain(prefix_attention, *inputs, layout)
     assert choice.name != "triton"
     assert choice.refused["triton"] == "the Triton interpreter runs only when named"
-    assert dispatch.which(prefix_attention, *inputs, layout, impl="triton").name == "triton"
+    assert dispatch.explain(prefix_attention, *inputs, layout, impl="triton").name == "triton"
     with pytest.raises(RuntimeError, match="head_dim is 257"):
-        dispatch.which(prefix_attention, *[random(3, 1, 257, dtype=FP32)] * 3, layout, impl="triton")
+        dispatch.explain(prefix_attention, *[random(3, 1, 257, dtype=FP32)] * 3, layout, impl="triton")

@@ -3,7 +3,7 @@ from functools import partial
 import pytest
 import torch
 
-from lynx_kernels import prefix_attention_decode, which
+from lynx_kernels import explain, prefix_attention_decode
 from lynx_kernels.ops.attention_common.triton.launches import Launch
 from lynx_kernels.ops.prefix_attention_decode import triton as implementation
 from tests.lynx_kernels.attention_cases import (
@@ -135,11 +135,11 @@ def test_gradients_are_refused():
     indices = [torch.tensor(each, dtype=torch.int32) for each in SEVERAL_TILES]
     for tensor in case.inputs:
         tensor.requires_grad_()
-        reason = which(call, *case.inputs, *indices).refused["triton"]
+        reason = explain(call, *case.inputs, *indices).refused["triton"]
         assert reason == "the Triton kernels of decoding have no gradient, and an argument requires one"
         with pytest.raises(RuntimeError, match=r"impl='triton' cannot run this call: .* have no gradient"):
             case.operation(*case.inputs)
         with torch.no_grad():
-            assert which(call, *case.inputs, *indices, impl="triton").name == "triton"
+            assert explain(call, *case.inputs, *indices, impl="triton").name == "triton"
         tensor.requires_grad_(False)
-    assert which(call, *case.inputs, *indices).refused["triton"] == "the Triton interpreter runs only when named"
+    assert explain(call, *case.inputs, *indices).refused["triton"] == "the Triton interpreter runs only when named"

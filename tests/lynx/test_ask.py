@@ -6,8 +6,8 @@ from PIL import Image
 from transformers.generation.streamers import BaseStreamer
 
 from lynx import cli
+from lynx.generation import answers as generation
 from lynx.generation.answers import answer, generate_answers
-from lynx.generation.answers import answers as generation
 from lynx.generation.streaming import AnswerStreamer
 from tests.lynx.conftest import conversation, picture
 from tests.lynx.searches import NEW

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from lynx_kernels.backends import dispatch, onednn
 from lynx_kernels.backends import triton as triton_backend
-from lynx_kernels.ops.adapter import _IMPLEMENTATIONS, adapter, reference
+from lynx_kernels.ops.adapter import OPERATION, adapter, reference
 from tests.lynx_kernels.helpers import check, check_results, count_compilations, dtensors, permuted, run
 from tests.numbers import assert_within_budget
 
@@ -50,11 +50,11 @@ def make(shape=(37,), width=13, bottleneck=5, dtype=torch.float64, absent=(), de
 
 def runs(impl, dtype, device="cpu"):
     inputs, _ = make(dtype=dtype, device=device)
-    return impl not in dispatch.which(adapter, *inputs).refused
+    return impl not in dispatch.explain(adapter, *inputs).refused
 
 
 # Whatever can run on this machine, in every dtype that it takes.
-CASES = [(impl, dtype) for impl in _IMPLEMENTATIONS.names for dtype in DTYPES if runs(impl, dtype)]
+CASES = [(impl, dtype) for impl in OPERATION.names for dtype in DTYPES if runs(impl, dtype)]
 FP32 = [impl for impl, dtype in CASES if dtype == torch.float32]
 
 
@@ -320,16 +320,16 @@ def test_a_second_derivative_is_refused():
 
 def test_triton_refuses_fp64(monkeypatch):
     monkeypatch.setattr(triton_backend, "INTERPRETED", True)
-    assert dispatch.which(adapter, *make()[0]).refused["triton"].endswith("an argument is fp64")
+    assert dispatch.explain(adapter, *make()[0]).refused["triton"].endswith("an argument is fp64")
 
 
 def test_which_and_unknown_implementation():
     inputs, _ = make()
-    choice = dispatch.which(adapter, *inputs)
+    choice = dispatch.explain(adapter, *inputs)
     assert choice.name == "reference"
     assert choice.refused["cpu"] == "computes in fp32 and bf16, x would be torch.float64"
     assert choice.refused["triton"] == "Triton kernels need a GPU, and the tensors are on cpu"
-    assert dispatch.which(adapter, *make(dtype=torch.float32)[0]).name == "cpu"
+    assert dispatch.explain(adapter, *make(dtype=torch.float32)[0]).name == "cpu"
     with pytest.raises(RuntimeError, match="impl='triton' cannot run this call: Triton kernels need a GPU"):
         adapter(*(each.float() for each in inputs), impl="triton")
     with pytest.raises(ValueError, match="impl='nonsense' is not an implementation"):
@@ -372,7 +372,7 @@ def test_cpu_refuses(monkeypatch):
     inputs, _ = make(dtype=torch.float32)
 
     def reason(*given):
-        return dispatch.which(adapter, *given).refused["cpu"]
+        return dispatch.explain(adapter, *given).refused["cpu"]
 
     assert reason(*(each.to("meta") for each in inputs)) == "runs on CPUs, x is on meta"
     empty = [*inputs[:3], torch.zeros(0, 13), None, torch.zeros(13, 0), *inputs[6:]]

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lynx_kernels import PackedLayout, SpanLayout, cross_attention, prefix_attention, which
+from lynx_kernels import PackedLayout, SpanLayout, cross_attention, explain, prefix_attention
 from lynx_kernels.backends import cpu as cpu_backend
 from tests.lynx_kernels import attention_cases
 from tests.lynx_kernels.attention_cases import (
@@ -189,16 +189,16 @@ def test_scores_far_apart(instruction_set, dtype):
 
 def test_which_and_refusals(monkeypatch):
     q, layout = torch.zeros(5, 2, 4), PackedLayout.from_groups([(3, [2])])
-    assert which(prefix_attention, q, q, q, layout).name == "cpu"
+    assert explain(prefix_attention, q, q, q, layout).name == "cpu"
     span_layout = SpanLayout.from_spans([5], [(0, 5)], 5)
-    assert which(cross_attention, q, q, q, span_layout).name == "cpu"
+    assert explain(cross_attention, q, q, q, span_layout).name == "cpu"
     for dtype in (torch.float16, torch.float64):
         half = q.to(dtype)
-        assert f"would be in {dtype}" in which(prefix_attention, half, half, half, layout).refused["cpu"]
+        assert f"would be in {dtype}" in explain(prefix_attention, half, half, half, layout).refused["cpu"]
     with torch.autocast("cpu", dtype=torch.float16):
-        assert "would be in torch.float16" in which(prefix_attention, q, q, q, layout).refused["cpu"]
+        assert "would be in torch.float16" in explain(prefix_attention, q, q, q, layout).refused["cpu"]
     monkeypatch.setattr(cpu_backend, "MISSING", "the compiled module is missing")
-    choice = which(cross_attention, q, q, q, span_layout)
+    choice = explain(cross_attention, q, q, q, span_layout)
     assert (choice.name, choice.refused["cpu"]) == ("reference", "the compiled module is missing")
 
 

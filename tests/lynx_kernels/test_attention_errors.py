@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lynx_kernels import PackedLayout, SpanLayout, cross_attention, prefix_attention, prefix_attention_decode, which
+from lynx_kernels import PackedLayout, SpanLayout, cross_attention, explain, prefix_attention, prefix_attention_decode
 from tests.lynx_kernels.helpers import dtensors
 
 LAYOUT = PackedLayout.from_groups([(3, [2])])
@@ -44,8 +44,8 @@ def meta(*shape, dtype=torch.float32):
     ],
 )
 def test_which_and_impl(attend, name, shape):
-    assert which(attend, impl="reference").name == "reference"
-    assert which(attend).name
+    assert explain(attend, impl="reference").name == "reference"
+    assert explain(attend).name
     assert attend(impl="reference").shape == shape
     with pytest.raises(ValueError, match=f"{name}: impl='nope' is not an implementation; there are .*'reference'"):
         attend(impl="nope")

@@ -367,9 +367,9 @@ def test_labels_out_of_range(wrong, host):
 
 def test_which_and_unknown_implementation(preferred):
     inputs = make()
-    assert dispatch.which(linear_cross_entropy, *inputs).name == preferred
+    assert dispatch.explain(linear_cross_entropy, *inputs).name == preferred
     if preferred == "one_pass":
-        choice = dispatch.which(linear_cross_entropy, *inputs, reduction="none")
+        choice = dispatch.explain(linear_cross_entropy, *inputs, reduction="none")
         assert str(choice) == "reference\n  not one_pass: it sums the losses, reduction='none' asks for each"
     with pytest.raises(ValueError, match="impl='nonsense' is not an implementation"):
         linear_cross_entropy(*inputs, impl="nonsense")

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from lynx_kernels.backends import cpu as cpu_backend
 from lynx_kernels.backends import dispatch
-from lynx_kernels.ops.pack_embeddings import _IMPLEMENTATIONS, pack_embeddings, reference
+from lynx_kernels.ops.pack_embeddings import OPERATION, pack_embeddings, reference
 from tests.lynx_kernels.helpers import assert_child_ends_well, check, count_compilations, dtensors, permuted, run
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -41,11 +41,11 @@ def make(rows=37, vocabulary=11, num_vision=7, width=5, dtype=torch.float64, dev
 
 def runs(impl, dtype, device="cpu"):
     inputs, _ = make(dtype=dtype, device=device)
-    return impl not in dispatch.which(pack_embeddings, *inputs).refused
+    return impl not in dispatch.explain(pack_embeddings, *inputs).refused
 
 
 # Whatever can run on this machine, in every dtype that it takes.
-CASES = [(impl, dtype) for impl in _IMPLEMENTATIONS.names for dtype in DTYPES if runs(impl, dtype)]
+CASES = [(impl, dtype) for impl in OPERATION.names for dtype in DTYPES if runs(impl, dtype)]
 FP32 = [impl for impl, dtype in CASES if dtype == torch.float32]
 
 
@@ -257,17 +257,17 @@ def test_a_device_asserts(monkeypatch):
 
 def test_which_and_unknown_implementation(monkeypatch):
     inputs, _ = make()
-    wide = dispatch.which(pack_embeddings, *inputs)
+    wide = dispatch.explain(pack_embeddings, *inputs)
     assert wide.name == "reference"
     assert wide.refused["cuda"] == "the CUDA kernels add up in fp32, and an argument is fp64"
     assert wide.refused["cpu"] == (cpu_backend.MISSING or "adds up in fp32, embedding is torch.float64")
     narrow = [*inputs[:1], inputs[1].float(), inputs[2].half(), inputs[3]]
-    assert dispatch.which(pack_embeddings, *narrow).refused["cuda"] == (
+    assert dispatch.explain(pack_embeddings, *narrow).refused["cuda"] == (
         "CUDA kernels need a GPU, and the tensors are on cpu"
     )
-    assert dispatch.which(pack_embeddings, *narrow).name == ("cpu" if cpu_backend.MISSING is None else "reference")
+    assert dispatch.explain(pack_embeddings, *narrow).name == ("cpu" if cpu_backend.MISSING is None else "reference")
     monkeypatch.setattr(cpu_backend, "MISSING", "the compiled module is missing")
-    assert dispatch.which(pack_embeddings, *narrow).refused["cpu"] == "the compiled module is missing"
+    assert dispatch.explain(pack_embeddings, *narrow).refused["cpu"] == "the compiled module is missing"
     with pytest.raises(ValueError, match="impl='nonsense' is not an implementation"):
         pack_embeddings(*inputs, impl="nonsense")
 

@@ -9,7 +9,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from lynx_kernels.backends import cpu as cpu_backend
-from lynx_kernels.backends.dispatch import which
+from lynx_kernels.backends.dispatch import explain
 from lynx_kernels.ops.pack_frames import pack_frames
 from tests.lynx_kernels.frame_helpers import (
     MEAN,
@@ -183,7 +183,7 @@ def test_no_frames(impl):
 
 def test_which():
     frame = np.zeros((9, 9, 3), np.uint8)
-    choice = which(pack_frames, [frame], **OPTIONS)
+    choice = explain(pack_frames, [frame], **OPTIONS)
     assert choice.name == ("reference" if cpu_backend.MISSING else "cpu")
     assert choice.refused == {
         "cuda": "CUDA kernels need a GPU, and the tensors are on cpu",

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lynx_kernels.backends import cpu as cpu_backend
-from lynx_kernels.backends.dispatch import which
+from lynx_kernels.backends.dispatch import explain
 from lynx_kernels.ops.pack_frames import pack_frames
 from tests.lynx_kernels.frame_helpers import (
     MEAN,
@@ -275,11 +275,11 @@ def test_other_threads_of_python_go_on():
 
 def test_which_and_refusals(monkeypatch):
     frame = np.zeros((9, 9, 3), np.uint8)
-    assert which(pack_frames, [frame], **OPTIONS).name == "cpu"
+    assert explain(pack_frames, [frame], **OPTIONS).name == "cpu"
     elsewhere = torch.zeros(9, 9, 3, dtype=torch.uint8, device="meta")
-    assert which(pack_frames, [elsewhere], **OPTIONS).refused["cpu"] == "runs on CPUs, the frames are on meta"
+    assert explain(pack_frames, [elsewhere], **OPTIONS).refused["cpu"] == "runs on CPUs, the frames are on meta"
     monkeypatch.setattr(cpu_backend, "MISSING", "the compiled module is missing")
-    choice = which(pack_frames, [frame], **OPTIONS)
+    choice = explain(pack_frames, [frame], **OPTIONS)
     assert (choice.name, choice.refused["cpu"]) == ("reference", "the compiled module is missing")
     with pytest.raises(RuntimeError, match="the compiled module is missing"):
         pack_frames([frame], **OPTIONS, impl="cpu")

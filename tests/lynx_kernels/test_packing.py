@@ -325,7 +325,7 @@ def test_errors_of_options(chosen, message):
 
 def test_without_the_compiled_module(monkeypatch):
     monkeypatch.setattr(cpu_backend, "MISSING", "it is missing")
-    choice = dispatch.which(PackPlanner, 10)
+    choice = dispatch.explain(PackPlanner, 10)
     assert (choice.name, choice.refused) == ("reference", {"cpu": "it is missing"})
     assert isinstance(PackPlanner(10)._planner, reference.Planner)
     with pytest.raises(RuntimeError, match="impl='cpu' cannot run this call: it is missing"):
@@ -334,5 +334,5 @@ def test_without_the_compiled_module(monkeypatch):
 
 @pytest.mark.skipif(not COMPILED, reason="no compiled module")
 def test_the_compiled_module_runs_unless_another_is_named():
-    assert dispatch.which(PackPlanner, 10).name == "cpu"
+    assert dispatch.explain(PackPlanner, 10).name == "cpu"
     assert isinstance(PackPlanner(10)._planner, packing._Compiled)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lynx_kernels import prefix_attention_decode, which
+from lynx_kernels import explain, prefix_attention_decode
 from lynx_kernels.backends import cpu as cpu_backend
 from tests.lynx_kernels.attention_cases import (
     SEVERAL_TILES,
@@ -223,7 +223,7 @@ def test_compiled_equals_eager():
 def test_which_and_refusals(monkeypatch):
     case = case_of(1)
     indices = [torch.tensor(each) for each in SEVERAL_TILES]
-    ask = partial(which, prefix_attention_decode)
+    ask = partial(explain, prefix_attention_decode)
     assert ask(*case.inputs, *indices).name == "cpu"
     for dtype in (torch.float16, torch.float64):
         assert f"would be in {dtype}" in ask(*(each.to(dtype) for each in case.inputs), *indices).refused["cpu"]

@@ -263,8 +263,8 @@ def lacking(feature):
 
 @pytest.mark.parametrize("feature", LACKING)
 def test_packed_layers_that_ask_for_what_we_lack_are_refused(feature):
-    model, refusal = lacking(feature)
-    with refusal:
+    model, unsupported_reason = lacking(feature)
+    with unsupported_reason:
         run_packed(model, torch.randint(50, (4,)), PackedLayout.causal([4]))
 
 

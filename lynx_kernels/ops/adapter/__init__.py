@@ -5,22 +5,24 @@ from torch import Tensor
 
 from lynx_kernels.backends import dispatch
 from lynx_kernels.backends import triton as triton_backend
-from lynx_kernels.backends.dtypes import wide
-from lynx_kernels.backends.registration import define, lower
+from lynx_kernels.backends.dtypes import acc_dtype
+from lynx_kernels.backends.registration import autocast_to, define
 from lynx_kernels.ops.adapter import cpu, cuda, reference
 from lynx_kernels.ops.adapter.activations import ACTIVATIONS
 
-_IMPLEMENTATIONS = dispatch.Operation(
+OPERATION = dispatch.Operation(
     "adapter",
-    dispatch.Implementation("cuda", cuda.forward, refusal=cuda.refusal, reluctance=cuda.reluctance),
+    dispatch.Implementation(
+        "cuda", cuda.forward, unsupported_reason=cuda.unsupported_reason, not_preferred_reason=cuda.not_preferred_reason
+    ),
     dispatch.Implementation(
         "triton",
         triton_backend.lazy("lynx_kernels.ops.adapter.triton", "forward"),
         triton_backend.lazy("lynx_kernels.ops.adapter.triton", "backward"),
-        refusal=triton_backend.refusal,
-        reluctance=triton_backend.reluctance,
+        unsupported_reason=triton_backend.unsupported_reason,
+        not_preferred_reason=triton_backend.not_preferred_reason,
     ),
-    dispatch.Implementation("cpu", cpu.forward, cpu.backward, cpu.refusal),
+    dispatch.Implementation("cpu", cpu.forward, cpu.backward, cpu.unsupported_reason),
     dispatch.Implementation("reference", reference.forward, reference.backward),
 )
 
@@ -62,7 +64,7 @@ def adapter(
         TypeError: an argument is not floating point, the two weights differ in dtype, or one is a DTensor.
     """
     _check(x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, scale, activation)
-    impl = _IMPLEMENTATIONS.choose(impl, x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, scale)
+    impl = OPERATION.choose(impl, x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, scale)
     out, _, _, _ = _FORWARD(
         x.reshape(-1, x.shape[-1]), norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, scale,
         eps, activation, impl,
@@ -105,7 +107,7 @@ def _check(x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias
 
 def _forward_fake(x, norm_weight, norm_bias, down_weight, *rest):
     statistics = (x.shape[0] if norm_weight is not None else 0,)
-    statistics_dtype = wide(x.dtype)
+    statistics_dtype = acc_dtype(x.dtype)
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format),
         x.new_empty(statistics, dtype=statistics_dtype),
@@ -142,7 +144,7 @@ def _autograd(ctx, grad, *unused):
 
 
 def _autocast(dtype, x, norm_weight, norm_bias, down_weight, down_bias, up_weight, *rest):
-    return (x, norm_weight, norm_bias, lower(down_weight, dtype), down_bias, lower(up_weight, dtype), *rest)
+    return (x, norm_weight, norm_bias, autocast_to(down_weight, dtype), down_bias, autocast_to(up_weight, dtype), *rest)
 
 
 _ARGUMENTS = (
@@ -152,12 +154,12 @@ _ARGUMENTS = (
 _BACKWARD = define(
     f"adapter_backward(Tensor grad, {_ARGUMENTS}, Tensor mean, Tensor rstd, Tensor preactivation, str activation, "
     "bool[] needs, str impl) -> Tensor[]",
-    _IMPLEMENTATIONS.backward,
+    OPERATION.backward,
     fake=_backward_fake,
 )
 _FORWARD = define(
     f"adapter({_ARGUMENTS}, float eps, str activation, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
-    _IMPLEMENTATIONS.forward,
+    OPERATION.forward,
     fake=_forward_fake,
     autograd=(_setup_context, _autograd),
     autocast=_autocast,

@@ -34,7 +34,9 @@ _COMPILED_TOKENS = 64
 _T = TypeVar("_T", Tensor, Tensor | None)
 
 
-def refusal(x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, down_weight: Tensor, *rest) -> str | None:
+def unsupported_reason(
+    x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, down_weight: Tensor, *rest
+) -> str | None:
     """Why this implementation cannot run the call, or None."""
     if x.device.type != "cpu":
         return f"runs on CPUs, x is on {x.device}"

@@ -23,10 +23,14 @@ FEW_TOKENS = 64
 PREFERRED_TOKENS = {2: 8, 4: 16}
 
 
-def refusal(x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, down_weight: Tensor, *rest) -> str | None:
+def unsupported_reason(
+    x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, down_weight: Tensor, *rest
+) -> str | None:
     """Why this implementation cannot run the call, or None. Builds the kernels where that is all that lacks."""
     tensors = (x, norm_weight, norm_bias, down_weight, *rest)
-    if why := cuda_backend.unsuited(x) or dispatch.gradient_refusal("the CUDA kernels of the adapter", *tensors):
+    if why := cuda_backend.device_unsupported_reason(x) or dispatch.gradient_unsupported_reason(
+        "the CUDA kernels of the adapter", *tensors
+    ):
         return why
     if any(each is not None and each.dtype == torch.float64 for each in tensors):
         return "the CUDA kernels add up in fp32, and an argument is fp64"
@@ -34,10 +38,10 @@ def refusal(x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, dow
         return f"down_weight is empty: {tuple(down_weight.shape)}"
     if _tokens(x) > FEW_TOKENS:
         return f"the CUDA kernels take up to {FEW_TOKENS} tokens, x has {_tokens(x)}"
-    return cuda_backend.missing()
+    return cuda_backend.library_missing_reason()
 
 
-def reluctance(
+def not_preferred_reason(
     x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, down_weight: Tensor, *rest
 ) -> str | None:
     """Why it runs only when named, or None."""

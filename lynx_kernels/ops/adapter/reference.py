@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lynx_kernels.backends.dtypes import wide
+from lynx_kernels.backends.dtypes import acc_dtype
 from lynx_kernels.ops.adapter.activations import ACTIVATION_GRADIENTS, ACTIVATIONS
 
 
@@ -32,7 +32,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the output (T, d) and what backward needs: mean (T,), rstd (T,) and the pre-activation (T, r)."""
     compute = down_weight.dtype
-    x_wide = x.to(wide(x.dtype))
+    x_wide = x.to(acc_dtype(x.dtype))
     mean, rstd = _statistics(x_wide, eps, norm_weight is not None)
     normalized = _normalize(x_wide, mean, rstd, norm_weight, norm_bias).to(compute)  # (T, d)
     preactivation = F.linear(normalized, down_weight, _cast(down_bias, compute))  # (T, r)
@@ -76,7 +76,7 @@ def backward(
     """Return the gradients that ``needs`` asks for, in the order of forward's arguments; the rest is not computed."""
     needs_x, needs_norm, needs_norm_bias, needs_down, needs_down_bias, needs_up, needs_up_bias, needs_scale = needs
     compute = down_weight.dtype
-    x_input, x = x, x.to(wide(x.dtype))
+    x_input, x = x, x.to(acc_dtype(x.dtype))
     grad = grad.to(x.dtype)
     activated = ACTIVATIONS[activation](preactivation)  # (T, r)
     grad_up = (scale.to(grad.dtype) * grad).to(compute)  # (T, d), into the up-projection's output

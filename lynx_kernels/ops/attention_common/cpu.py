@@ -12,7 +12,7 @@ from lynx_kernels.backends import cpu as cpu_backend
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
-def refusal(q: Tensor, *keys_and_values: Tensor) -> str | None:
+def unsupported_reason(q: Tensor, *keys_and_values: Tensor) -> str | None:
     """Why this implementation cannot run the call, or None."""
     if q.device.type != "cpu":
         return f"runs on CPUs, q is on {q.device}"

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from lynx_kernels.backends import dispatch
 from lynx_kernels.backends import triton as triton_backend
-from lynx_kernels.backends.dtypes import wide
-from lynx_kernels.backends.registration import define, lower
+from lynx_kernels.backends.dtypes import acc_dtype
+from lynx_kernels.backends.registration import autocast_to, define
 
 
 def define_attention(
@@ -25,7 +25,7 @@ def define_attention(
     num_floats, num_arguments = len(floats), arguments.count(",") + 1
 
     def forward_fake(q, *rest):
-        return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=wide(q.dtype))
+        return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=acc_dtype(q.dtype))
 
     def backward_fake(grad, grad_lse, out, lse, *inputs):
         return tuple(tensor.new_empty(tensor.shape) for tensor in inputs[:num_floats])
@@ -41,7 +41,7 @@ def define_attention(
         return (*gradients, *[None] * (num_arguments - num_floats))
 
     def autocast(dtype, *args):
-        return (*(lower(tensor, dtype) for tensor in args[:num_floats]), *args[num_floats:])
+        return (*(autocast_to(tensor, dtype) for tensor in args[:num_floats]), *args[num_floats:])
 
     backward = define(
         f"{name}_backward(Tensor? grad, Tensor? grad_lse, Tensor out, Tensor lse, {arguments}) -> "
@@ -120,8 +120,8 @@ def resolve_scale(scale: float | None, q: Tensor) -> float:
     return q.shape[-1] ** -0.5 if scale is None else float(scale)
 
 
-def triton_refusal(q: Tensor, *keys_and_values: Tensor) -> str | None:
+def triton_unsupported_reason(q: Tensor, *keys_and_values: Tensor) -> str | None:
     """Why the Triton kernels cannot take these tensors, or None if they can."""
     if q.shape[-1] > 256:
         return f"Triton attention holds a head in one tile of at most 256 columns, and head_dim is {q.shape[-1]}"
-    return triton_backend.refusal(q, *keys_and_values)
+    return triton_backend.unsupported_reason(q, *keys_and_values)

@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from lynx_kernels.backends.dtypes import wide
+from lynx_kernels.backends.dtypes import acc_dtype
 from lynx_kernels.layout import key_intervals
 
 _MAX_CELLS = 2**18  # pairs of query and key, a head, that are computed at once: bounds the memory
@@ -22,12 +22,12 @@ _MAX_CELLS = 2**18  # pairs of query and key, a head, that are computed at once:
 
 def _grouped(tensor: Tensor, num_kv_heads: int) -> Tensor:
     """(..., Q, H, D) -> (..., Q, Hkv, H / Hkv, D) in the wide dtype."""
-    return tensor.to(wide(tensor.dtype)).unflatten(-2, (num_kv_heads, -1))
+    return tensor.to(acc_dtype(tensor.dtype)).unflatten(-2, (num_kv_heads, -1))
 
 
 def _scores(q: Tensor, k: Tensor, visible: Tensor, scale: float) -> Tensor:
     """(..., Hkv, H / Hkv, Q, K): S of the equation above."""
-    scores = scale * torch.einsum("...qhgd,...khd->...hgqk", _grouped(q, k.shape[-2]), k.to(wide(k.dtype)))
+    scores = scale * torch.einsum("...qhgd,...khd->...hgqk", _grouped(q, k.shape[-2]), k.to(acc_dtype(k.dtype)))
     return scores.masked_fill(~visible[..., None, None, :, :], float("-inf"))
 
 
@@ -109,7 +109,7 @@ def prefix_attention(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Return the output (T, H, D) and the LSE (T, H)."""
-    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=wide(q.dtype))
+    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=acc_dtype(q.dtype))
     for rows, visible in _groups(segments, q.shape[0], root_is_causal):
         out[rows], lse[rows] = attend(q[rows], k[rows], v[rows], visible, scale)
     return out, lse
@@ -158,7 +158,7 @@ def cross_attention(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Return the output (Q, H, D) and the LSE (Q, H)."""
-    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=wide(q.dtype))
+    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=acc_dtype(q.dtype))
     for queries, keys, visible in _spans(segments):
         out[queries], lse[queries] = attend(q[queries], k[keys], v[keys], visible, scale)
     return out, lse
@@ -179,7 +179,7 @@ def cross_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v; keys seen by several segments sum theirs, keys seen by none get 0."""
     grad_q = q.new_empty(q.shape)
-    grad_k, grad_v = (x.new_zeros(x.shape, dtype=wide(x.dtype)) for x in (k, v))
+    grad_k, grad_v = (x.new_zeros(x.shape, dtype=acc_dtype(x.dtype)) for x in (k, v))
     for queries, keys, visible in _spans(segments):
         results = _part(grad, queries), _part(grad_lse, queries), out[queries], lse[queries]
         part_q, part_k, part_v = attend_backward(*results, q[queries], k[keys], v[keys], visible, scale)

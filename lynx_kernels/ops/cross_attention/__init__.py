@@ -13,19 +13,19 @@ from lynx_kernels.ops.attention_common.operator import (
     check_rows,
     define_attention,
     resolve_scale,
-    triton_refusal,
+    triton_unsupported_reason,
 )
 
-_IMPLEMENTATIONS = dispatch.Operation(
+OPERATION = dispatch.Operation(
     "cross_attention",
     dispatch.Implementation(
         "triton",
         triton_backend.lazy("lynx_kernels.ops.cross_attention.triton", "forward"),
         triton_backend.lazy("lynx_kernels.ops.cross_attention.triton", "backward"),
-        refusal=triton_refusal,
-        reluctance=triton_backend.reluctance,
+        unsupported_reason=triton_unsupported_reason,
+        not_preferred_reason=triton_backend.not_preferred_reason,
     ),
-    dispatch.Implementation("cpu", cpu.cross_attention, cpu.cross_attention_backward, cpu.refusal),
+    dispatch.Implementation("cpu", cpu.cross_attention, cpu.cross_attention_backward, cpu.unsupported_reason),
     dispatch.Implementation("reference", reference.cross_attention, reference.cross_attention_backward),
 )
 
@@ -84,12 +84,10 @@ def cross_attention(
     check_heads("cross_attention", 3, q, k=k, v=v)
     queries, keys = layout.num_queries, layout.num_keys
     check_rows("cross_attention", layout.segments, q=(q, queries), k=(k, keys), v=(v, keys))
-    impl = _IMPLEMENTATIONS.choose(impl, q, k, v)
+    impl = OPERATION.choose(impl, q, k, v)
     table = layout.segments, layout.tile_offsets, layout.tile_segments
     out, lse = _OPERATOR(q, k, v, *table, resolve_scale(scale, q), impl)
     return (out, lse) if return_lse else out
 
 
-_OPERATOR = define_attention(
-    _IMPLEMENTATIONS, ("q", "k", "v"), ("segments", "tile_offsets", "tile_segments"), "float scale"
-)
+_OPERATOR = define_attention(OPERATION, ("q", "k", "v"), ("segments", "tile_offsets", "tile_segments"), "float scale")

@@ -4,14 +4,14 @@ import torch
 from torch import Tensor
 
 from lynx_kernels.backends import dispatch
-from lynx_kernels.backends.dtypes import wide
-from lynx_kernels.backends.registration import define, lower
+from lynx_kernels.backends.dtypes import acc_dtype
+from lynx_kernels.backends.registration import autocast_to, define
 from lynx_kernels.ops.linear_cross_entropy import chunked, reference
 from lynx_kernels.ops.linear_cross_entropy.rows import compute_dtype
 
-_IMPLEMENTATIONS = dispatch.Operation(
+OPERATION = dispatch.Operation(
     "linear_cross_entropy",
-    dispatch.Implementation("one_pass", chunked.forward, refusal=chunked.refusal),
+    dispatch.Implementation("one_pass", chunked.forward, unsupported_reason=chunked.unsupported_reason),
     dispatch.Implementation("reference", reference.forward, reference.backward),
 )
 _REDUCTIONS = ("mean", "sum", "none")
@@ -66,7 +66,7 @@ def linear_cross_entropy(
             instead, as it does for max_supervised.
     """
     _check(hidden, weight, shift_labels, label_smoothing, reduction, num_items, max_supervised)
-    impl = _IMPLEMENTATIONS.choose(impl, hidden, weight, shift_labels, reduction)
+    impl = OPERATION.choose(impl, hidden, weight, shift_labels, reduction)
     if impl == "one_pass":
         needs = [torch.is_grad_enabled() and each.requires_grad for each in (hidden, weight)]
         at_most = shift_labels.shape[0] if max_supervised is None else max_supervised
@@ -119,7 +119,7 @@ def _check(hidden, weight, shift_labels, label_smoothing, reduction, num_items, 
 
 
 def _forward_fake(hidden, weight, shift_labels, *options):
-    dtype = wide(compute_dtype(hidden, weight))
+    dtype = acc_dtype(compute_dtype(hidden, weight))
     return hidden.new_empty((hidden.shape[0],), dtype=dtype)
 
 
@@ -144,7 +144,7 @@ def _autograd(ctx, grad):
 
 def _sum_fake(hidden, weight, shift_labels, label_smoothing, ignore_index, max_supervised, needs):
     return (
-        hidden.new_empty((), dtype=wide(compute_dtype(hidden, weight))),
+        hidden.new_empty((), dtype=acc_dtype(compute_dtype(hidden, weight))),
         hidden.new_empty(hidden.shape if needs[0] else 0),
         weight.new_empty(weight.shape if needs[1] else 0, dtype=chunked.summed_dtype(weight)),
     )
@@ -170,19 +170,19 @@ def _sum_autograd(ctx, grad, *grads_of_gradients):
 
 
 def _autocast(dtype, hidden, weight, *rest):
-    return (lower(hidden, dtype), lower(weight, dtype), *rest)
+    return (autocast_to(hidden, dtype), autocast_to(weight, dtype), *rest)
 
 
 _BACKWARD = define(
     "linear_cross_entropy_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor shift_labels, "
     "float label_smoothing, SymInt ignore_index, bool[] needs, str impl) -> Tensor[]",
-    _IMPLEMENTATIONS.backward,
+    OPERATION.backward,
     fake=_backward_fake,
 )
 _FORWARD = define(
     "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor shift_labels, float label_smoothing, "
     "SymInt ignore_index, str impl) -> Tensor",
-    _IMPLEMENTATIONS.forward,
+    OPERATION.forward,
     fake=_forward_fake,
     autograd=(_setup_context, _autograd),
     autocast=_autocast,

@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lynx_kernels.backends import onednn
-from lynx_kernels.backends.dtypes import wide
+from lynx_kernels.backends.dtypes import acc_dtype
 from lynx_kernels.ops.linear_cross_entropy import rows as supervised_rows
 
 CHUNK = 512  # rows; 65 MB of logits in fp32 with 32000 tokens
 
 
-def refusal(hidden: Tensor, weight: Tensor, labels: Tensor, reduction: str) -> str | None:
+def unsupported_reason(hidden: Tensor, weight: Tensor, labels: Tensor, reduction: str) -> str | None:
     """Why this implementation cannot run the call, or None."""
     return "it sums the losses, reduction='none' asks for each" if reduction == "none" else None
 
@@ -39,7 +39,7 @@ def forward(
     supervised_rows.check_labels(labels, weight.shape[0], ignore_index)
     compute = supervised_rows.compute_dtype(hidden, weight)
     needs_hidden, needs_weight = needs
-    total = hidden.new_zeros((), dtype=wide(compute))
+    total = hidden.new_zeros((), dtype=acc_dtype(compute))
     grad_hidden = hidden.new_zeros(hidden.shape if needs_hidden else 0)
     grad_weight = None
     kept_dtype, weight = summed_dtype(weight), weight.to(compute)
@@ -86,14 +86,14 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
         return torch.mm(left, right, out_dtype=torch.float32)
     if left.dtype == torch.bfloat16 and left.is_cpu and onednn.HAS_BF16:
         return left @ right
-    return left.to(wide(left.dtype)) @ right.to(wide(right.dtype))
+    return left.to(acc_dtype(left.dtype)) @ right.to(acc_dtype(right.dtype))
 
 
 def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     # The first product is the sum so far: with one chunk nothing of the weight's size is filled, added or widened.
     if total is None:
         return _product(left, right)
-    total = total.to(wide(total.dtype))
+    total = total.to(acc_dtype(total.dtype))
     if left.dtype == total.dtype:
         return total.addmm_(left, right)  # without a second tensor of the weight's size
     return total.add_(_product(left, right))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lynx_kernels.backends.dtypes import wide
+from lynx_kernels.backends.dtypes import acc_dtype
 from lynx_kernels.ops.linear_cross_entropy import rows as supervised_rows
 
 CHUNK = 1024  # rows; 131 MB of logits with 32000 tokens
@@ -27,7 +27,7 @@ def forward(
     supervised_rows.check_labels(labels, weight.shape[0], ignore_index)
     compute = supervised_rows.compute_dtype(hidden, weight)
     weight = weight.to(compute)
-    losses = hidden.new_zeros(labels.shape, dtype=wide(compute))
+    losses = hidden.new_zeros(labels.shape, dtype=acc_dtype(compute))
     for rows in supervised_rows.chunks(labels, ignore_index, CHUNK):
         logits = _product(hidden[rows].to(compute), weight.t())  # (n, V)
         losses[rows] = F.cross_entropy(
@@ -50,7 +50,7 @@ def backward(
     compute = supervised_rows.compute_dtype(hidden, weight)
     weight_compute = weight.to(compute)
     grad_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
-    grad_weight = weight.new_zeros(weight.shape if needs_weight else 0, dtype=wide(compute))
+    grad_weight = weight.new_zeros(weight.shape if needs_weight else 0, dtype=acc_dtype(compute))
     for rows in supervised_rows.chunks(labels, ignore_index, CHUNK):
         label = labels[rows][:, None]  # (n, 1)
         supervised = label != ignore_index
@@ -72,4 +72,4 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     # left @ right in at least fp32, though the factors, of one dtype, may be narrower.
     if left.is_cuda and left.dtype.itemsize == 2:
         return torch.mm(left, right, out_dtype=torch.float32)
-    return left.to(wide(left.dtype)) @ right.to(wide(right.dtype))
+    return left.to(acc_dtype(left.dtype)) @ right.to(acc_dtype(right.dtype))

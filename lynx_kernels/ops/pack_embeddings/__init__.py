@@ -10,27 +10,29 @@ from lynx_kernels.backends.registration import define
 from lynx_kernels.ops.pack_embeddings import cpu, cuda, reference
 
 
-def _cuda_refusal(token_ids: Tensor, embedding: Tensor, vision: Tensor, vision_index: Tensor) -> str | None:
+def _cuda_unsupported_reason(token_ids: Tensor, embedding: Tensor, vision: Tensor, vision_index: Tensor) -> str | None:
     if torch.float64 in (embedding.dtype, vision.dtype):
         return "the CUDA kernels add up in fp32, and an argument is fp64"
-    return cuda_backend.refusal(embedding)
+    return cuda_backend.unsupported_reason(embedding)
 
 
-def _triton_refusal(token_ids: Tensor, embedding: Tensor, vision: Tensor, vision_index: Tensor) -> str | None:
-    return triton_backend.refusal(embedding, vision)
+def _triton_unsupported_reason(
+    token_ids: Tensor, embedding: Tensor, vision: Tensor, vision_index: Tensor
+) -> str | None:
+    return triton_backend.unsupported_reason(embedding, vision)
 
 
-_IMPLEMENTATIONS = dispatch.Operation(
+OPERATION = dispatch.Operation(
     "pack_embeddings",
-    dispatch.Implementation("cuda", cuda.forward, cuda.backward, _cuda_refusal),
+    dispatch.Implementation("cuda", cuda.forward, cuda.backward, _cuda_unsupported_reason),
     dispatch.Implementation(
         "triton",
         triton_backend.lazy("lynx_kernels.ops.pack_embeddings.triton", "forward"),
         triton_backend.lazy("lynx_kernels.ops.pack_embeddings.triton", "backward"),
-        refusal=_triton_refusal,
-        reluctance=triton_backend.reluctance,
+        unsupported_reason=_triton_unsupported_reason,
+        not_preferred_reason=triton_backend.not_preferred_reason,
     ),
-    dispatch.Implementation("cpu", cpu.forward, cpu.backward, cpu.refusal),
+    dispatch.Implementation("cpu", cpu.forward, cpu.backward, cpu.unsupported_reason),
     dispatch.Implementation("reference", reference.forward, reference.backward),
 )
 
@@ -68,7 +70,7 @@ def pack_embeddings(
             the device asserts instead.
     """
     _check(token_ids, embedding, vision, vision_index)
-    impl = _IMPLEMENTATIONS.choose(impl, token_ids, embedding, vision, vision_index)
+    impl = OPERATION.choose(impl, token_ids, embedding, vision, vision_index)
     return _FORWARD(token_ids, embedding, vision, vision_index, impl)
 
 
@@ -129,12 +131,12 @@ def _autograd(ctx, grad):
 _BACKWARD = define(
     "pack_embeddings_backward(Tensor grad, Tensor token_ids, Tensor vision_index, SymInt num_embeddings, "
     "SymInt num_vision, ScalarType vision_dtype, bool[] needs, str impl) -> Tensor[]",
-    _IMPLEMENTATIONS.backward,
+    OPERATION.backward,
     fake=_backward_fake,
 )
 _FORWARD = define(
     "pack_embeddings(Tensor token_ids, Tensor embedding, Tensor vision, Tensor vision_index, str impl) -> Tensor",
-    _IMPLEMENTATIONS.forward,
+    OPERATION.forward,
     fake=_forward_fake,
     autograd=(_setup_context, _autograd),
 )

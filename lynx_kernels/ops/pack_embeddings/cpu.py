@@ -13,7 +13,7 @@ from lynx_kernels.ops.pack_embeddings.rows import dense
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of lynx::Dtype
 
 
-def refusal(token_ids: Tensor, embedding: Tensor, vision: Tensor, vision_index: Tensor) -> str | None:
+def unsupported_reason(token_ids: Tensor, embedding: Tensor, vision: Tensor, vision_index: Tensor) -> str | None:
     """Why this implementation cannot run the call, or None."""
     if embedding.device.type != "cpu":
         return f"runs on CPUs, embedding is on {embedding.device}"

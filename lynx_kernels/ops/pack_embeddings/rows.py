@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lynx_kernels.backends.dtypes import wide
+from lynx_kernels.backends.dtypes import acc_dtype
 
 
 def dense(tensor: Tensor) -> Tensor:
@@ -22,7 +22,7 @@ def sum_rows(grad: Tensor, index: Tensor, used: Tensor, size: int) -> Tensor:
     made wide first; where a table trains it is fp32 already, and nothing is copied.
     """
     index = torch.where(used, index, size)
-    return torch.ops.aten.embedding_dense_backward(grad.to(wide(grad.dtype)), index, size + 1, size, False)[:size]
+    return torch.ops.aten.embedding_dense_backward(grad.to(acc_dtype(grad.dtype)), index, size + 1, size, False)[:size]
 
 
 def backward_by(vision_gradient: Callable[[Tensor, Tensor, int, torch.dtype], Tensor]) -> Callable[..., list[Tensor]]:

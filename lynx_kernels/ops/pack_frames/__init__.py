@@ -12,14 +12,14 @@ from lynx_kernels.backends.registration import define
 from lynx_kernels.ops.pack_frames import cpu, cuda, reference
 
 
-def _cuda_refusal(out: Tensor, *frames: Tensor) -> str | None:
-    return cuda_backend.refusal(out)
+def _cuda_unsupported_reason(out: Tensor, *frames: Tensor) -> str | None:
+    return cuda_backend.unsupported_reason(out)
 
 
-_IMPLEMENTATIONS = dispatch.Operation(
+OPERATION = dispatch.Operation(
     "pack_frames",
-    dispatch.Implementation("cuda", cuda.forward, refusal=_cuda_refusal),
-    dispatch.Implementation("cpu", cpu.forward, refusal=cpu.refusal),
+    dispatch.Implementation("cuda", cuda.forward, unsupported_reason=_cuda_unsupported_reason),
+    dispatch.Implementation("cpu", cpu.forward, unsupported_reason=cpu.unsupported_reason),
     dispatch.Implementation("reference", reference.forward),
 )
 
@@ -91,7 +91,7 @@ def pack_frames(
         out = torch.empty(shape, dtype=dtype, device=device)
     else:
         _check_out(out, shape, dtype, device)
-    impl = _IMPLEMENTATIONS.choose(impl, out, *tensors)
+    impl = OPERATION.choose(impl, out, *tensors)
     _PACK_FRAMES(tensors, out, boxes, flips, size, patch_size, list(mean), list(std), resize, crop_rounding, impl)
     return out
 
@@ -202,6 +202,6 @@ def _pack_frames_fake(*args) -> None:
 _PACK_FRAMES = define(
     "pack_frames(Tensor[] frames, Tensor(a!) out, SymInt[] crop_boxes, bool[] flips, SymInt size, SymInt? patch_size, "
     "float[] mean, float[] std, str resize, str crop_rounding, str impl) -> ()",
-    _IMPLEMENTATIONS.forward,
+    OPERATION.forward,
     fake=_pack_frames_fake,
 )

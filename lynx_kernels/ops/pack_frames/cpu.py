@@ -12,7 +12,7 @@ from lynx_kernels.backends import cpu as cpu_backend
 from lynx_kernels.ops.pack_frames.levels import levels_of
 
 
-def refusal(out: Tensor, *frames: Tensor) -> str | None:
+def unsupported_reason(out: Tensor, *frames: Tensor) -> str | None:
     """Why this implementation cannot run the call, or None."""
     if out.device.type != "cpu":
         return f"runs on CPUs, the frames are on {out.device}"

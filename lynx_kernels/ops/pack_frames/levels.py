@@ -5,13 +5,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lynx_kernels.backends.dtypes import wide
+from lynx_kernels.backends.dtypes import acc_dtype
 
 
 @lru_cache(maxsize=64)
 def levels_of(mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype) -> Tensor:
     """What every byte of every channel becomes, (3, 256)."""
-    compute = wide(dtype)
+    compute = acc_dtype(dtype)
     shares = (torch.arange(256, dtype=torch.float64, device="cpu") / 255).to(compute)
     channel_mean, channel_std = (torch.tensor(each, dtype=compute, device="cpu")[:, None] for each in (mean, std))
     return ((shares - channel_mean) / channel_std).to(dtype)

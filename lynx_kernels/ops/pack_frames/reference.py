@@ -13,7 +13,7 @@ Shapes: frames of height h and width w, square outputs of side S, patches of sid
 import torch
 from torch import Tensor
 
-from lynx_kernels.backends.dtypes import wide
+from lynx_kernels.backends.dtypes import acc_dtype
 
 _ONE = 2**22  # 1.0 in Pillow's fixed-point weights
 
@@ -31,7 +31,7 @@ def forward(
     crop_rounding: str,
 ) -> None:
     """Fill ``out``; computed in fp32, for an fp64 output in fp64."""
-    compute = wide(out.dtype)
+    compute = acc_dtype(out.dtype)
     channel_mean = torch.tensor(mean, dtype=compute, device=out.device)[:, None, None]  # (3, 1, 1)
     channel_std = torch.tensor(std, dtype=compute, device=out.device)[:, None, None]
     for index, frame in enumerate(frames):

@@ -13,19 +13,19 @@ from lynx_kernels.ops.attention_common.operator import (
     check_rows,
     define_attention,
     resolve_scale,
-    triton_refusal,
+    triton_unsupported_reason,
 )
 
-_IMPLEMENTATIONS = dispatch.Operation(
+OPERATION = dispatch.Operation(
     "prefix_attention",
     dispatch.Implementation(
         "triton",
         triton_backend.lazy("lynx_kernels.ops.prefix_attention.triton", "forward"),
         triton_backend.lazy("lynx_kernels.ops.prefix_attention.triton", "backward"),
-        refusal=triton_refusal,
-        reluctance=triton_backend.reluctance,
+        unsupported_reason=triton_unsupported_reason,
+        not_preferred_reason=triton_backend.not_preferred_reason,
     ),
-    dispatch.Implementation("cpu", cpu.prefix_attention, cpu.prefix_attention_backward, cpu.refusal),
+    dispatch.Implementation("cpu", cpu.prefix_attention, cpu.prefix_attention_backward, cpu.unsupported_reason),
     dispatch.Implementation("reference", reference.prefix_attention, reference.prefix_attention_backward),
 )
 
@@ -84,9 +84,9 @@ def prefix_attention(
     check_heads("prefix_attention", 3, q, k=k, v=v)
     tokens = layout.num_tokens
     check_rows("prefix_attention", layout.segments, q=(q, tokens), k=(k, tokens), v=(v, tokens))
-    impl = _IMPLEMENTATIONS.choose(impl, q, k, v)
+    impl = OPERATION.choose(impl, q, k, v)
     out, lse = _OPERATOR(q, k, v, layout.segments, layout.root_is_causal, resolve_scale(scale, q), impl)
     return (out, lse) if return_lse else out
 
 
-_OPERATOR = define_attention(_IMPLEMENTATIONS, ("q", "k", "v"), ("segments",), "bool root_is_causal, float scale")
+_OPERATOR = define_attention(OPERATION, ("q", "k", "v"), ("segments",), "bool root_is_causal, float scale")

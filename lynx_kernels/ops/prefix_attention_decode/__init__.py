@@ -9,25 +9,32 @@ from lynx_kernels.backends import dispatch
 from lynx_kernels.backends import triton as triton_backend
 from lynx_kernels.ops.attention_common import cpu as common_cpu
 from lynx_kernels.ops.attention_common import reference
-from lynx_kernels.ops.attention_common.operator import check_heads, define_attention, resolve_scale, triton_refusal
+from lynx_kernels.ops.attention_common.operator import (
+    check_heads,
+    define_attention,
+    resolve_scale,
+    triton_unsupported_reason,
+)
 from lynx_kernels.ops.prefix_attention_decode import cpu, cuda
 
 
-def _forward_only(kernels: str, refusal: Callable[..., str | None]) -> Callable[..., str | None]:
+def _forward_only(kernels: str, unsupported_reason: Callable[..., str | None]) -> Callable[..., str | None]:
     who = f"the {kernels} kernels of decoding"
-    return lambda *tensors: dispatch.gradient_refusal(who, *tensors) or refusal(*tensors)
+    return lambda *tensors: dispatch.gradient_unsupported_reason(who, *tensors) or unsupported_reason(*tensors)
 
 
-_IMPLEMENTATIONS = dispatch.Operation(
+OPERATION = dispatch.Operation(
     "prefix_attention_decode",
-    dispatch.Implementation("cuda", cuda.forward, refusal=cuda.refusal, reluctance=cuda.reluctance),
+    dispatch.Implementation(
+        "cuda", cuda.forward, unsupported_reason=cuda.unsupported_reason, not_preferred_reason=cuda.not_preferred_reason
+    ),
     dispatch.Implementation(
         "triton",
         triton_backend.lazy("lynx_kernels.ops.prefix_attention_decode.triton", "forward"),
-        refusal=_forward_only("Triton", triton_refusal),
-        reluctance=triton_backend.reluctance,
+        unsupported_reason=_forward_only("Triton", triton_unsupported_reason),
+        not_preferred_reason=triton_backend.not_preferred_reason,
     ),
-    dispatch.Implementation("cpu", cpu.forward, refusal=_forward_only("C++", common_cpu.refusal)),
+    dispatch.Implementation("cpu", cpu.forward, unsupported_reason=_forward_only("C++", common_cpu.unsupported_reason)),
     dispatch.Implementation("reference", reference.prefix_attention_decode, reference.prefix_attention_decode_backward),
 )
 
@@ -99,7 +106,7 @@ def prefix_attention_decode(
         _check_range("branch_to_root", branch_to_root, 0, num_roots - 1)
         _check_range("root_lengths", root_lengths, 0, root_k.shape[1])
         _check_range("branch_lengths", branch_lengths, q.shape[1], branch_k.shape[1])
-    impl = _IMPLEMENTATIONS.choose(impl, q, *caches.values())
+    impl = OPERATION.choose(impl, q, *caches.values())
     out, lse = _OPERATOR(q, *caches.values(), *indices.values(), resolve_scale(scale, q), impl)
     return (out, lse) if return_lse else out
 
@@ -111,7 +118,7 @@ def _check_range(name: str, index: Tensor, least: int, most: int) -> None:
 
 
 _OPERATOR = define_attention(
-    _IMPLEMENTATIONS,
+    OPERATION,
     ("q", "root_k", "root_v", "branch_k", "branch_v"),
     ("branch_to_root", "root_lengths", "branch_lengths"),
     "float scale",

@@ -22,10 +22,12 @@ _MOST_DIM, _DIM_MULTIPLE = 128, 8
 PREFERRED_ROWS = 8
 
 
-def refusal(q: Tensor, root_k: Tensor, root_v: Tensor, branch_k: Tensor, branch_v: Tensor) -> str | None:
+def unsupported_reason(q: Tensor, root_k: Tensor, root_v: Tensor, branch_k: Tensor, branch_v: Tensor) -> str | None:
     """Why this implementation cannot run the call, or None. Builds the kernels where that is all that lacks."""
     caches = root_k, root_v, branch_k, branch_v
-    if why := cuda_backend.unsuited(q) or dispatch.gradient_refusal("the CUDA kernels of decoding", q, *caches):
+    if why := cuda_backend.device_unsupported_reason(q) or dispatch.gradient_unsupported_reason(
+        "the CUDA kernels of decoding", q, *caches
+    ):
         return why
     if q.dtype == torch.float64:
         return "the CUDA kernels add up in fp32, and an argument is fp64"
@@ -37,10 +39,10 @@ def refusal(q: Tensor, root_k: Tensor, root_v: Tensor, branch_k: Tensor, branch_
             f"the CUDA kernels of decoding take a head_dim that is a multiple of {_DIM_MULTIPLE}, up to {_MOST_DIM}, "
             f"and it is {q.shape[-1]}"
         )
-    return cuda_backend.missing()
+    return cuda_backend.library_missing_reason()
 
 
-def reluctance(q: Tensor, root_k: Tensor, *rest: Tensor) -> str | None:
+def not_preferred_reason(q: Tensor, root_k: Tensor, *rest: Tensor) -> str | None:
     """Why it runs only when named, or None."""
     branches, queries, heads, _ = q.shape
     rows = -(-branches // max(1, root_k.shape[0])) * queries * (heads // root_k.shape[2])

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from lynx.generation import answers as generation
 from lynx.generation.answers import SETTINGS, answer, describe_first, generate_answers
-from lynx.generation.answers import answers as generation
 from tests.lynx.conftest import QUESTIONS, conversation, picture
 from tests.lynx.searches import NEW, SEARCHES, plain
 from tests.numbers import assert_within_budget

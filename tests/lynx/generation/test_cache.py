@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from lynx.generation.answers import cache as cache_module
+from lynx.generation import cache as cache_module
 from lynx.generation.cache import SharedRootCache, StaticTensors
 from lynx_kernels import PackedLayout
 from tests.lynx.conftest import make_config, make_model

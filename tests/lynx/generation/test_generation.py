@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import CompileConfig, DynamicCache, GenerationConfig
 
-from lynx.generation.answers import cache as cache_module
+from lynx.generation import cache as cache_module
 from lynx.generation.answers import generate_answers
 from tests.lynx.conftest import conversation, make_config, make_model, picture
 from tests.lynx.searches import NEW, SEARCHES, plain

@@ -28,7 +28,7 @@ def activate(b_x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def slope(b_x, ACTIVATION: tl.constexpr):
+def act_grad(b_x, ACTIVATION: tl.constexpr):
     """The activation's derivative at b_x."""
     if ACTIVATION == "silu":
         b_gate = tl.sigmoid(b_x)
@@ -85,5 +85,5 @@ def mean_and_squares(p_x_rows, m_t, i_from, i_to, BROWS: tl.constexpr, BINNER: t
 
 
 @triton.jit
-def inverse_deviation(b_squares, n, eps):
+def rstd_of(b_squares, n, eps):
     return tl.rsqrt(b_squares / n + tl.cast(eps, tl.float32))  # a cast, for torch.compile hands floats over as fp64

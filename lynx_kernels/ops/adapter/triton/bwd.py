@@ -12,7 +12,7 @@ and so does the gradient of the scale: sum(grad * (activated Wu^T + bu)) = sum(a
 import triton
 import triton.language as tl
 
-from lynx_kernels.ops.adapter.triton.blocks import activate, own_tile, slope
+from lynx_kernels.ops.adapter.triton.blocks import act_grad, activate, own_tile
 
 _BSUMS = tl.constexpr(16)  # partial row sums read at once: one by one their latencies add up
 
@@ -106,7 +106,7 @@ def _into_preactivation(
         if p_factor is not None:
             b_scale_sum = b_scale_sum / b_factor
         tl.store(p_scale_sums + o_t, b_scale_sum, mask=m_t)
-    b_grad = (b_sum * (b_scale * slope(b_preactivation, ACTIVATION))).to(dtype)
+    b_grad = (b_sum * (b_scale * act_grad(b_preactivation, ACTIVATION))).to(dtype)
     if p_grad_preactivation is not None:
         tl.store(p_grad_preactivation + o_out, b_grad, mask=m_out)
     return b_grad, b_preactivation

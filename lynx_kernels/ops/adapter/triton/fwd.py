@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from lynx_kernels.ops.adapter.triton.blocks import activate, inverse_deviation, mean_and_squares, own_tile
+from lynx_kernels.ops.adapter.triton.blocks import activate, mean_and_squares, own_tile, rstd_of
 
 
 @triton.jit
@@ -23,7 +23,7 @@ def statistics_kernel(
     m_t = o_t < T
     b_mean, b_squares = mean_and_squares(p_x + o_t[:, None] * stride_x, m_t, 0, d, BROWS, BINNER)
     tl.store(p_mean + o_t, b_mean, mask=m_t)
-    tl.store(p_rstd + o_t, inverse_deviation(b_squares, d, eps), mask=m_t)
+    tl.store(p_rstd + o_t, rstd_of(b_squares, d, eps), mask=m_t)
 
 
 @triton.jit
@@ -195,7 +195,7 @@ def fused_kernel(
     b_rstd = b_mean
     if p_norm_weight is not None:
         b_mean, b_squares = mean_and_squares(p_x_rows, m_t, 0, d, BROWS, BINNER)
-        b_rstd = inverse_deviation(b_squares, d, eps)
+        b_rstd = rstd_of(b_squares, d, eps)
         tl.store(p_mean + o_t, b_mean, mask=m_t)
         tl.store(p_rstd + o_t, b_rstd, mask=m_t)
     b_sum = _into_bottleneck(

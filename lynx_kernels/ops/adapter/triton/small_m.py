@@ -14,13 +14,13 @@ alone give, along_s = Wd norm_weight and offset_s = Wd norm_bias over its column
 import triton
 import triton.language as tl
 
-from lynx_kernels.ops.adapter.triton.blocks import activate, inverse_deviation, mean_and_squares
+from lynx_kernels.ops.adapter.triton.blocks import activate, mean_and_squares, rstd_of
 
 
 @triton.jit
-def _part_inverse_deviation(b_squares, n, eps):
+def _part_rstd_of(b_squares, n, eps):
     """Never infinite: where a part has one value and eps is 0, its product is 0 and any factor serves."""
-    return tl.where(b_squares / n + tl.cast(eps, tl.float32) > 0, inverse_deviation(b_squares, n, eps), 1.0)
+    return tl.where(b_squares / n + tl.cast(eps, tl.float32) > 0, rstd_of(b_squares, n, eps), 1.0)
 
 
 @triton.jit
@@ -61,7 +61,7 @@ def part_kernel(
     p_weight_tile = p_weight + o_r.to(tl.int64)[None, :] * stride_weight + o_d[:, None]
     if p_norm_weight is not None:
         b_mean, b_squares = mean_and_squares(p_x_rows, m_t, i_from, i_to, BROWS, BINNER)
-        b_rstd = _part_inverse_deviation(b_squares, i_to - i_from, eps)
+        b_rstd = _part_rstd_of(b_squares, i_to - i_from, eps)
         if i_r == 0:
             tl.store(p_statistics + (i_part * 2) * T + o_t, b_mean, mask=m_t)
             tl.store(p_statistics + (i_part * 2 + 1) * T + o_t, b_squares, mask=m_t)
@@ -130,7 +130,7 @@ def join_kernel(
             n = tl.minimum(part, d - i_part * part)
             b_away = tl.load(p_statistics + i_part * 2 * T + o_t, mask=m_t, other=0.0) - b_mean
             b_squares += tl.load(p_statistics + (i_part * 2 + 1) * T + o_t, mask=m_t, other=0.0) + n * b_away * b_away
-        b_rstd = inverse_deviation(b_squares, d, eps)
+        b_rstd = rstd_of(b_squares, d, eps)
         if i_r == 0:
             tl.store(p_mean + o_t, b_mean, mask=m_t)
             tl.store(p_rstd + o_t, b_rstd, mask=m_t)
@@ -143,7 +143,7 @@ def join_kernel(
             n = tl.minimum(part, d - i_part * part)
             b_away = tl.load(p_statistics + i_part * 2 * T + o_t, mask=m_t, other=0.0) - b_mean
             b_part_squares = tl.load(p_statistics + (i_part * 2 + 1) * T + o_t, mask=m_t, other=0.0)
-            b_factor = b_rstd / _part_inverse_deviation(b_part_squares, n, eps)
+            b_factor = b_rstd / _part_rstd_of(b_part_squares, n, eps)
             b_along = tl.load(p_weight_rows + i_part * 2 * r + o_r, mask=m_r, other=0.0)
             b_offset = tl.load(p_weight_rows + (i_part * 2 + 1) * r + o_r, mask=m_r, other=0.0)
             b_part = b_part * b_factor[:, None] + (b_away * b_rstd)[:, None] * b_along[None, :] + b_offset[None, :]
