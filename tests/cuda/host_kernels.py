@@ -14,7 +14,7 @@ from lynx_kernels.backends import cuda_build
 HERE = Path(__file__).parent
 CSRC = cuda_build.find_sources()
 COMPILER = os.environ.get("CXX") or "c++"
-MISSING = None if shutil.explain(COMPILER) else f"there is no C++ compiler {COMPILER}"
+MISSING = None if shutil.which(COMPILER) else f"there is no C++ compiler {COMPILER}"
 # Contracted, sums of products would not be those of csrc/pack_frames/filter.h.
 _FLAGS = (
     "-std=c++17",

@@ -28,7 +28,7 @@ FAILING = """#!/bin/sh
 echo "rows.h(7): error: expected a ;"
 exit 2
 """
-needs_ninja = pytest.mark.skipif(shutil.explain("ninja") is None, reason="there is no ninja on PATH")
+needs_ninja = pytest.mark.skipif(shutil.which("ninja") is None, reason="there is no ninja on PATH")
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_without_torch_or_sources(home, monkeypatch):
     with pytest.raises(MissingToolError, match="there is no folder csrc in"):
         cuda_build.find_sources()
     monkeypatch.setattr(cuda_build.importlib.util, "find_spec", lambda name: None)
-    if shutil.explain("ninja"):
+    if shutil.which("ninja"):
         with pytest.raises(MissingToolError, match="torch cannot be imported"):
             find_tools()
 

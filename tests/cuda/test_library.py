@@ -42,7 +42,7 @@ def library():
 
 
 def cuobjdump(*options):
-    program = shutil.explain("cuobjdump") or knobs.nvidia.cuobjdump.path
+    program = shutil.which("cuobjdump") or knobs.nvidia.cuobjdump.path
     command = [program, *options, str(library())]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
