@@ -48,7 +48,7 @@ SOURCES = [
     "csrc/pack_frames/cpu/frames.cpp",
 ]
 CUDA = "lynx_kernels._cuda"
-FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
+FLAGS = ["-Icsrc", "-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
 KERNEL_FLAGS = ["-ffp-contract=fast"]
 SOURCE_FLAGS = ["-ffp-contract=off"]  # csrc/pack_frames/filter.h: doubles as Pillow computes them
 

@@ -1,7 +1,7 @@
 // What a tensor of two dimensions is to the code of pack_embeddings.
 #pragma once
 
-#include "../common/numbers.h"
+#include "common/numbers.h"
 
 namespace lynx {
 

@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "../common/portable.h"
+#include "common/portable.h"
 
 namespace lynx::frames {
 // Unnamed: files compiled for several instruction sets include this, and none may get the other's copy.

@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../common/dtype.h"
+#include "common/dtype.h"
 
 namespace lynx::frames {
 

@@ -1,4 +1,4 @@
-#include "../common/bindings.h"
+#include "common/bindings.h"
 
 #include <tuple>
 #include <vector>

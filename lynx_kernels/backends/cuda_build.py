@@ -110,11 +110,11 @@ def build(target: Path, tools: Tools) -> str:
 
 
 def _ninja_file(tools: Tools) -> str:
-    nvcc, include = shlex.quote(str(tools.nvcc)), shlex.quote(str(tools.torch / "include"))
-    libraries = shlex.quote(str(tools.torch / "lib"))
+    nvcc, csrc = shlex.quote(str(tools.nvcc)), shlex.quote(str(tools.csrc))
+    include, libraries = (shlex.quote(str(tools.torch / folder)) for folder in ("include", "lib"))
     lines = [
         "rule compile",
-        f"  command = {nvcc} {' '.join(_FLAGS)} -isystem {include} -c $in -o $out",
+        f"  command = {nvcc} {' '.join(_FLAGS)} -I{csrc} -isystem {include} -c $in -o $out",
         "rule link",
         f"  command = {nvcc} -shared --cudart=static $in -o $out -L{libraries} "
         "-Xlinker=--no-as-needed -ltorch_cpu -ltorch -ldl",

@@ -5,8 +5,8 @@
 #include <cstdlib>
 #include <vector>
 
-#include "../../csrc/adapter/cpu/adapter.h"
-#include "../../csrc/common/instruction_sets.h"
+#include "adapter/cpu/adapter.h"
+#include "common/instruction_sets.h"
 #include "fuzz.h"
 
 namespace {

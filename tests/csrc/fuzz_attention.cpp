@@ -6,8 +6,8 @@
 #include <stdexcept>
 #include <vector>
 
-#include "../../csrc/attention_common/cpu/attention.h"
-#include "../../csrc/common/instruction_sets.h"
+#include "attention_common/cpu/attention.h"
+#include "common/instruction_sets.h"
 #include "fuzz.h"
 
 namespace {

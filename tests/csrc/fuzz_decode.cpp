@@ -7,8 +7,8 @@
 #include <stdexcept>
 #include <vector>
 
-#include "../../csrc/prefix_attention_decode/cpu/decode.h"
-#include "../../csrc/common/instruction_sets.h"
+#include "prefix_attention_decode/cpu/decode.h"
+#include "common/instruction_sets.h"
 #include "fuzz.h"
 
 namespace {

@@ -7,7 +7,7 @@
 #include <stdexcept>
 #include <vector>
 
-#include "../../csrc/pack_embeddings/cpu/embeddings.h"
+#include "pack_embeddings/cpu/embeddings.h"
 #include "fuzz.h"
 
 namespace {

@@ -6,9 +6,9 @@
 #include <utility>
 #include <vector>
 
-#include "../../csrc/pack_frames/filter.h"
-#include "../../csrc/pack_frames/cpu/frames.h"
-#include "../../csrc/common/instruction_sets.h"
+#include "pack_frames/filter.h"
+#include "pack_frames/cpu/frames.h"
+#include "common/instruction_sets.h"
 #include "fuzz.h"
 
 namespace {

@@ -4,7 +4,7 @@
 #include <cstdlib>
 #include <vector>
 
-#include "../../csrc/planner/planner.h"
+#include "planner/planner.h"
 #include "fuzz.h"
 
 namespace {

@@ -1,8 +1,8 @@
 // The activations of the adapter, in fp32. A NaN stays one.
 #pragma once
 
-#include "../../common/vector.h"
-#include "../../problem.h"
+#include "common/vector.h"
+#include "adapter/problem.h"
 
 namespace {
 

@@ -5,9 +5,9 @@
 #include <algorithm>
 #include <vector>
 
-#include "../../common/instruction_sets.h"
-#include "../../common/memory.h"
-#include "../../common/threads.h"
+#include "common/instruction_sets.h"
+#include "common/memory.h"
+#include "common/threads.h"
 
 namespace lynx {
 

@@ -2,7 +2,7 @@
 // LayerNorm, for any number of tokens.
 #pragma once
 
-#include "../../problem.h"
+#include "adapter/problem.h"
 
 namespace lynx {
 

@@ -1,8 +1,8 @@
 // Numbers whose dtype is known when the kernel runs, a vector at a time.
 #pragma once
 
-#include "../../common/vector.h"
-#include "../../problem.h"
+#include "common/vector.h"
+#include "adapter/problem.h"
 
 namespace {
 

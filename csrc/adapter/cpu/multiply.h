@@ -2,8 +2,8 @@
 // two rows in memory, summed up in the lanes of a vector.
 #pragma once
 
-#include "../../common/vector.h"
-#include "../../problem.h"
+#include "common/vector.h"
+#include "adapter/problem.h"
 
 namespace {
 

@@ -7,8 +7,8 @@
 
 #include <cmath>
 
-#include "../multiplier.h"
-#include "../../problem.h"
+#include "multiplier.h"
+#include "adapter/problem.h"
 
 namespace lynx::few {
 

@@ -6,7 +6,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "../kernels.h"
+#include "kernels.h"
 
 namespace lynx::few {
 

@@ -5,8 +5,8 @@
 // multiprocessor hide each other's barriers.
 #pragma once
 
-#include "../../common/packs.h"
-#include "../../common/phases.h"
+#include "common/packs.h"
+#include "common/phases.h"
 
 namespace lynx::few {
 

@@ -2,8 +2,8 @@
 #include <optional>
 #include <tuple>
 
-#include "../../common/torch_library.h"
-#include "../launches.h"
+#include "common/torch_library.h"
+#include "launches.h"
 
 namespace lynx {
 namespace {

@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <memory>
 
-#include "../../common/instruction_sets.h"
-#include "../../common/numbers.h"
+#include "common/instruction_sets.h"
+#include "common/numbers.h"
 #include "heads.h"
 
 namespace lynx {

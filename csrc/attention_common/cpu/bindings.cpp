@@ -1,10 +1,10 @@
-#include "../../common/bindings.h"
+#include "common/bindings.h"
 
 #include <tuple>
 #include <utility>
 
 #include "attention.h"
-#include "../../prefix_attention_decode/cpu/decode.h"
+#include "prefix_attention_decode/cpu/decode.h"
 
 namespace py = pybind11;
 

@@ -4,7 +4,7 @@
 #include "problem.h"
 #include "scratch.h"
 #include "visibility.h"
-#include "../../attention/online_softmax.h"
+#include "online_softmax.h"
 
 namespace {
 

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "../../common/threads.h"
+#include "common/threads.h"
 
 namespace lynx {
 

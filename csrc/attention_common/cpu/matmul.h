@@ -4,7 +4,7 @@
 // is two bf16 numbers, and a step multiplies and adds both (AVX512_BF16's dot product).
 #pragma once
 
-#include "../../common/vector.h"
+#include "common/vector.h"
 
 namespace {
 

@@ -2,7 +2,7 @@
 // behind head_dim, and behind the last row, is 0.
 #pragma once
 
-#include "../../common/cutter.h"
+#include "common/cutter.h"
 #include "matmul.h"
 
 namespace {

@@ -1,7 +1,7 @@
 // What the working memory of a unit is cut into.
 #pragma once
 
-#include "../../common/cutter.h"
+#include "common/cutter.h"
 #include "pack.h"
 
 namespace {

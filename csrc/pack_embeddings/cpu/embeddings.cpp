@@ -6,7 +6,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "../../common/threads.h"
+#include "common/threads.h"
 
 namespace lynx {
 namespace {

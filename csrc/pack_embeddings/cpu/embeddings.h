@@ -1,7 +1,7 @@
 // pack_embeddings on CPUs, on several threads. Shapes: T rows, V rows of the table, M vision rows, width d.
 #pragma once
 
-#include "../../rows.h"
+#include "pack_embeddings/rows.h"
 
 namespace lynx {
 

@@ -1,6 +1,6 @@
 // pack_embeddings for torch, on a GPU. Python has checked shapes, dtypes and devices; the device checks indices.
-#include "../../common/torch_library.h"
-#include "../../embeddings/launches.h"
+#include "common/torch_library.h"
+#include "launches.h"
 
 namespace lynx {
 namespace {

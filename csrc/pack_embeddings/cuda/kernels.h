@@ -8,9 +8,9 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../../common/numbers.h"
-#include "../../common/packs.h"
-#include "../../common/phases.h"
+#include "common/numbers.h"
+#include "common/packs.h"
+#include "common/phases.h"
 
 namespace lynx {
 

@@ -5,8 +5,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "../../embeddings/kernels.h"
-#include "../../rows.h"
+#include "kernels.h"
+#include "pack_embeddings/rows.h"
 
 namespace lynx {
 

@@ -4,8 +4,8 @@
 // sum for each digit is kept. Digits are signed and balanced. All sums are modulo 2^32, and the total fits 32 bits.
 #pragma once
 
-#include "../../common/vector.h"
-#include "../../filter.h"
+#include "common/vector.h"
+#include "pack_frames/filter.h"
 
 namespace {
 

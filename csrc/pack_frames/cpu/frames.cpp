@@ -5,9 +5,9 @@
 #include <tuple>
 #include <vector>
 
-#include "../../common/instruction_sets.h"
-#include "../../common/threads.h"
-#include "../../filter.h"
+#include "common/instruction_sets.h"
+#include "common/threads.h"
+#include "pack_frames/filter.h"
 
 namespace lynx::frames {
 

@@ -1,7 +1,7 @@
 // Frames to normalised patches, on several threads.
 #pragma once
 
-#include "../../problem.h"
+#include "pack_frames/problem.h"
 
 namespace lynx::frames {
 

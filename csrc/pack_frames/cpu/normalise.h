@@ -1,8 +1,8 @@
 // From bytes to normalised numbers: looked up in a table, or computed by vectors where that gives the very same.
 #pragma once
 
-#include "../../common/vector.h"
-#include "../../problem.h"
+#include "common/vector.h"
+#include "pack_frames/problem.h"
 
 namespace {
 

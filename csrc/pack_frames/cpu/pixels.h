@@ -1,9 +1,9 @@
 // Bytes from a frame's rows to planes, one for each channel, and from the planes of a strip to patches.
 #pragma once
 
-#include "../../common/vector.h"
-#include "../../filter.h"
-#include "../../problem.h"
+#include "common/vector.h"
+#include "pack_frames/filter.h"
+#include "pack_frames/problem.h"
 
 namespace {
 

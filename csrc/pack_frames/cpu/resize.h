@@ -5,10 +5,10 @@
 // in a column in the vertical one. So the ring holds words of four rows.
 #pragma once
 
-#include "../../common/cutter.h"
+#include "common/cutter.h"
 #include "dot.h"
 #include "pixels.h"
-#include "../../problem.h"
+#include "pack_frames/problem.h"
 
 namespace {
 

@@ -1,6 +1,6 @@
 // pack_frames for torch, on a GPU. Python has checked shapes, boxes and devices.
-#include "../../common/torch_library.h"
-#include "../../frames/launches.h"
+#include "common/torch_library.h"
+#include "launches.h"
 
 namespace lynx {
 namespace {

@@ -5,9 +5,9 @@
 
 #include <cstdint>
 
-#include "../../common/phases.h"
-#include "../../filter.h"
-#include "../../problem.h"
+#include "common/phases.h"
+#include "pack_frames/filter.h"
+#include "pack_frames/problem.h"
 
 namespace lynx::frames {
 

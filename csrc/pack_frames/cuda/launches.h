@@ -5,7 +5,7 @@
 #include <stdexcept>
 #include <vector>
 
-#include "../../frames/kernels.h"
+#include "kernels.h"
 
 namespace lynx::frames {
 

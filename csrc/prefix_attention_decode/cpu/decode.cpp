@@ -6,9 +6,9 @@
 #include <string>
 #include <vector>
 
-#include "../../common/instruction_sets.h"
-#include "../../common/memory.h"
-#include "../../attention_common/cpu/heads.h"
+#include "common/instruction_sets.h"
+#include "common/memory.h"
+#include "attention_common/cpu/heads.h"
 
 namespace lynx {
 

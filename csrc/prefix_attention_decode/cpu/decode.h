@@ -1,7 +1,7 @@
 // Attention of the newest tokens of many branches to a cache in which a root's keys stand once.
 #pragma once
 
-#include "../../attention_common/cpu/problem.h"
+#include "problem.h"
 
 namespace lynx {
 

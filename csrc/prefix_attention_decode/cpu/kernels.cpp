@@ -4,9 +4,9 @@
 // where they stand and turned into columns a tile at a time. A tile is short, and done for one head after another: where
 // heads stand side by side this reads memory in its order, from few pages at a time. While a head is computed, the keys
 // and values of the next one are asked for.
-#include "../../attention_common/cpu/problem.h"
-#include "../../attention_common/cpu/scratch.h"
-#include "../../attention_common/cpu/online_softmax.h"
+#include "problem.h"
+#include "attention_common/cpu/scratch.h"
+#include "attention_common/cpu/online_softmax.h"
 
 namespace {
 

@@ -5,7 +5,7 @@
 // branch after branch, query after query, head after head of those that share the key head.
 #pragma once
 
-#include "../../attention_common/cpu/problem.h"
+#include "attention_common/cpu/problem.h"
 
 namespace lynx {
 

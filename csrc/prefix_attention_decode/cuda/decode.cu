@@ -2,8 +2,8 @@
 // indices.
 #include <tuple>
 
-#include "../../common/torch_library.h"
-#include "../../attention/launches.h"
+#include "common/torch_library.h"
+#include "launches.h"
 
 namespace lynx {
 namespace {

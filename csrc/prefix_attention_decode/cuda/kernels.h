@@ -9,8 +9,8 @@
 #include <cassert>
 #include <cmath>
 
-#include "../../common/packs.h"
-#include "../../common/phases.h"
+#include "common/packs.h"
+#include "common/phases.h"
 
 namespace lynx::decode {
 

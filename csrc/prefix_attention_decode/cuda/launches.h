@@ -7,7 +7,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "../../attention/kernels.h"
+#include "kernels.h"
 
 namespace lynx::decode {
 
