@@ -30,7 +30,7 @@ from benchmarks.timing import matmul_rate
 from lynx import LynxConfig, LynxForConditionalGeneration
 from lynx.media.resampler import media_layout
 from lynx.presets import lynx_7b
-from lynx.train import parts
+from lynx.train import param_groups
 from lynx_kernels import PackedLayout, plan_packs
 from lynx_kernels.nn import Adapter, PerceiverAttention
 
@@ -101,7 +101,7 @@ def setup(name: str, number: int, dtype: torch.dtype, device: str) -> Setup:
     config = small() if name == "small" else lynx_7b()
     with torch.device(device):
         model = LynxForConditionalGeneration(config)
-    parts.choose(model, TRAINS, dtype)
+    param_groups.choose(model, TRAINS, dtype)
     if name != "small":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     chosen = samples(number, config.text_config.vocab_size)

@@ -254,9 +254,9 @@ def _evaluate(options: argparse.Namespace) -> None:
         accuracy.write(answered, options.answers)
         print(options.answers)
     if options.sheet is not None:
-        from lynx.eval import pictures
+        from lynx.eval import sheet
 
-        pictures.answer_sheet(answered[:24], options.sheet)
+        sheet.answer_sheet(answered[:24], options.sheet)
         print(options.sheet)
 
 

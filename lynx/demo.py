@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lynx import checkpoint
 from lynx.data import digits
-from lynx.eval import accuracy, pictures, questions
+from lynx.eval import accuracy, questions, sheet
 from lynx.train import curves, recipe
 from lynx.train.run import LOG, run
 
@@ -29,7 +29,7 @@ def demo(folder: str | Path, *, seed: int = 0) -> dict[str, accuracy.Score]:
     model, processor = checkpoint.load(folder / "model")
     answered = accuracy.answer_questions(model, processor, questions.read(test_data)[0], max_new_tokens=16)
     by_type = accuracy.scores(answered)
-    pictures.answer_sheet(answered[: 2 * len(by_type)], folder / "answers.png")
+    sheet.answer_sheet(answered[: 2 * len(by_type)], folder / "answers.png")
     print(f"\nHeld-out pictures:\n{accuracy.table(by_type)}\n")
     for what in ("answers.png", "loss.png", "model"):
         print(f"{folder / what}")

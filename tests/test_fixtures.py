@@ -20,7 +20,7 @@ from benchmarks.rows import newest, read
 from lynx import checkpoint
 from lynx.generation.answers import generate_answers
 from lynx.train import recipe, run
-from lynx.train.watch import read_log
+from lynx.train.callbacks import read_log
 from lynx_kernels import PackedLayout, SpanLayout
 
 FIXTURES = Path(__file__).parent / "fixtures"

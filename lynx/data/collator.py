@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from transformers import BatchFeature
 
-from lynx.data.broken import Broken
 from lynx.data.conversation import IGNORED, Sample
+from lynx.data.skipped import Broken
 from lynx.data.stream import Encoded
 from lynx.processor import LynxProcessor
 

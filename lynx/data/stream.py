@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch.utils.data import Dataset, Sampler
 
-from lynx.data.broken import Broken, TooManyBrokenError
 from lynx.data.conversation import Sample
 from lynx.data.mixture import Mixture, Reference
 from lynx.data.prompts import Prompts
+from lynx.data.skipped import Broken, TooManyBrokenError
 from lynx.processor import LynxProcessor
 from lynx_kernels import PackPlanner
 

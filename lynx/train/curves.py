@@ -8,7 +8,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import LogFormatterSciNotation
 
-from lynx.train.watch import read_log
+from lynx.train.callbacks import read_log
 
 _CURVES = {  # what the log calls it: title, and whether it is drawn on a logarithmic axis
     "loss": ("loss per supervised token (nats)", True),

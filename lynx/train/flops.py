@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lynx.data.conversation import IGNORED
 from lynx.media import tower
 from lynx.model import LynxForConditionalGeneration
-from lynx.train.parts import part_of
+from lynx.train.param_groups import part_of
 
 # Dense bf16 of the tensor cores, operations a second, from the vendors' data sheets.
 _PEAKS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}

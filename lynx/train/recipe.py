@@ -20,7 +20,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from lynx.train.parts import PARTS
+from lynx.train.param_groups import PARTS
 
 SHIPPED = Path(__file__).parent / "recipes"
 
@@ -35,7 +35,7 @@ class Stage:
 
     Attributes:
         name: the stage's, and of its folder.
-        trains: the parts of the model that train, of ``lynx.train.parts.PARTS``; all others are frozen.
+        trains: the parts of the model that train, of ``lynx.train.param_groups.PARTS``; all others are frozen.
         steps: optimizer steps.
         learning_rate: its peak.
         warmup_from: where the learning rate starts.
@@ -45,7 +45,7 @@ class Stage:
         tokens_per_step: language model tokens of all ranks in one step, a multiple of the ranks' ``token_budget``;
             None for one pack a rank.
         data: what is trained on, instead of the recipe's.
-        weight_decay, betas, epsilon: of AdamW; ``lynx.train.parts.decays`` says what does not decay.
+        weight_decay, betas, epsilon: of AdamW; ``lynx.train.param_groups.decays`` says what does not decay.
         max_grad_norm: longer gradients are cut to it, 0 for none.
     """
 
@@ -74,8 +74,8 @@ class Recipe:
         model: a folder that ``lynx.checkpoint.save`` wrote, or the name of a preset: a shape with fresh weights.
         language_model, vision_tower: folders of transformers to take a preset's decoder and tower from.
         model_options: fields of ``LynxConfig`` that differ from the preset's.
-        data: a file, or a mixture, as ``lynx.train.start`` says.
-        datasets: files of the paper's data sets, a list as in ``lynx.data.sources``, or a YAML file with one.
+        data: a file, or a mixture, as ``lynx.train.build`` says.
+        datasets: files of the paper's data sets, a list as in ``lynx.data.description``, or a YAML file with one.
         root: of the pictures where ``data`` is a file: they may not leave it; the file's own folder by default.
         prompts: a file for ``lynx.data.prompts.Prompts``; ``"one"`` for the first ones only of the package's, all of
             those by default.

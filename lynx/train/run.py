@@ -23,15 +23,15 @@ from accelerate import PartialState
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from lynx import checkpoint
-from lynx.data.broken import BrokenRecords
 from lynx.data.mixture import Mixture
+from lynx.data.skipped import BrokenRecords
 from lynx.model import LynxForConditionalGeneration
 from lynx.processor import LynxProcessor
-from lynx.train import parts, start
+from lynx.train import build, param_groups
+from lynx.train.callbacks import JsonLog, TensorBoardLog, Terminated
 from lynx.train.recipe import Recipe, RecipeError, Stage
 from lynx.train.resolution import set_resolution
 from lynx.train.trainer import LynxTrainer
-from lynx.train.watch import JsonLog, TensorBoardLog, Terminated
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def run(recipe: Recipe, *, fresh: bool = False) -> Path | None:
         for index, stage in enumerate(recipe.stages):
             if _is_done(recipe, index):
                 continue
-            data = cache(partial(start.mixture, recipe, stage))  # its files are read through when it is first wanted
+            data = cache(partial(build.mixture, recipe, stage))  # its files are read through when it is first wanted
             model, processor = _model(recipe, index, data)
             trainer = stage_trainer(recipe, stage, model, processor, data(), terminated)
             trainer.train(resume_from_checkpoint=True)
@@ -92,14 +92,14 @@ def stage_trainer(
     dtype = torch.bfloat16 if recipe.precision == "bf16" else None
     if stage.resolution is not None:
         set_resolution(model, processor, stage.resolution)
-    counts = parts.choose(model, stage.trains, dtype or torch.float32)
+    counts = param_groups.choose(model, stage.trains, dtype or torch.float32)
     if world.is_main_process:
         trained = ", ".join(f"{part} ({count:,} parameters)" for part, count in counts.items())
         logger.info("stage %s trains %s", stage.name, trained)
     if recipe.gradient_checkpointing:
         _checkpoint_activations(model)
     set_seed(recipe.seed)
-    sampler, dataset, collator = start.data(
+    sampler, dataset, collator = build.data(
         recipe, data, processor, ranks=world.num_processes, rank=world.process_index
     )
     arguments = TrainingArguments(
@@ -238,8 +238,8 @@ def _model(
     if index:
         return checkpoint.load(_folder(recipe, index - 1), dtype=torch.float32)
     set_seed(recipe.seed)
-    model, processor = start.model(recipe, data)
-    if (noise := start.untrained(recipe, model)) and _world().is_main_process:
+    model, processor = build.model(recipe, data)
+    if (noise := build.untrained(recipe, model)) and _world().is_main_process:
         logger.warning("%s: from nothing, and no stage trains it", ", ".join(noise))
     return model, processor
 

@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
-from lynx.data.broken import BrokenRecords
+from lynx.data.skipped import BrokenRecords
 from lynx.model import LynxForConditionalGeneration
-from lynx.train import checkpoints, flops, parts
+from lynx.train import checkpoints, flops, param_groups
+from lynx.train.callbacks import ProgressBar, Terminated, Window, ignore_sigterm
 from lynx.train.recipe import Stage
 from lynx.train.schedule import scheduler
-from lynx.train.watch import ProgressBar, Terminated, Window, ignore_sigterm
 from lynx_kernels import PackedLayout, SpanLayout
 
 _WEIGHTS, _DATA = "trained.safetensors", "data.pt"
@@ -44,7 +44,7 @@ class LynxTrainer(Trainer):
     whatever was loaded ahead; training that goes on from it is the same training, bit by bit on a CPU.
 
     Args:
-        model: a ``LynxForConditionalGeneration``, its parameters chosen by ``lynx.train.parts.choose``.
+        model: a ``LynxForConditionalGeneration``, its parameters chosen by ``lynx.train.param_groups.choose``.
         args: as for Trainer.
         stage: what is to be done.
         sampler: yields this rank's packs, for ever; what it yields is given to ``train_dataset``.
@@ -160,7 +160,7 @@ class LynxTrainer(Trainer):
         if self.optimizer is None:
             stage = self.stage
             self.optimizer = torch.optim.AdamW(
-                parts.optimizer_groups(self.model if model is None else model, stage.weight_decay),
+                param_groups.optimizer_groups(self.model if model is None else model, stage.weight_decay),
                 lr=stage.learning_rate,
                 betas=(stage.betas[0], stage.betas[1]),
                 eps=stage.epsilon,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lynx import checkpoint
-from lynx.train import recipe, run, watch
+from lynx.train import callbacks, recipe, run
 from tests.lynx.small import write_records
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +34,7 @@ def train(data, output, config=None, processes=1, **changes):
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return [entry["loss"] for entry in watch.read_log(output / run.LOG) if "loss" in entry]
+    return [entry["loss"] for entry in callbacks.read_log(output / run.LOG) if "loss" in entry]
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from lynx.data.broken import Broken
 from lynx.data.collator import Collator
+from lynx.data.skipped import Broken
 from lynx_kernels import PackedLayout
 from tests.lynx.batches import assert_same
 from tests.lynx.conftest import conversation, picture

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from lynx.data.columns import ColumnRecords
+from lynx.data.description import open_mixture
 from lynx.data.prompts import Prompts
 from lynx.data.records import RecordError
-from lynx.data.sources import open_mixture
 from tests.lynx.conftest import picture
 
 QUESTION = {"role": "user", "content": "Odd?"}

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lynx.data.description import open_mixture
 from lynx.data.jsonl import JsonlRecords
 from lynx.data.mixture import paper_groups, shares
 from lynx.data.prompts import Prompts
 from lynx.data.records import MediaFolder, Record, RecordError, parse
-from lynx.data.sources import open_mixture
 from tests.lynx.clips import frame, write_clip
 from tests.lynx.conftest import picture
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lynx.data.broken import Broken
 from lynx.data.collator import Collator
 from lynx.data.jsonl import JsonlRecords
 from lynx.data.mixture import Group, Mixture, Reference
 from lynx.data.prompts import Prompts
+from lynx.data.skipped import Broken
 from lynx.data.stream import PackDataset, PackSampler
 from lynx_kernels import PackPlanner
 from tests.lynx.batches import assert_same, load, write

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lynx import checkpoint, cli
-from lynx.eval import accuracy, judge, pictures, questions
+from lynx.eval import accuracy, judge, questions, sheet
 from lynx.eval.questions import Question
 from tests.lynx.conftest import conversation, picture
 
@@ -274,5 +274,5 @@ def test_pictures_are_drawn(tmp_path):
         accuracy.Answered(question("Two or $x $a_{$?", ["2", "two"]), prediction, prediction == "2")
         for prediction in ("2", "", "3", "many " * 99, "x" * 300)
     ]
-    pictures.answer_sheet(answered, tmp_path / "answers.png", columns=2)
+    sheet.answer_sheet(answered, tmp_path / "answers.png", columns=2)
     Image.open(tmp_path / "answers.png").load()

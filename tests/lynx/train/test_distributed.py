@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainingArguments
 
 from lynx import LynxProcessor
-from lynx.train import parts
+from lynx.train import param_groups
 from lynx.train.trainer import LynxTrainer
 from tests.lynx import processes
 from tests.lynx.conftest import make_config, make_model, make_tokenizer
@@ -54,7 +54,7 @@ def train(split, folder, *, ranks=1, rank=0):
     """Three steps on the same eight samples, with an epsilon so large that AdamW is gentle to rounding."""
     model, processor = make()
     chosen = stage(steps=STEPS, learning_rate=0.5, epsilon=1.0)
-    parts.choose(model, chosen.trains)
+    param_groups.choose(model, chosen.trains)
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=STEPS,
@@ -132,7 +132,7 @@ def shard_rank(rank, split):
     distributed.init_process_group("gloo")
     model, processor = make()
     chosen = stage(learning_rate=0.5, epsilon=1.0)
-    parts.choose(model, chosen.trains, torch.bfloat16)
+    param_groups.choose(model, chosen.trains, torch.bfloat16)
     frozen = sum(not parameter.requires_grad for parameter in model.parameters())
     mesh = distributed.init_device_mesh("cpu", (2,))
     for layer in model.get_decoder().layers:
@@ -141,7 +141,7 @@ def shard_rank(rank, split):
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     assert {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad} == {torch.bfloat16}
     optimizer = torch.optim.AdamW(
-        parts.optimizer_groups(model, chosen.weight_decay), lr=chosen.learning_rate, eps=chosen.epsilon
+        param_groups.optimizer_groups(model, chosen.weight_decay), lr=chosen.learning_rate, eps=chosen.epsilon
     )
     records = Records(processor, 8, with_text_only=False)
     losses = []
@@ -165,9 +165,9 @@ def whole_losses(split):
     """As ``shard_rank``, in one process and unsharded."""
     model, processor = make()
     chosen = stage(learning_rate=0.5, epsilon=1.0)
-    parts.choose(model, chosen.trains, torch.bfloat16)
+    param_groups.choose(model, chosen.trains, torch.bfloat16)
     optimizer = torch.optim.AdamW(
-        parts.optimizer_groups(model, chosen.weight_decay), lr=chosen.learning_rate, eps=chosen.epsilon
+        param_groups.optimizer_groups(model, chosen.weight_decay), lr=chosen.learning_rate, eps=chosen.epsilon
     )
     records = Records(processor, 8, with_text_only=False)
     losses = []

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from lynx import checkpoint, cli
-from lynx.train import parts, pretrained, recipe, run, start, watch
+from lynx.train import build, callbacks, param_groups, pretrained, recipe, run
 from lynx_kernels.integrations import transformers as attention_integration
 from tests.lynx.conftest import VISION, conversation, make_config, make_tokenizer, picture
 from tests.lynx.small import write_records
@@ -71,7 +71,7 @@ def data(tmp_path):
 @pytest.mark.parametrize("decoder", ["decoder", "tied"])
 @pytest.mark.parametrize("tower", [*VISION, "whole-clip", "whole-blip-2"])
 def test_the_weights_are_those_of_the_folders(folders, data, decoder, tower):
-    model, processor = start.model(paper(folders, data, decoder=decoder, tower=tower), pytest.fail)
+    model, processor = build.model(paper(folders, data, decoder=decoder, tower=tower), pytest.fail)
     text = load_file(folders / decoder / "model.safetensors")
     of_vision = load_file(folders / tower / "model.safetensors")
     if tower.startswith("whole"):
@@ -79,7 +79,7 @@ def test_the_weights_are_those_of_the_folders(folders, data, decoder, tower):
         of_vision = {name.removeprefix(inside): each for name, each in of_vision.items() if name.startswith(inside)}
     compared = {"language_model": 0, "vision_tower": 0}
     for name, parameter in model.named_parameters():
-        part = parts.part_of(name)
+        part = param_groups.part_of(name)
         if part not in compared:
             continue
         folder = text if part == "language_model" else of_vision
@@ -133,7 +133,7 @@ def test_the_papers_stages_on_pretrained_parts(folders, data, tmp_path, caplog):
     }  # fmt: skip
     assert cli.main(["train", "lynx", *(f"{key}={value}" for key, value in changes.items())]) == 0
     assert "from nothing" not in caplog.text
-    log = [entry for entry in watch.read_log(tmp_path / "out" / run.LOG) if "loss" in entry]
+    log = [entry for entry in callbacks.read_log(tmp_path / "out" / run.LOG) if "loss" in entry]
     assert [(entry["stage"], entry["step"]) for entry in log] == [(name, step) for name in STAGES for step in (1, 2)]
     model, processor = checkpoint.load(tmp_path / "out")
     assert model.config.vision_config.image_size == processor.image_processor.size == 16
@@ -145,7 +145,9 @@ def test_the_papers_stages_on_pretrained_parts(folders, data, tmp_path, caplog):
     for name, saved in text.items():
         kept = model.language_model.get_parameter(name)[: len(saved)]
         assert torch.equal(kept, saved.bfloat16()), name
-    trained = [each for name, each in model.named_parameters() if parts.part_of(name) in ("resampler", "adapters")]
+    trained = [
+        each for name, each in model.named_parameters() if param_groups.part_of(name) in ("resampler", "adapters")
+    ]
     assert {parameter.dtype for parameter in trained} == {torch.float32}
 
 
@@ -182,13 +184,13 @@ def test_what_does_not_fit_is_said(folders, data, tmp_path, change, message):
     with (both / "cut/model.safetensors").open("r+b") as file:
         file.truncate(1000)
     with pytest.raises(ValueError, match=message):
-        start.model(paper(both, data, **change), pytest.fail)
+        build.model(paper(both, data, **change), pytest.fail)
 
 
 @pytest.mark.parametrize("tower", VISION)
 def test_a_tiny_model_on_a_pretrained_tower(folders, data, tower):
     chosen = recipe.load("tiny", {"data": str(data), "vision_tower": str(folders / tower)})
-    model, processor = start.model(chosen, lambda: start.mixture(chosen, chosen.stages[0]))
+    model, processor = build.model(chosen, lambda: build.mixture(chosen, chosen.stages[0]))
     assert model.config.vision_config.hidden_size == model.vision_tower.config.hidden_size == 24
     assert model(**processor.pack([processor.encode(conversation("What?", "red", [picture(0)]))])).loss > 0
-    assert start.untrained(chosen, model) == []
+    assert build.untrained(chosen, model) == []

@@ -9,7 +9,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
-from lynx.train import parts, recipe, run, schedule, start
+from lynx.train import build, param_groups, recipe, run, schedule
 from tests.lynx import packs
 from tests.lynx.conftest import make_model
 from tests.lynx.small import write_records
@@ -185,22 +185,22 @@ def test_the_learning_rate(shape):
 
 def test_what_trains_is_fp32_and_the_rest_frozen(config):
     model = make_model(config)
-    counts = parts.choose(model, ["adapters", "frame_positions"], torch.bfloat16)
+    counts = param_groups.choose(model, ["adapters", "frame_positions"], torch.bfloat16)
     for name, parameter in model.named_parameters():
         trains = "output_adapter" in name or name == "resampler.frame_position"
         assert parameter.requires_grad == trains, name
         assert parameter.dtype == (torch.float32 if trains else torch.bfloat16), name
     assert counts["frame_positions"] == model.resampler.frame_position.numel()
-    parts.choose(model, list(parts.PARTS.keys() - {"cross_attention"}))
+    param_groups.choose(model, list(param_groups.PARTS.keys() - {"cross_attention"}))
     assert all(parameter.requires_grad and parameter.dtype == torch.float32 for parameter in model.parameters())
     with pytest.raises(ValueError, match="the model has no cross_attention to train"):
-        parts.choose(model, ["adapters", "cross_attention"])
+        param_groups.choose(model, ["adapters", "cross_attention"])
 
 
 def test_what_decays(config):
     model = make_model(config)
-    parts.choose(model, ["adapters", "resampler", "frame_positions", "vision_tower"])
-    decayed, free = parts.optimizer_groups(model, 0.01)
+    param_groups.choose(model, ["adapters", "resampler", "frame_positions", "vision_tower"])
+    decayed, free = param_groups.optimizer_groups(model, 0.01)
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.01, 0.0)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decayed, free = ({names[id(parameter)] for parameter in group["params"]} for group in (decayed, free))
@@ -215,30 +215,30 @@ def test_what_decays(config):
 
 
 def test_the_papers_mixture_from_files(tmp_path):
-    known = start.paper_groups("finetuning")
+    known = build.paper_groups("finetuning")
     names = [name for group in known for name in group.datasets]
     path = write_records(tmp_path, 4)
     files = [{"name": name, "path": str(path)} for name in (*names, "CC3M")]
     (tmp_path / "files.yaml").write_text(yaml.safe_dump(files))
     paper = recipe.load("lynx-cross-frozen", {"datasets": str(tmp_path / "files.yaml")})
-    drawn = start.mixture(paper, paper.stages[2])
+    drawn = build.mixture(paper, paper.stages[2])
     left_out = {"Flan V2", "LAION OIG Small", "Alpaca GPT4", "Unnatural Instruction", "Baize"}
     assert set(drawn.names) == set(names) - left_out
     whole = dataclasses.replace(paper, datasets=[each for each in files if each["name"] != "Baize"])
     stage = dataclasses.replace(paper.stages[2], data={"paper": "finetuning"})
     with pytest.raises(recipe.RecipeError, match=r"stage finetune: data: datasets lacks Baize"):
-        start.mixture(whole, stage)
+        build.mixture(whole, stage)
     with pytest.raises(recipe.RecipeError, match=re.escape("the paper's finetuning has no Bayze")):
-        start.mixture(whole, dataclasses.replace(stage, data={"paper": "finetuning", "without": ["Bayze"]}))
+        build.mixture(whole, dataclasses.replace(stage, data={"paper": "finetuning", "without": ["Bayze"]}))
 
 
 def test_noisy_pairs_beside_the_papers_mixture(tmp_path):
     """Of 125 parts 25 are theirs, in both stages of pretraining; without a weight there is no such mixture."""
     pairs = {"name": "noisy", "path": str(write_records(tmp_path, 4)), "task": "caption"}
-    files = [{**pairs, "name": name} for group in start.paper_groups("pretraining") for name in group.datasets]
+    files = [{**pairs, "name": name} for group in build.paper_groups("pretraining") for name in group.datasets]
     noisy = recipe.load("lynx-noisy", {"datasets": [*files, {**pairs, "weight": 25}]})
     for stage in noisy.stages[:2]:
-        drawn = start.mixture(noisy, stage)
+        drawn = build.mixture(noisy, stage)
         assert drawn.shares["noisy"] == pytest.approx(0.2)
         assert drawn.shares["CC3M"] / drawn.shares["CC12M"] == pytest.approx(14.116 / 9 / (32.99 / 2)), (
             "of 4 records each"
@@ -246,7 +246,7 @@ def test_noisy_pairs_beside_the_papers_mixture(tmp_path):
     assert noisy.stages[2] == recipe.load("lynx").stages[2]
     for others in ([], [pairs]):
         with pytest.raises(recipe.RecipeError, match="pretrain-224: data: datasets lacks noisy with a weight"):
-            start.mixture(dataclasses.replace(noisy, datasets=[*files, *others]), noisy.stages[0])
+            build.mixture(dataclasses.replace(noisy, datasets=[*files, *others]), noisy.stages[0])
 
 
 def test_a_run_goes_on_with_data_that_moved():
@@ -264,15 +264,15 @@ def test_every_pack_of_a_run_goes_through_the_vision_tower(tmp_path, processor):
     """Those of texts alone, too."""
     (tmp_path / "texts.jsonl").write_text('{"question": "2?", "answer": "two"}\n')
     chosen = recipe.load("tiny", {"data": str(tmp_path / "texts.jsonl"), "token_budget": 60})
-    mixture = start.mixture(chosen, chosen.stages[0])
-    sampler, dataset, collator = start.data(chosen, mixture, processor, ranks=2, rank=1)
+    mixture = build.mixture(chosen, chosen.stages[0])
+    sampler, dataset, collator = build.data(chosen, mixture, processor, ranks=2, rank=1)
     batch = collator([dataset[reference] for reference in next(iter(sampler))])
     assert batch["report"].samples["texts"] > 0
     assert "pixel_values" in batch
 
 
 def test_one_prompt_a_task():
-    prompts, one = start._prompts(None), start._prompts("one")
+    prompts, one = build._prompts(None), build._prompts("one")
     assert one.tasks.keys() == prompts.tasks.keys()
     for task, texts in one.tasks.items():
         kinds = ["{question}" in text for text in texts]
@@ -288,7 +288,7 @@ def test_models_that_are_not_there(tmp_path, data):
         ("lynx", {}, "give language_model=FOLDER and vision_tower=FOLDER"),
     ):
         with pytest.raises(recipe.RecipeError, match=message):
-            start.model(recipe.load(name, {"data": str(data), **changes}), pytest.fail)  # none learns a tokenizer
+            build.model(recipe.load(name, {"data": str(data), **changes}), pytest.fail)  # none learns a tokenizer
 
 
 @pytest.fixture

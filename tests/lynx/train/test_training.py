@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from lynx import LynxProcessor, checkpoint, cli
 from lynx.data import digits, jsonl
 from lynx.eval import accuracy, questions
-from lynx.train import curves, flops, parts, recipe, run, watch
+from lynx.train import callbacks, curves, flops, param_groups, recipe, run
 from lynx.train.resolution import set_resolution
 from tests.lynx.clips import frame, write_clip
 from tests.lynx.conftest import conversation, make_config, make_model, picture
@@ -47,7 +47,7 @@ def train(data, output, name="tiny", **changes):
     """A short run; the entries of its log."""
     defaults = {"data": str(data), "output": str(output), "token_budget": 100, "log_every": 1}
     assert run.run(recipe.load(name, {**defaults, **changes})) == output
-    return [entry for entry in watch.read_log(output / run.LOG) if "loss" in entry]
+    return [entry for entry in callbacks.read_log(output / run.LOG) if "loss" in entry]
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +101,8 @@ def test_progress_tells_loss_and_speed(data, capfd, tmp_path):
 
 def test_rates():
     """Of two ranks in four seconds that could do 100 operations a second each."""
-    one = watch.Window(supervised=10, tokens=150, capacity=200, flops=200.0, waited=1.0).totals()
-    assert watch.Window.rates(2 * one, 4.0, 2, 100.0) == {
+    one = callbacks.Window(supervised=10, tokens=150, capacity=200, flops=200.0, waited=1.0).totals()
+    assert callbacks.Window.rates(2 * one, 4.0, 2, 100.0) == {
         "supervised_tokens_per_second": 5.0,
         "tokens_per_second": 75.0,
         "mfu": 0.5,
@@ -119,7 +119,7 @@ def test_supervised_tokens_are_counted(data, tmp_path, monkeypatch):
         seen.append(totals.tolist())
         return dict.fromkeys(("supervised_tokens_per_second", "tokens_per_second", "mfu", "fill", "data_wait"), 0.0)
 
-    monkeypatch.setattr(watch.Window, "rates", rates)
+    monkeypatch.setattr(callbacks.Window, "rates", rates)
     train(data, tmp_path, steps=3, token_budget=111)
     saved = torch.load(tmp_path / "checkpoints/train/checkpoint-3/0-data.pt", weights_only=True)
     assert sum(supervised for supervised, *_ in seen) == saved["supervised"]["few"] > saved["samples"]["few"]
@@ -132,7 +132,7 @@ def test_supervised_tokens_are_counted(data, tmp_path, monkeypatch):
 def test_operations_of_a_step(tokenizer, processor, trains):
     """From the shapes that the configuration says, for two samples, one of them with a picture."""
     model = make_model(make_config(tokenizer))
-    parts.choose(model, trains)
+    param_groups.choose(model, trains)
     conversations = (conversation("Which digit?", "seven", [picture(0)]), conversation("Hi", "yes"))
     samples = [processor.encode(messages) for messages in conversations]
     batch = processor.pack(samples)
@@ -183,7 +183,7 @@ def test_a_finished_run_is_kept(data, trained, tmp_path):
     arguments = ["train", "tiny", f"data={data}", f"output={tmp_path}", "token_budget=100", "steps=1", "log_every=1"]
     assert cli.main(arguments) == 2
     assert cli.main([*arguments, "--fresh"]) == 0
-    assert [entry["step"] for entry in watch.read_log(tmp_path / run.LOG) if "loss" in entry] == [1]
+    assert [entry["step"] for entry in callbacks.read_log(tmp_path / run.LOG) if "loss" in entry] == [1]
     (tmp_path / run.RECIPE).unlink()
     with pytest.raises(recipe.RecipeError, match="holds a model already"):
         train(data, tmp_path, steps=2)
@@ -209,13 +209,13 @@ def test_three_stages_as_in_the_paper(tmp_path, caplog):
     for (name, before), after in zip(small.named_parameters(), large.parameters(), strict=True):
         if name.endswith("position_embedding"):
             continue
-        trained = parts.part_of(name) in ("resampler", "adapters", "frame_positions")
+        trained = param_groups.part_of(name) in ("resampler", "adapters", "frame_positions")
         assert torch.equal(before, after) == (not trained), name
         if not trained:
             assert torch.equal(before, before.bfloat16().float()), name
     saved = torch.load(output / "checkpoints/finetune/checkpoint-2/optimizer.pt", weights_only=True)
     trains = recipe.load("lynx").stages[2].trains
-    number = sum(parts.part_of(name) in trains for name, _ in large.named_parameters())
+    number = sum(param_groups.part_of(name) in trains for name, _ in large.named_parameters())
     assert len(saved["state"]) == number, "frozen parameters have no optimizer state"
 
 

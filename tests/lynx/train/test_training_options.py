@@ -13,7 +13,7 @@ from transformers.models.blip_2.modeling_blip_2 import Blip2MLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from lynx import presets
-from lynx.train import parts, recipe, run, start, watch
+from lynx.train import build, callbacks, param_groups, recipe, run
 from lynx.train.trainer import LynxTrainer
 from tests.lynx.small import write_records
 from tests.lynx.train.test_training import train
@@ -114,8 +114,8 @@ def test_what_is_frozen_is_bf16_and_has_neither_gradient_nor_state(fusion, data,
             "weight_decay": 0.2, "max_grad_norm": 0.25,
         },
     )  # fmt: skip
-    mixture = start.mixture(chosen, chosen.stages[0])
-    model, processor = start.model(chosen, lambda: mixture)
+    mixture = build.mixture(chosen, chosen.stages[0])
+    model, processor = build.model(chosen, lambda: mixture)
     trainer, at_the_step = run.stage_trainer(chosen, chosen.stages[0], model, processor, mixture), AtTheStep()
     trainer.add_callback(at_the_step)
     trainer.train()
@@ -125,11 +125,11 @@ def test_what_is_frozen_is_bf16_and_has_neither_gradient_nor_state(fusion, data,
     held = sum(len(group["params"]) for group in trainer.optimizer.param_groups)
     assert held == sum(parameter.requires_grad for parameter in model.parameters())
     assert at_the_step.seen.keys() == {name for name, _ in model.named_parameters()}
-    present = {parts.part_of(name) for name in at_the_step.seen}
+    present = {param_groups.part_of(name) for name in at_the_step.seen}
     assert present == {*trains, "frame_positions", "vision_tower", "language_model"}
     for name, dtypes in at_the_step.seen.items():
         trained = [torch.float32] * 4  # itself, its gradient and two moments
-        assert dtypes == (trained if parts.part_of(name) in trains else [torch.bfloat16, None]), name
+        assert dtypes == (trained if param_groups.part_of(name) in trains else [torch.bfloat16, None]), name
 
 
 def one_layer_each(tokenizer):
@@ -143,7 +143,7 @@ def test_compiled_training(fusion, data, tmp_path, monkeypatch):
 
     After eight graphs torch.compile gives up and runs the model as it is.
     """
-    monkeypatch.setattr(start, "presets", SimpleNamespace(**{**vars(presets), "tiny": one_layer_each}))
+    monkeypatch.setattr(build, "presets", SimpleNamespace(**{**vars(presets), "tiny": one_layer_each}))
     plain = train(data, tmp_path / "plain", steps=11, **fusion)
     monkeypatch.setattr(run, "TrainingArguments", partial(TrainingArguments, torch_compile_backend="eager"))
     torch._dynamo.reset()
@@ -183,7 +183,7 @@ def test_tensorboard_gets_the_log(data, tmp_path, monkeypatch):
     train(data, tmp_path, steps=2, tensorboard=True)
     folder = str(tmp_path / "tensorboard" / "train")
     assert opened == [(folder, 1), "closed"]
-    logged = watch.read_log(tmp_path / run.LOG)
+    logged = callbacks.read_log(tmp_path / run.LOG)
     known = ("stage", "step", "time")
     assert written == [(entry["step"], name, entry[name]) for entry in logged for name in entry if name not in known]
     (tmp_path / "config.json").unlink()

@@ -5,9 +5,9 @@ import json
 import pytest
 from PIL import Image
 
-from lynx.data.broken import Broken, BrokenRecords, TooManyBrokenError
 from lynx.data.jsonl import JsonlRecords
 from lynx.data.mixture import Group, Mixture
+from lynx.data.skipped import Broken, BrokenRecords, TooManyBrokenError
 from lynx.data.stream import PackSampler
 from tests.lynx.batches import load, write
 from tests.lynx.conftest import picture

@@ -1,7 +1,7 @@
 """What a stage starts from: a model and its processor, and the data.
 
 A recipe's ``data`` is a JSONL file or a folder that ``datasets.Dataset.save_to_disk`` wrote; groups of such by weight,
-as ``lynx.data.sources`` takes them; or the paper's mixture, ``{paper: finetuning, without: [Baize, text tasks]}``,
+as ``lynx.data.description`` takes them; or the paper's mixture, ``{paper: finetuning, without: [Baize, text tasks]}``,
 whose data sets are those of the recipe's ``datasets``. Of these, ``more: [NAME]`` takes others in, each a group with
 the ``weight`` it has there; the paper's groups weigh 100 together. Paths are relative to the working directory.
 """
@@ -21,15 +21,15 @@ from lynx import checkpoint, presets
 from lynx.config import LynxConfig
 from lynx.data.collator import Collator
 from lynx.data.conversation import PROMPT
+from lynx.data.description import open_mixture
 from lynx.data.mixture import Mixture, paper_groups
 from lynx.data.prompts import Prompts
 from lynx.data.records import RecordError, text_of
-from lynx.data.sources import open_mixture
 from lynx.data.stream import PackDataset, PackSampler
 from lynx.data.tokenizer import train_tokenizer
 from lynx.model import LynxForConditionalGeneration
 from lynx.processor import LynxProcessor
-from lynx.train import parts, pretrained
+from lynx.train import param_groups, pretrained
 from lynx.train.recipe import Recipe, RecipeError, Stage
 
 _TEXTS = 20000  # records that a tokenizer is learned from
@@ -123,7 +123,7 @@ def untrained(recipe: Recipe, model: LynxForConditionalGeneration) -> list[str]:
     """The parts of a preset's model that start from nothing and that no stage trains: they would stay noise."""
     if Path(recipe.model).is_dir():
         return []
-    present = {parts.part_of(name) for name, _ in model.named_parameters()}
+    present = {param_groups.part_of(name) for name, _ in model.named_parameters()}
     given = set() if recipe.model == "tiny" else {"language_model"}
     if recipe.vision_tower is not None:
         given.add("vision_tower")
