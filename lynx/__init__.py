@@ -3,7 +3,9 @@
 from importlib.util import find_spec
 
 # First of all, and by name: what follows would only say which of them it met first.
-_MISSING = [each for each in ("accelerate", "PIL", "safetensors", "tqdm", "transformers", "yaml") if not find_spec(each)]
+_MISSING = [
+    each for each in ("accelerate", "PIL", "safetensors", "tqdm", "transformers", "yaml") if not find_spec(each)
+]
 if _MISSING:
     raise ImportError(
         f"lynx, the model layer, needs packages that are not installed ({', '.join(_MISSING)}): "

@@ -43,8 +43,8 @@ try:
     import lynx
 except ImportError as error:
     refused = str(error)
-found = {"file": lynx_kernels.__file__, "explained": str(explain(prefix_attention, q, k, v, layout)), "refused": refused}
-print(json.dumps(found))
+explained = str(explain(prefix_attention, q, k, v, layout))
+print(json.dumps({"file": lynx_kernels.__file__, "explained": explained, "refused": refused}))
 """
 
 
