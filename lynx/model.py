@@ -4,15 +4,17 @@ pixels -> vision tower -> resampler -> packed embeddings -> decoder with adapter
 (or, with cross-attention: text embeddings -> decoder whose blocks read the resampler's tokens -> logits or loss)
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lynx.config import LynxConfig
-from lynx.data.conversation import IGNORED
-from lynx.fusion import cross_attention, fuse, prefix
-from lynx.fusion.cross_attention import Media
+from lynx.fusion import fusion_of, take_inputs
+from lynx.fusion.base import Fusion
+from lynx.fusion.rows import Rows
 from lynx.generation.cache import SharedRootCache, StaticTensors
 from lynx.generation.sharing import SharedRootGeneration
 from lynx.media import tower
@@ -63,17 +65,22 @@ class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, Genera
             self.resampler = Resampler.from_config(config)
         else:
             self.projection = Projection.from_config(config)
-        changed_layers = fuse(language_model.get_decoder().layers, config)
+        changed_layers = self.fusion.install(language_model.get_decoder().layers, config)
         self.static_tensors = StaticTensors()
         self.post_init()
         self._no_split_modules = sorted({*(self._no_split_modules or ()), *changed_layers})
+
+    @property
+    def fusion(self) -> Fusion:
+        """How images and videos reach the decoder."""
+        return fusion_of(self.config)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, Resampler | Projection):
             module.reset_parameters()
 
-    def _set_gradient_checkpointing(self, *args, **kwargs) -> None:
+    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
         for option in (*args, *kwargs.values()):  # one of them is torch's checkpoint function with its options
             if getattr(option, "keywords", {}).get("use_reentrant"):
                 raise ValueError(
@@ -147,37 +154,8 @@ class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, Genera
         features = features.to(self.resampler.latents.dtype)
         return self.resampler(features, frame_positions, layout.to(features.device))
 
-    def read_media(
-        self,
-        pixel_values: Tensor | None,
-        frame_positions: Tensor | None,
-        media_layout: SpanLayout | None,
-        cross_layout: SpanLayout | None,
-        input_ids: Tensor | None,
-    ) -> Media:
-        """What cross-attention reads of a batch; the arguments are those of ``forward``.
-
-        Raises:
-            ValueError: cross_layout is missing, or describes other vision tokens or another text.
-        """
-        if cross_layout is None:
-            raise ValueError("cross_layout is missing: who sees the pictures? LynxProcessor's batches say it")
-        if input_ids is not None and cross_layout.num_queries != input_ids.numel():
-            raise ValueError(
-                f"cross_layout describes {cross_layout.num_queries} tokens, but input_ids holds {input_ids.numel()}"
-            )
-        if pixel_values is None:
-            tokens = self.get_input_embeddings().weight.new_empty(0, self.resampler.latents.shape[1])
-        else:
-            tokens = self.encode_media(pixel_values, frame_positions, media_layout)
-        if cross_layout.num_keys != tokens.shape[0]:
-            raise ValueError(
-                f"cross_layout describes {cross_layout.num_keys} vision tokens, but the pictures give {len(tokens)}"
-            )
-        return Media(tokens, cross_layout)
-
     def embed(self, input_ids: Tensor, vision_tokens: Tensor | None = None) -> Tensor:
-        """Embeddings (B, L, width) of ``input_ids``, its picture placeholders filled with ``vision_tokens`` in order.
+        """Embeddings (B, L, width) of ``input_ids``, its image placeholders filled with ``vision_tokens`` in order.
 
         Raises:
             ValueError: another number of placeholders than of vision tokens.
@@ -186,14 +164,14 @@ class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, Genera
         if vision_tokens is None:
             vision_tokens = table.new_empty(0, table.shape[1])
         flat_ids = input_ids.reshape(-1)
-        is_picture = flat_ids == self.config.image_token_id
-        message = "input_ids must hold one picture token for each vision token"
+        is_image = flat_ids == self.config.image_token_id
+        message = "input_ids must hold one image token for each vision token"
         if not torch.compiler.is_compiling():  # a number in the text would have every other number compiled anew
-            message = f"input_ids must hold one picture token for each of the {vision_tokens.shape[0]} vision tokens"
+            message = f"input_ids must hold one image token for each of the {vision_tokens.shape[0]} vision tokens"
             if input_ids.device.type == "cpu":
-                message += f", but it holds {int(is_picture.sum())}"
-        require(is_picture.sum() == vision_tokens.shape[0], message)
-        vision_index = torch.where(is_picture, is_picture.cumsum(0) - 1, -1).int()
+                message += f", but it holds {int(is_image.sum())}"
+        require(is_image.sum() == vision_tokens.shape[0], message)
+        vision_index = torch.where(is_image, is_image.cumsum(0) - 1, -1).int()
         return pack_embeddings(flat_ids, table, vision_tokens, vision_index).view(*input_ids.shape, -1)
 
     def forward(
@@ -205,9 +183,6 @@ class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, Genera
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         layout: PackedLayout | None = None,
-        cross_layout: SpanLayout | None = None,
-        media: Media | None = None,
-        prefix_lengths: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
@@ -215,7 +190,7 @@ class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, Genera
         max_supervised: int | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        **kwargs,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits, and the loss where there are labels.
 
@@ -227,11 +202,6 @@ class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, Genera
             attention_mask: (B, L), zero at pads; for padded batches.
             position_ids: (B, L); by default from the layout, or counted over the tokens of the attention mask.
             layout: who sees whom in a packed row.
-            cross_layout: with cross-attention, which text tokens see which vision tokens, from
-                ``lynx.fusion.cross_attention.text_layout``; needed beside pixel_values.
-            media: with cross-attention, what ``read_media`` made of pixel_values and cross_layout, in their place.
-            prefix_lengths: (B,) int64, the vision tokens each padded row begins with; needed where a prefix is not
-                causal and only inputs_embeds are there.
             past_key_values, use_cache, logits_to_keep: as everywhere in transformers. A ``SharedRootCache`` with an
                 unread prompt has it read in place of the inputs; its rows' last logits, (B, 1, V), are returned.
             inputs_embeds: (B, L, width) instead of input_ids and pixel_values.
@@ -241,72 +211,40 @@ class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, Genera
                 batch; this batch's own if None.
             max_supervised: at least the number of labels that are not -100, as ``LynxProcessor`` counts them: on a
                 device, whose labels the host does not read, only so many rows then reach the vocabulary projection.
+            kwargs: the inputs of the fusion, which its class describes: ``cross_layout`` or ``media`` for
+                cross-attention, ``prefix_lengths`` for a prefix. And keyword arguments of the decoder.
 
         Raises:
             ValueError: the arguments do not fit together; the message names them.
         """
-        if cross_layout is not None and self.config.fusion != "cross_attention":
-            raise ValueError(f"cross_layout is for fusion='cross_attention', this model has {self.config.fusion!r}")
+        fusion_inputs = take_inputs(self.fusion, kwargs)
         if isinstance(past_key_values, SharedRootCache):
             return self.forward_shared(past_key_values, input_ids, inputs_embeds, **kwargs)
+        vision_tokens = None
+        if pixel_values is not None:
+            vision_tokens = self.encode_media(pixel_values, frame_positions, media_layout)
         if input_ids is not None and inputs_embeds is None:
-            vision_tokens = None
-            if self.config.fusion == "cross_attention":
-                if pixel_values is not None or cross_layout is not None:
-                    if past_key_values is not None and past_key_values.get_seq_length() > 0:
-                        raise ValueError("past_key_values holds the media of its text; run the whole text to add more")
-                    media = self.read_media(pixel_values, frame_positions, media_layout, cross_layout, input_ids)
-            elif pixel_values is not None:
-                vision_tokens = self.encode_media(pixel_values, frame_positions, media_layout)
-            inputs_embeds = self.embed(input_ids, vision_tokens)
+            inputs_embeds = self.fusion.embed(self, input_ids, vision_tokens)
         elif input_ids is not None or inputs_embeds is None:
             raise ValueError("pass input_ids or inputs_embeds, one of them")
         elif pixel_values is not None:
             raise ValueError("pass pixel_values beside input_ids; inputs_embeds already holds the vision tokens")
-        if layout is not None:
-            if not isinstance(layout, PackedLayout):
-                raise TypeError(f"layout is a {type(layout).__name__}, expected a PackedLayout")
-            layout = layout.to(inputs_embeds.device)
-            self._check_packed(inputs_embeds, layout, attention_mask, past_key_values)
-            attention_mask = attention_integration.packed_mask(layout)
-            position_ids = layout.position_ids[None] if position_ids is None else position_ids
-            kwargs["layout"] = layout
-        else:
-            if position_ids is None and attention_mask is not None and past_key_values is None:
-                rows = inputs_embeds.shape[:2]
-                if attention_mask.shape != rows:
-                    raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, the batch {tuple(rows)}")
-                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-            begins = past_key_values is None or past_key_values.get_seq_length() == 0
-            if begins and not self.config.prefix_is_causal:
-                if prefix_lengths is None and input_ids is not None:
-                    prefix_lengths = prefix.lengths(input_ids, attention_mask, self.config.image_token_id)
-                attention_mask = prefix.full_mask(
-                    inputs_embeds, attention_mask, prefix_lengths, self.get_decoder().config._attn_implementation
-                )
-        if self.config.fusion == "cross_attention":
-            config = self.get_decoder().config
-            wants_cache = getattr(config, "use_cache", True) if use_cache is None else use_cache
-            kwargs["media"], past_key_values = cross_attention.condition(
-                media,
-                inputs_embeds,
-                past_key_values,
-                config,
-                media_width=self.resampler.latents.shape[1],
-                caches=wants_cache and labels is None and layout is None and not self.training,
-            )
-        outputs = self.get_decoder()(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        rows = Rows(
+            inputs_embeds, input_ids, attention_mask, position_ids, layout, past_key_values, use_cache, labels
+        ).arranged(self)
+        rows = self.fusion.feed(self, rows, vision_tokens, fusion_inputs)
+        outputs = self.get_decoder()(**rows.decoder_arguments(), **kwargs)
+
         hidden = outputs.last_hidden_state
         loss = logits = None
         if labels is not None:
-            loss = self._loss(hidden, labels, layout, num_items_in_batch, max_supervised)
+            loss = linear_cross_entropy(
+                hidden.flatten(0, 1),
+                self.get_output_embeddings().weight,
+                rows.targets(),
+                num_items=num_items_in_batch,
+                max_supervised=max_supervised,
+            )
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.project(hidden[:, kept])
@@ -318,39 +256,6 @@ class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, Genera
             attentions=outputs.attentions,
         )
 
-    def _check_packed(self, inputs_embeds, layout, attention_mask, past_key_values) -> None:
-        if attention_mask is not None:
-            raise ValueError("pass attention_mask (padded) or layout (packed), not both")
-        if past_key_values is not None:
-            raise ValueError("a packed row cannot go on from past_key_values; generate takes padded batches")
-        if inputs_embeds.shape[:2] != (1, layout.num_tokens):
-            raise ValueError(
-                f"a packed batch is (1, {layout.num_tokens}) as its layout says, got {tuple(inputs_embeds.shape[:2])}"
-            )
-        if layout.max_root_length > 0 and layout.root_is_causal != self.config.prefix_is_causal:
-            raise ValueError(
-                f"the layout has root_is_causal={layout.root_is_causal}, the model prefix_is_causal="
-                f"{self.config.prefix_is_causal}"
-            )
-        implementation = self.get_decoder().config._attn_implementation
-        if implementation != attention_integration.NAME:
-            raise ValueError(
-                f"packed rows need attn_implementation={attention_integration.NAME!r}, the decoder has "
-                f"{implementation!r}, which cannot read a layout"
-            )
-
-    def _loss(self, hidden, labels, layout, num_items, max_supervised) -> Tensor:
-        if labels.shape != hidden.shape[:2]:
-            raise ValueError(f"labels have shape {tuple(labels.shape)}, the batch {tuple(hidden.shape[:2])}")
-        if layout is not None:
-            targets = layout.shift_labels(labels[0])
-        else:
-            targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
-        weight = self.get_output_embeddings().weight
-        return linear_cross_entropy(
-            hidden.flatten(0, 1), weight, targets, num_items=num_items, max_supervised=max_supervised
-        )
-
     @torch.no_grad()
     def generate(
         self,
@@ -358,9 +263,8 @@ class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, Genera
         pixel_values: Tensor | None = None,
         frame_positions: Tensor | None = None,
         media_layout: SpanLayout | None = None,
-        cross_layout: SpanLayout | None = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> Any:
         """``GenerationMixin.generate`` for a left-padded batch.
 
         However many beams, or answers of a row, pictures are encoded and prompts read once, into a
@@ -368,29 +272,33 @@ class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, Genera
         GPUs, and whose tensors stay allocated for the next generation, in ``static_tensors``). Where a cache is passed,
         or something is asked for that needs another one, transformers' own serves.
 
-        Returns what transformers returns: the prompt, its picture placeholders included, and the new tokens.
+        Returns what transformers returns: the prompt, its image placeholders included, and the new tokens.
         """
         if kwargs.get("layout") is not None:
             raise ValueError("generate takes a left-padded batch, as LynxProcessor makes it, not a packed row")
-        if self.config.fusion == "cross_attention":
-            if pixel_values is not None or cross_layout is not None:
-                kwargs["media"] = self.read_media(pixel_values, frame_positions, media_layout, cross_layout, input_ids)
-        elif pixel_values is not None:
-            if input_ids is None:
-                raise ValueError("generate: pixel_values need input_ids with a picture token for each vision token")
+        vision_tokens = None
+        if pixel_values is not None:
             vision_tokens = self.encode_media(pixel_values, frame_positions, media_layout)
-            kwargs["inputs_embeds"] = self.embed(input_ids, vision_tokens)
-        if not self.config.prefix_is_causal and input_ids is not None:
-            mask = kwargs.get("attention_mask")
-            kwargs["prefix_lengths"] = prefix.lengths(input_ids, mask, self.config.image_token_id)
+        inputs = take_inputs(self.fusion, kwargs)
+        kwargs |= self.fusion.generation_inputs(self, input_ids, vision_tokens, kwargs.get("attention_mask"), inputs)
         if self.shares_roots(kwargs):
             kwargs = self.with_shared_roots(input_ids, kwargs)
         return super().generate(input_ids, **kwargs)
 
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
-        media: Media | None = kwargs.get("media")
-        if media is not None and input_ids is not None:
-            kwargs["media"] = media.repeat_rows(input_ids.shape[0], expand_size)
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        # Transformers knows the arguments that forward names; the fusion's are known, too.
+        names = self.fusion.inputs
+        super()._validate_model_kwargs({name: value for name, value in model_kwargs.items() if name not in names})
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        if input_ids is not None:
+            kwargs = self.fusion.repeat_rows(kwargs, input_ids.shape[0], expand_size)
         return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
 
 

@@ -11,7 +11,7 @@ from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from lynx import calls
 from lynx.config import LynxConfig
 from lynx.data.conversation import IGNORED, ConversationEncoder, Sample
-from lynx.fusion.cross_attention import text_layout
+from lynx.fusion import fusion_of
 from lynx.media import tower
 from lynx.media.image_processor import LynxImageProcessor
 from lynx.media.images import ImageSource, load_image, random_resized_crop_box
@@ -268,7 +268,7 @@ class LynxProcessor(ProcessorMixin):
                 "max_supervised": sum(sample.num_supervised for sample in samples),
                 "layout": layout,
                 **(self._media(samples, generator) or (self._unseen_picture() if always_vision else {})),
-                **self._cross_layout(samples),
+                **self._fusion_inputs(samples),
             }
         )
 
@@ -286,7 +286,7 @@ class LynxProcessor(ProcessorMixin):
                 "labels": torch.tensor([[IGNORED] * (length - len(labels)) + labels for _, labels in rows]),
                 "max_supervised": sum(sample.num_supervised for sample in samples),
                 **self._media(samples, generator),
-                **self._cross_layout(samples, padded_length=length),
+                **self._fusion_inputs(samples, padded_length=length),
             }
         )
 
@@ -302,24 +302,17 @@ class LynxProcessor(ProcessorMixin):
 
     def prefix_length(self, media: Sequence[Sequence[ImageSource] | VideoSource]) -> int:
         """How many vision tokens a sample with these media has in its row."""
-        if self.fusion != "prefix":
-            return 0
         if self.bridge == "resampler":
-            return len(media) * self.num_latents
-        frames = sum(self.max_frames if isinstance(item, VideoSource) else len(item) for item in media)
-        return frames * self.tokens_per_frame
+            vision_tokens = len(media) * self.num_latents
+        else:
+            frames = sum(self.max_frames if isinstance(item, VideoSource) else len(item) for item in media)
+            vision_tokens = frames * self.tokens_per_frame
+        return fusion_of(self).prefix_length(vision_tokens)
 
-    def _cross_layout(self, samples: Sequence[Sample], padded_length: int | None = None) -> dict[str, SpanLayout]:
-        if self.fusion != "cross_attention":
-            return {}
-        texts: list[tuple[int, list[int], tuple[int, ...]]] = []
-        for sample in samples:
-            first, *others = sample.branch_lengths or [len(sample.token_ids)]
-            if padded_length is not None:
-                texts.append((padded_length - first, [], ()))
-            places = [0] * len(sample.media) if sample.places is None else sample.places
-            texts.append((first, places, tuple(others)))
-        return {"cross_layout": text_layout(texts, self.num_latents, sees=self.sees_media)}
+    def _fusion_inputs(self, samples: Sequence[Sample], padded_length: int | None = None) -> dict[str, Any]:
+        return fusion_of(self).batch_inputs(
+            samples, num_latents=self.num_latents, sees_media=self.sees_media, padded_length=padded_length
+        )
 
     def _media(
         self,

@@ -1,6 +1,5 @@
 """The configuration that the release's weights have, as far as their shapes tell it."""
 
-import inspect
 import math
 import re
 from collections import Counter, defaultdict
@@ -36,7 +35,7 @@ def configuration(state: Mapping[str, Tensor], overrides: Mapping[str, Any]) -> 
     top = dict(overrides)
     text = _fields("text_config", top.pop("text_config", {}), LlamaConfig())
     vision = _fields("vision_config", top.pop("vision_config", {}), Blip2VisionConfig())
-    unknown = sorted(set(top) - set(inspect.signature(LynxConfig).parameters))
+    unknown = sorted(set(top) - set(LynxConfig.field_names()))
     if unknown:
         raise ValueError(f"LynxConfig has no {', '.join(unknown)}, which config overrides")
     text = {**_text(sizes, text), **text}

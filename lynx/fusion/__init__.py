@@ -1,32 +1,34 @@
-"""How pictures enter the language model."""
+"""How media reach the language model; ``lynx.fusion.base`` says what a fusion is."""
 
-from torch import nn
+from typing import Any
 
-from lynx.config import LynxConfig
-from lynx.fusion import cross_attention, prefix
+from lynx.fusion.base import Fusion, check_choice
+from lynx.fusion.cross_attention import CrossAttentionFusion
+from lynx.fusion.prefix import PrefixFusion
+
+FUSIONS: dict[str, Fusion] = {fusion.name: fusion for fusion in (PrefixFusion(), CrossAttentionFusion())}
 
 
-def fuse(decoder: nn.ModuleList, config: LynxConfig) -> set[str]:
-    """Put into the decoder's layers what reads the pictures.
+def fusion_of(config: Any) -> Fusion:
+    """The fusion that the ``fusion`` of a configuration or a processor names.
 
-    Returns:
-        The class names the changed layers now have, for ``_no_split_modules``.
+    Raises:
+        ValueError: there is none of this name.
     """
-    width = config.text_config.hidden_size
-    if config.fusion == "prefix":
-        return prefix.add_adapters(
-            decoder,
-            frequency=config.adapter_frequency,
-            width=width,
-            size=config.adapter_size,
-            activation=config.adapter_activation,
-        )
-    return cross_attention.add_blocks(
-        decoder,
-        frequency=config.cross_attention_frequency,
-        width=width,
-        media_width=config.vision_config.hidden_size if config.resampler_concatenates_latents else width,
-        num_heads=config.cross_attention_heads,
-        head_dim=config.cross_attention_head_dim,
-        expansion=config.cross_attention_expansion,
-    )
+    check_choice("fusion", config.fusion, list(FUSIONS))
+    return FUSIONS[config.fusion]
+
+
+def take_inputs(fusion: Fusion, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Take the inputs of a fusion out of the keyword arguments of a call.
+
+    Raises:
+        ValueError: an input of another fusion is among them.
+    """
+    taken = {name: arguments.pop(name, None) for other in FUSIONS.values() for name in other.inputs}
+    taken = {name: value for name, value in taken.items() if value is not None}
+    for other in FUSIONS.values():
+        for name in other.inputs:
+            if name in taken and name not in fusion.inputs:
+                raise ValueError(f"{name} is for fusion={other.name!r}, this model has {fusion.name!r}")
+    return taken

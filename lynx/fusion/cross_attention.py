@@ -4,18 +4,26 @@ Media stand between the tokens of a text and take no place among them, so that w
 language model. What the blocks read comes to them as an argument, ``media=``, through the decoder's keyword arguments.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from itertools import groupby, pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedConfig
 
 from lynx.fusion import layers
+from lynx.fusion.base import Fusion, check_frequency
+from lynx.fusion.rows import Rows
 from lynx_kernels import SpanLayout
 from lynx_kernels.nn import GatedCrossAttention
+
+if TYPE_CHECKING:
+    from lynx.config import LynxConfig
+    from lynx.data.conversation import Sample
+    from lynx.model import LynxForConditionalGeneration
 
 
 class CrossAttentionCache(DynamicCache):
@@ -121,77 +129,203 @@ def text_layout(
     return SpanLayout.from_spans(lengths, spans, end)
 
 
-def condition(
-    media: Media | None,
-    inputs_embeds: Tensor,
-    past_key_values: Cache | None,
-    config: PreTrainedConfig,
-    *,
-    media_width: int,
-    caches: bool,
-) -> tuple[Media, Cache | None]:
-    """What the blocks read in this pass, and the cache it goes on from or begins.
+class CrossAttentionFusion(Fusion):
+    """A gated block before every k-th layer of the decoder, whose text tokens read the resampler's tokens.
+
+    Options of the configuration:
+        cross_attention_frequency: a block stands before every k-th decoder layer, the k-th, the 2k-th and so on, as in
+            Open-Flamingo.
+        cross_attention_heads, cross_attention_head_dim, cross_attention_expansion: the blocks' attention heads, the
+            width of a head, and the feed-forward's width over the model's.
+
+    Inputs of the model:
+        cross_layout: which text tokens see which vision tokens, from ``text_layout``; needed beside pixel_values.
+        media: what ``read_media`` made of pixel_values and cross_layout, in their place.
+    """
+
+    name = "cross_attention"
+    options = {  # noqa: RUF012
+        "cross_attention_frequency": 1, "cross_attention_heads": 8, "cross_attention_head_dim": 64,
+        "cross_attention_expansion": 4,
+    }  # fmt: skip
+    inputs = ("cross_layout", "media")
+    submodule = "cross_attention"
+    param_group = "cross_attention"
+    param_group_help = "the gated cross-attention blocks in the decoder"
+    shares_roots = False
+
+    def check(self, config: "LynxConfig") -> None:
+        check_frequency("cross_attention_frequency", config)
+        if config.bridge != "resampler":
+            raise ValueError(f"fusion='cross_attention' reads media through bridge='resampler', not {config.bridge!r}")
+        if not config.prefix_is_causal:
+            raise ValueError("prefix_is_causal=False, but with fusion='cross_attention' there is no prefix")
+
+    def install(self, decoder: nn.ModuleList, config: "LynxConfig") -> set[str]:
+        width, frequency = config.text_config.hidden_size, config.cross_attention_frequency
+        names = set()
+        for number, layer in enumerate(decoder[frequency - 1 :: frequency]):
+            block = GatedCrossAttention(
+                width,
+                config.vision_config.hidden_size if config.resampler_concatenates_latents else width,
+                num_heads=config.cross_attention_heads,
+                head_dim=config.cross_attention_head_dim,
+                expansion=config.cross_attention_expansion,
+            )
+            names.add(layers.insert(layer, self.submodule, block, _with_block))
+            layer.cross_attention_number = number  # type: ignore[assignment]  # its place in the cache
+        return names
+
+    def flops_rows(self, name: str) -> Literal["tokens", "latents"]:
+        return "latents" if ".to_kv." in name else "tokens"
+
+    def prefix_length(self, num_vision_tokens: int) -> int:
+        return 0
+
+    def batch_inputs(
+        self, samples: Sequence["Sample"], *, num_latents: int, sees_media: str, padded_length: int | None = None
+    ) -> dict[str, Any]:
+        texts: list[tuple[int, list[int], tuple[int, ...]]] = []
+        for sample in samples:
+            first, *others = sample.branch_lengths or [len(sample.token_ids)]
+            if padded_length is not None:
+                texts.append((padded_length - first, [], ()))
+            places = [0] * len(sample.media) if sample.places is None else sample.places
+            texts.append((first, places, tuple(others)))
+        return {"cross_layout": text_layout(texts, num_latents, sees=sees_media)}
+
+    def embed(self, model: "LynxForConditionalGeneration", input_ids: Tensor, vision_tokens: Tensor | None) -> Tensor:
+        return model.embed(input_ids)
+
+    def feed(
+        self,
+        model: "LynxForConditionalGeneration",
+        rows: Rows,
+        vision_tokens: Tensor | None,
+        inputs: Mapping[str, Any],
+    ) -> Rows:
+        media, cross_layout = inputs.get("media"), inputs.get("cross_layout")
+        if vision_tokens is not None or cross_layout is not None:
+            if not rows.starts:
+                raise ValueError("past_key_values holds the media of its text; run the whole text to add more")
+            media = read_media(model, vision_tokens, cross_layout, rows.input_ids)
+        config = model.get_decoder().config
+        use_cache = getattr(config, "use_cache", True) if rows.use_cache is None else rows.use_cache
+        begins_cache = use_cache and rows.labels is None and rows.layout is None and not model.training
+        past_key_values = _media_cache(rows.past_key_values, config, begins_cache)
+        media = _in_this_pass(model, media, rows, past_key_values)
+        return replace(rows, past_key_values=past_key_values, keywords={**rows.keywords, "media": media})
+
+    def generation_inputs(
+        self,
+        model: "LynxForConditionalGeneration",
+        input_ids: Tensor | None,
+        vision_tokens: Tensor | None,
+        attention_mask: Tensor | None,
+        inputs: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        media, cross_layout = inputs.get("media"), inputs.get("cross_layout")
+        if vision_tokens is not None or cross_layout is not None:
+            media = read_media(model, vision_tokens, cross_layout, input_ids)
+        return {} if media is None else {"media": media}
+
+    def repeat_rows(self, inputs: dict[str, Any], rows: int, repeats: int) -> dict[str, Any]:
+        media: Media | None = inputs.get("media")
+        return inputs if media is None else {**inputs, "media": media.repeat_rows(rows, repeats)}
+
+
+def read_media(
+    model: "LynxForConditionalGeneration",
+    vision_tokens: Tensor | None,
+    cross_layout: SpanLayout | None,
+    input_ids: Tensor | None,
+) -> Media:
+    """What the blocks read of a batch.
 
     Args:
-        media: of the batch; None where it has none. Of no meaning where the cache is not empty: it holds them.
-        inputs_embeds: (B, L, width) of the text.
-        past_key_values: None, or a cache of transformers' default kind, which a ``CrossAttentionCache`` replaces.
-        config: the decoder's.
-        media_width: of vision tokens.
-        caches: whether to begin a cache where there is none.
+        model: whose blocks they are.
+        vision_tokens: (K, width) of all items; None where there are no media.
+        cross_layout: which text tokens see which of them.
+        input_ids: (B, L) of the text; None where it is not known.
 
     Raises:
-        ValueError: the cache is of another kind or holds no media, or ``media`` describes other rows.
+        ValueError: cross_layout is missing, or describes other vision tokens or another text.
     """
-    rows, length = inputs_embeds.shape[:2]
-    if past_key_values is not None and not isinstance(past_key_values, CrossAttentionCache):
-        # An empty one is what generate makes by itself.
-        is_default = type(past_key_values) is DynamicCache and not getattr(past_key_values, "offloading", False)
-        if not is_default or past_key_values.get_seq_length() > 0:
-            raise ValueError(
-                f"past_key_values is a {type(past_key_values).__name__} that cannot hold media; with "
-                "fusion='cross_attention' pass none, or the CrossAttentionCache that came out before"
-            )
-        past_key_values = CrossAttentionCache(config)
-    if past_key_values is not None and past_key_values.get_seq_length() > 0:
-        tokens = inputs_embeds.new_empty(0)  # every block's keys and values are there
-        return Media(tokens, past_key_values.layout(length), past_key_values), past_key_values
-    if media is None:
-        no_media = SpanLayout.from_spans([rows * length], [(0, 0)], 0)
-        media = Media(inputs_embeds.new_empty(0, media_width), no_media)
-    if media.layout.num_queries < rows * length and media.layout.num_queries % rows == 0:
-        media = media.lengthen_rows(rows, length)
-    if media.layout.num_queries != rows * length:
-        raise ValueError(f"cross_layout describes {media.layout.num_queries} tokens, the batch has {rows} x {length}")
-    media = media._replace(layout=media.layout.to(inputs_embeds.device))
-    if past_key_values is None and caches:
-        past_key_values = CrossAttentionCache(config)
-    if past_key_values is not None:
-        past_key_values.start(media.layout, rows)
-    return media._replace(cache=past_key_values), past_key_values
-
-
-def add_blocks(decoder: nn.ModuleList, *, frequency: int, width: int, media_width: int, **options) -> set[str]:
-    """Put a gated block before every ``frequency``-th layer of the ``decoder``: the k-th, the 2k-th and so on.
-
-    Args:
-        options: of ``GatedCrossAttention``.
-
-    Returns:
-        The class names the changed layers now have, for ``_no_split_modules``.
-    """
-    names = set()
-    for number, layer in enumerate(decoder[frequency - 1 :: frequency]):
-        names.add(
-            layers.insert(layer, "cross_attention", GatedCrossAttention(width, media_width, **options), _with_block)
+    if cross_layout is None:
+        raise ValueError("cross_layout is missing: which tokens see the images? LynxProcessor's batches say it")
+    if input_ids is not None and cross_layout.num_queries != input_ids.numel():
+        raise ValueError(
+            f"cross_layout describes {cross_layout.num_queries} tokens, but input_ids holds {input_ids.numel()}"
         )
-        layer.cross_attention_number = number  # type: ignore[assignment]  # its place in the cache
-    return names
+    if vision_tokens is None:
+        vision_tokens = _no_media(model, model.get_input_embeddings().weight).tokens
+    if cross_layout.num_keys != vision_tokens.shape[0]:
+        raise ValueError(
+            f"cross_layout describes {cross_layout.num_keys} vision tokens, but the images give {len(vision_tokens)}"
+        )
+    return Media(vision_tokens, cross_layout)
+
+
+def _no_media(model: "LynxForConditionalGeneration", like: Tensor) -> Media:
+    """For a batch of text alone, (B, L, width); no token sees anything."""
+    width = model.resampler.latents.shape[1]
+    return Media(like.new_empty(0, width), SpanLayout.from_spans([like.shape[:2].numel()], [(0, 0)], 0))
+
+
+def _media_cache(
+    past_key_values: Cache | None, config: PreTrainedConfig, begins_cache: bool
+) -> CrossAttentionCache | None:
+    """The cache that a pass goes on from or begins; None for neither.
+
+    Raises:
+        ValueError: the cache is of another kind and not empty.
+    """
+    if isinstance(past_key_values, CrossAttentionCache):
+        return past_key_values
+    if past_key_values is None:
+        return CrossAttentionCache(config) if begins_cache else None
+    # An empty one is what generate makes by itself.
+    is_default = type(past_key_values) is DynamicCache and not getattr(past_key_values, "offloading", False)
+    if not is_default or past_key_values.get_seq_length() > 0:
+        raise ValueError(
+            f"past_key_values is a {type(past_key_values).__name__} that cannot hold media; with "
+            "fusion='cross_attention' pass none, or the CrossAttentionCache that came out before"
+        )
+    return CrossAttentionCache(config)
+
+
+def _in_this_pass(
+    model: "LynxForConditionalGeneration",
+    media: Media | None,
+    rows: Rows,
+    past_key_values: CrossAttentionCache | None,
+) -> Media:
+    """What the blocks read in this pass: what a cache that is not empty holds, else ``media``, which the cache keeps.
+
+    Raises:
+        ValueError: ``media`` describes other rows.
+    """
+    batch_size, length = rows.inputs_embeds.shape[:2]
+    if past_key_values is not None and past_key_values.get_seq_length() > 0:
+        tokens = rows.inputs_embeds.new_empty(0)  # every block's keys and values are there
+        return Media(tokens, past_key_values.layout(length), past_key_values)
+    if media is None:
+        media = _no_media(model, rows.inputs_embeds)
+    if media.layout.num_queries < batch_size * length and media.layout.num_queries % batch_size == 0:
+        media = media.lengthen_rows(batch_size, length)
+    if media.layout.num_queries != batch_size * length:
+        raise ValueError(
+            f"cross_layout describes {media.layout.num_queries} tokens, the batch has {batch_size} x {length}"
+        )
+    media = media._replace(layout=media.layout.to(rows.inputs_embeds.device), cache=past_key_values)
+    if past_key_values is not None:
+        past_key_values.start(media.layout, batch_size)
+    return media
 
 
 @cache
 def _with_block(layer_class: type[nn.Module]) -> type[nn.Module]:
-    def forward(self, hidden_states, *args, media: Media | None = None, **kwargs):
+    def forward(self: Any, hidden_states: Tensor, *args: Any, media: Media | None = None, **kwargs: Any) -> Any:
         if media is None:
             raise ValueError(
                 f"no media reached {type(self).__name__}: run the decoder through its Lynx model; one that keeps "

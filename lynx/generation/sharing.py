@@ -9,6 +9,7 @@ from transformers import GenerationMixin
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from lynx.fusion import fusion_of
 from lynx.generation.cache import SharedRootCache, StaticTensors
 from lynx_kernels.integrations import transformers as attention_integration
 
@@ -59,10 +60,8 @@ class SharedRootGeneration(GenerationMixin):
 
     def shares_roots(self, options: dict[str, Any]) -> bool:
         """Whether ``generate`` with these options can take a ``SharedRootCache``."""
-        if (
-            self.config.fusion != "prefix"
-            or self.get_decoder().config._attn_implementation != attention_integration.NAME
-        ):
+        implementation = self.get_decoder().config._attn_implementation
+        if not fusion_of(self.config).shares_roots or implementation != attention_integration.NAME:
             return False
         config = options.get("generation_config") or self.generation_config
         asked = {name: options.get(name, getattr(config, name, None)) for name in _NEED_ANOTHER_CACHE}

@@ -8,7 +8,6 @@ the ``weight`` it has there; the paper's groups weigh 100 together. Paths are re
 
 import copy
 import difflib
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,11 +33,7 @@ from lynx.train.recipe import Recipe, RecipeError, Stage
 
 _TEXTS = 20000  # records that a tokenizer is learned from
 _SMOLLM2 = "smollm2-135m"
-_OPTIONS = tuple(
-    name
-    for name in inspect.signature(LynxConfig).parameters
-    if name not in ("text_config", "vision_config", "args", "kwargs")
-)
+_OPTIONS = tuple(name for name in LynxConfig.field_names() if name not in ("text_config", "vision_config"))
 
 
 def model(recipe: Recipe, data: Callable[[], Mixture]) -> tuple[LynxForConditionalGeneration, LynxProcessor]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lynx.data.conversation import IGNORED
+from lynx.fusion.base import Fusion
 from lynx.media import tower
 from lynx.model import LynxForConditionalGeneration
 from lynx.train.param_groups import part_of
@@ -41,7 +42,7 @@ class StepFlops:
         }
         self.per_row = dict.fromkeys(("frames", "media", "latents", "tokens", "supervised"), 0)  # operations a row
         for name, parameter in model.named_parameters():
-            rows = "supervised" if parameter is head else _rows(name, parameter)
+            rows = "supervised" if parameter is head else _rows(name, parameter, model.fusion)
             if rows is None:
                 continue
             flows = {
@@ -79,7 +80,7 @@ class StepFlops:
         return 4 * pairs * width * layers * (3 if self.flows[what] else 1)
 
 
-def _rows(name: str, parameter: nn.Parameter) -> str | None:
+def _rows(name: str, parameter: nn.Parameter, fusion: Fusion) -> str | None:
     """What runs through the weight of this name, None where it is no weight of a product."""
     if parameter.dim() < 2 or name.endswith(("latents", "frame_position", "_embedding", "embed_tokens.weight")):
         return None
@@ -88,7 +89,7 @@ def _rows(name: str, parameter: nn.Parameter) -> str | None:
         return "frames"
     if part == "resampler":
         return "media" if ".to_kv." in name else "latents"
-    return "latents" if ".to_kv." in name else "tokens"
+    return fusion.flops_rows(name) if fusion.submodule in name.split(".") else "tokens"
 
 
 def _pairs(batch: Mapping[str, Any]) -> int:

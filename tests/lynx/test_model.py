@@ -224,7 +224,7 @@ def test_bad_batches_say_what_is_wrong(model, processor, samples):
     without_pictures = {name: padded[name] for name in ("input_ids", "attention_mask")}
     one_picture = processor.pack(samples[:1])
     cases = [
-        (without_pictures, "one picture token for each of the 0 vision tokens, but it holds 15"),
+        (without_pictures, "one image token for each of the 0 vision tokens, but it holds 15"),
         ({**packed, "pixel_values": one_picture["pixel_values"]}, r"media_layout describes \d+ vision tokens"),
         ({**packed, "frame_positions": torch.zeros(2).long()}, "frame_positions has shape"),
         ({**packed, "pixel_values": packed["pixel_values"][:, :5]}, "pixel_values must be"),

@@ -170,7 +170,7 @@ def test_code_in_a_pickle_is_not_run(weights, tmp_path, monkeypatch):
             files.read(tmp_path / name)
         assert "weights_only" not in str(refused.value), "torch's advice is to read it unsafely"
     torch.save({"model": weights, "args": Plain()}, tmp_path / "bad.pt")
-    with pytest.raises(ValueError, match=r"It asks for tests\.lynx\.test_reference_refused\.Plain\.\)"):
+    with pytest.raises(ValueError, match=r"It asks for tests\.lynx\.checkpoint\.test_reference_refused\.Plain\.\)"):
         files.read(tmp_path / "bad.pt")
     assert not (tmp_path / "harm").exists()
 

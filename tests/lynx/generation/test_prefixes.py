@@ -125,9 +125,9 @@ def test_a_full_prefix_without_a_mask(tokenizer):
     with pytest.raises(ValueError, match="pass prefix_lengths beside inputs_embeds"):
         model(inputs_embeds=embeds)
     moved = {**batch, "input_ids": batch["input_ids"].roll(1, 1)}
-    with pytest.raises(ValueError, match="picture tokens of a row must be its first tokens"):
+    with pytest.raises(ValueError, match="image tokens of a row must be its first tokens"):
         model(**moved)
-    with pytest.raises(ValueError, match="picture tokens of a row must be its first tokens"):
+    with pytest.raises(ValueError, match="image tokens of a row must be its first tokens"):
         model.generate(**moved, max_new_tokens=2)
 
 
@@ -184,7 +184,7 @@ def test_fresh_frame_positions_have_their_spread(tokenizer):
     [
         ({"bridge": "rope"}, "bridge='rope' is not known; there is 'resampler', 'mlp', 'linear'"),
         ({"prefix_is_causal": 1}, "prefix_is_causal is 1, must be true or false"),
-        ({"sees_media": "all"}, "sees_media='all' needs fusion='cross_attention'"),
+        ({"sees_media": "all"}, "sees_media='all', but with fusion='prefix'"),
         ({"bridge": "mlp", "resampler_concatenates_latents": True}, "there is no resampler"),
         ({"resampler_concatenates_latents": True}, "hidden_size, 24, but a prefix needs text_config's, 32"),
         ({"image_token_id": -1}, "image_token_id is -1"),
@@ -200,9 +200,9 @@ def test_contradictory_configurations_are_refused(tokenizer, options, message):
     ("part", "field", "value", "message"),
     [
         ("text_config", "num_key_value_heads", 3, "text_config: num_key_value_heads, 3, do not divide"),
-        ("text_config", "num_attention_heads", 0, "text_config is no configuration of model_type 'llama'"),
+        ("text_config", "num_attention_heads", 0, "text_config is not a configuration of model_type 'llama'"),
         ("text_config", "num_attention_heads", 5, "hidden size .32. is not a multiple"),
-        ("text_config", "model_type", "parrot", "text_config is no configuration of model_type 'parrot'"),
+        ("text_config", "model_type", "parrot", "text_config is not a configuration of model_type 'parrot'"),
         ("vision_config", "num_attention_heads", 0, "vision_config: num_attention_heads is 0"),
         (
             "vision_config",

@@ -22,14 +22,14 @@ def test_bad_batches_say_what_is_wrong(tokenizer, model, processor, samples, que
     filled.update(torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 4, 8), 0)
     cases = [
         ({**packed, "cross_layout": None}, "cross_layout is missing"),
-        ({**packed, "pixel_values": None}, "cross_layout describes 18 vision tokens, but the pictures give 0"),
+        ({**packed, "pixel_values": None}, "cross_layout describes 18 vision tokens, but the images give 0"),
         ({**packed, "cross_layout": fewer}, r"cross_layout describes \d+ tokens, but input_ids holds"),
-        ({**packed, "cross_layout": fewer_keys}, "cross_layout describes 9 vision tokens, but the pictures give 18"),
+        ({**packed, "cross_layout": fewer_keys}, "cross_layout describes 9 vision tokens, but the images give 18"),
         (
             {"input_ids": torch.tensor([[1, 2]]), "media": Media(torch.zeros(15, 32), shorter)},
             "3 tokens, the batch has",
         ),
-        ({"input_ids": torch.tensor([[1, processor.image_token_id]])}, "one picture token for each of the 0"),
+        ({"input_ids": torch.tensor([[1, processor.image_token_id]])}, "one image token for each of the 0"),
         ({"input_ids": torch.tensor([[1]]), "past_key_values": filled}, "a DynamicCache that cannot hold media"),
         (
             {"input_ids": torch.tensor([[1]]), "past_key_values": DynamicCache(config=decoder_config, offloading=True)},

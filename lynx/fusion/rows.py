@@ -1,0 +1,116 @@
+"""Rows of tokens on their way into the decoder, packed or padded: where each token stands, and what it sees."""
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import Cache
+
+from lynx.data.conversation import IGNORED
+from lynx_kernels import PackedLayout
+from lynx_kernels.integrations import transformers as attention_integration
+
+if TYPE_CHECKING:
+    from lynx.model import LynxForConditionalGeneration
+
+
+@dataclass
+class Rows:
+    """A batch of rows: what the decoder is called with, and what a fusion needs to know to change it.
+
+    Attributes:
+        inputs_embeds: (B, L, width), or (1, T, width) of a packed row.
+        input_ids: (B, L) int64; None where the caller passed embeddings.
+        attention_mask: (B, L), zero at pads; or a mask that is ready for the decoder.
+        position_ids: (B, L) int64; None where the decoder counts.
+        layout: who sees whom in a packed row; None for padded rows.
+        past_key_values: the cache that the rows go on from.
+        use_cache: as in transformers.
+        labels: (B, L) int64; None where logits are wanted.
+        keywords: what the decoder hands to its layers.
+    """
+
+    inputs_embeds: Tensor
+    input_ids: Tensor | None = None
+    attention_mask: Tensor | None = None
+    position_ids: Tensor | None = None
+    layout: PackedLayout | None = None
+    past_key_values: Cache | None = None
+    use_cache: bool | None = None
+    labels: Tensor | None = None
+    keywords: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def starts(self) -> bool:
+        """Whether these are the first tokens, with none in a cache before them."""
+        return self.past_key_values is None or self.past_key_values.get_seq_length() == 0
+
+    def decoder_arguments(self) -> dict[str, Any]:
+        """The keyword arguments to call the decoder with."""
+        names = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache")
+        return {**{name: getattr(self, name) for name in names}, **self.keywords}
+
+    def targets(self) -> Tensor:
+        """(B * L,) int64: the label that each token is to predict, -100 for none.
+
+        Raises:
+            ValueError: there are no labels, or they are of another shape than the rows.
+        """
+        shape = self.inputs_embeds.shape[:2]
+        if self.labels is None:
+            raise ValueError("these rows have no labels; pass labels to get a loss")
+        if self.labels.shape != shape:
+            raise ValueError(f"labels have shape {tuple(self.labels.shape)}, the batch {tuple(shape)}")
+        if self.layout is not None:
+            return self.layout.shift_labels(self.labels[0])
+        return F.pad(self.labels[:, 1:], (0, 1), value=IGNORED).flatten()
+
+    def arranged(self, model: "LynxForConditionalGeneration") -> "Rows":
+        """These rows with the mask and the positions that causal text has, packed or padded.
+
+        Raises:
+            ValueError: the layout or the mask does not fit the rows, the cache, the model or its attention.
+            TypeError: the layout is not a PackedLayout.
+        """
+        if self.layout is None:
+            return _padded(self)
+        return _packed(self, model.config.prefix_is_causal, model.get_decoder().config._attn_implementation)
+
+
+def _packed(rows: Rows, prefix_is_causal: bool, implementation: str) -> Rows:
+    layout, shape = rows.layout, rows.inputs_embeds.shape[:2]
+    if not isinstance(layout, PackedLayout):
+        raise TypeError(f"layout is a {type(layout).__name__}, expected a PackedLayout")
+    if rows.attention_mask is not None:
+        raise ValueError("pass attention_mask (padded) or layout (packed), not both")
+    if rows.past_key_values is not None:
+        raise ValueError("a packed row cannot go on from past_key_values; generate takes padded batches")
+    if shape != (1, layout.num_tokens):
+        raise ValueError(f"a packed batch is (1, {layout.num_tokens}) as its layout says, got {tuple(shape)}")
+    if layout.max_root_length > 0 and layout.root_is_causal != prefix_is_causal:
+        raise ValueError(
+            f"the layout has root_is_causal={layout.root_is_causal}, the model prefix_is_causal={prefix_is_causal}"
+        )
+    if implementation != attention_integration.NAME:
+        raise ValueError(
+            f"packed rows need attn_implementation={attention_integration.NAME!r}, the decoder has {implementation!r}, "
+            "which cannot read a layout"
+        )
+    layout = layout.to(rows.inputs_embeds.device)
+    return replace(
+        rows,
+        layout=layout,
+        attention_mask=attention_integration.packed_mask(layout),
+        position_ids=layout.position_ids[None] if rows.position_ids is None else rows.position_ids,
+        keywords={**rows.keywords, "layout": layout},
+    )
+
+
+def _padded(rows: Rows) -> Rows:
+    mask, shape = rows.attention_mask, rows.inputs_embeds.shape[:2]
+    if rows.position_ids is not None or mask is None or rows.past_key_values is not None:
+        return rows
+    if mask.shape != shape:
+        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, the batch {tuple(shape)}")
+    return replace(rows, position_ids=(mask.long().cumsum(-1) - 1).clamp(min=0))
