@@ -5,18 +5,15 @@ from collections.abc import Collection
 import torch
 from torch import nn
 
+from lynx.fusion import FUSIONS
+
 PARTS = {
     "resampler": "the resampler, or the projection in its place: what makes vision tokens of frames",
     "frame_positions": "the learned positions of a video's frames",
-    "adapters": "the adapters in the decoder",
-    "cross_attention": "the gated cross-attention blocks in the decoder",
+    **{fusion.param_group: fusion.param_group_help for fusion in FUSIONS.values()},
     "vision_tower": "the vision tower",
     "language_model": "the decoder itself, embeddings and output head included",
 }
-_INSERTED = {
-    "output_adapter": "adapters",
-    "cross_attention": "cross_attention",
-}  # submodules that fusion adds to layers
 # Learned tables that are no weights of a product: pulling them to 0 has no reason.
 _TABLES = ("latents", "frame_position", "class_embedding", "position_embedding")
 
@@ -27,9 +24,9 @@ def part_of(name: str) -> str:
     if first in ("resampler", "projection"):
         return "frame_positions" if rest == "frame_position" else "resampler"
     if first == "language_model":
-        for submodule, part in _INSERTED.items():
-            if submodule in rest.split("."):
-                return part
+        for fusion in FUSIONS.values():
+            if fusion.submodule in rest.split("."):
+                return fusion.param_group
     return first
 
 
