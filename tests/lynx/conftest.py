@@ -71,7 +71,7 @@ def processor(config, tokenizer):
     return LynxProcessor.for_model(config, tokenizer)
 
 
-def picture(seed, height=10, width=13):
+def make_image(seed, height=10, width=13):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
@@ -91,11 +91,11 @@ def conversation(question, answer=None, images=(), videos=()):
 def samples(processor):
     """Rows with a picture, with none, with a video, with two items, and a dialog of two rounds."""
     conversations = [
-        conversation("Which digit is this?", "seven", images=[picture(0)]),
+        conversation("Which digit is this?", "seven", images=[make_image(0)]),
         conversation("Hello", "yes, hello"),
-        conversation("Which digits?", "1 2 3", videos=[[picture(i) for i in range(3)]]),
-        conversation("Same?", "no", images=[picture(4)], videos=[[picture(5), picture(6)]]),
-        [*conversation("Odd?", "yes", images=[picture(7)]), *conversation("And even?", "no")],
+        conversation("Which digits?", "1 2 3", videos=[[make_image(i) for i in range(3)]]),
+        conversation("Same?", "no", images=[make_image(4)], videos=[[make_image(5), make_image(6)]]),
+        [*conversation("Odd?", "yes", images=[make_image(7)]), *conversation("And even?", "no")],
     ]
     return [processor.encode(messages) for messages in conversations]
 
@@ -115,7 +115,7 @@ QUESTIONS = ["Which digit is this?", "Odd or even?", "Which digit is that?"]
 @pytest.fixture
 def asked(processor):
     """Three questions about one picture, one about a video and one about nothing, mixed."""
-    one, clip = picture(0), [picture(1), picture(2)]
+    one, clip = make_image(0), [make_image(1), make_image(2)]
     first, second, third = (processor.encode(conversation(text, images=[one])) for text in QUESTIONS)
     video = processor.encode(conversation("Which digits?", videos=[clip]))
     return [first, video, second, processor.encode(conversation("Hello")), third]

@@ -9,7 +9,7 @@ from lynx import cli
 from lynx.generation import answers as generation
 from lynx.generation.answers import answer, generate_answers
 from lynx.generation.streaming import AnswerStreamer
-from tests.lynx.conftest import conversation, picture
+from tests.lynx.conftest import conversation, make_image
 from tests.lynx.searches import NEW
 
 
@@ -107,7 +107,7 @@ def ask(model, processor, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cli, "_load", lambda folder: (model, processor))
     monkeypatch.chdir(tmp_path)
     for number in range(3):
-        Image.fromarray(picture(number)).save(f"{number}.png")
+        Image.fromarray(make_image(number)).save(f"{number}.png")
 
     def run(*arguments):
         status = cli.main(["ask", "model", *arguments])

@@ -13,7 +13,7 @@ from lynx_kernels import PackedLayout
 from lynx_kernels.backends import onednn
 from lynx_kernels.ops.linear_cross_entropy import chunked
 from lynx_kernels.ops.linear_cross_entropy import rows as loss_rows
-from tests.lynx.conftest import VISION, conversation, make_config, make_model, picture
+from tests.lynx.conftest import VISION, conversation, make_config, make_image, make_model
 from tests.lynx.model_checks import check_checkpointing_changes_nothing, check_packed_is_padded, inputs
 from tests.numbers import assert_within_budget
 
@@ -23,9 +23,11 @@ def test_packed_and_padded_give_the_same_logits(tokenizer, vision):
     config = make_config(tokenizer, vision)
     model, processor = make_model(config), LynxProcessor.for_model(config, tokenizer)
     samples = [
-        processor.encode(conversation("Which digit is this?", "seven", images=[picture(0)])),
+        processor.encode(conversation("Which digit is this?", "seven", images=[make_image(0)])),
         processor.encode(conversation("Hello", "yes")),
-        processor.encode(conversation("Which digits?", "1 2 3", videos=[[picture(1), picture(2), picture(3)]])),
+        processor.encode(
+            conversation("Which digits?", "1 2 3", videos=[[make_image(1), make_image(2), make_image(3)]])
+        ),
     ]
     check_packed_is_padded(model, processor, samples)
 
@@ -33,7 +35,7 @@ def test_packed_and_padded_give_the_same_logits(tokenizer, vision):
 def test_questions_about_one_picture_can_share_it(model, processor):
     """Two branches on one root give what two rows with the picture in each give."""
     samples = [
-        processor.encode(conversation(question, answer, images=[picture(0)]))
+        processor.encode(conversation(question, answer, images=[make_image(0)]))
         for question, answer in (("Which digit is this?", "seven"), ("Odd?", "yes"))
     ]
     first, second = (processor.pack([sample]) for sample in samples)
@@ -70,7 +72,7 @@ def test_no_sample_sees_another(model, processor, samples, changed):
     sample = samples[changed]
     others = copy.deepcopy(samples)
     others[changed] = type(sample)(
-        [[picture(100 + i) for i in range(len(item))] for item in sample.media],
+        [[make_image(100 + i) for i in range(len(item))] for item in sample.media],
         sample.is_video,
         [sample.token_ids[0], *(1 + token % 100 for token in sample.token_ids[1:])],
         sample.labels,
@@ -164,9 +166,9 @@ def test_an_adapter_of_scale_zero_leaves_the_language_model(tokenizer, processor
 )
 def test_generate(model, processor, options):
     questions = [
-        processor.encode(conversation("Which digit is this?", images=[picture(0)])),
+        processor.encode(conversation("Which digit is this?", images=[make_image(0)])),
         processor.encode(conversation("Hello")),
-        processor.encode(conversation("Which digits are these?", videos=[[picture(1), picture(2)]])),
+        processor.encode(conversation("Which digits are these?", videos=[[make_image(1), make_image(2)]])),
     ]
     texts = answer(model, processor, questions, max_new_tokens=6, **options)
     assert len(texts) == 3
@@ -175,7 +177,7 @@ def test_generate(model, processor, options):
 
 def test_beams_find_what_an_exhaustive_search_finds(model, processor):
     """Two new tokens, more beams than the vocabulary has tokens: beam search is then exact."""
-    batch = processor(text="Which digit is this?", images=picture(0))
+    batch = processor(text="Which digit is this?", images=make_image(0))
     vocabulary = model.config.text_config.vocab_size
     options = {"max_new_tokens": 2, "min_new_tokens": 2, "length_penalty": 0.0}
     tokens = model.generate(**batch, **options, num_beams=vocabulary)[0, -2:]
@@ -192,13 +194,13 @@ def test_beams_find_what_an_exhaustive_search_finds(model, processor):
 def test_pictures_are_encoded_once_however_many_beams(model, processor):
     calls = []
     model.resampler.register_forward_hook(lambda *args: calls.append(1))
-    model.generate(**processor(text="What?", images=picture(0)), max_new_tokens=4, num_beams=3)
+    model.generate(**processor(text="What?", images=make_image(0)), max_new_tokens=4, num_beams=3)
     assert len(calls) == 1
 
 
 def test_greedy_generation_is_the_argmax_of_forward(model, processor):
     """The cache, the left padding and the positions: each new token is what a forward pass over the row would give."""
-    batch = processor(text=["Which digit is this?", "No"], images=[picture(0), None])
+    batch = processor(text=["Which digit is this?", "No"], images=[make_image(0), None])
     tokens = model.generate(**batch, max_new_tokens=5, eos_token_id=-1)
     prompt = batch["input_ids"].shape[1]
     assert torch.equal(tokens[:, :prompt], batch["input_ids"])
@@ -212,7 +214,7 @@ def test_greedy_generation_is_the_argmax_of_forward(model, processor):
 
 def test_answers_do_not_depend_on_the_batch(model, processor):
     questions = [
-        processor.encode(conversation("Which digit is this?", images=[picture(0)])),
+        processor.encode(conversation("Which digit is this?", images=[make_image(0)])),
         processor.encode(conversation("A much longer question, so that the other row is padded?")),
     ]
     together = answer(model, processor, questions, max_new_tokens=5)
@@ -270,7 +272,7 @@ def test_the_vocabulary_can_grow(config, tokenizer, tied, tmp_path):
     """New tokens come behind the old ones, whose logits stay; the picture's placeholder moves out of their way."""
     config.text_config.tie_word_embeddings = config.tie_word_embeddings = tied
     model = make_model(config)
-    batch = inputs(LynxProcessor.for_model(config, tokenizer)(text="What?", images=picture(0)))
+    batch = inputs(LynxProcessor.for_model(config, tokenizer)(text="What?", images=make_image(0)))
     before = model(**batch).logits
     size = len(tokenizer) + 3
     model.resize_token_embeddings(size)

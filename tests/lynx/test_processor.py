@@ -13,7 +13,7 @@ from lynx import LynxProcessor
 from lynx.media.images import ImageError
 from lynx.media.videos import load_video
 from tests.lynx.clips import frame, numbers, write_clip
-from tests.lynx.conftest import VISION, conversation, make_config, picture
+from tests.lynx.conftest import VISION, conversation, make_config, make_image
 
 
 def text_of(processor, token_ids):
@@ -21,7 +21,7 @@ def text_of(processor, token_ids):
 
 
 def test_a_row_is_bos_prompt_answer_eos(processor):
-    sample = processor.encode(conversation("Which Digit?", "Seven", images=[picture(0)]))
+    sample = processor.encode(conversation("Which Digit?", "Seven", images=[make_image(0)]))
     assert text_of(processor, sample.token_ids) == "<s>User: which digit?\nBot: seven</s>"
     learned = [label for label in sample.labels if label != -100]
     assert text_of(processor, learned) == " seven</s>"
@@ -30,7 +30,10 @@ def test_a_row_is_bos_prompt_answer_eos(processor):
 
 
 def test_every_round_of_a_dialog_is_supervised(processor):
-    messages = [*conversation("One?", "yes", images=[picture(0)]), *conversation("Two?", "no", videos=[[picture(1)]])]
+    messages = [
+        *conversation("One?", "yes", images=[make_image(0)]),
+        *conversation("Two?", "no", videos=[[make_image(1)]]),
+    ]
     sample = processor.encode(messages)
     assert text_of(processor, sample.token_ids) == "<s>User: one?\nBot: yes</s>\nUser: two?\nBot: no</s>"
     assert text_of(processor, [label for label in sample.labels if label != -100]) == " yes</s> no</s>"
@@ -121,17 +124,17 @@ def test_random_crops_follow_the_generator(processor, samples):
 
 
 def test_call_is_for_questions(processor):
-    one = processor(text="What?", images=picture(0))
-    many = processor(text=["What?"], images=[picture(0)])
+    one = processor(text="What?", images=make_image(0))
+    many = processor(text=["What?"], images=[make_image(0)])
     assert torch.equal(one["input_ids"], many["input_ids"])
     assert "labels" not in one
     assert "max_supervised" not in one
-    video = [picture(0), picture(1)]
+    video = [make_image(0), make_image(1)]
     for videos in (video, [video]):
         assert processor(text="What?", videos=videos)["frame_positions"].tolist() == [0, 1]
-    usual = processor(text=["What?"], images=[picture(0)], padding=True, return_tensors="pt")
+    usual = processor(text=["What?"], images=[make_image(0)], padding=True, return_tensors="pt")
     assert torch.equal(usual["input_ids"], one["input_ids"])
-    both = processor(text=["What?", "Which?"], images=[None, [picture(0), picture(1)]], videos=[video, None])
+    both = processor(text=["What?", "Which?"], images=[None, [make_image(0), make_image(1)]], videos=[video, None])
     assert both["frame_positions"].tolist() == [0, 1, -1, -1]
 
 
@@ -140,13 +143,13 @@ ASKED = {"tokenize": True, "return_dict": True}
 
 def test_chats_as_transformers_has_them(model, processor, tmp_path):
     """Alone, in a list, with the picture by its path, after an earlier round; and through a pipeline."""
-    Image.fromarray(picture(0)).save(tmp_path / "a.png")
+    Image.fromarray(make_image(0)).save(tmp_path / "a.png")
     path = str(tmp_path / "a.png")
     asked = {**ASKED, "add_generation_prompt": True, "return_tensors": "pt"}
-    for part in ({"image": picture(0)}, {"path": path}, {"url": path}, {"base64": encoded(picture(0))}):
+    for part in ({"image": make_image(0)}, {"path": path}, {"url": path}, {"base64": encoded(make_image(0))}):
         messages = [{"role": "user", "content": [{"type": "image", **part}, {"type": "text", "text": "What?"}]}]
         batch = processor.apply_chat_template(messages, **asked)
-        expected = processor(text="What?", images=picture(0))
+        expected = processor(text="What?", images=make_image(0))
         assert sorted(batch) == sorted(expected)
         assert all(torch.equal(batch[name], expected[name]) for name in ("input_ids", "pixel_values"))
     dialog = [*conversation("Hello", "yes"), *conversation("What?")]
@@ -195,14 +198,14 @@ def test_chats_of_another_kind_are_refused(processor, options, error, message):
     [
         ([], "conversation is empty"),
         (conversation(""), "message 0 .user. has an empty text"),
-        (conversation("  \n", images=[picture(0)]), "empty text"),
+        (conversation("  \n", images=[make_image(0)]), "empty text"),
         (conversation("What?", " "), "message 1 .assistant. has an empty text"),
         ([{"role": "assistant", "content": "hi"}], "role 'assistant', expected 'user'"),
         ([{"content": "hi"}], "role None"),
         ([{"role": "user", "content": 7}], "content of type int"),
         ([{"role": "user", "content": [{"type": "audio"}]}], "no text, image or video"),
         (conversation("What?", videos=[[]]), "0 frames, expected 1 to 4"),
-        (conversation("What?", videos=[[picture(0)] * 5]), "5 frames, expected 1 to 4"),
+        (conversation("What?", videos=[[make_image(0)] * 5]), "5 frames, expected 1 to 4"),
         (conversation("What?", videos=[7]), "a video is a list of frames or a file, got int"),
         ("hi", "message 0 is a str"),
         (conversation("\udcff"), "no valid Unicode"),
@@ -215,9 +218,9 @@ def test_bad_conversations_are_refused(processor, messages, message):
 
 def test_bad_calls_are_refused(processor, tmp_path):
     with pytest.raises(ValueError, match="text is missing"):
-        processor(images=picture(0))
+        processor(images=make_image(0))
     with pytest.raises(ValueError, match="images must be a list with one entry"):
-        processor(text=["a", "b"], images=[picture(0)])
+        processor(text=["a", "b"], images=[make_image(0)])
     with pytest.raises(ValueError, match="images must be a list with one entry"):
         processor(text=["x", "y"], images="ab")
     with pytest.raises(ValueError, match="text must be a question or a list of them, got 5"):

@@ -12,7 +12,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from lynx import LynxConfig, LynxForConditionalGeneration, LynxImageProcessor, LynxProcessor, checkpoint
 from lynx.train import param_groups
-from tests.lynx.conftest import VISION, conversation, make_config, make_model, picture
+from tests.lynx.conftest import VISION, conversation, make_config, make_image, make_model
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_round_trip_is_bit_exact(tokenizer, tmp_path, vision, dtype, tied):
     assert all(torch.equal(tensor, saved[name]) for name, tensor in loaded.state_dict().items())
     head, table = loaded.get_output_embeddings().weight, loaded.get_input_embeddings().weight
     assert (head is table) == tied
-    messages = conversation("What?", images=[picture(0)])
+    messages = conversation("What?", images=[make_image(0)])
     batches = [each.pack([each.encode(messages)]) for each in (processor, loaded_processor)]
     assert torch.equal(batches[0]["pixel_values"], batches[1]["pixel_values"])
     for batch in batches:
@@ -62,7 +62,7 @@ def test_every_part_keeps_the_dtype_it_was_saved_in(tokenizer, tmp_path, vision,
     for name, parameter in loaded.named_parameters():
         assert parameter.dtype == saved[name].dtype, name
         assert torch.equal(parameter, saved[name]), name
-    batch = processor.pack([processor.encode(conversation("What?", "seven", images=[picture(0)]))])
+    batch = processor.pack([processor.encode(conversation("What?", "seven", images=[make_image(0)]))])
     with torch.no_grad():
         assert torch.equal(model(**batch).loss, loaded(**batch).loss)
     low, _ = checkpoint.load(tmp_path, dtype=torch.bfloat16)

@@ -15,7 +15,7 @@ from transformers import AutoModel
 from lynx import checkpoint, presets
 from lynx.checkpoint import files
 from lynx.cli import main
-from tests.lynx.conftest import conversation, picture
+from tests.lynx.conftest import conversation, make_image
 from tests.lynx.reference_helpers import HEADS, load, parts_of
 from tests.lynx.reference_model import ReferenceModel
 
@@ -267,7 +267,7 @@ def test_convert_makes_a_folder_that_answers(release, tokenizer, capsys):
     model, processor = checkpoint.load(release / "model")
     assert model.config.vision_config.image_size == processor.image_processor.size == 20
     assert model.config.pad_token_id == tokenizer.pad_token_id == 0
-    batch = processor.pad([processor.encode(conversation("What?", images=[picture(0)]))])
+    batch = processor.pad([processor.encode(conversation("What?", images=[make_image(0)]))])
     del batch["labels"]
     assert model.generate(**batch, max_new_tokens=2).shape[1] == batch["input_ids"].shape[1] + 2
 

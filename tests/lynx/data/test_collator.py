@@ -10,7 +10,7 @@ from lynx.data.collator import Collator
 from lynx.data.skipped import Broken
 from lynx_kernels import PackedLayout
 from tests.lynx.batches import assert_same
-from tests.lynx.conftest import conversation, picture
+from tests.lynx.conftest import conversation, make_image
 
 
 def test_a_pack_without_samples_is_a_step_without_loss(processor, model):
@@ -46,7 +46,7 @@ def test_an_unseen_picture_changes_nothing(processor, model):
         without = gradients[0][name]
         assert torch.equal(gradient, without) if without is not None else (gradient == 0).all()
     assert any(each is None for each in gradients[0].values())
-    with_picture = [processor.encode(conversation("What?", "this", images=[picture(0)]))]
+    with_picture = [processor.encode(conversation("What?", "this", images=[make_image(0)]))]
     assert_same(processor.pack(with_picture), processor.pack(with_picture, always_vision=True))
 
 
@@ -55,10 +55,10 @@ def test_branches_on_one_root_equal_separate_rows(processor, model):
     model = model.double()
     rounds = [conversation("Odd?", "yes"), [*conversation("Even?", "no"), *conversation("Sure?", "yes, i am")]]
     rounds.append(conversation("Which digit is this?", "seven"))
-    media = picture(3)
+    media = make_image(3)
     before, after = (
         processor.encode(conversation("Hello", "hi")),
-        processor.encode(conversation("What?", "this", images=[picture(5)])),
+        processor.encode(conversation("What?", "this", images=[make_image(5)])),
     )
     together = processor.encode_branches([_showing(media, rounds[0]), *rounds[1:]])
     separate = [processor.encode(_showing(media, each)) for each in rounds]
@@ -86,7 +86,7 @@ def _showing(media, messages):
 
 
 def test_branches_that_cannot_be(processor):
-    with_media = _showing(picture(0), conversation("Odd?", "yes"))
+    with_media = _showing(make_image(0), conversation("Odd?", "yes"))
     with pytest.raises(ValueError, match="only that one may have some"):
         processor.encode_branches([conversation("Even?", "no"), with_media])
     with pytest.raises(ValueError, match="no conversations"):
@@ -99,7 +99,7 @@ def test_branches_that_cannot_be(processor):
 
 
 def test_generators_are_for_all_samples_or_none(processor):
-    samples = [processor.encode(conversation("What?", "this", images=[picture(n)])) for n in range(2)]
+    samples = [processor.encode(conversation("What?", "this", images=[make_image(n)])) for n in range(2)]
     generators = [np.random.default_rng(n) for n in range(2)]
     both = processor.pack(samples, generator=generators)["pixel_values"]
     alone = processor.pack(samples[1:], generator=np.random.default_rng(1))["pixel_values"]

@@ -12,7 +12,7 @@ from lynx.data.columns import ColumnRecords
 from lynx.data.description import open_mixture
 from lynx.data.prompts import Prompts
 from lynx.data.records import RecordError
-from tests.lynx.conftest import picture
+from tests.lynx.conftest import make_image
 
 QUESTION = {"role": "user", "content": "Odd?"}
 ANSWER = {"role": "assistant", "content": "yes"}
@@ -20,7 +20,7 @@ ANSWER = {"role": "assistant", "content": "yes"}
 
 @pytest.fixture
 def root(tmp_path):
-    Image.fromarray(picture(0)).save(tmp_path / "a.png")
+    Image.fromarray(make_image(0)).save(tmp_path / "a.png")
     return tmp_path
 
 
@@ -115,7 +115,7 @@ def test_rows_of_anything(root):
     messages = [QUESTION, ANSWER]
     records = ColumnRecords([{"messages": messages, "other": 3}])
     assert records[0].conversations == [messages]
-    image = Image.fromarray(picture(0))
+    image = Image.fromarray(make_image(0))
     [[question, _]] = ColumnRecords([{"image": image, "answer": "x"}])[0].conversations
     assert question["content"][0]["image"] is image
     for bad, message in (

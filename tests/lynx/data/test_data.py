@@ -18,7 +18,7 @@ from lynx.data.stream import PackDataset
 from lynx.data.tokenizer import train_tokenizer
 from lynx.media.videos import load_video
 from tests.lynx.clips import frame, write_clip
-from tests.lynx.conftest import picture
+from tests.lynx.conftest import make_image
 
 
 @pytest.fixture
@@ -26,8 +26,8 @@ def root(tmp_path):
     root = tmp_path / "root"
     root.mkdir()
     for name in ("a.png", "b.png"):
-        Image.fromarray(picture(0)).save(root / name)
-    Image.fromarray(picture(1)).save(tmp_path / "secret.png")
+        Image.fromarray(make_image(0)).save(root / name)
+    Image.fromarray(make_image(1)).save(tmp_path / "secret.png")
     return root
 
 

@@ -15,7 +15,7 @@ from lynx.data.mixture import paper_groups, shares
 from lynx.data.prompts import Prompts
 from lynx.data.records import MediaFolder, Record, RecordError, parse
 from tests.lynx.clips import frame, write_clip
-from tests.lynx.conftest import picture
+from tests.lynx.conftest import make_image
 
 NO_PROMPTS = Prompts({})
 QUESTION = {"role": "user", "content": "Odd?"}
@@ -27,8 +27,8 @@ def root(tmp_path):
     root = tmp_path / "root"
     root.mkdir()
     for n, name in enumerate(("a.png", "b.png")):
-        Image.fromarray(picture(n)).save(root / name)
-    Image.fromarray(picture(2)).save(tmp_path / "secret.png")
+        Image.fromarray(make_image(n)).save(root / name)
+    Image.fromarray(make_image(2)).save(tmp_path / "secret.png")
     write_clip(root / "clip.mp4", [frame(n) for n in range(9)])
     return root
 

@@ -10,13 +10,13 @@ from lynx.data.mixture import Group, Mixture
 from lynx.data.skipped import Broken, BrokenRecords, TooManyBrokenError
 from lynx.data.stream import PackSampler
 from tests.lynx.batches import load, write
-from tests.lynx.conftest import picture
+from tests.lynx.conftest import make_image
 
 
 @pytest.fixture
 def damaged(tmp_path, processor):
     """Ten records: one names a file that is no picture, one has no answer, one is too long."""
-    Image.fromarray(picture(0)).save(tmp_path / "good.png")
+    Image.fromarray(make_image(0)).save(tmp_path / "good.png")
     (tmp_path / "bad.png").write_bytes(b"nothing")
     records = [{"image": "good.png", "question": f"{n}?", "answer": "yes"} for n in range(7)]
     records += [{"image": "bad.png", "question": "?", "answer": "no"}, {"question": "?"}]

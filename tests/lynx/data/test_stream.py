@@ -17,7 +17,7 @@ from lynx.data.stream import PackDataset, PackSampler
 from lynx_kernels import PackPlanner
 from tests.lynx.batches import assert_same, load, write
 from tests.lynx.clips import frame, write_clip
-from tests.lynx.conftest import picture
+from tests.lynx.conftest import make_image
 
 BUDGET = 200
 STEPS = 12
@@ -27,7 +27,7 @@ STEPS = 12
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     for n in range(5):
-        Image.fromarray(picture(n, 10 + n, 13)).save(folder / f"{n}.png")
+        Image.fromarray(make_image(n, 10 + n, 13)).save(folder / f"{n}.png")
     write_clip(folder / "clip.mp4", [frame(n) for n in range(20)])
     pictures = [
         {"image": f"{n % 5}.png", "question": f"what {'is this ' * (n % 4)}{n}?", "answer": [str(n), "a " + str(n)]}

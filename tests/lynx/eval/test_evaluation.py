@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lynx import checkpoint, cli
 from lynx.eval import accuracy, judge, questions, sheet
 from lynx.eval.questions import Question
-from tests.lynx.conftest import conversation, picture
+from tests.lynx.conftest import conversation, make_image
 
 OPEN_VQA = {  # of Lynx, in the paper: right, questions
     "OCR": (36, 53), "Counting": (25, 37), "Reasoning": (26, 31), "Place": (17, 22), "Color": (21, 30),
@@ -29,7 +29,7 @@ def annotation(index=1, question="What is in the image?", answer="platform", **m
 
 def write(folder, *records):
     (folder / "images").mkdir(exist_ok=True)
-    Image.fromarray(picture(0)).save(folder / "images" / "a.png")
+    Image.fromarray(make_image(0)).save(folder / "images" / "a.png")
     path = folder / "questions.jsonl"
     path.write_text("".join(f"{each if isinstance(each, str) else json.dumps(each)}\n" for each in records))
     return path
@@ -76,7 +76,7 @@ def test_questions_come_in_every_format_of_records(tmp_path, processor):
 def test_what_cannot_be_asked_is_skipped_with_its_place(tmp_path, processor, caplog):
     root = tmp_path / "root"
     root.mkdir()
-    Image.fromarray(picture(1)).save(tmp_path / "secret.png")
+    Image.fromarray(make_image(1)).save(tmp_path / "secret.png")
     (root / "link.png").symlink_to(tmp_path / "secret.png")
     (root / "text.png").write_text("This is no picture.")
     path = write(

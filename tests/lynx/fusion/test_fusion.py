@@ -8,7 +8,7 @@ import torch
 
 from lynx import LynxProcessor
 from lynx.train import flops, param_groups
-from tests.lynx.conftest import conversation, make_config, make_model, picture
+from tests.lynx.conftest import conversation, make_config, make_image, make_model
 
 
 @pytest.mark.parametrize("fusion", ["prefix", "cross_attention"])
@@ -16,7 +16,7 @@ def test_a_model_goes_to_another_process(tokenizer, fusion):
     """Pickled, as spawned processes get it, and copied: the layers' classes are made, and no module has them."""
     config = make_config(tokenizer, fusion=fusion)
     model, processor = make_model(config), LynxProcessor.for_model(config, tokenizer)
-    batch = processor.pack([processor.encode(conversation("What?", "this", images=[picture(0)]))])
+    batch = processor.pack([processor.encode(conversation("What?", "this", images=[make_image(0)]))])
     for again in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
         assert type(again.get_decoder().layers[0]) is type(model.get_decoder().layers[0])
         assert torch.equal(again(**batch).loss, model(**batch).loss)

@@ -11,7 +11,7 @@ from lynx import LynxConfig, LynxProcessor, checkpoint
 from lynx.fusion import FUSIONS, fusion_of, layers
 from lynx.fusion.base import Fusion, check_frequency
 from lynx.train import flops, param_groups
-from tests.lynx.conftest import conversation, make_config, make_model, picture
+from tests.lynx.conftest import conversation, make_config, make_image, make_model
 from tests.lynx.model_checks import inputs
 
 
@@ -79,9 +79,9 @@ def config(tokenizer, monkeypatch):
 @pytest.fixture
 def questions(processor):
     conversations = [
-        conversation("Which digit is this?", images=[picture(0)]),
+        conversation("Which digit is this?", images=[make_image(0)]),
         conversation("Hello, is this a longer question?"),
-        conversation("Same?", images=[picture(1)], videos=[[picture(2), picture(3)]]),
+        conversation("Same?", images=[make_image(1)], videos=[[make_image(2), make_image(3)]]),
     ]
     return inputs(processor.pad([processor.encode(each) for each in conversations]))
 
@@ -101,7 +101,7 @@ def test_its_options_are_fields_of_the_configuration(config, tmp_path):
 
 def test_it_reads_trains_and_is_counted(tokenizer, model, processor):
     samples = [
-        processor.encode(conversation("What?", "this", videos=[[picture(0), picture(1)]])),
+        processor.encode(conversation("What?", "this", videos=[[make_image(0), make_image(1)]])),
         processor.encode(conversation("Hello", "yes")),
     ]
     batch = processor.pad(samples)
@@ -151,4 +151,4 @@ def test_its_inputs_are_refused_by_the_others(tokenizer, config, questions):
         make_model(prefix)(**questions)
     with pytest.raises(ValueError, match=message):
         make_model(prefix).generate(**questions)
-    assert LynxProcessor.for_model(prefix, tokenizer).prefix_length([[picture(0)]]) == 3
+    assert LynxProcessor.for_model(prefix, tokenizer).prefix_length([[make_image(0)]]) == 3

@@ -5,7 +5,7 @@ import torch
 
 from lynx.generation import answers as generation
 from lynx.generation.answers import SETTINGS, answer, describe_first, generate_answers
-from tests.lynx.conftest import QUESTIONS, conversation, picture
+from tests.lynx.conftest import QUESTIONS, conversation, make_image
 from tests.lynx.searches import NEW, SEARCHES, plain
 from tests.numbers import assert_within_budget
 
@@ -27,7 +27,7 @@ def test_answers_depend_on_nobody_else(model, processor, asked, search):
 
 def test_scores_depend_on_nobody_else(model, processor):
     """Log-probabilities of a row in a batch and alone: both within the budget of plain PyTorch's."""
-    texts, images = [*QUESTIONS, "Hello"], [picture(0), picture(1), picture(2), None]
+    texts, images = [*QUESTIONS, "Hello"], [make_image(0), make_image(1), make_image(2), None]
     together, single = processor(text=texts, images=images), processor(text=texts[0], images=images[0])
     wanted = {"return_dict_in_generate": True, "output_logits": True, **NEW, "min_new_tokens": 8}
 
@@ -58,7 +58,7 @@ def test_several_questions_read_their_picture_once(model, processor, asked, read
 
 
 def test_pictures_are_the_same_object_or_path(processor, tmp_path):
-    array, path = picture(0), tmp_path / "clip.mp4"
+    array, path = make_image(0), tmp_path / "clip.mp4"
     about = [
         *({"images": [each]} for each in (array, array, array.copy(), b"1", b"1", b"2")),
         {"videos": [[array]]},
@@ -112,7 +112,7 @@ def test_the_papers_settings(model, processor, asked, monkeypatch):
 
 def test_a_question_may_be_repeated_in_its_answer(model, processor):
     """N-grams are counted in the new tokens alone."""
-    sample = processor.encode(conversation("Which digit is this?", images=[picture(0)]))
+    sample = processor.encode(conversation("Which digit is this?", images=[make_image(0)]))
     seen = []
 
     def watch(ids, scores):
@@ -151,7 +151,7 @@ def test_description_first(model, processor, monkeypatch):
         return ["A cat.", ""]
 
     monkeypatch.setattr(generation, "answer", say)
-    one, other = picture(0), picture(1)
+    one, other = make_image(0), make_image(1)
     dialog = [*conversation("What?", "this", images=[one]), *conversation("Why?")]
     conversations = [
         conversation("Which?", images=[one]), conversation("Hi"), dialog, conversation("Where?", images=[other]),
@@ -175,7 +175,7 @@ def test_description_first(model, processor, monkeypatch):
 
 
 def test_descriptions_are_drawn(model, processor):
-    conversations = [conversation("Which?", images=[picture(0)])]
+    conversations = [conversation("Which?", images=[make_image(0)])]
     torch.manual_seed(0)
     first = describe_first(model, processor, conversations, max_new_tokens=4)
     torch.manual_seed(0)

@@ -8,7 +8,7 @@ from transformers import CompileConfig, DynamicCache, GenerationConfig
 
 from lynx.generation import cache as cache_module
 from lynx.generation.answers import generate_answers
-from tests.lynx.conftest import conversation, make_config, make_model, picture
+from tests.lynx.conftest import conversation, make_config, make_image, make_model
 from tests.lynx.searches import NEW, SEARCHES, plain
 
 
@@ -16,8 +16,8 @@ from tests.lynx.searches import NEW, SEARCHES, plain
 def batch(processor):
     return processor(
         text=["Which digit is this?", "Hello", "Which digits are these?"],
-        images=[picture(0), None, None],
-        videos=[None, None, [picture(1), picture(2)]],
+        images=[make_image(0), None, None],
+        videos=[None, None, [make_image(1), make_image(2)]],
     )
 
 
@@ -69,7 +69,7 @@ def test_steps_of_static_shapes_compile_once(model, processor, batch, search, mo
     options = {**SEARCHES[search], **NEW, "cache_implementation": "static"}
     assert torch.equal(model.generate(**batch, **options), expected)
     assert len(compiled) == 1
-    other = processor(text=["Which digit is that?", "Hello", "Bye"], images=[picture(3), None, None])
+    other = processor(text=["Which digit is that?", "Hello", "Bye"], images=[make_image(3), None, None])
     assert torch.equal(model.generate(**other, **options), model.generate(**other, **SEARCHES[search], **NEW))
     assert len(compiled) == 1, "another generation, with prompts of other lengths, takes what is compiled"
 
@@ -81,9 +81,9 @@ class OnGpu:
 def test_full_prefixes(tokenizer, processor):
     """A picture whose vision tokens all see each other, against forward passes over packed rows."""
     model = make_model(make_config(tokenizer, prefix_is_causal=False))
-    sample = processor.encode(conversation("Which digit is this?", images=[picture(0)]))
+    sample = processor.encode(conversation("Which digit is this?", images=[make_image(0)]))
     [said] = generate_answers(model, processor, [sample], max_new_tokens=5)
-    batch = processor(text="Which digit is this?", images=picture(0))
+    batch = processor(text="Which digit is this?", images=make_image(0))
     assert model.generate(**batch, max_new_tokens=5)[0, batch["input_ids"].shape[1] :].tolist() == said.token_ids
     for step, token in enumerate(said.token_ids):
         row = copy.deepcopy(sample)

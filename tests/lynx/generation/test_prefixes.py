@@ -9,7 +9,7 @@ from lynx.media import tower
 from lynx.media.projection import Projection
 from lynx_kernels import SpanLayout
 from tests.lynx.clips import frame, write_clip
-from tests.lynx.conftest import conversation, make_config, make_model, picture
+from tests.lynx.conftest import conversation, make_config, make_image, make_model
 
 BRIDGES = ["resampler", "mlp", "linear"]
 
@@ -24,14 +24,14 @@ def build(tokenizer, **options):
 
 
 def two_pictures(processor, second=1):
-    return processor.encode(conversation("Same?", "no", images=[picture(0), picture(second)]))
+    return processor.encode(conversation("Same?", "no", images=[make_image(0), make_image(second)]))
 
 
 def some_samples(processor):
     return [
         two_pictures(processor),
         processor.encode(conversation("Hello", "yes")),
-        processor.encode(conversation("Which digits?", "1 2", videos=[[picture(2), picture(3)]])),
+        processor.encode(conversation("Which digits?", "1 2", videos=[[make_image(2), make_image(3)]])),
     ]
 
 
@@ -95,7 +95,7 @@ def test_generation_with_a_full_prefix(tokenizer, bridge, options):
     """Greedy tokens are the argmax of forward; with beams, of the beams without a cache."""
     model, processor = build(tokenizer, bridge=bridge, prefix_is_causal=False)
     questions = [
-        processor.encode(conversation("Same?", images=[picture(0), picture(1)])),
+        processor.encode(conversation("Same?", images=[make_image(0), make_image(1)])),
         processor.encode(conversation("Hello, is this a longer question?")),
     ]
     batch = inputs(processor.pad(questions))

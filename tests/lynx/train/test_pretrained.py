@@ -18,7 +18,7 @@ from transformers import (
 from lynx import checkpoint, cli
 from lynx.train import build, callbacks, param_groups, pretrained, recipe, run
 from lynx_kernels.integrations import transformers as attention_integration
-from tests.lynx.conftest import VISION, conversation, make_config, make_tokenizer, picture
+from tests.lynx.conftest import VISION, conversation, make_config, make_image, make_tokenizer
 from tests.lynx.small import write_records
 
 OPTIONS = {"num_latents": 3, "resampler_depth": 1, "resampler_heads": 2, "resampler_head_dim": 8, "adapter_size": 8}
@@ -101,7 +101,7 @@ def test_the_weights_are_those_of_the_folders(folders, data, decoder, tower):
         assert table.shape[0] == model.config.text_config.vocab_size == tokens
         torch.testing.assert_close(table[-1], table[:-1].mean(0))
     assert model.config.image_token_id == tokens
-    assert model(**processor.pack([processor.encode(conversation("What?", "seven", [picture(0)]))])).loss > 0
+    assert model(**processor.pack([processor.encode(conversation("What?", "seven", [make_image(0)]))])).loss > 0
 
 
 def test_eva_runs_on_our_attention(folders):
@@ -192,5 +192,5 @@ def test_a_tiny_model_on_a_pretrained_tower(folders, data, tower):
     chosen = recipe.load("tiny", {"data": str(data), "vision_tower": str(folders / tower)})
     model, processor = build.model(chosen, lambda: build.mixture(chosen, chosen.stages[0]))
     assert model.config.vision_config.hidden_size == model.vision_tower.config.hidden_size == 24
-    assert model(**processor.pack([processor.encode(conversation("What?", "red", [picture(0)]))])).loss > 0
+    assert model(**processor.pack([processor.encode(conversation("What?", "red", [make_image(0)]))])).loss > 0
     assert build.untrained(chosen, model) == []

@@ -15,7 +15,7 @@ from lynx.eval import accuracy, questions
 from lynx.train import callbacks, curves, flops, param_groups, recipe, run
 from lynx.train.resolution import set_resolution
 from tests.lynx.clips import frame, write_clip
-from tests.lynx.conftest import conversation, make_config, make_model, picture
+from tests.lynx.conftest import conversation, make_config, make_image, make_model
 from tests.lynx.small import write_records
 
 
@@ -133,7 +133,7 @@ def test_operations_of_a_step(tokenizer, processor, trains):
     """From the shapes that the configuration says, for two samples, one of them with a picture."""
     model = make_model(make_config(tokenizer))
     param_groups.choose(model, trains)
-    conversations = (conversation("Which digit?", "seven", [picture(0)]), conversation("Hi", "yes"))
+    conversations = (conversation("Which digit?", "seven", [make_image(0)]), conversation("Hi", "yes"))
     samples = [processor.encode(messages) for messages in conversations]
     batch = processor.pack(samples)
     lengths = [len(sample.token_ids) + 3 * len(sample.media) for sample in samples]
@@ -242,8 +242,8 @@ def test_questions_about_one_picture_share_it_with_cross_attention(tokenizer):
     config = make_config(tokenizer, fusion="cross_attention")
     model, processor = make_model(config), LynxProcessor.for_model(config, tokenizer)
     pairs = (("Which digit?", "seven"), ("Odd or even?", "odd"), ("And which is it?", "7 seven"))
-    alone = [processor.encode(conversation(*pair, [picture(0)])) for pair in pairs]
-    first, *others = (conversation(*pair, [picture(0)] if pair == pairs[0] else ()) for pair in pairs)
+    alone = [processor.encode(conversation(*pair, [make_image(0)])) for pair in pairs]
+    first, *others = (conversation(*pair, [make_image(0)] if pair == pairs[0] else ()) for pair in pairs)
     together = processor.encode_branches([first, *others])
     with torch.no_grad():
         expected, shared = (model(**processor.pack(samples)).loss.item() for samples in (alone, [together]))
@@ -266,7 +266,7 @@ def test_another_resolution_resizes_the_positions(model, processor):
         before[0, 1:].reshape(1, 2, 2, 24).permute(0, 3, 1, 2), scale_factor=2, mode="bicubic", align_corners=False
     )
     torch.testing.assert_close(after[0, 1:].T.reshape(24, 4, 4), grid[0])
-    out = model(**processor.pack([processor.encode(conversation("Which?", "seven", images=[picture(0)]))]))
+    out = model(**processor.pack([processor.encode(conversation("Which?", "seven", images=[make_image(0)]))]))
     assert out.loss > 0
     with pytest.raises(ValueError, match="resolution 18 is no multiple of the vision tower's patches of 4"):
         set_resolution(model, processor, 18)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.lynx.conftest import conversation, make_config, picture
+from tests.lynx.conftest import conversation, make_config, make_image
 from tests.lynx.model_checks import inputs
 
 BLOCKS = {"cross_attention_heads": 2, "cross_attention_head_dim": 8, "cross_attention_expansion": 2}
@@ -21,12 +21,12 @@ def interleaved(seed=0, answer="seven"):
     """An image and a video inside a question, and an image in the next one."""
     content = [
         {"type": "text", "text": "Is this "},
-        {"type": "image", "image": picture(seed)},
+        {"type": "image", "image": make_image(seed)},
         {"type": "text", "text": "like "},
-        {"type": "video", "video": [picture(seed + 1), picture(seed + 2)]},
+        {"type": "video", "video": [make_image(seed + 1), make_image(seed + 2)]},
         {"type": "text", "text": "this?"},
     ]
-    second = [{"type": "text", "text": "Odd?"}, {"type": "image", "image": picture(seed + 3)}]
+    second = [{"type": "text", "text": "Odd?"}, {"type": "image", "image": make_image(seed + 3)}]
     return [
         {"role": "user", "content": content},
         {"role": "assistant", "content": answer},
@@ -40,8 +40,8 @@ def samples(processor):
     conversations = [
         [*interleaved(), {"role": "assistant", "content": "no"}],
         conversation("Hello", "yes, hello"),
-        conversation("Same?", "no", images=[picture(4)], videos=[[picture(5), picture(6)]]),
-        conversation("Which digit is this?", "seven", images=[picture(7)]),
+        conversation("Same?", "no", images=[make_image(4)], videos=[[make_image(5), make_image(6)]]),
+        conversation("Which digit is this?", "seven", images=[make_image(7)]),
     ]
     return [processor.encode(messages) for messages in conversations]
 

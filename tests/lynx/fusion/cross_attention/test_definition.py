@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from lynx import LynxProcessor
-from tests.lynx.conftest import conversation, make_model, picture
+from tests.lynx.conftest import conversation, make_image, make_model
 from tests.lynx.fusion.cross_attention.conftest import cross_config, interleaved
 from tests.lynx.model_checks import inputs
 
@@ -84,7 +84,7 @@ def test_equals_the_plain_definition(tokenizer, options):
     batches = [
         [*interleaved(), {"role": "assistant", "content": "no"}],
         conversation("Hello", "yes"),
-        conversation("Same?", "no", images=[picture(4)], videos=[[picture(5), picture(6)]]),
+        conversation("Same?", "no", images=[make_image(4)], videos=[[make_image(5), make_image(6)]]),
     ]
     samples = [processor.encode(messages) for messages in batches]
     packed = processor.pack(samples)

@@ -8,7 +8,7 @@ import torch
 from lynx.fusion.cross_attention import CrossAttentionCache
 from lynx.generation.answers import answer
 from lynx_kernels import SpanLayout
-from tests.lynx.conftest import conversation, picture
+from tests.lynx.conftest import conversation, make_image
 from tests.lynx.fusion.cross_attention.conftest import interleaved
 from tests.lynx.model_checks import inputs
 
@@ -54,7 +54,7 @@ def test_media_are_read_once(model, questions):
 
 def test_going_on_from_a_cache_by_hand(model, processor):
     """Two rows, several tokens a step; each sees what the last token of its row saw."""
-    samples = [processor.encode(each) for each in (interleaved(), conversation("Odd?", images=[picture(8)]))]
+    samples = [processor.encode(each) for each in (interleaved(), conversation("Odd?", images=[make_image(8)]))]
     batch = inputs(processor.pad(samples))
     more = torch.tensor([[5, 6, 7], [8, 9, 10]])
     with torch.no_grad():

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lynx.fusion.cross_attention import text_layout
-from tests.lynx.conftest import conversation, picture
+from tests.lynx.conftest import conversation, make_image
 from tests.lynx_kernels.attention_helpers import EXAMPLES
 
 
@@ -26,7 +26,7 @@ def test_media_stand_where_they_stand_in_the_text(processor, samples):
 
 def test_places_follow_the_text_as_it_is_changed(processor):
     """Stripped, lower-cased (to another length, even), and in an answer."""
-    image = {"type": "image", "image": picture(0)}
+    image = {"type": "image", "image": make_image(0)}
     content = [
         {"type": "text", "text": "  "}, image, {"type": "text", "text": " \u0130 is"}, image,
         {"type": "text", "text": " it  "}, image,
@@ -37,7 +37,7 @@ def test_places_follow_the_text_as_it_is_changed(processor):
     assert tokens_before(processor, sample)[:4] == ["<s>", "<s>User: i\u0307 is", question, question + "\nBot:"]
     place = sample.places[4]
     assert processor.tokenizer.decode(sample.token_ids[: place + 1]).endswith("s"), "a token cut by it comes after it"
-    second_turn = [*conversation("a", "b"), *conversation("c", images=[picture(0)])]
+    second_turn = [*conversation("a", "b"), *conversation("c", images=[make_image(0)])]
     assert tokens_before(processor, processor.encode(second_turn)) == ["<s>User: a\nBot: b</s>"]
 
 

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from lynx import LynxForConditionalGeneration, LynxProcessor, checkpoint
-from tests.lynx.conftest import conversation, make_model, picture
+from tests.lynx.conftest import conversation, make_image, make_model
 from tests.lynx.fusion.cross_attention.conftest import cross_config, interleaved
 from tests.lynx.model_checks import check_packed_is_padded, inputs
 
@@ -48,7 +48,7 @@ def test_who_a_picture_reaches(tokenizer, sees, second_item):
     model, processor = make_model(config), LynxProcessor.for_model(config, tokenizer)
     one, two = (processor.encode(interleaved(seed)) for seed in (0, 10))
     changed = copy.deepcopy(two)
-    changed.media[0][0] = picture(99)
+    changed.media[0][0] = make_image(99)
     logits = [model(**inputs(processor.pack([one, each, one]))).logits[0] for each in (two, changed)]
     length, begin, end = len(one.token_ids), two.places[0], two.places[1]
     same = [torch.equal(*each) for each in zip(*(each.split(length) for each in logits), strict=True)]
@@ -71,7 +71,7 @@ def test_text_only_batches(model, processor):
     assert batch["cross_layout"].num_keys == 0
     alone = model(torch.tensor([sample.token_ids])).logits[0]
     torch.testing.assert_close(model(**inputs(batch)).logits[0], alone, rtol=0, atol=1e-5)
-    other = processor.encode(conversation("Odd?", "no", images=[picture(0)]))
+    other = processor.encode(conversation("Odd?", "no", images=[make_image(0)]))
     beside_others = model(**inputs(processor.pack([other, sample]))).logits[0, len(other.token_ids) :]
     torch.testing.assert_close(beside_others, alone, rtol=0, atol=1e-5)
     model(**batch).loss.backward()
