@@ -29,7 +29,8 @@ cuda: .venv/test-installed
 fuzz: .venv/test-installed
 	$(BIN)/python tests/csrc/fuzz.py 60
 
-# What the compiler makes of every Triton launch, for GPUs that need not be there, into docs/kernels.md.
+# What the compiler makes of every Triton launch, for GPUs that need not be there: tests/compilation/compiled.csv, which
+# the tests read, and build/kernels.md, which you can. Only what has changed is compiled.
 kernel-table: .venv/test-installed
 	$(BIN)/python -m tests.compilation.table
 

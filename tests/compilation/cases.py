@@ -1,7 +1,7 @@
 """What is compiled without a GPU: every launch that an operation ships, at the sizes it ships it for.
 
 An operation contributes a function that drives its launchers on meta tensors, and its cases to ``CASES``. Tests and
-docs/kernels.md take them from here.
+compiled.csv take them from here.
 """
 
 from collections.abc import Callable

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from triton.backends.amd.compiler import HIPBackend
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend, get_ptxas, sm_arch_from_capability
 from triton.runtime import driver
@@ -139,13 +140,13 @@ class _Driver:
 
 
 @contextmanager
-def _launches(arch: Arch, instead: Callable[[str, dict, Callable], None]) -> Iterator[None]:
-    """Inside the block no launch runs: ``instead`` gets the kernel's name, what the launcher gave by name, and a
-    function that compiles."""
+def _launches(arch: Arch, instead: Callable[[JITFunction, dict, Callable], None]) -> Iterator[None]:
+    """Inside the block no launch runs: ``instead`` gets the kernel, what the launcher gave by name, and a function that
+    compiles."""
     run, before = JITFunction.run, driver._active
 
     def compile_only(self, *args, grid, warmup, **kwargs):
-        instead(self.fn.__name__, kwargs, lambda: run(self, *args, grid=grid, warmup=True, **kwargs))
+        instead(self, kwargs, lambda: run(self, *args, grid=grid, warmup=True, **kwargs))
 
     JITFunction.run = compile_only
     driver.set_active(_Driver(arch))
@@ -162,47 +163,71 @@ def compiling_for(arch: Arch) -> Iterator[list[Compiled]]:
     compiled: list[Compiled] = []
     make, assembly = (CompiledForNvidia, "ptx") if isinstance(arch, int) else (CompiledForAmd, "amdgcn")
 
-    def add(name, launch, compiles):
-        kernel = compiles()
-        compiled.append(make(name, arch, launch, kernel.metadata.shared, kernel.asm[assembly]))
+    def add(kernel, named, compiles):
+        made = compiles()
+        compiled.append(make(kernel.fn.__name__, arch, named, made.metadata.shared, made.asm[assembly]))
 
     with _launches(arch, add):
         yield compiled
+
+
+Launch = tuple[str, str]  # the kernel's name; what the launcher gave by name, as text
+
+
+def launch_text(named: dict) -> str:
+    return ", ".join(f"{name}={value}" for name, value in named.items())
+
+
+def launches_of(launchers: Callable[[], None], arch: Arch) -> list[Launch]:
+    """What ``launchers()`` launches on a GPU, in order. Nothing is compiled."""
+    found: list[Launch] = []
+
+    def add(kernel, named, compiles):
+        found.append((kernel.fn.__name__, launch_text(named)))
+
+    with _launches(arch, add):
+        launchers()
+    return found
 
 
 class _Reached(Exception):
     pass
 
 
-def digest_of(launchers: Callable[[], None]) -> str:
-    """A digest of all that compilers are given by the launches of ``launchers()``: each kernel's Triton IR, the same
-    for every GPU of NVIDIA's, and what the launcher gave by name. It takes a small part of the time of compiling.
+def digests_of(launchers: Callable[[], None], arch: Arch) -> list[str]:
+    """For each launch of ``launchers()`` a digest of all that decides what compilers make of it: the kernel's Triton
+    IR, the same on every GPU where the launches are, and options such as ``num_warps``. It takes a small part of the
+    time of compiling.
 
-    Places in the source and the names of values are no part of it.
+    Places in the source and names, those of kernels and their constants too, are no part of it.
     """
-    digest = hashlib.sha256()
+    backend = CUDABackend if isinstance(arch, int) else HIPBackend
+    digests: list[str] = []
 
     def stop(ir, *rest):
         raise _Reached(str(ir))
 
-    def add(name, launch, compiles):
+    def add(kernel, named, compiles):
         try:
             ir = compiles().asm["ttir"]  # compiled before
         except _Reached as reached:
             ir = str(reached)
-        digest.update(f"{name} {launch} {_anonymous(ir)}".encode())
+        options = {name: value for name, value in named.items() if name not in kernel.arg_names}
+        digests.append(hashlib.sha256(f"{sorted(options.items())} {_anonymous(ir)}".encode()).hexdigest()[:16])
 
-    make_ttgir = CUDABackend.__dict__["make_ttgir"]  # the stage after Triton's own IR
-    CUDABackend.make_ttgir = staticmethod(stop)
+    make_ttgir = backend.__dict__["make_ttgir"]  # the stage after Triton's own IR
+    backend.make_ttgir = staticmethod(stop)
     try:
-        with _launches(90, add):
+        with _launches(arch, add):
             launchers()
     finally:
-        CUDABackend.make_ttgir = make_ttgir
-    return digest.hexdigest()[:16]
+        backend.make_ttgir = make_ttgir
+    return digests
 
 
 def _anonymous(ir: str) -> str:
     names: dict[str, str] = {}
     without_places = re.sub(r' loc\((?:"[^"]*"\()?#loc\d*\)?\)|^#loc.*\n', "", ir, flags=re.MULTILINE)
-    return re.sub(r"%\w+", lambda found: names.setdefault(found[0], f"%{len(names)}"), without_places)
+    return re.sub(
+        r'[%@](?:\w+|"[^"]*")', lambda found: names.setdefault(found[0], f"{found[0][0]}{len(names)}"), without_places
+    )

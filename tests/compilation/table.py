@@ -1,14 +1,17 @@
-"""``python -m tests.compilation.table`` writes docs/kernels.md: what the compiler makes of every shipped launch.
+"""What the compiler makes of every shipped launch: stored in compiled.csv, renewed by ``make kernel-table``.
 
-Compiling everything takes minutes, so what the table says is not asked again: beside each case stands a digest of what
-the compiler was given. Where it is the same, and Triton too, so is what comes of it.
+Compiling everything takes minutes, so what the file knows is not asked again: beside each launch stands a digest of
+what compilers are given. Where it is the same, and Triton too, so is what comes of it, whatever the kernel and its
+constants are called by now. For people, build/kernels.md says it once more.
 """
 
-import re
-from dataclasses import dataclass
+import csv
+import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
 from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Self
 
 import triton
 
@@ -16,18 +19,24 @@ from tests.compilation import offline
 from tests.compilation.cases import CASES, Case
 from tests.compilation.offline import GFX942, SHARED_MEMORY, Arch, Compiled
 
-PATH = Path(__file__).parents[2] / "docs/kernels.md"
+PATH = Path(__file__).parent / "compiled.csv"
+REPORT = Path(__file__).parents[2] / "build/kernels.md"
 ARCHS: list[Arch] = [*SHARED_MEMORY, GFX942]
 LIMITS = {**SHARED_MEMORY, GFX942: offline.GFX942_SHARED_MEMORY}
 SERIALIZED = "serialized"
 # Products, and copies of 16 bytes that nobody waits for.
 _INSTRUCTIONS = (*offline.TENSOR_CORES.values(), offline.GFX942_MATRIX_CORES, "cp.async.cg")
-_COLUMNS = ("GPU", "kernel", "launch", "registers", "shared", "spilled", "instructions")
+_KEYS = ("case", "kernel", "launch", "digest")
+_REPORT = """# Kernels as compiled
+
+Written by `make kernel-table`; nothing ran on a GPU. Registers of a thread; bytes of shared memory of a block; bytes
+that a thread spills, stored and loaded (gfx942: 4 for each spilled register). sm_80 gives a block 163 KiB, sm_90 and
+sm_100 227, gfx942 64. `H=8/4` is 8 heads of queries that share 4 of keys."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What became of one launch on one GPU; a line of the table."""
+    """What became of one launch on one GPU."""
 
     gpu: str
     kernel: str
@@ -37,95 +46,140 @@ class Row:
     spilled: int
     instructions: tuple[str, ...]
 
-    @classmethod
-    def of(cls, compiled: Compiled) -> Self:
-        launch = ", ".join(f"{name}={value}" for name, value in compiled.launch.items())
-        found = [each for each in _INSTRUCTIONS if compiled.has(each)]
-        return cls(
-            offline.name_of(compiled.arch), compiled.name, launch, compiled.registers, compiled.shared,
-            compiled.spilled, (*found, *([SERIALIZED] if compiled.serialized else [])),
-        )  # fmt: skip
 
-    @classmethod
-    def parse(cls, line: str) -> Self:
-        gpu, kernel, launch, *numbers, instructions = line.strip("| ").split(" | ")
-        registers, shared, spilled = (int(re.findall(r"\d+", each)[0]) for each in numbers)
-        found = () if instructions == "none" else tuple(instructions.split(", "))
-        return cls(gpu, kernel, launch, registers, shared, spilled, found)
+@dataclass
+class Launch:
+    """One launch of one case, a line of the file.
 
-    def __str__(self) -> str:
-        limit = next(LIMITS[arch] for arch in ARCHS if offline.name_of(arch) == self.gpu)
-        shared = f"{self.shared}" if self.shared <= limit else f"**{self.shared}: does not fit {limit}**"
-        spilled = f"**{self.spilled}**" if self.spilled else "0"
-        instructions = ", ".join(self.instructions) or "none"
-        cells = (self.gpu, self.kernel, self.launch, self.registers, shared, spilled, instructions)
-        return f"| {' | '.join(map(str, cells))} |"
+    Attributes:
+        launch: constants, ``num_warps`` and ``num_stages``, as text.
+        digest: of what compilers are given.
+        results: by GPU registers, shared memory, spilled bytes and instructions, as text; only GPUs that it is for.
+    """
+
+    case: str
+    kernel: str
+    launch: str
+    digest: str
+    results: dict[str, str] = field(default_factory=dict)
+
+    def on(self, gpu: str) -> Row:
+        registers, shared, spilled, *instructions = self.results[gpu].split()
+        return Row(gpu, self.kernel, self.launch, int(registers), int(shared), int(spilled), tuple(instructions))
+
+
+@cache
+def stored() -> list[Launch]:
+    """What the file has; nothing if another Triton wrote it."""
+    if not PATH.exists():
+        return []
+    with PATH.open(newline="") as file:
+        if file.readline() != version_line():
+            return []
+        lines = list(csv.DictReader(file))
+    return [
+        Launch(*(each.pop(key) for key in _KEYS), {gpu: text for gpu, text in each.items() if text}) for each in lines
+    ]
+
+
+def version_line() -> str:
+    return f"# Triton {triton.__version__}\n"
+
+
+def launches(case: Case) -> list[Launch]:
+    """What the case launches now, in order, with empty results: GPUs with the same launches share lines."""
+    found: dict[tuple, list[Arch]] = {}
+    for arch in ARCHS:
+        found.setdefault(tuple(offline.launches_of(case.launch, arch)), []).append(arch)
+    return [
+        Launch(str(case), kernel, launch, digest, {offline.name_of(arch): "" for arch in archs})
+        for same, archs in found.items()
+        for (kernel, launch), digest in zip(same, offline.digests_of(case.launch, archs[0]), strict=True)
+    ]
+
+
+def is_stored(case: Case) -> bool:
+    """Whether the file has what the case launches now."""
+
+    def keys(found: list[Launch]) -> list[tuple]:
+        return [(each.kernel, each.launch, each.digest, each.results.keys()) for each in found]
+
+    return keys([each for each in stored() if each.case == str(case)]) == keys(launches(case))
+
+
+def stored_rows(case: Case, arch: Arch) -> list[Row]:
+    gpu = offline.name_of(arch)
+    return [each.on(gpu) for each in stored() if each.case == str(case) and gpu in each.results]
 
 
 def compile_case(case: Case, arch: Arch) -> list[Row]:
     """Every launch of the case, in order, compiled now."""
     with offline.compiling_for(arch) as compiled:
         case.launch()
-    return [Row.of(each) for each in compiled]
+    return [_row(each) for each in compiled]
+
+
+def _row(compiled: Compiled) -> Row:
+    found = [each for each in _INSTRUCTIONS if compiled.has(each)]
+    return Row(
+        offline.name_of(compiled.arch), compiled.name, offline.launch_text(compiled.launch), compiled.registers,
+        compiled.shared, compiled.spilled, (*found, *([SERIALIZED] if compiled.serialized else [])),
+    )  # fmt: skip
 
 
 @cache
 def results(case: Case, arch: Arch) -> list[Row]:
-    """The same as the table says it, if this Triton wrote it. That it still holds is a test of its own."""
-    text = PATH.read_text()
-    return written(text, case, arch) if version_line() in text else compile_case(case, arch)
+    """What the file says, if this Triton wrote it; else compiled now. That it still holds is a test of its own."""
+    return stored_rows(case, arch) or compile_case(case, arch)
 
 
-def heading(case: Case) -> str:
-    return f"## {case}"
-
-
-def digest_line(case: Case) -> str:
-    return f"Compiled from `{offline.digest_of(case.launch)}`."
-
-
-def _section(text: str, case: Case) -> list[str]:
-    _, _, rest = text.partition(f"{heading(case)}\n")
-    section, _, _ = rest.partition("\n## ")
-    return section.splitlines()
-
-
-def written(text: str, case: Case, arch: Arch) -> list[Row]:
-    """The rows that a written table has for a case on one GPU."""
-    return [Row.parse(each) for each in _section(text, case) if each.startswith(f"| {offline.name_of(arch)} |")]
-
-
-def is_written(text: str, case: Case) -> bool:
-    """Whether a written table's section of a case is of what its launches give this Triton to compile."""
-    return version_line() in text and digest_line(case) in _section(text, case)
-
-
-def version_line() -> str:
-    return f"Triton {triton.__version__}."
-
-
-def write() -> Path:
-    """Compile for every GPU what the table does not know yet, and write the table."""
-    before = PATH.read_text() if PATH.exists() else ""
-    lines = [
-        "# Kernels as compiled",
-        "",
-        "Written by `make kernel-table` from the launches that `tests/compilation` compiles; nothing ran on a GPU.",
-        "Registers of a thread; bytes of shared memory of a block; bytes that a thread spills, stored and loaded",
-        "(gfx942: 4 for each spilled register). sm_80 gives a block 163 KiB, sm_90 and sm_100 227, gfx942 64.",
-        "`H=8/4` is 8 heads of queries that share 4 of keys.",
-        version_line(),
+def renew() -> int:
+    """Compile what the file does not know, write it anew, and the report; how many cases were compiled, by GPU."""
+    known = {(each.digest, gpu): text for each in stored() for gpu, text in each.results.items()}
+    found = {str(case): launches(case) for case in CASES}
+    missing = [
+        (case, arch)
+        for case, mine in found.items()
+        for arch in ARCHS
+        if any((each.digest, gpu) not in known for each in mine for gpu in each.results if gpu == offline.name_of(arch))
     ]
-    for case in CASES:
-        known = is_written(before, case)
-        lines += ["", heading(case), "", digest_line(case), "", f"| {' | '.join(_COLUMNS)} |"]
-        lines += ["|" + "---|" * len(_COLUMNS)]
-        lines += [
-            str(row) for arch in ARCHS for row in (written(before, case, arch) if known else compile_case(case, arch))
-        ]
-    PATH.write_text("\n".join(lines) + "\n")
-    return PATH
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        for (case, arch), rows in zip(missing, pool.map(_compile_named, missing), strict=True):
+            print(f"compiled {case} for {offline.name_of(arch)}", flush=True)
+            mine = [each for each in found[case] if offline.name_of(arch) in each.results]
+            for launch, row in zip(mine, rows, strict=True):
+                numbers = row.registers, row.shared, row.spilled
+                known[launch.digest, row.gpu] = " ".join(map(str, (*numbers, *row.instructions)))
+    lines = [each for mine in found.values() for each in mine]
+    for each in lines:
+        each.results = {gpu: known[each.digest, gpu] for gpu in each.results}
+    _write(lines)
+    return len(missing)
+
+
+def _compile_named(name_and_arch: tuple[str, Arch]) -> list[Row]:
+    """In a process of its own, into which only what can be pickled goes."""
+    name, arch = name_and_arch
+    return compile_case({str(case): case for case in CASES}[name], arch)
+
+
+def _write(lines: list[Launch]) -> None:
+    with PATH.open("w", newline="") as file:
+        file.write(version_line())
+        writer = csv.DictWriter(file, [*_KEYS, *map(offline.name_of, ARCHS)], lineterminator="\n", restval="")
+        writer.writeheader()
+        for each in lines:
+            writer.writerow({**{key: getattr(each, key) for key in _KEYS}, **each.results})
+    said, head = [_REPORT, "", f"Triton {triton.__version__}."], list(Row.__dataclass_fields__)
+    for case in dict.fromkeys(each.case for each in lines):
+        said += ["", f"## {case}", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+        for gpu in map(offline.name_of, ARCHS):
+            rows = [each.on(gpu) for each in lines if each.case == case and gpu in each.results]
+            cells = [[*map(str, list(vars(row).values())[:-1]), ", ".join(row.instructions)] for row in rows]
+            said += [f"| {' | '.join(each)} |" for each in cells]
+    REPORT.parent.mkdir(exist_ok=True)
+    REPORT.write_text("\n".join(said) + "\n")
 
 
 if __name__ == "__main__":
-    print(f"Wrote {write()}")
+    print(f"{renew()} compiled; wrote {PATH} and {REPORT}")
