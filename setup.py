@@ -33,7 +33,6 @@ KERNELS = {
 BINDINGS = [  # all that knows Python
     "csrc/common/module.cpp",
     *(f"csrc/{each}/cpu/bindings.cpp" for each in ("adapter", "attention_common", "pack_embeddings", "pack_frames")),
-    "csrc/planner/bindings.cpp",
 ]
 SOURCES = [
     "csrc/common/instruction_sets.cpp",
@@ -42,8 +41,6 @@ SOURCES = [
     "csrc/attention_common/cpu/attention.cpp",
     "csrc/prefix_attention_decode/cpu/decode.cpp",
     "csrc/attention_common/cpu/plan.cpp",
-    "csrc/planner/planner.cpp",
-    "csrc/planner/balance.cpp",
     "csrc/pack_embeddings/cpu/embeddings.cpp",
     "csrc/pack_frames/cpu/frames.cpp",
 ]

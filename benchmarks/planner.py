@@ -2,9 +2,9 @@
 
 Online, samples come one after another: ``next-fit`` starts a new pack whenever the next sample does not fit. With all
 costs known: ``first-fit-decreasing``, each sample from the longest to the first pack that has room, in numpy. Both fill
-single packs; ours deals out steps of eight ranks too, where patches are to be balanced, which no peer does.
+single packs; ours deals out steps of 8 and 256 ranks too, where patches are to be balanced, which no peer does.
 
-Beside the times stand how full the packs are, and how balanced the ranks: the mean of a step's patches over its
+Beside the times stand the packs' utilization, and how balanced the ranks are: the mean of a step's patches over its
 maximum, weighted by the time the maximum takes.
 """
 
@@ -16,15 +16,16 @@ from numpy.typing import NDArray
 
 from benchmarks.harness import Case, Setup
 from benchmarks.rows import OURS
-from lynx_kernels.backends.dispatch import explain
-from lynx_kernels.packing import OPERATION, PackPlanner, Step, plan_packs
+from lynx_kernels.packing import PackPlanner, Step, plan_packs
 
 TOKEN_BUDGET = 4096
+NUM_RANKS = (1, 8, 256)
 NUM_SAMPLES = (10_000, 100_000)
-_PATCHES = 901  # of a picture of 420 x 420 pixels
+_OURS = OURS + "python"
+_PATCHES = 901  # of an image of 420 x 420 pixels
 _VISION_TOKENS = 32
 _FRAMES = 5  # of a video
-# Lynx' finetuning mixture: shares of samples, and of those with pictures the share of videos.
+# Lynx' finetuning mixture: shares of samples, and of those with images the share of videos.
 _SHORT_ANSWERS, _CAPTIONS, _DIALOGS = (0.48, 0.10), (0.12, 0.83), (0.10, 0.0)  # the rest is text alone
 
 Costs = tuple[NDArray, NDArray]
@@ -37,10 +38,10 @@ def mixture(num_samples: int, seed: int = 0) -> Costs:
     kinds = generator.choice(4, num_samples, p=[*shares, 1 - sum(shares)])
     short = generator.integers(15, 46, num_samples)
     long = np.clip(generator.lognormal(np.log(250), 0.9, num_samples), 20, 3000).astype(np.int64)
-    has_pictures = kinds < 3
+    has_images = kinds < 3
     is_video = generator.random(num_samples) < np.array([*videos, 0.0])[kinds]
-    tokens = np.where(kinds == 0, short, long) + _VISION_TOKENS * has_pictures
-    return tokens, _PATCHES * has_pictures * np.where(is_video, _FRAMES, 1)
+    tokens = np.where(kinds == 0, short, long) + _VISION_TOKENS * has_images
+    return tokens, _PATCHES * has_images * np.where(is_video, _FRAMES, 1)
 
 
 def next_fit(costs: Costs) -> list[Step]:
@@ -68,13 +69,13 @@ def first_fit_decreasing(costs: Costs) -> list[Step]:
     return packs
 
 
-def online(impl: str, ranks: int, costs: Costs) -> list[Step]:
-    planner = PackPlanner(TOKEN_BUDGET, ranks=ranks, impl=impl)
+def online(ranks: int, costs: Costs) -> list[Step]:
+    planner = PackPlanner(TOKEN_BUDGET, ranks=ranks)
     return planner.push(*costs) + planner.flush()
 
 
-def known(impl: str, ranks: int, costs: Costs) -> list[Step]:
-    return plan_packs(*costs, token_budget=TOKEN_BUDGET, ranks=ranks, impl=impl)
+def known(ranks: int, costs: Costs) -> list[Step]:
+    return plan_packs(*costs, token_budget=TOKEN_BUDGET, ranks=ranks)
 
 
 PEERS: dict[str, tuple[str, Callable[[Costs], list[Step]], Callable[..., list[Step]]]] = {
@@ -84,16 +85,16 @@ PEERS: dict[str, tuple[str, Callable[[Costs], list[Step]], Callable[..., list[St
 
 
 def cases(*, quick: bool, device: str) -> Iterator[Case]:
-    """Both ways, one rank and eight, fewer samples first. The host plans, whatever the device."""
+    """Both ways, fewer ranks and samples first. The host plans, whatever the device."""
     for mode, (peer, _, _) in PEERS.items():
-        for ranks in (1, 8):
+        for ranks in NUM_RANKS:
             for num_samples in NUM_SAMPLES[:1] if quick else NUM_SAMPLES:
                 yield Case(
                     "planner",
                     mode,
                     f"budget={TOKEN_BUDGET} ranks={ranks} samples={num_samples}",
                     partial(setup, mode, ranks, num_samples),
-                    (peer, *(OURS + impl for impl in OPERATION.names)),
+                    (peer, _OURS),
                 )
 
 
@@ -101,11 +102,7 @@ def setup(mode: str, ranks: int, num_samples: int) -> Setup:
     """The providers of one case; each must put every sample into one pack and keep the budget."""
     costs = mixture(num_samples)
     peer, plan, ours = PEERS[mode]
-    refused = explain(PackPlanner, TOKEN_BUDGET).refused
-    providers: dict[str, Callable[[Costs], list[Step]]] = {
-        peer: plan,
-        **{OURS + impl: partial(ours, impl, ranks) for impl in OPERATION.names if impl not in refused},
-    }
+    providers: dict[str, Callable[[Costs], list[Step]]] = {peer: plan, _OURS: partial(ours, ranks)}
 
     def check(name: str) -> None:
         packs = [pack for step in providers[name](costs) for pack in step]
@@ -118,13 +115,15 @@ def setup(mode: str, ranks: int, num_samples: int) -> Setup:
         copies=[costs],
         check=check,
         items=num_samples,
-        qualities={"fill": lambda steps: fill(steps, costs), "balance": lambda steps: balance(steps, costs)},
+        qualities={
+            "pack_utilization": lambda steps: pack_utilization(steps, costs),
+            "balance": lambda steps: balance(steps, costs),
+        },
         device="host",
-        left_out={OURS + impl: why for impl, why in refused.items()},
     )
 
 
-def fill(steps: list[Step], costs: Costs) -> float:
+def pack_utilization(steps: list[Step], costs: Costs) -> float:
     """Share of the packs' budgets that tokens take."""
     packs = sum(len(step) for step in steps)
     return costs[0].sum() / (packs * TOKEN_BUDGET)

@@ -19,6 +19,5 @@ void bind_adapter(pybind11::module_& module);
 void bind_attention(pybind11::module_& module);
 void bind_embeddings(pybind11::module_& module);
 void bind_frames(pybind11::module_& module);
-void bind_planner(pybind11::module_& module);
 
 }  // namespace lynx

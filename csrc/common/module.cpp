@@ -12,5 +12,4 @@ PYBIND11_MODULE(_host, module) {
     lynx::bind_attention(module);
     lynx::bind_embeddings(module);
     lynx::bind_frames(module);
-    lynx::bind_planner(module);
 }

@@ -13,7 +13,6 @@ int main(int count, char** arguments) {
         fuzz_attention(strtoull(arguments[2], nullptr, 10));
         fuzz_decode(strtoull(arguments[2], nullptr, 10));
         fuzz_embeddings(strtoull(arguments[2], nullptr, 10));
-        fuzz_planner(strtoull(arguments[2], nullptr, 10));
         return 0;
     }
     const auto start = std::chrono::steady_clock::now();
@@ -28,7 +27,6 @@ int main(int count, char** arguments) {
         fuzz_attention(seed);
         fuzz_decode(seed);
         fuzz_embeddings(seed);
-        fuzz_planner(seed);
     }
     printf("\r%llu random calls of every entry point and instruction set: nothing found\n",
            static_cast<unsigned long long>(seed - first));

@@ -23,4 +23,3 @@ void fuzz_frames(uint64_t seed);
 void fuzz_attention(uint64_t seed);
 void fuzz_decode(uint64_t seed);
 void fuzz_embeddings(uint64_t seed);
-void fuzz_planner(uint64_t seed);

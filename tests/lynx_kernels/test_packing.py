@@ -6,14 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lynx_kernels import PackPlanner, packing, plan_packs
-from lynx_kernels.backends import cpu as cpu_backend
-from lynx_kernels.backends import dispatch
-from lynx_kernels.packing import reference
+from lynx_kernels import PackPlanner, plan_packs
+from lynx_kernels.packing.balance import balance
+from lynx_kernels.packing.filling import Pack
+from tests.lynx_kernels import packing_reference as reference
 
-COMPILED = cpu_backend.module is not None
-FORMS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(not COMPILED, reason="no compiled module"))]
-forms = pytest.mark.parametrize("impl", FORMS)
 BUDGET = 20
 
 # Few different lengths and patches, so that equals meet; zero patches as often as not.
@@ -27,8 +24,8 @@ def arrays(costs):
     return np.array(costs, np.int64).reshape(-1, 2).T
 
 
-def online(costs, impl, **chosen):
-    made = PackPlanner(BUDGET, impl=impl, **chosen)
+def online(costs, **chosen):
+    made = PackPlanner(BUDGET, **chosen)
     return made.push(*arrays(costs)) + made.flush()
 
 
@@ -48,63 +45,74 @@ def loads(step, costs):
     return [sum(costs[index][1] for index in pack) for pack in step]
 
 
-@forms
 @given(costs=samples, chosen=options)
-def test_every_sample_is_in_one_pack(impl, costs, chosen):
-    check_packs(online(costs, impl, **chosen), costs, chosen["ranks"])
-    known = plan_packs(*arrays(costs), token_budget=BUDGET, ranks=chosen["ranks"], impl=impl)
+def test_every_sample_is_in_one_pack(costs, chosen):
+    check_packs(online(costs, **chosen), costs, chosen["ranks"])
+    known = plan_packs(*arrays(costs), token_budget=BUDGET, ranks=chosen["ranks"])
     check_packs(known, costs, chosen["ranks"])
 
 
-@pytest.mark.skipif(not COMPILED, reason="no compiled module")
+def check_against_reference(tokens, patches, token_budget, ranks, lookahead):
+    """The same steps as the definition's, from a stream and with all costs known."""
+    made = PackPlanner(token_budget, ranks=ranks, lookahead=lookahead)
+    definition = reference.Planner(token_budget, ranks, lookahead)
+    assert made.push(tokens, patches) == definition.push(tokens, patches)
+    assert made.flush() == definition.flush()
+    known = plan_packs(tokens, patches, token_budget=token_budget, ranks=ranks)
+    assert known == reference.plan_known(tokens, patches, token_budget, ranks)
+
+
 @settings(max_examples=300)
 @given(costs=samples, chosen=options)
-def test_forms_agree(costs, chosen):
-    assert online(costs, "cpu", **chosen) == online(costs, "reference", **chosen)
-    known = [
-        plan_packs(*arrays(costs), token_budget=BUDGET, ranks=chosen["ranks"], impl=impl)
-        for impl in ("cpu", "reference")
-    ]
-    assert known[0] == known[1]
+def test_steps_are_those_of_the_definition(costs, chosen):
+    check_against_reference(*arrays(costs).tolist(), BUDGET, chosen["ranks"], chosen["lookahead"])
 
 
-@pytest.mark.skipif(not COMPILED, reason="no compiled module")
-@pytest.mark.parametrize("ranks", [1, 8])
-def test_forms_agree_at_full_size(ranks):
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    count=st.integers(0, 400),
+    token_budget=st.sampled_from([7, 40, 300, 2**31 - 1]),
+    ranks=st.integers(1, 40),
+    lookahead=st.integers(0, 9),
+    lengths=st.sampled_from([0.02, 0.2, 1.0]),  # the longest sample, as a share of the budget
+    patches=st.sampled_from([[0, 1], [0, 901, 4505], range(30), range(5000), [0, 2**31 - 1, 2**31 - 2]]),
+)
+def test_steps_of_many_ranks_are_those_of_the_definition(seed, count, token_budget, ranks, lookahead, lengths, patches):
+    generator = np.random.default_rng(seed)
+    tokens = generator.integers(1, max(1, int(lengths * token_budget)), count, endpoint=True)
+    drawn = generator.choice(patches, count)
+    check_against_reference(tokens.tolist(), drawn.tolist(), token_budget, ranks, lookahead)
+
+
+@pytest.mark.parametrize("ranks", [1, 8, 64])
+def test_steps_at_full_size_are_those_of_the_definition(ranks):
     generator = np.random.default_rng(0)
     tokens = np.minimum(4096, generator.lognormal(5, 1, 5000).astype(np.int64) + 1)
-    patches = generator.integers(0, 5, 5000) * generator.integers(200, 1000, 5000)  # more swaps than are allowed
-    results = []
-    for impl in ("cpu", "reference"):
-        made = PackPlanner(4096, ranks=ranks, impl=impl)
-        results.append(made.push(tokens, patches) + made.flush())
-        results.append(plan_packs(tokens, patches, token_budget=4096, ranks=ranks, impl=impl))
-    assert results[0] == results[2]
-    assert results[1] == results[3]
+    patches = generator.integers(0, 5, 5000) * generator.integers(200, 1000, 5000)
+    check_against_reference(tokens.tolist(), patches.tolist(), 4096, ranks, 16)
 
 
-@forms
 @given(costs=samples, chosen=options, data=st.data())
-def test_neither_chunks_nor_saving_change_the_steps(impl, costs, chosen, data):
-    made, steps, start = PackPlanner(BUDGET, impl=impl, **chosen), [], 0
+def test_neither_chunks_nor_saving_change_the_steps(costs, chosen, data):
+    made, steps, start = PackPlanner(BUDGET, **chosen), [], 0
     while start < len(costs):
         stop = data.draw(st.integers(start + 1, len(costs)))
         steps += made.push(*arrays(costs[start:stop]))
         start = stop
         if data.draw(st.booleans()):
             state = json.loads(json.dumps(made.state_dict()))
-            made = PackPlanner(BUDGET, impl=impl, **chosen)
+            made = PackPlanner(BUDGET, **chosen)
             made.push([BUDGET, 1])  # what a planner held before is gone
             made.load_state_dict(state)
             assert made.state_dict() == state
-    assert steps + made.flush() == online(costs, impl, **chosen)
+    assert steps + made.flush() == online(costs, **chosen)
 
 
-@forms
 @settings(max_examples=200)
 @given(costs=samples, chosen=options)
-def test_nothing_waits_longer_than_the_bound(impl, costs, chosen):
-    made = PackPlanner(BUDGET, impl=impl, **chosen)
+def test_nothing_waits_longer_than_the_bound(costs, chosen):
+    made = PackPlanner(BUDGET, **chosen)
     came, left, count = {}, {}, 0
     for index, cost in enumerate(costs):
         came[index] = count
@@ -118,35 +126,31 @@ def test_nothing_waits_longer_than_the_bound(impl, costs, chosen):
     assert max((left[index] - came[index] for index in came), default=0) <= made.max_wait
 
 
-@forms
-def test_samples_that_fit_better_do_not_starve_one(impl):
-    made = PackPlanner(10, lookahead=2, impl=impl)
+def test_samples_that_fit_better_do_not_starve_one():
+    made = PackPlanner(10, lookahead=2)
     steps = made.push([6] + [7, 3] * 50)  # 7 and 3 fill every pack: the 6 leaves none as full
     assert 0 in steps[0][0]
-    made = PackPlanner(10, lookahead=2, impl=impl)
+    made = PackPlanner(10, lookahead=2)
     steps = made.push([7, 6] + [7, 3] * 50)
     assert [index for index, step in enumerate(steps) if 1 in step[0]] == [1]
 
 
-@forms
-def test_a_step_is_made_as_soon_as_enough_waits(impl):
-    made = PackPlanner(10, ranks=2, lookahead=1, impl=impl)
+def test_a_step_is_made_as_soon_as_enough_waits():
+    made = PackPlanner(10, ranks=2, lookahead=1)
     assert made.push([10, 10, 9]) == []
     assert made.push(1) == [[[0], [1]]]
     assert made.flush() == [[[2], [3]]]
-    made = PackPlanner(10, lookahead=0, impl=impl)
+    made = PackPlanner(10, lookahead=0)
     assert made.push([1, 10]) == [[[0]], [[1]]]  # one sample may complete two steps
 
 
-@forms
-def test_order_of_arrival_then_the_longest_that_fits(impl):
-    made = PackPlanner(10, lookahead=4, impl=impl)
+def test_order_of_arrival_then_the_longest_that_fits():
+    made = PackPlanner(10, lookahead=4)
     made.push([3, 4, 5, 2, 3, 3, 1])
     # 3 and 4 in order; 5 does not fit, of the rest a 3 does, the older one. Then 5 2 3, and 1 is left.
     assert made.flush() == [[[0, 1, 4]], [[2, 3, 5]], [[6]]]
 
 
-@forms
 @pytest.mark.parametrize(
     ("budget", "tokens", "expected"),
     [
@@ -156,32 +160,30 @@ def test_order_of_arrival_then_the_longest_that_fits(impl):
         (8, [2, 1, 6, 7, 8], [[0, 2], [1, 3], [4]]),  # but no more than that
     ],
 )
-def test_the_last_of_a_pack_is_chosen_among_all(impl, budget, tokens, expected):
-    made = PackPlanner(budget, lookahead=9, impl=impl)
+def test_the_last_of_a_pack_is_chosen_among_all(budget, tokens, expected):
+    made = PackPlanner(budget, lookahead=9)
     assert made.push(tokens) == []
     assert [step[0] for step in made.flush()] == expected
 
 
-@forms
-def test_patches_are_balanced_within_the_budget(impl):
-    made = PackPlanner(10, ranks=2, lookahead=9, impl=impl)
+def test_patches_are_balanced_within_the_budget():
+    made = PackPlanner(10, ranks=2, lookahead=9)
     # Dealt out in order every pack gets 10 tokens; 8 against 0 patches, then, were it not for the swap of equals.
     made.push([5, 5, 5, 5], [4, 0, 0, 4])
     assert [sorted(loads(step, [(5, 4), (5, 0), (5, 0), (5, 4)])) for step in made.flush()] == [[4, 4]]
-    packs = [reference.Pack(10), reference.Pack(10)]
+    packs = [Pack(10), Pack(10)]
     for index, (rank, tokens, patches) in enumerate([(0, 6, 4), (0, 3, 4), (1, 5, 0), (1, 4, 0)]):
-        packs[rank].add(reference.Sample(tokens, patches, index))
-    reference._balance(packs)
+        packs[rank].add((tokens, patches, index))
+    balance(packs)
     # 6 cannot go to where 1 is left and 4 comes back; 3 for 4 fits both: 6 + 4 and 5 + 3.
-    assert [sorted(each.number for each in pack.samples) for pack in packs] == [[0, 3], [1, 2]]
+    assert [pack.numbers() for pack in packs] == [[0, 3], [1, 2]]
     assert [(pack.room, pack.patches) for pack in packs] == [(0, 4), (2, 4)]
 
 
-@forms
 @given(costs=samples, chosen=options)
-def test_no_single_swap_would_balance_better(impl, costs, chosen):
+def test_no_single_swap_would_balance_better(costs, chosen):
     """Neither a move nor an exchange that the budgets allow lowers the largest load, but for the last of many swaps."""
-    for step in online(costs, impl, **chosen):
+    for step in online(costs, **chosen):
         patches = loads(step, costs)
         rooms = [BUDGET - sum(costs[index][0] for index in pack) for pack in step]
         giver = max(range(len(step)), key=lambda rank: (patches[rank], rank))
@@ -193,9 +195,16 @@ def test_no_single_swap_would_balance_better(impl, costs, chosen):
                     assert not (fits and 0 < moved < patches[giver] - patches[taker])
 
 
-@forms
-def test_ranks_share_the_last_step(impl):
-    made = PackPlanner(100, ranks=4, impl=impl)
+def test_swaps_are_limited():
+    """16 for each rank; 49 would be possible here, each of which moves one patch."""
+    tokens, patches = [1] * 200, [0] * 100 + [1000] + [1] * 99
+    step = PackPlanner(100, ranks=2, lookahead=0).push(tokens, patches)[0]
+    assert step == reference.Planner(100, 2, 0).push(tokens, patches)[0]
+    assert loads(step, list(zip(tokens, patches, strict=True))) == [1049 - 32, 50 + 32]
+
+
+def test_ranks_share_the_last_step():
+    made = PackPlanner(100, ranks=4)
     made.push([10] * 10, [1] * 10)
     assert sorted(map(len, made.flush()[0])) == [2, 2, 3, 3]
     made.push([1, 1])
@@ -203,40 +212,37 @@ def test_ranks_share_the_last_step(impl):
     assert made.flush() == []
 
 
-@forms
-def test_known_samples_fill_packs_as_first_fit_decreasing(impl):
+def test_known_samples_fill_packs_as_first_fit_decreasing():
     tokens = [4, 1, 6, 3, 7, 9, 5, 5, 2]
     # 9 1, 7 3, 6 4, 5 5, 2; steps in the order of their first samples, the short one last.
     expected = [[[0, 2]], [[1, 5]], [[3, 4]], [[6, 7]], [[8]]]
-    assert plan_packs(tokens, token_budget=10, impl=impl) == expected
-    assert plan_packs([], token_budget=10, ranks=2, impl=impl) == []
-    assert plan_packs([2, 3], token_budget=10, ranks=3, impl=impl) == [[[1], [0], []]]
+    assert plan_packs(tokens, token_budget=10) == expected
+    assert plan_packs([], token_budget=10, ranks=2) == []
+    assert plan_packs([2, 3], token_budget=10, ranks=3) == [[[1], [0], []]]
 
 
-@forms
-def test_known_packs_of_like_patches_make_a_step(impl):
+def test_known_packs_of_like_patches_make_a_step():
     patches = [9, 0, 1, 8, 0, 0, 3, 2]
-    steps = plan_packs([10] * 8, patches, token_budget=10, ranks=2, impl=impl)
+    steps = plan_packs([10] * 8, patches, token_budget=10, ranks=2)
     assert steps == [[[0], [3]], [[2], [1]], [[4], [5]], [[6], [7]]]
     # Three packs for two ranks: the samples of the one left over are shared out.
-    assert plan_packs([10, 10, 5, 5], token_budget=10, ranks=2, impl=impl) == [[[0], [1]], [[2], [3]]]
+    assert plan_packs([10, 10, 5, 5], token_budget=10, ranks=2) == [[[0], [1]], [[2], [3]]]
 
 
-@forms
-def test_too_long(impl, caplog):
-    made = PackPlanner(10, impl=impl, too_long="error")
+def test_too_long(caplog):
+    made = PackPlanner(10, too_long="error")
     made.push([5, 5])
     before = made.state_dict()
     with pytest.raises(ValueError, match=r"sample 3 has 11 tokens, more than token_budget=10; .*too_long='skip'"):
         made.push([10, 11, 12])
     assert made.state_dict() == before
     with pytest.raises(ValueError, match="sample 0 has 11 tokens"):
-        plan_packs([11], token_budget=10, impl=impl)
+        plan_packs([11], token_budget=10)
 
-    made = PackPlanner(10, impl=impl, too_long="skip")
+    made = PackPlanner(10, too_long="skip")
     with caplog.at_level(logging.WARNING, logger="lynx_kernels.packing"):
         steps = made.push([5, 11, 12]) + made.push([10, 13]) + made.flush()
-        assert plan_packs([3, 11], token_budget=10, too_long="skip", impl=impl) == [[[0]]]
+        assert plan_packs([3, 11], token_budget=10, too_long="skip") == [[[0]]]
     assert steps == [[[0]], [[3]]]
     assert (made.skipped, made.num_seen, made.state_dict()["skipped"]) == (3, 5, 3)
     assert [each.message for each in caplog.records] == [
@@ -246,9 +252,8 @@ def test_too_long(impl, caplog):
     ]
 
 
-@forms
-def test_state(impl):
-    made = PackPlanner(10, ranks=2, lookahead=3, too_long="skip", impl=impl)
+def test_state():
+    made = PackPlanner(10, ranks=2, lookahead=3, too_long="skip")
     made.push([4, 11, 5], [7, 8, 0])
     state = made.state_dict()
     assert state == {
@@ -263,19 +268,31 @@ def test_state(impl):
         made.load_state_dict({})
 
 
-@forms
-def test_forms_of_input(impl):
+def test_a_state_of_the_first_version_goes_on():
+    """Stored at commit f69d88f, and the steps that its planner made next."""
+    made = PackPlanner(20, ranks=2, lookahead=1, too_long="skip")
+    state = {
+        "version": 1, "token_budget": 20, "ranks": 2, "lookahead": 1, "num_seen": 15, "skipped": 1,
+        "waiting": [[10, 13, 0], [11, 8, 4505], [13, 3, 901]],
+    }  # fmt: skip
+    made.load_state_dict(json.loads(json.dumps(state)))
+    assert made.state_dict() == state
+    assert made.push([6, 2, 9, 14, 5, 20, 3, 7], [901, 0, 4505, 0, 901, 0, 0, 901]) == [[[10, 15], [11, 13, 17]]]
+    assert made.flush() == [[[16, 21, 22], [18, 19]], [[20], []]]
+
+
+def test_forms_of_input():
     results = []
     for tokens, patches in (
         ([3, 4], [1, 2]), ((3, 4), None), (np.array([3, 4], np.int32), np.array([1, 2], np.uint8)),
         (np.array([3, 0, 4, 0])[::2], np.array([1, 0, 2, 0])[::2]), (np.array([3, 4]), [1, 2]),
     ):  # fmt: skip
-        made = PackPlanner(10, impl=impl)
+        made = PackPlanner(10)
         made.push(tokens, patches)
         results.append(made.state_dict()["waiting"])
     assert results.count([[0, 3, 1], [1, 4, 2]]) == 4
     assert results[1] == [[0, 3, 0], [1, 4, 0]]
-    made = PackPlanner(10, impl=impl)
+    made = PackPlanner(10)
     assert made.push([]) == made.push([], []) == []
     made.push(3, 5)
     assert made.state_dict()["waiting"] == [[0, 3, 5]]
@@ -290,6 +307,11 @@ def test_forms_of_input(impl):
         ([3, 4], [1], ValueError, "1 patches for 2 tokens"),
         ([3, 4], [], ValueError, "0 patches for 2 tokens"),
         ([[3, 4]], None, ValueError, r"tokens have shape \(1, 2\)"),
+        (0, 1, ValueError, "sample 1 has 0 tokens"),
+        (2**31, 1, ValueError, "sample 1 has 2147483648 tokens"),
+        (3, -1, ValueError, "sample 1 has -1 patches"),
+        (3, 2**31, ValueError, "sample 1 has 2147483648 patches"),
+        (True, 1, TypeError, "tokens are bool"),
         ([3.5], None, TypeError, "tokens are float64, expected integers"),
         ([True], None, TypeError, "tokens are bool"),
         ([3], ["a"], TypeError, "patches are <U1"),
@@ -312,7 +334,6 @@ def test_errors_of_costs(tokens, patches, error, message):
         ({"ranks": 2**31}, "ranks=2147483648"),
         ({"lookahead": -1}, "lookahead=-1, expected 0 to"),
         ({"too_long": "drop"}, "too_long='drop', expected 'error' or 'skip'"),
-        ({"impl": "nonsense"}, "impl='nonsense' is not an implementation"),
     ],
 )
 def test_errors_of_options(chosen, message):
@@ -321,18 +342,3 @@ def test_errors_of_options(chosen, message):
     if "lookahead" not in chosen:
         with pytest.raises(ValueError, match=message):
             plan_packs([1], **{"token_budget": 10, **chosen})
-
-
-def test_without_the_compiled_module(monkeypatch):
-    monkeypatch.setattr(cpu_backend, "MISSING", "it is missing")
-    choice = dispatch.explain(PackPlanner, 10)
-    assert (choice.name, choice.refused) == ("reference", {"cpu": "it is missing"})
-    assert isinstance(PackPlanner(10)._planner, reference.Planner)
-    with pytest.raises(RuntimeError, match="impl='cpu' cannot run this call: it is missing"):
-        PackPlanner(10, impl="cpu")
-
-
-@pytest.mark.skipif(not COMPILED, reason="no compiled module")
-def test_the_compiled_module_runs_unless_another_is_named():
-    assert dispatch.explain(PackPlanner, 10).name == "cpu"
-    assert isinstance(PackPlanner(10)._planner, packing._Compiled)

@@ -1,21 +1,6 @@
-"""The definition of the planner, in plain Python: what runs where the compiled module is missing.
+"""The definition of the planner in plain Python, slow: the planner of lynx_kernels.packing must give the same steps.
 
-A step is a pack for each rank, made from the samples that wait. In order of arrival, samples go to the packs that have
-room for them: one with patches to the pack with the fewest, one without to the pack with the most room. This ends when
-the packs have room for no more than 1.5 samples of average length each, or for 3/4 of their budgets if that is less, or
-at the first sample that fits nowhere. Then, of the packs that have room for any, the one with the fewest patches takes
-the longest that fits it, until none has. So short samples leave nearly in the order they came, and the last of a pack
-is chosen among all that wait, even where a pack holds but two.
-
-Nothing starves. Of the tokens at the front of the queue a step takes at least a quarter of ``token_budget``; or it ends
-at a sample that no pack has room for, with which the next step begins: together these two take more than
-``token_budget``. Fewer than ``(ranks + lookahead) * token_budget`` tokens stand before a new sample, so it leaves in
-``4 * (ranks + lookahead) + 1`` steps at most.
-
-Then samples are swapped between packs to balance the patches, the budgets kept, each swap the one that brings the pack
-with the most patches and the one with the fewest (the next, where there is no swap) nearest to each other.
-
-Among equals the lowest rank and the oldest sample come first.
+How a step is made, and why, is said there.
 """
 
 from bisect import bisect_left, bisect_right, insort
@@ -25,7 +10,7 @@ from typing import NamedTuple
 
 Step = list[list[int]]
 
-SWAPS = 16  # at most, for each rank: far above what mixes of pictures need, a bound for patches that are all different
+SWAPS = 16  # at most, for each rank: as in lynx_kernels.packing.balance
 
 
 class Sample(NamedTuple):
@@ -75,10 +60,6 @@ class Planner:
         self._lengths: list[int] = []  # the keys of _by_length, sorted
         for index, tokens, patches in waiting:
             self._add(Sample(tokens, patches, index))
-
-    def waiting(self) -> list[tuple[int, int, int]]:
-        """``(number, tokens, patches)`` of the samples that wait, in order of arrival."""
-        return [(each.number, each.tokens, each.patches) for each in self._arrivals if self._waits(each)]
 
     def push(self, all_tokens: Sequence[int], all_patches: Sequence[int]) -> list[Step]:
         """Take in the next samples; those longer than the budget only count as seen."""
