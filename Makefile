@@ -15,8 +15,8 @@ test: .venv/test-installed lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 tests/interpreter
 
-# Everything that fits this machine into benchmarks/results/ (kept if stopped), then benchmarks/RESULTS.md and the README's
-# table from all that is stored. 20 minutes or so on 2 cores.
+# Everything that fits this machine into benchmarks/results/ (kept if stopped), then benchmarks/report/, docs/benchmarks.md
+# and the README's table from all that is stored. 20 minutes or so on 2 cores.
 bench: .venv/test-installed
 	$(BIN)/python -m benchmarks all
 	$(BIN)/python -m benchmarks report
@@ -44,7 +44,7 @@ format: .venv/test-installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build benchmarks/report *.egg-info
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + "; try: make PYTHON=python3.12 ...")'

@@ -8,7 +8,17 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import adapter, attention, embeddings, end_to_end, frames, generation, loss, planner, report
+from benchmarks import (
+    adapter,
+    attention,
+    end_to_end,
+    generation,
+    linear_cross_entropy,
+    pack_embeddings,
+    pack_frames,
+    planner,
+    report,
+)
 from benchmarks.harness import Case, measure
 from benchmarks.rows import RESULTS, append
 from benchmarks.tables import as_text
@@ -16,11 +26,11 @@ from benchmarks.tables import as_text
 OPERATIONS: dict[str, Callable[..., Iterator[Case]]] = {
     "adapter": adapter.cases,
     "attention": attention.cases,
-    "embeddings": embeddings.cases,
     "end_to_end": end_to_end.cases,
-    "frames": frames.cases,
     "generation": generation.cases,
-    "loss": loss.cases,
+    "linear_cross_entropy": linear_cross_entropy.cases,
+    "pack_embeddings": pack_embeddings.cases,
+    "pack_frames": pack_frames.cases,
     "planner": planner.cases,
 }
 
@@ -40,8 +50,8 @@ def main(arguments: list[str] | None = None) -> None:
         type=Path,
         default=RESULTS,
         metavar="FOLDER",
-        help="where rows are appended to and read from; a report is written beside it, and into the README only "
-        f"from {RESULTS.relative_to(RESULTS.parents[1])}",
+        help="where rows are appended to and read from; a report is written beside it, and docs/benchmarks.md and the "
+        f"README's table only from {RESULTS.relative_to(RESULTS.parents[1])}",
     )
     options = parser.parse_args(arguments)
     if options.rounds is not None and options.rounds < 2:

@@ -20,8 +20,8 @@ from lynx_kernels.backends.dispatch import explain
 from lynx_kernels.ops.adapter import OPERATION, adapter
 
 TOKENS = (1, 4, 16, 64, 512, 2048, 8192, 65536)
-# dtype, d, r, tokens. Lynx has d=4096 and a bottleneck of half that width; a processor reads such weights in 2 ms, so
-# few tokens are all that is asked of it there.
+# dtype, d, r, tokens. Lynx has d=4096 and a bottleneck of half that width; a CPU reads such weights in 2 ms, so few
+# tokens are all that is asked of it there.
 CPU = (
     ("fp32", 1024, 512, TOKENS), ("bf16", 1024, 512, TOKENS),
     ("fp32", 1024, 64, (1, 64, 2048, 65536)), ("bf16", 1024, 64, (1, 64, 2048, 65536)),

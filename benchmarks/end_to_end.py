@@ -4,7 +4,7 @@
 and vision tower, vision tokens put in by masked_scatter, logits of all rows. ``transformers`` is what one writes well
 without our kernels: the samples in groups of near length, padded, scaled_dot_product_attention, logits of the
 supervised rows alone. ``lynx packed`` is ours. All have the same weights, the resampler and the adapters train, the
-loss is that of all supervised tokens; forward and backward are timed, no optimizer, no loading of pictures. Rates count
+loss is that of all supervised tokens; forward and backward are timed, no optimizer, no loading of images. Rates count
 supervised tokens.
 """
 
@@ -44,15 +44,15 @@ NAMES = ("reference style", "transformers", OURS + "packed")
 
 @dataclass(frozen=True)
 class Sample:
-    """A sample without its pixels: pictures, and its text with what is to be learned."""
+    """A sample without its pixels: images, and its text with what is to be learned."""
 
-    pictures: int
+    images: int
     token_ids: Tensor
     labels: Tensor
 
 
 def small() -> LynxConfig:
-    """A model whose steps a processor makes in about a second."""
+    """A model whose steps a CPU makes in about a second."""
     text = LlamaConfig(
         vocab_size=32000, hidden_size=512, intermediate_size=1376, num_hidden_layers=4, num_attention_heads=8
     )
@@ -68,16 +68,16 @@ def samples(number: int, vocabulary: int) -> list[Sample]:
     rows = json.loads((FOLDER / "end_to_end" / "samples.json").read_text())["samples"]
     generator = torch.Generator().manual_seed(0)
     made = []
-    for pictures, question, answer in (rows[index % len(rows)] for index in range(number)):
+    for images, question, answer in (rows[index % len(rows)] for index in range(number)):
         token_ids = torch.randint(3, vocabulary, (question + answer,), generator=generator)
         labels = token_ids.clone()
         labels[:question] = IGNORED
-        made.append(Sample(pictures, token_ids, labels))
+        made.append(Sample(images, token_ids, labels))
     return made
 
 
 def cases(*, quick: bool, device: str) -> Iterator[Case]:
-    """A small model on a processor, the 7B shape on a GPU; few samples first."""
+    """A small model on a CPU, the 7B shape on a GPU; few samples first."""
     shapes = {"cpu": ("small", (8, 16)), "cuda": ("lynx-7b", (32, 64))}
     name, numbers = shapes[device]
     for dtype in DTYPES if device == "cpu" else ("bf16",):
@@ -105,7 +105,7 @@ def setup(name: str, number: int, dtype: torch.dtype, device: str) -> Setup:
     if name != "small":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     chosen = samples(number, config.text_config.vocab_size)
-    pixels = [torch.randn(sample.pictures * _patches(config), 3 * 14 * 14) for sample in chosen]
+    pixels = [torch.randn(sample.images * _patches(config), 3 * 14 * 14) for sample in chosen]
     steps = {
         NAMES[0]: Step(plain(model, "eager"), chosen, pixels, [list(range(number))], dtype, all_logits=True),
         NAMES[1]: Step(plain(model, "sdpa"), chosen, pixels, near_lengths(chosen), dtype),
@@ -159,7 +159,7 @@ def packs(chosen: Sequence[Sample], config: LynxConfig) -> list[list[int]]:
 
 
 def _length(sample: Sample, num_latents: int) -> int:
-    return sample.pictures * num_latents + len(sample.token_ids)
+    return sample.images * num_latents + len(sample.token_ids)
 
 
 class Step:
@@ -167,7 +167,7 @@ class Step:
 
     Args:
         model: ours, or what ``plain`` made of it.
-        chosen, pixels: the samples and the patches of their pictures.
+        chosen, pixels: the samples and the patches of their images.
         batches: the numbers of the samples in each batch.
         dtype: of autocast, where it is bf16.
         packed: whether a batch is one packed row, or padded.
@@ -185,19 +185,19 @@ class Step:
             made = make([chosen[index] for index in batch])
             patches = torch.cat([pixels[index] for index in batch]).to(dtype)
             if len(patches):
-                pictures = sum(chosen[index].pictures for index in batch)
+                images = sum(chosen[index].images for index in batch)
                 tokens = _patches(model.config) + 1
                 made["pixel_values"] = patches
-                made["media_layout"] = media_layout([1] * pictures, tokens, model.config.num_latents)
+                made["media_layout"] = media_layout([1] * images, tokens, model.config.num_latents)
             self.batches.append({key: value.to(device) for key, value in made.items()})
 
     def _row(self, sample: Sample) -> tuple[Tensor, Tensor]:
-        prefix = torch.full((sample.pictures * self.model.config.num_latents,), self.model.config.image_token_id)
+        prefix = torch.full((sample.images * self.model.config.num_latents,), self.model.config.image_token_id)
         return torch.cat([prefix, sample.token_ids]), torch.cat([torch.full_like(prefix, IGNORED), sample.labels])
 
     def _packed(self, batch: Sequence[Sample]) -> dict[str, Any]:
         ids, labels = (torch.cat(each)[None] for each in zip(*map(self._row, batch), strict=True))
-        prefixes = [sample.pictures * self.model.config.num_latents for sample in batch]
+        prefixes = [sample.images * self.model.config.num_latents for sample in batch]
         layout = PackedLayout.from_prefixes(prefixes, [len(sample.token_ids) for sample in batch])
         return {"input_ids": ids, "labels": labels, "layout": layout}
 
@@ -232,11 +232,11 @@ class Step:
 
     def _padded_loss(self, input_ids, attention_mask, labels, pixel_values=None, media_layout=None) -> Tensor:
         model = self.model
-        is_picture = input_ids == model.config.image_token_id
-        embeddings = model.get_input_embeddings()(input_ids.masked_fill(is_picture, 0))
+        is_image = input_ids == model.config.image_token_id
+        embeddings = model.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
         if pixel_values is not None:
             vision = model.encode_media(pixel_values, layout=media_layout).to(embeddings.dtype)
-            embeddings = embeddings.masked_scatter(is_picture[..., None], vision)
+            embeddings = embeddings.masked_scatter(is_image[..., None], vision)
         positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
         decoder = model.get_decoder()
         hidden = decoder(

@@ -3,11 +3,11 @@
 Baseline and peer: ``plain``, transformers' own ``generate`` of the same decoder from embeddings, in which the prefix
 stands once for every question, with its dynamic cache and PyTorch's attention; on GPUs also ``plain static``, the same
 with its static cache, whose steps it compiles into CUDA graphs. Ours: ``shared``, over a cache in which beams, and
-questions about one picture, share roots, and on GPUs ``static``, the same with static shapes, compiled likewise.
+questions about one image, share roots, and on GPUs ``static``, the same with static shapes, compiled likewise.
 
 ``first token`` is the time to it; ``answer`` is the time of ``new`` tokens, the first one counted, and its rate counts
 those of every answer (of one beam). The adapters are ours in all: attention and cache are compared. Weights are random:
-only shapes matter to the clock. The pictures are encoded before, once for all.
+only shapes matter to the clock. The images are encoded before, once for all.
 """
 
 import copy
@@ -22,7 +22,7 @@ from transformers import Blip2VisionConfig, LlamaConfig
 from benchmarks.harness import Case, Setup
 from lynx import LynxConfig, LynxForConditionalGeneration
 
-VISION, TEXT = 576, 24  # tokens of a picture, tokens of a question
+VISION, TEXT = 576, 24  # tokens of an image, tokens of a question
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Width, feed-forward, layers, heads, heads of keys, vocabulary, adapters' width.
 SHAPES = {
@@ -30,7 +30,7 @@ SHAPES = {
     "SmolLM2-135M": (576, 1536, 30, 9, 3, 49152, 288),
     "Vicuna-7B": (4096, 11008, 32, 32, 32, 32000, 2048),
 }
-# Beams, questions a picture, pictures. More would take plain minutes a call on a processor, and a GPU's memory.
+# Beams, questions an image, images. More would take plain minutes a call on a CPU, and a GPU's memory.
 SEARCHES = ((1, 1, 1), (5, 1, 1), (1, 8, 1))
 MANY = ((1, 1, 16), (5, 1, 16), (1, 8, 16))
 # Shape, dtype, new tokens, searches.
@@ -40,18 +40,18 @@ MODES = ("first token", "answer")
 
 
 def cases(*, quick: bool, device: str) -> Iterator[Case]:
-    """Every shape and search; quick: the first shape, one picture."""
+    """Every shape and search; quick: the first shape, one image."""
     for name, dtype, new_tokens, searches in (CUDA if device == "cuda" else CPU)[: 1 if quick else None]:
-        for beams, questions, pictures in searches:
-            if quick and pictures > 1:
+        for beams, questions, images in searches:
+            if quick and images > 1:
                 continue
             for mode in MODES:
                 new = 1 if mode == "first token" else new_tokens
                 yield Case(
                     "generation",
                     mode,
-                    f"{dtype} {name} beams={beams} questions={questions} new={new_tokens} pictures={pictures}",
-                    partial(setup, name, DTYPES[dtype], beams, questions, pictures, new, device),
+                    f"{dtype} {name} beams={beams} questions={questions} new={new_tokens} images={images}",
+                    partial(setup, name, DTYPES[dtype], beams, questions, images, new, device),
                     ("plain", "plain static", "lynx shared", "lynx static"),
                 )
 
@@ -81,17 +81,17 @@ def make_model(name: str, dtype: torch.dtype, device: str) -> LynxForConditional
 
 
 def setup(
-    name: str, dtype: torch.dtype, beams: int, questions: int, pictures: int, new_tokens: int, device: str
+    name: str, dtype: torch.dtype, beams: int, questions: int, images: int, new_tokens: int, device: str
 ) -> Setup:
     """The providers of one case; all must have right first scores, and in fp32 the tokens of plain."""
     torch._dynamo.reset()
     model = make_model(name, dtype, device)
     generator = torch.Generator(device).manual_seed(0)
     table = model.get_input_embeddings().weight
-    prefix = torch.randn(pictures, VISION, table.shape[1], generator=generator, device=device)
+    prefix = torch.randn(images, VISION, table.shape[1], generator=generator, device=device)
     prefix = (prefix * table.float().std()).to(dtype)
-    ids = torch.randint(table.shape[0], (pictures, questions, TEXT), generator=generator, device=device)
-    texts = table.detach()[ids]  # (pictures, questions, TEXT, width)
+    ids = torch.randint(table.shape[0], (images, questions, TEXT), generator=generator, device=device)
+    texts = table.detach()[ids]  # (images, questions, TEXT, width)
     options = {"num_beams": beams, "do_sample": False, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
     providers: dict[str, Callable[..., Any]] = {
         "plain": partial(plain, model, prefix, texts, options),
@@ -121,14 +121,14 @@ def setup(
         largest = exact[finite].abs().max().item()
         error, allowed = error_of(found), 2 * (error_of(expected) + torch.finfo(dtype).eps * largest)
         assert error <= allowed, f"first scores: error {error:.1e} exceeds {allowed:.1e}"
-        assert found.sequences.shape == (pictures * questions, new_tokens), f"shape is {tuple(found.sequences.shape)}"
+        assert found.sequences.shape == (images * questions, new_tokens), f"shape is {tuple(found.sequences.shape)}"
         if dtype == torch.float32:
             assert torch.equal(found.sequences, expected.sequences), "other tokens than plain's"
 
     return Setup(
         providers=providers,
         check=check,
-        tokens=pictures * questions * new_tokens if new_tokens > 1 else 0,
+        tokens=images * questions * new_tokens if new_tokens > 1 else 0,
         device=device,
         left_out=left_out,
     )
@@ -151,7 +151,7 @@ def plain(model: Any, prefix: Tensor, texts: Tensor, options: dict[str, Any], _c
 
 @torch.no_grad()
 def shared(model: Any, prefix: Tensor, texts: Tensor, options: dict[str, Any], _copy: object, **wanted) -> Any:
-    """Ours, as ``lynx.generation`` does it: the pictures are roots; of one question each it is part of the root."""
+    """Ours, as ``lynx.generation`` does it: the images are roots; of one question each it is part of the root."""
     questions = texts.shape[1]
     packed = torch.cat([prefix, texts.flatten(1, 2)], 1).flatten(0, 1)[None]
     group = (VISION + TEXT, [0]) if questions == 1 else (VISION, [TEXT] * questions)

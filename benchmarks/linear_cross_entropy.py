@@ -28,7 +28,7 @@ IGNORED = -100
 ROWS, VOCABULARY = 4096, 32000
 SUPERVISED = (5, 20, 50)  # percent
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# dtype, d, mode, percents. Lynx has d=4096, of which a processor computes the logits of all rows in ten seconds.
+# dtype, d, mode, percents. Lynx has d=4096, of which a CPU computes the logits of all rows in ten seconds.
 CPU = tuple(
     asked
     for dtype in DTYPES
@@ -91,7 +91,7 @@ def cases(*, quick: bool, device: str) -> Iterator[Case]:
         rows = _QUICK_ROWS if quick else ROWS
         for percent in percents:
             yield Case(
-                "loss",
+                "linear_cross_entropy",
                 mode,
                 f"{dtype} T={rows} V={VOCABULARY} d={width} supervised={percent}",
                 partial(setup, mode, rows, VOCABULARY, width, percent, DTYPES[dtype], device),

@@ -76,15 +76,15 @@ def make_batch(samples: int, num_vision: int, device: str) -> Batch:
 
 def cat(batch: Batch, table: Tensor, vision: Tensor) -> Tensor:
     texts = F.embedding(batch.text_ids, table).split(batch.lengths)
-    pictures = vision.split(batch.num_vision)
-    return torch.cat([piece for pair in zip(pictures, texts, strict=True) for piece in pair])
+    images = vision.split(batch.num_vision)
+    return torch.cat([piece for pair in zip(images, texts, strict=True) for piece in pair])
 
 
 def padded(batch: Batch, table: Tensor, vision: Tensor) -> Tensor:
     """(samples, longest, d)."""
     texts = F.embedding(batch.text_ids, table).split(batch.lengths)
-    pictures = vision.split(batch.num_vision)
-    rows = [torch.cat(pair) for pair in zip(pictures, texts, strict=True)]
+    images = vision.split(batch.num_vision)
+    rows = [torch.cat(pair) for pair in zip(images, texts, strict=True)]
     return pad_sequence(rows, batch_first=True)
 
 

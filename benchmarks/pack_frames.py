@@ -1,4 +1,4 @@
-"""pack_frames against what people run today; the sizes of frames are fixed in ``workloads/frames/``.
+"""pack_frames against what people run today; the sizes of frames are fixed in ``workloads/pack_frames/``.
 
 The truth is Pillow's: every provider is checked against its bytes, normalised in fp64. Those that do not resize as
 Pillow does have a "~" behind their names and are held to a mean difference of some levels instead. Peers get frames as
@@ -18,19 +18,19 @@ from torch import Tensor
 
 from benchmarks.adapter import DTYPES
 from benchmarks.checks import assert_near
-from benchmarks.frames_peers import (
+from benchmarks.harness import Case, Setup
+from benchmarks.pack_frames_peers import (
     MEAN,
     STD,
     Frames,
     Peer,
     Workload,
+    make_images,
     numpy_patches,
     peers,
-    pictures,
     pillow_squares,
     workload,
 )
-from benchmarks.harness import Case, Setup
 from benchmarks.rows import OURS
 from benchmarks.timing import cold_copies
 from lynx_kernels.backends.dispatch import explain
@@ -71,7 +71,7 @@ def _ours(device: str) -> list[str]:
 def setup(asked: Workload, dtype: torch.dtype, device: str, threads: int, compiler: Callable = torch.compile) -> Setup:
     """The providers of one case, and a check of each against Pillow's bytes."""
     torch._dynamo.reset()
-    tensors = pictures(asked.shapes, device)
+    tensors = make_images(asked.shapes, device)
     options: dict[str, Any] = {
         "size": asked.size, "patch_size": asked.patch_size, "mean": MEAN, "std": STD, "dtype": dtype,
         "crop_rounding": "floor",

@@ -1,4 +1,4 @@
-"""What people run today to bring frames to a vision tower: peers of pack_frames, and the pictures they are given.
+"""What people run today to bring frames to a vision tower: peers of pack_frames, and the images they are given.
 
 Peers whose names end in "~" resize in their own way, not as Pillow: they are checked to some byte levels only.
 """
@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-FOLDER = Path(__file__).parent / "workloads" / "frames"
+FOLDER = Path(__file__).parent / "workloads" / "pack_frames"
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 _BICUBIC = Image.Resampling.BICUBIC
@@ -70,7 +70,7 @@ class Frames:
         return cls(tensors, torch.stack(list(tensors)) if is_one_size else None, images)
 
 
-def pictures(shapes: Sequence[tuple[int, int]], device: str) -> list[Tensor]:
+def make_images(shapes: Sequence[tuple[int, int]], device: str) -> list[Tensor]:
     """Smooth random colours under a little noise: what differs between ways to resize stays as small as in photos."""
     generator = np.random.default_rng(0)
     found = []

@@ -1,22 +1,34 @@
-"""benchmarks/RESULTS.md, its plots and the README's table, from the stored rows alone.
+"""What is written from the stored rows alone: the README's table, docs/benchmarks.md, and all the rest with plots in
+benchmarks/report/, which is not kept.
 
 Ratios are those stored: they were taken within a round of one run on one machine, so rows of different machines never
 meet. Of several runs of a case on one machine the newest counts.
 """
 
-import re
 from pathlib import Path
 
 from benchmarks import drawing
 from benchmarks.rows import RATIO, RESULTS, Row, newest, read
-from benchmarks.tables import as_markdown, by_case, details, fastest_peer, is_curve, is_slower, summary
+from benchmarks.tables import as_markdown, by_case, details, fastest_peer, is_slower, overview, summary
 
 README = RESULTS.parents[1] / "README.md"
+PAGE = RESULTS.parents[1] / "docs" / "benchmarks.md"
 _START, _END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
 _EMPTY = "Nothing is measured yet; `make bench` measures and fills this in."
-_HEAD = """# Results
+_WRITTEN = "Written by `python -m benchmarks report` from `benchmarks/results/*.csv`; do not edit."
+_PAGE = f"""# Benchmarks
 
-Written by `python -m benchmarks report` from `benchmarks/results/*.csv`; do not edit.
+{_WRITTEN}
+
+How many times as fast is the implementation that `impl=None` takes as the fastest of the peers, which is named: medians
+of ratios that are taken within a round, in which all providers take turns on one machine. **Bold** is slower. Every
+provider was checked against fp64 first. `pack_frames`: peers with a `~` behind their name resize in their own way and
+may differ from Pillow by some levels. `make bench` measures; `python -m benchmarks report` also writes
+`benchmarks/report/RESULTS.md`: of every provider time, spread, rate, share of the floor and memory, all losses, plots.
+"""
+_HEAD = f"""# Results
+
+{_WRITTEN}
 
 - Providers take turns, and every ratio is taken within a round on one machine: median (20th-80th percentile) over
   rounds. Above 1 is faster; **bold** is one of ours that is slower.
@@ -35,18 +47,28 @@ Written by `python -m benchmarks report` from `benchmarks/results/*.csv`; do not
 
 
 def write(results: Path = RESULTS) -> list[Path]:
-    """Write the report and its plots beside the folder of results, for the stored results also the README's table."""
-    rows, target = newest(read(results)), results.parent / "RESULTS.md"
-    for stale in re.findall(r"\(plots/([\w-]+\.png)\)", target.read_text()) if target.exists() else []:
-        (target.parent / "plots" / stale).unlink(missing_ok=True)
+    """Write the report into a folder beside that of the results; from the stored ones also the page and the table."""
+    rows, folder = newest(read(results)), results.parent / "report"
+    folder.mkdir(exist_ok=True)
     for mine in _by_device_and_kernel(rows).values():
         for figure in drawing.figures(mine):
-            drawing.draw(figure, target.parent / "plots")
-    target.write_text(text(rows))
-    if results != RESULTS:
-        return [target]
-    README.write_text(with_table(README.read_text(), rows))
-    return [target, README]
+            drawing.draw(figure, folder / "plots")
+    written = {folder / "RESULTS.md": text(rows)}
+    if results == RESULTS:
+        written |= {PAGE: page(rows), README: with_table(README.read_text(), rows)}
+    for path, said in written.items():
+        path.write_text(said)
+    return list(written)
+
+
+def page(rows: list[Row]) -> str:
+    """One page for readers: ours against the fastest peer in every case."""
+    parts = [_PAGE, *([] if rows else [_EMPTY + "\n"])]
+    for (device, kernel), mine in _by_device_and_kernel(rows).items():
+        if f"## {device}\n" not in parts:
+            parts.append(f"## {device}\n")
+        parts.append(f"### {kernel}\n\n{_count(mine)}\n\n{as_markdown(summary(mine))}\n")
+    return "\n".join(parts)
 
 
 def text(rows: list[Row]) -> str:
@@ -66,12 +88,9 @@ def text(rows: list[Row]) -> str:
 
 
 def with_table(readme: str, rows: list[Row]) -> str:
-    """The README's text with the table of the newest rows between its markers."""
-    parts = []
-    for (device, kernel), mine in _by_device_and_kernel(rows).items():
-        first = {row.dtype_and_workload[0]: row.group for row in reversed(mine)}  # the first group of each dtype
-        shown = mine if not is_curve(mine) else [row for row in mine if row.group in first.values()]
-        parts.append(f"`{kernel}` on {device}. {_count(mine)}\n\n{as_markdown(summary(shown, columns=5))}")
+    """The README's text with the overview of the newest rows between its markers."""
+    devices = sorted({row.device for row in rows})
+    parts = [f"{each}:\n\n{as_markdown(overview([row for row in rows if row.device == each]))}" for each in devices]
     before, _, rest = readme.partition(_START)
     _, found, after = rest.partition(_END)
     if not found:

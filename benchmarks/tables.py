@@ -1,5 +1,7 @@
 """Stored rows as tables, ratio first: one case for the terminal, many cases or a summary for Markdown."""
 
+from statistics import median
+
 from benchmarks.rows import MEMORY, NO_NUMBERS, OURS, RATES, RATIO, SHARE, Row
 
 Table = list[list[str]]  # the header first
@@ -78,14 +80,25 @@ def _short(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def summary(rows: list[Row], *, columns: int | None = None) -> Table:
+def overview(rows: list[Row]) -> Table:
+    """Ours against the fastest peer: a line for each kernel and mode; ``rows`` are of one device."""
+    table = [["operation", "mode", "times as fast: median (lowest to highest)", "slower in"]]
+    modes: dict[tuple[str, str], list[Row]] = {}
+    for mine in by_case(rows).values():
+        if fastest := fastest_peer(mine):
+            modes.setdefault((fastest.kernel, fastest.mode), []).append(fastest)
+    for (kernel, mode), fastest in sorted(modes.items(), key=lambda item: item[0][0]):
+        speeds, slower = [row.p50 for row in fastest], sum(map(is_slower, fastest))
+        said = f"{median(speeds):.2f} ({min(speeds):.2f} to {max(speeds):.2f})"
+        table.append([f"`{kernel}`", mode, said, f"{f'**{slower}**' if slower else slower} of {len(fastest)}"])
+    return table
+
+
+def summary(rows: list[Row]) -> Table:
     """Ours against the fastest peer: a line for each mode and group, a column for what grows.
 
-    Where nothing grows: a line for each workload, a column for each dtype and mode.
-
-    Args:
-        rows: of one device and kernel.
-        columns: at most so many values of what grows, evenly picked, the ends always; all where None.
+    Where nothing grows: a line for each workload, a column for each dtype and mode. ``rows`` are of one device and
+    kernel.
     """
     if not is_curve(rows):
         return _workloads(rows)
@@ -93,8 +106,6 @@ def summary(rows: list[Row], *, columns: int | None = None) -> Table:
     for mine in by_case(rows).values():
         cells.setdefault((mine[0].mode, mine[0].group), {})[mine[0].grows] = _against_fastest(mine)
     grown = sorted({value for line in cells.values() for value in line})
-    if columns is not None and len(grown) > columns:
-        grown = [grown[round(i * (len(grown) - 1) / (columns - 1))] for i in range(columns)]
     table = [["mode", "shape", *(f"{name}={value}" for name, value in grown)]]
     return table + [[mode, group, *(line.get(value, "-") for value in grown)] for (mode, group), line in cells.items()]
 

@@ -25,13 +25,13 @@ def tiny(monkeypatch):
 
 def test_the_samples_are_fixed():
     chosen = end_to_end.samples(70, 1000)
-    assert [sample.pictures for sample in chosen[:6]] == [sample.pictures for sample in chosen[64:70]]
+    assert [sample.images for sample in chosen[:6]] == [sample.images for sample in chosen[64:70]]
     assert all(
         torch.equal(one.labels, two.labels) for one, two in zip(chosen, end_to_end.samples(70, 1000), strict=True)
     )
     supervised = sum(int((sample.labels != -100).sum()) for sample in chosen[:64])
     assert supervised == 1829
-    assert any(sample.pictures == 0 for sample in chosen)
+    assert any(sample.images == 0 for sample in chosen)
 
 
 def test_batches_hold_every_sample_once(tiny):
@@ -39,7 +39,7 @@ def test_batches_hold_every_sample_once(tiny):
     for batches in (end_to_end.near_lengths(chosen), end_to_end.packs(chosen, tiny)):
         assert sorted(index for batch in batches for index in batch) == list(range(40))
     lengths = [
-        [32 * chosen[index].pictures + len(chosen[index].token_ids) for index in batch]
+        [32 * chosen[index].images + len(chosen[index].token_ids) for index in batch]
         for batch in end_to_end.near_lengths(chosen)
     ]
     assert sum(max(batch) * len(batch) for batch in lengths) < 1.4 * sum(map(sum, lengths))

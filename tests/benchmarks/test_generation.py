@@ -66,7 +66,7 @@ def test_cases(monkeypatch):
     assert len(cuda) == 2 * 7
     assert len({each.shape for each in cpu}) == len(cpu) // 2, "a shape has a time to the first token and an answer"
     assert len(list(generation.cases(quick=True, device="cpu"))) == 6
-    assert "bf16 Vicuna-7B beams=5 questions=8 new=64 pictures=1" in {each.shape for each in cuda}
+    assert "bf16 Vicuna-7B beams=5 questions=8 new=64 images=1" in {each.shape for each in cuda}
     monkeypatch.setattr(generation, "CPU", (("tiny", "fp32", 3, ((2, 2, 1),)),))
     first, answer = generation.cases(quick=True, device="cpu")
     rows = {(row.provider, row.metric) for row in measure(answer, rounds=2)}

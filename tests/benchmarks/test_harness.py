@@ -12,7 +12,6 @@ from benchmarks.__main__ import OPERATIONS, main
 from benchmarks.adapter import _flops, cases, setup
 from benchmarks.harness import Case, Setup, measure
 from benchmarks.rows import Row, _commit, append, newest, read
-from benchmarks.tables import as_text
 from lynx_kernels import adapter
 
 
@@ -102,10 +101,13 @@ def test_rates_and_shares_of_floors(monkeypatch):
     copy = machine.provider("copy", 0.05)
     monkeypatch.setattr(harness, "copying", lambda traffic, device: (lambda _: copy(), [None]))
     providers = {name: machine.provider(name, s) for name, s in {"eager": 0.4, "lynx a": 0.2, "matmuls": 0.1}.items()}
-    rows = found(run(machine, providers, floors=("matmuls",), flops=4e11, traffic=2e9))
+    rows = found(run(machine, providers, floors=("matmuls",), flops=4e11, traffic=2e9, items=6e5, frames=8, tokens=3))
     value = {key: each.p50 for key, each in rows.items()}
     assert value["lynx a", "TFLOP/s"] == pytest.approx(2)
     assert value["lynx a", "GB/s"] == pytest.approx(10)
+    assert value["lynx a", "M items/s"] == pytest.approx(3)
+    assert value["lynx a", "frames/s"] == pytest.approx(40)
+    assert value["lynx a", "tokens/s"] == pytest.approx(15)
     assert value["lynx a", "share of matmuls"] == pytest.approx(0.5)
     assert value["lynx a", "share of copy"] == pytest.approx(0.25)
     assert value["lynx a", "ratio to eager"] == pytest.approx(2)
@@ -146,8 +148,6 @@ def test_a_wrong_or_failing_provider_is_not_timed(error, metric, note):
     assert "bad" not in machine.order
     [bad] = [each for each in rows if each.provider == "bad"]
     assert (bad.metric, bad.note) == (metric, note)
-    assert f"{metric}  " in as_text(rows)
-    assert note in as_text(rows)
 
 
 def test_without_its_baseline_a_case_has_no_ratios():
@@ -156,7 +156,6 @@ def test_without_its_baseline_a_case_has_no_ratios():
 
     rows = measure(case({"base": list, "other": list}, check=check), rounds=2)
     assert not [each for each in rows if each.metric.startswith("ratio")]
-    assert "WRONG" not in as_text(rows)
 
 
 def test_copies_are_cold_and_providers_share_their_turn(monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks import loss
+from benchmarks import linear_cross_entropy as loss
 from benchmarks.harness import Case, measure
 
 
@@ -86,6 +86,6 @@ def test_cases(monkeypatch):
         quick = [str(case) for case in loss.cases(quick=True, device=device)]
         assert len(quick) == 4
         assert all("T=256" in name for name in quick)
-    rows = measure(Case("loss", "frozen", "fp32 d=8 supervised=50", partial(tiny, "frozen")), rounds=2)
+    rows = measure(Case("linear_cross_entropy", "frozen", "fp32 d=8 supervised=50", partial(tiny, "frozen")), rounds=2)
     saved = {row.provider: row.p50 * 2**20 for row in rows if row.metric == "saved memory"}
     assert saved["lynx one_pass"] == 40 * 8 * 4 + 8  # the gradient of hidden, and the number of rows
