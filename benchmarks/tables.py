@@ -82,15 +82,15 @@ def _short(value: float) -> str:
 
 def overview(rows: list[Row]) -> Table:
     """Ours against the fastest peer: a line for each kernel and mode; ``rows`` are of one device."""
-    table = [["operation", "mode", "times as fast: median (lowest to highest)", "slower in"]]
     modes: dict[tuple[str, str], list[Row]] = {}
     for mine in by_case(rows).values():
         if fastest := fastest_peer(mine):
             modes.setdefault((fastest.kernel, fastest.mode), []).append(fastest)
-    for (kernel, mode), fastest in sorted(modes.items(), key=lambda item: item[0][0]):
-        speeds, slower = [row.p50 for row in fastest], sum(map(is_slower, fastest))
+    table = [["operation", "mode", "times as fast: median (lowest to highest)", "slower in"]]
+    for (kernel, mode), ratios in sorted(modes.items(), key=lambda item: item[0][0]):
+        speeds, slower = [row.p50 for row in ratios], sum(map(is_slower, ratios))
         said = f"{median(speeds):.2f} ({min(speeds):.2f} to {max(speeds):.2f})"
-        table.append([f"`{kernel}`", mode, said, f"{f'**{slower}**' if slower else slower} of {len(fastest)}"])
+        table.append([f"`{kernel}`", mode, said, f"{f'**{slower}**' if slower else slower} of {len(ratios)}"])
     return table
 
 
