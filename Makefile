@@ -1,4 +1,4 @@
-# make demo: set up, train a small Lynx on real pictures, test and draw it.   make test: set up and run every check.
+# make demo: set up, train a small Lynx on real images, test and draw it.   make test: set up and run every check.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
