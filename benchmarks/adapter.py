@@ -39,7 +39,16 @@ _FEW_TOKENS = 64
 _CAPTURED_TOKENS = 2048
 
 
-def eager(x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, scale) -> Tensor:
+def eager(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor,
+    scale: Tensor,
+) -> Tensor:
     normalized = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias)
     return x + scale * F.linear(F.silu(F.linear(normalized, down_weight, down_bias)), up_weight, up_bias)
 

@@ -246,7 +246,7 @@ def _flex(workload: Workload, device: str, compiler: Callable) -> Iterator[tuple
 def _block_mask(build: Callable, layout: PackedLayout, device: str) -> Any:
     first, last = layout.key_intervals()
 
-    def sees(batch, head, query, key):
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (first[key] <= query) & (query < last[key])
 
     return build(sees, None, None, layout.num_tokens, layout.num_tokens, device=device)

@@ -31,7 +31,7 @@ from lynx import LynxConfig, LynxForConditionalGeneration
 from lynx.media.resampler import media_layout
 from lynx.presets import lynx_7b
 from lynx.train import param_groups
-from lynx_kernels import PackedLayout, plan_packs
+from lynx_kernels import PackedLayout, SpanLayout, plan_packs
 from lynx_kernels.nn import Adapter, PerceiverAttention
 
 IGNORED = -100
@@ -174,7 +174,17 @@ class Step:
         all_logits: whether logits of all rows are computed in padded batches.
     """
 
-    def __init__(self, model, chosen, pixels, batches, dtype, *, packed=False, all_logits=False):
+    def __init__(
+        self,
+        model: LynxForConditionalGeneration,
+        chosen: Sequence[Sample],
+        pixels: Sequence[Tensor],
+        batches: Sequence[Sequence[int]],
+        dtype: torch.dtype,
+        *,
+        packed: bool = False,
+        all_logits: bool = False,
+    ):
         self.model, self.all_logits, self.packed = model, all_logits, packed
         device = next(model.parameters()).device
         self.context = partial(torch.autocast, device.type, dtype) if dtype == torch.bfloat16 else nullcontext
@@ -230,7 +240,14 @@ class Step:
         gradients = {name: each.grad.clone() for name, each in self.model.named_parameters() if each.grad is not None}
         return {"loss": loss, **gradients}
 
-    def _padded_loss(self, input_ids, attention_mask, labels, pixel_values=None, media_layout=None) -> Tensor:
+    def _padded_loss(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        pixel_values: Tensor | None = None,
+        media_layout: SpanLayout | None = None,
+    ) -> Tensor:
         model = self.model
         is_image = input_ids == model.config.image_token_id
         embeddings = model.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
@@ -270,7 +287,7 @@ def _adapter(self: Adapter, x: Tensor) -> Tensor:
     return x + self.scale * self.up(F.silu(self.down(self.norm(x))))  # type: ignore[misc]
 
 
-def _read(eager: bool, self: PerceiverAttention, latents: Tensor, media: Tensor, layout, _: None) -> Tensor:
+def _read(eager: bool, self: PerceiverAttention, latents: Tensor, media: Tensor, layout: SpanLayout, _: None) -> Tensor:
     items = layout.segments.shape[0] - 1
     q = self.to_q(self.norm_latents(latents)).view(items, -1, *_heads(self)).transpose(1, 2)
     k, v = self.to_kv(self.norm_media(media)).view(items, -1, 2, *_heads(self)).permute(2, 0, 3, 1, 4)

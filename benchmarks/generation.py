@@ -135,7 +135,7 @@ def setup(
 
 
 @torch.no_grad()
-def plain(model: Any, prefix: Tensor, texts: Tensor, options: dict[str, Any], _copy: object, **wanted) -> Any:
+def plain(model: Any, prefix: Tensor, texts: Tensor, options: dict[str, Any], _copy: object, **wanted: bool) -> Any:
     """Transformers' generate of the decoder, the prefix repeated for every question."""
     repeated = prefix[:, None].expand(-1, texts.shape[1], -1, -1)
     embeds = torch.cat([repeated, texts], 2).flatten(0, 1)
@@ -150,7 +150,7 @@ def plain(model: Any, prefix: Tensor, texts: Tensor, options: dict[str, Any], _c
 
 
 @torch.no_grad()
-def shared(model: Any, prefix: Tensor, texts: Tensor, options: dict[str, Any], _copy: object, **wanted) -> Any:
+def shared(model: Any, prefix: Tensor, texts: Tensor, options: dict[str, Any], _copy: object, **wanted: bool) -> Any:
     """Ours, as ``lynx.generation`` does it: the images are roots; of one question each it is part of the root."""
     questions = texts.shape[1]
     packed = torch.cat([prefix, texts.flatten(1, 2)], 1).flatten(0, 1)[None]

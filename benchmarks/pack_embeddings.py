@@ -113,7 +113,13 @@ def cases(*, quick: bool, device: str) -> Iterator[Case]:
 
 
 def setup(
-    mode: str, samples: int, num_vision: int, width: int, dtype: torch.dtype, device: str, compiler=torch.compile
+    mode: str,
+    samples: int,
+    num_vision: int,
+    width: int,
+    dtype: torch.dtype,
+    device: str,
+    compiler: Callable = torch.compile,
 ) -> Setup:
     """The providers of one case on random inputs, and a check of each against indexing in fp64."""
     torch._dynamo.reset()  # every shape is compiled for itself: the compiler at its best

@@ -9,6 +9,7 @@ from itertools import cycle
 
 import pytest
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.__main__ import OPERATIONS, device
 from benchmarks.harness import Case, Setup
@@ -26,7 +27,7 @@ def _built(case: Case) -> Setup:
     ("case", "provider"),
     [pytest.param(case, name, id=f"{case} {name}".replace("=", "")) for case in CASES for name in case.providers],
 )
-def test_speed(case, provider, benchmark):
+def test_speed(case: Case, provider: str, benchmark: BenchmarkFixture) -> None:
     if benchmark.disabled:
         pytest.skip("timed only with --benchmark-enable")
     if case.left_out:
@@ -36,7 +37,7 @@ def test_speed(case, provider, benchmark):
         pytest.skip(f"{provider} cannot run this case")
     call, copies = setup.providers[provider], cycle(setup.copies)
 
-    def run():
+    def run() -> None:
         call(next(copies))
         if setup.device == "cuda":
             torch.cuda.synchronize()
