@@ -150,12 +150,12 @@ def _runs(impl: str, inputs: list[Tensor]) -> bool:
 
 def _exact(run: Callable, inputs: list[Tensor], grad: Tensor) -> tuple[list[Tensor], list[float]]:
     """What fp64 gives, and for each of it a magnitude that rounding errors may be measured by where it is larger."""
-    wide = [each.detach().double().requires_grad_() for each in inputs]
-    exact = run(eager, grad.double(), wide)
+    doubled = [each.detach().double().requires_grad_() for each in inputs]
+    exact = run(eager, grad.double(), doubled)
     magnitudes = [0.0] * len(exact)
     if len(exact) > 1:
         # The gradient of the scale is one inner product of these two: as exact as they are long, however small it is.
-        branch = (exact[0] - wide[0].detach()) / wide[-1].detach()
+        branch = (exact[0] - doubled[0].detach()) / doubled[-1].detach()
         magnitudes[-1] = (grad.double().norm() * branch.norm()).item()
     return exact, magnitudes
 

@@ -95,7 +95,7 @@ def candidates(
     """Peers, then those of ours that ``impls`` names; the baseline is the first."""
 
     def make(workload: Workload) -> Peers:
-        return prefix_peers(workload, trains=mode == "train", device=device, compiler=compiler)
+        return prefix_peers(workload, requires_grad=mode == "train", device=device, compiler=compiler)
 
     ours = _ours(workload, impls, device)
     if workload.operation == "cross_attention":
@@ -136,7 +136,7 @@ def operation(workload: Workload, device: str) -> Callable[..., Any]:
 
 
 def inputs_of(
-    workload: Workload, dtype: torch.dtype, device: str, heads: int, dim: int, *, trains: bool
+    workload: Workload, dtype: torch.dtype, device: str, heads: int, dim: int, *, requires_grad: bool
 ) -> list[Tensor]:
     """Random q, k and v (T, H, D); for decoding q, the roots' and the branches' keys and values (B, L, H, D)."""
     roots, branches = [root for root, _ in workload.groups], [each for _, some in workload.groups for each in some]
@@ -148,7 +148,7 @@ def inputs_of(
     else:
         shapes = [(len(branches), 1), *[(len(roots), max(roots))] * 2, *[(len(branches), max(branches))] * 2]
     torch.manual_seed(0)
-    return [torch.randn(*shape, heads, dim, device=device).to(dtype).requires_grad_(trains) for shape in shapes]
+    return [torch.randn(*shape, heads, dim, device=device).to(dtype).requires_grad_(requires_grad) for shape in shapes]
 
 
 def setup(
@@ -162,9 +162,9 @@ def setup(
 ) -> Setup:
     """The providers of one case on random inputs, and a check of each against the reference in fp64."""
     torch._dynamo.reset()  # every shape is compiled for itself: the compiler at its best
-    trains = mode == "train"
-    run = train if trains else forward
-    packed = inputs_of(workload, dtype, device, heads, dim, trains=trains)
+    requires_grad = mode == "train"
+    run = train if requires_grad else forward
+    packed = inputs_of(workload, dtype, device, heads, dim, requires_grad=requires_grad)
     function = operation(workload, device)
     refused = explain(function, *packed).refused
     impls = OPERATION[workload.operation].names
@@ -183,15 +183,18 @@ def setup(
     is_prefix = workload.operation == "prefix_attention"
     forms = {peer.form.name: peer.form for peer in peers.values()}
     copies = [
-        {name: [each.detach().requires_grad_(trains) for each in form.prepare(*inputs)] for name, form in forms.items()}
+        {
+            name: [each.detach().requires_grad_(requires_grad) for each in form.prepare(*inputs)]
+            for name, form in forms.items()
+        }
         for inputs in ([packed] if is_prefix else cold_copies(packed, device))
     ]
     few = [0, heads - 1]
 
     @cache
     def exact() -> list[Tensor]:
-        wide = [each.detach()[..., few, :].double().requires_grad_(trains) for each in packed]
-        return run(partial(function, impl="reference"), grad[..., few, :].double(), wide)
+        doubled = [each.detach()[..., few, :].double().requires_grad_(requires_grad) for each in packed]
+        return run(partial(function, impl="reference"), grad[..., few, :].double(), doubled)
 
     def check(name: str) -> None:
         if name == "matmuls":
@@ -201,7 +204,7 @@ def setup(
         assert_near([each[..., few, :] for each in values], exact())
 
     def provider(peer: Peer) -> Callable[[Any], object]:
-        own_grad = cache(lambda: _own_grad(peer, copies[0][peer.form.name], grad) if trains else grad)
+        own_grad = cache(lambda: _own_grad(peer, copies[0][peer.form.name], grad) if requires_grad else grad)
         return lambda inputs: run(peer.attend, own_grad(), inputs[peer.form.name])
 
     providers = {name: provider(peer) for name, peer in peers.items()}
@@ -217,7 +220,7 @@ def setup(
         traffic=0 if is_prefix else _traffic(workload, mode, packed),
         device=device,
         captured=not is_prefix or sum(workload.lengths) <= _CAPTURED_TOKENS,
-        parameters=[each for inputs in copies[0].values() for each in inputs] if trains else (),
+        parameters=[each for inputs in copies[0].values() for each in inputs] if requires_grad else (),
         left_out=left_out,
     )
 

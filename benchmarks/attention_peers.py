@@ -64,7 +64,7 @@ Peers = dict[str, Peer | str]  # by name; a string says why a peer is left out
 MakeBlocks = Callable[[list[int], list[int], bool, str], Callable[..., Any]]
 
 
-def prefix_peers(workload: Workload, *, trains: bool, device: str, compiler: Callable = torch.compile) -> Peers:
+def prefix_peers(workload: Workload, *, requires_grad: bool, device: str, compiler: Callable = torch.compile) -> Peers:
     """All peers for a workload of prefix attention, the baseline first."""
     padded, mask = _padded(workload, device), _dense_mask(workload, device)
     num_padded = mask.numel()
@@ -78,7 +78,7 @@ def prefix_peers(workload: Workload, *, trains: bool, device: str, compiler: Cal
         found["sdpa padded causal"] = Peer(lambda q, k, v: sdpa(q, k, v, is_causal=True), num_padded // 2, padded)
     elif not workload.shares_roots and len({root for root, _ in workload.groups}) == 1:
         found["sdpa split padded"] = Peer(sdpa_split_padded(workload, device), num_padded, padded)
-    if trains and device == "cpu":
+    if requires_grad and device == "cpu":
         found |= dict.fromkeys(("flex", "flex and mask", "flex changing"), "FlexAttention has no backward on CPUs")
     else:
         found |= dict(_flex(workload, device, compiler))

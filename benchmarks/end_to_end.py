@@ -36,7 +36,7 @@ from lynx_kernels.nn import Adapter, PerceiverAttention
 
 IGNORED = -100
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-TRAINS = ("resampler", "adapters", "frame_positions")
+TRAINABLE = ("resampler", "adapters", "frame_positions")
 GROUP = 8  # samples of near length that a well-written loop pads together
 PACK = 2048  # tokens of a pack
 NAMES = ("reference style", "transformers", OURS + "packed")
@@ -101,7 +101,7 @@ def setup(name: str, number: int, dtype: torch.dtype, device: str) -> Setup:
     config = small() if name == "small" else lynx_7b()
     with torch.device(device):
         model = LynxForConditionalGeneration(config)
-    param_groups.choose(model, TRAINS, dtype)
+    param_groups.choose(model, TRAINABLE, dtype)
     if name != "small":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     chosen = samples(number, config.text_config.vocab_size)
@@ -111,8 +111,9 @@ def setup(name: str, number: int, dtype: torch.dtype, device: str) -> Setup:
         NAMES[1]: Step(plain(model, "sdpa"), chosen, pixels, near_lengths(chosen), dtype),
         NAMES[2]: Step(model, chosen, pixels, packs(chosen, config), dtype, packed=True),
     }
-    wide = torch.float64 if device == "cpu" else torch.float32
-    exact = Step(plain(copy.deepcopy(model).to(wide), "sdpa"), chosen, pixels, near_lengths(chosen), wide).everything()
+    exact_dtype = torch.float64 if device == "cpu" else torch.float32
+    exact_model = plain(copy.deepcopy(model).to(exact_dtype), "sdpa")
+    exact = Step(exact_model, chosen, pixels, near_lengths(chosen), exact_dtype).everything()
 
     # Of its kind in any layer: the gradient of one adapter's scale is a single sum, which may happen to cancel.
     largest: dict[str, float] = {}
@@ -122,7 +123,7 @@ def setup(name: str, number: int, dtype: torch.dtype, device: str) -> Setup:
     def check(provider: str) -> None:
         tolerance = 2 * torch.finfo(dtype).eps ** 0.5  # a whole model multiplies what one operation rounds
         for what, value in steps[provider].everything().items():
-            error, beside = (value.to(wide) - exact[what]).abs().max().item(), largest[_kind(what)]
+            error, beside = (value.to(exact_dtype) - exact[what]).abs().max().item(), largest[_kind(what)]
             assert error <= tolerance * beside, f"{what}: error {error:.1e} beside {beside:.1e}"
 
     return Setup(
@@ -264,8 +265,9 @@ class Step:
             supervised = targets != IGNORED
             hidden, targets = hidden[supervised], targets[supervised]
         logits = model.get_output_embeddings()(hidden)
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        loss = F.cross_entropy(wide.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        if logits.dtype != torch.float64:
+            logits = logits.float()
+        loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="sum")
         return loss / self.number
 
 

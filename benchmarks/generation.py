@@ -106,15 +106,18 @@ def setup(
             left_out[static] = "steps are compiled on GPUs only"
 
     # The first question's, in higher precision: twice plain's own error is allowed, and a rounding.
-    wide = torch.float64 if device == "cpu" else torch.float32
+    exact_dtype = torch.float64 if device == "cpu" else torch.float32
     wanted = {"return_dict_in_generate": True, "output_scores": True}
     one = {**options, "max_new_tokens": 1, "min_new_tokens": 1}
-    answered = plain(copy.deepcopy(model).to(wide), prefix[:1].to(wide), texts[:1, :1].to(wide), one, None, **wanted)
+    exact_model, exact_prefix, exact_text = (
+        each.to(exact_dtype) for each in (copy.deepcopy(model), prefix[:1], texts[:1, :1])
+    )
+    answered = plain(exact_model, exact_prefix, exact_text, one, None, **wanted)
     exact = answered.scores[0][0]
     finite = exact.isfinite()
 
     def error_of(found: Any) -> float:
-        return (found.scores[0][0].to(wide) - exact)[finite].abs().max().item()
+        return (found.scores[0][0].to(exact_dtype) - exact)[finite].abs().max().item()
 
     def check(provider: str) -> None:
         expected, found = (providers[each](None, **wanted) for each in ("plain", provider))

@@ -100,7 +100,7 @@ def measure(case: Case, *, rounds: int, timer: Timer | None = None) -> list[Row]
 
 
 def _measure(setup: Setup, about: dict[str, str], rounds: int, timer: Timer) -> list[Row]:
-    refused = {name: why for name in setup.providers if (why := _refusal(setup, name))}
+    refused = {name: why for name in setup.providers if (why := _not_timed_reason(setup, name))}
     entrants = {name: (call, setup.copies) for name, call in setup.providers.items() if name not in refused}
     floors = setup.floors
     if setup.traffic:
@@ -138,7 +138,7 @@ def _measure(setup: Setup, about: dict[str, str], rounds: int, timer: Timer) -> 
     return rows
 
 
-def _refusal(setup: Setup, name: str) -> tuple[str, str] | None:
+def _not_timed_reason(setup: Setup, name: str) -> tuple[str, str] | None:
     """Why a provider is not timed, as metric and note, or None."""
     try:
         setup.check(name)

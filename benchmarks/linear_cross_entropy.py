@@ -170,11 +170,13 @@ def _exact(inputs: list[Tensor]) -> list[Tensor]:
     """Loss and the gradients wanted in fp64, rows in chunks: the logits of all at once would not fit."""
     hidden, weight, labels = inputs
     supervised = (labels != IGNORED).nonzero()[:, 0]
-    wide = [each.detach().double().requires_grad_(each.requires_grad) for each in (hidden, weight)]
-    wanted = [each for each in wide if each.requires_grad]
-    total, *gradients = (torch.zeros_like(each) for each in (wide[0][0, 0], *wanted))
+    doubled = [each.detach().double().requires_grad_(each.requires_grad) for each in (hidden, weight)]
+    wanted = [each for each in doubled if each.requires_grad]
+    total, *gradients = (torch.zeros_like(each) for each in (doubled[0][0, 0], *wanted))
     for rows in supervised.split(256):
-        loss = F.cross_entropy(F.linear(wide[0][rows], wide[1]), labels[rows], reduction="sum") / supervised.shape[0]
+        loss = (
+            F.cross_entropy(F.linear(doubled[0][rows], doubled[1]), labels[rows], reduction="sum") / supervised.shape[0]
+        )
         for gradient, part in zip(gradients, torch.autograd.grad(loss, wanted), strict=True):
             gradient += part
         total = total + loss.detach()
@@ -185,13 +187,13 @@ def matmuls(inputs: list[Tensor]) -> Callable[[Any], None]:
     """The products that no implementation can spare."""
     hidden, weight, labels = (each.detach() for each in inputs)
     x = hidden[labels != IGNORED]
-    trains = inputs[1].requires_grad
+    requires_grad = inputs[1].requires_grad
     logits = F.linear(x, weight)
 
     def run(copies: Any) -> None:
         F.linear(x, weight)
         logits @ weight  # hidden's gradient
-        if trains:
+        if requires_grad:
             logits.t() @ x
 
     return run

@@ -71,7 +71,7 @@ def test_every_provider_is_right(workload, dtype):
 def test_a_timed_call_does_the_work_that_was_checked(workload):
     for mode in modes_of(workload):
         case, run = tiny(workload, mode), train if mode == "train" else forward
-        packed = inputs_of(workload, torch.float32, "cpu", 4, 16, trains=mode == "train")
+        packed = inputs_of(workload, torch.float32, "cpu", 4, 16, requires_grad=mode == "train")
         grad = torch.randn(packed[0].shape, generator=torch.Generator().manual_seed(1))
         exact = run(partial(operation(workload, "cpu"), impl="reference"), grad.double(), doubled(packed))
         for name, peer in candidates(workload, mode, "cpu", ["reference"], plain).items():
@@ -207,7 +207,7 @@ def test_two_calls_cover_full_prefixes_and_one_covers_causal_sequences():
         return block_by_block(queries, keys, is_causal)
 
     for name in ("full", "causal", "texts"):
-        inputs = inputs_of(WORKLOADS[name], torch.float64, "cpu", 4, 16, trains=False)
+        inputs = inputs_of(WORKLOADS[name], torch.float64, "cpu", 4, 16, requires_grad=False)
         assert_near([two_calls(make, WORKLOADS[name], "cpu")(*inputs)], [operation(WORKLOADS[name], "cpu")(*inputs)])
     assert calls == [
         ([3, 3, 3], [3, 3, 3], False), ([4, 2, 1], [7, 5, 4], True),
@@ -237,8 +237,8 @@ def test_flex_builds_its_mask_when_it_says_so_and_for_changing_lengths():
         return run
 
     workload = WORKLOADS["full"]
-    peers = prefix_peers(workload, trains=False, device="cpu", compiler=spy)
-    inputs = inputs_of(workload, torch.float32, "cpu", 4, 16, trains=False)
+    peers = prefix_peers(workload, requires_grad=False, device="cpu", compiler=spy)
+    inputs = inputs_of(workload, torch.float32, "cpu", 4, 16, requires_grad=False)
     tokens = sum(workload.lengths)
     assert built == []
     expected = {
@@ -277,7 +277,7 @@ def test_floor_does_as_many_flop_as_the_rate_counts():
 
 def test_traffic_counts_what_must_be_read_and_written():
     def traffic(name, mode):
-        inputs = inputs_of(WORKLOADS[name], torch.bfloat16, "cpu", 4, 16, trains=False)
+        inputs = inputs_of(WORKLOADS[name], torch.bfloat16, "cpu", 4, 16, requires_grad=False)
         return _traffic(WORKLOADS[name], mode, inputs) / (2 * 4 * 16)  # in rows of a token
 
     queries, keys = 9, 27

@@ -1,7 +1,6 @@
 """The frame, on invented providers, clocks and rows."""
 
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -9,10 +8,8 @@ import torch
 
 from benchmarks import harness, memory, timing
 from benchmarks.__main__ import OPERATIONS, main
-from benchmarks.adapter import _flops, cases, setup
 from benchmarks.harness import Case, Setup, measure
 from benchmarks.rows import Row, _commit, append, newest, read
-from lynx_kernels import adapter
 
 
 class Machine:
@@ -257,43 +254,3 @@ def test_command_line_keeps_what_was_measured_and_says_what_it_left_out(tmp_path
     assert "k forward fp32 T=9: left out: a call would take about 3.0 s, more than 2" in capsys.readouterr().out
     main(["adapter", "--rounds", "2", "--only", "forward fp32 T=2", "--results", str(tmp_path / "only")])
     assert {each.shape for each in read(tmp_path / "only")} == {"fp32 T=2"}
-
-
-def test_adapter_cases_ask_what_fits():
-    asked = list(cases(quick=False, device="cpu"))
-    assert {each.mode for each in asked} == {"forward", "train"}
-    assert {each.shape.split("T=")[1] for each in asked} == {"1", "4", "16", "64", "512", "2048", "8192", "65536"}
-    assert any("max-autotune" in each.providers for each in asked)
-    assert not any("max-autotune" in each.providers for each in cases(quick=True, device="cpu"))
-    assert _flops("forward", 2, 3, 5) == 2 * (2 * 2 * 3 * 5)
-    assert _flops("train", 2, 3, 5) == 3 * _flops("forward", 2, 3, 5)
-
-
-@pytest.mark.parametrize("mode", ["forward", "train"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_adapter_case_checks_its_providers(mode, dtype, monkeypatch):
-    monkeypatch.setattr("benchmarks.timing.cache_size", lambda device: 2**18)
-    case = setup(mode, 70, 64, 32, dtype, "cpu", ("eager", "compile"))
-    assert list(case.providers) == ["eager", "compile", "lynx cpu", "lynx reference", "matmuls"]
-    assert (len(case.copies), case.traffic, case.floors) == (1, 0, ("matmuls",))
-    for name in ("eager", "lynx cpu", "lynx reference", "matmuls"):  # not compile: it takes seconds
-        case.check(name)
-        case.providers[name](case.copies[0])
-    few = setup(mode, 3, 64, 32, dtype, "cpu", ("eager",))
-    assert len(few.copies) > 1
-    assert few.flops == 0
-    parameters = sum(each.numel() for each in few.copies[0][1:])
-    numbers = parameters + 2 * 3 * 64 if mode == "forward" else 3 * parameters + 5 * 3 * 64 + 2 * 3 * 32
-    assert few.traffic == numbers * dtype.itemsize
-    if mode == "train":
-        x, preactivation, statistics = 70 * 64 * dtype.itemsize, 70 * 32 * dtype.itemsize, 2 * 70 * 4
-        call = partial(case.providers["lynx reference"], case.copies[0])
-        assert memory.saved(call, case.parameters) == x + preactivation + statistics
-
-    def doubled(*inputs, impl=None):
-        return 2 * adapter(*inputs, impl=impl)
-
-    monkeypatch.setattr("benchmarks.adapter.adapter", doubled)
-    case = setup(mode, 70, 64, 32, dtype, "cpu", ("eager",))
-    with pytest.raises(AssertionError, match="output: error"):
-        case.check("lynx cpu")
