@@ -68,7 +68,7 @@ def environment(folder, requirements):
     venv.create(folder, symlinks=True)
     [target] = (folder / "lib").glob("python*/site-packages")
     for each in closure(requirements):
-        for name in {path.parts[0] for path in each.files} - {"..", "__pycache__"}:
+        for name in {path.parts[0] for path in each.files or ()} - {"..", "__pycache__"}:
             if not (target / name).exists():
                 (target / name).symlink_to(each.locate_file(name))
     return folder / "bin/python"
