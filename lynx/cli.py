@@ -153,7 +153,7 @@ def _load(folder: Path):
 def _ask(options: argparse.Namespace) -> None:
     import torch
 
-    from lynx.generation import answers as generation
+    from lynx.generation.answers import GENERATION_PRESETS, check_settings, describe_first, generate_answers
     from lynx.generation.streaming import AnswerStreamer
 
     pictures, questions = options.picture, options.questions
@@ -168,7 +168,7 @@ def _ask(options: argparse.Namespace) -> None:
     parts = [_part(item) for item in items]
     search = {"num_beams": options.beams, "max_new_tokens": options.max_new_tokens}
     search = {name: value for name, value in search.items() if value is not None}
-    generation.check_settings(options.settings)
+    check_settings(options.settings)
     model, processor = _load(options.model)
     if options.keep_case:
         processor.lowercase = False
@@ -180,16 +180,16 @@ def _ask(options: argparse.Namespace) -> None:
         for question in questions
     ]
     if options.describe_first:
-        conversations = generation.describe_first(model, processor, conversations)
+        conversations = describe_first(model, processor, conversations)
     samples = [processor.encode(messages) for messages in conversations]
     about = [f"{' '.join(map(str, item))}: {question}" for item in items for question in questions]
     titles = about if len(about) > 1 else None
-    beams = search.get("num_beams", generation.SETTINGS.get(options.settings, {}).get("num_beams", 1))
+    beams = search.get("num_beams", GENERATION_PRESETS.get(options.settings, {}).get("num_beams", 1))
     streams = beams == 1  # of several beams nobody knows the answer before the end
     if streams:
         search["streamer"] = AnswerStreamer(processor, titles)
     start = time.perf_counter()
-    answers = generation.generate_answers(model, processor, samples, settings=options.settings, **search)
+    answers = generate_answers(model, processor, samples, settings=options.settings, **search)
     seconds = time.perf_counter() - start
     for number, each in enumerate([] if streams else answers):
         print(each.text if titles is None else f"{titles[number]}\n{each.text}")
@@ -237,9 +237,9 @@ def _plot(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from lynx.eval import accuracy, judge, questions
-    from lynx.generation import answers as generation
+    from lynx.generation.answers import check_settings
 
-    generation.check_settings(options.settings)
+    check_settings(options.settings)
     for file in (options.answers, options.sheet):
         if file is not None and not file.parent.is_dir():
             raise FileNotFoundError(f"{file}: there is no folder {file.parent} to write it into")

@@ -8,17 +8,18 @@ import torch
 from PIL import Image
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
-from lynx import calls
 from lynx.config import LynxConfig
 from lynx.data.conversation import IGNORED, ConversationEncoder, Sample
 from lynx.fusion import fusion_of
 from lynx.media import tower
+from lynx.media.arguments import as_list, with_sources
 from lynx.media.image_processor import LynxImageProcessor
 from lynx.media.images import ImageSource, load_image, random_resized_crop_box
 from lynx.media.resampler import media_layout
 from lynx.media.videos import VideoSource, load_video
 from lynx_kernels import PackedLayout, SpanLayout
 
+_ALWAYS = {"padding": (True, "longest"), "return_tensors": (None, "pt")}  # how every batch is
 _SIGLIP = {"image_mean": (0.5,) * 3, "image_std": (0.5,) * 3, "resize": "exact"}
 
 
@@ -92,13 +93,13 @@ class LynxProcessor(ProcessorMixin):
             tokenizer, lowercase: as above.
             image_options: of ``LynxImageProcessor``, where the tower wants others than CLIP's, EVA's or SigLIP's.
         """
-        towers = config.vision_config
+        vision_config = config.vision_config
         image_processor = LynxImageProcessor(
             **{
-                "size": towers.image_size,
-                "patch_size": towers.patch_size,
-                "output": "patches" if tower.takes_patches(towers) else "pixels",
-                **(_SIGLIP if towers.model_type.startswith("siglip") else {}),
+                "size": vision_config.image_size,
+                "patch_size": vision_config.patch_size,
+                "output": "patches" if tower.takes_patches(vision_config) else "pixels",
+                **(_SIGLIP if vision_config.model_type.startswith("siglip") else {}),
                 **(image_options or {}),
             }
         )
@@ -107,7 +108,7 @@ class LynxProcessor(ProcessorMixin):
             tokenizer,
             image_token_id=config.image_token_id,
             num_latents=config.num_latents,
-            tokens_per_frame=tower.tokens_per_frame(towers),
+            tokens_per_frame=tower.tokens_per_frame(vision_config),
             max_frames=config.max_frames,
             lowercase=lowercase,
             fusion=config.fusion,
@@ -141,7 +142,7 @@ class LynxProcessor(ProcessorMixin):
         """
         if text is None:
             raise ValueError("text is missing: pass a question, or a list of them")
-        calls.refuse_unexpected(kwargs)
+        _refuse_unexpected(kwargs)
         if isinstance(text, str):
             text, images, videos = [text], [images], [videos]
         if not isinstance(text, Sequence) or not all(isinstance(each, str) for each in text):
@@ -153,8 +154,8 @@ class LynxProcessor(ProcessorMixin):
         conversations = []
         for row, question in enumerate(text):
             content: list[dict[str, Any]] = [
-                *({"type": "image", "image": image} for image in calls.as_list(images and images[row], depth=0)),
-                *({"type": "video", "video": video} for video in calls.as_list(videos and videos[row], depth=1)),
+                *({"type": "image", "image": image} for image in as_list(images and images[row], depth=0)),
+                *({"type": "video", "video": video} for video in as_list(videos and videos[row], depth=1)),
                 {"type": "text", "text": question},
             ]
             conversations.append([{"role": "user", "content": content}])
@@ -196,8 +197,8 @@ class LynxProcessor(ProcessorMixin):
                 "a LynxProcessor makes batches of questions: pass tokenize=True, return_dict=True and "
                 "add_generation_prompt=True, and a conversation that ends with a question"
             )
-        calls.refuse_unexpected({**kwargs, **(processor_kwargs or {})})
-        return self._questions([[calls.with_sources(message) for message in messages] for messages in conversations])
+        _refuse_unexpected({**kwargs, **(processor_kwargs or {})})
+        return self._questions([[with_sources(message) for message in messages] for messages in conversations])
 
     def encode(self, messages: Sequence[dict[str, Any]]) -> Sample:
         """One conversation in transformers' messages format.
@@ -361,6 +362,13 @@ class LynxProcessor(ProcessorMixin):
     def answer_of(self, token_ids: torch.Tensor) -> str:
         """The text of newly generated ``token_ids``, up to the EOS."""
         return self.tokenizer.decode(token_ids, skip_special_tokens=True).strip()
+
+
+def _refuse_unexpected(options: dict[str, Any]) -> None:
+    """Raise TypeError unless the options say how every batch is."""
+    unexpected = {name: value for name, value in options.items() if value not in _ALWAYS.get(name, ())}
+    if unexpected:
+        raise TypeError(f"unexpected arguments {unexpected}; batches are torch tensors, padded to the longest row")
 
 
 def _crop_boxes(frames: list[Image.Image], generator: np.random.Generator) -> list[tuple[int, int, int, int]]:

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from lynx.checkpoint import files, keys, names, shapes
 from lynx.checkpoint.folder import refuse_another_model, save
 from lynx.config import LynxConfig
-from lynx.media import tower as vision
+from lynx.media import tower
 from lynx.model import LynxForConditionalGeneration
 from lynx.presets import on_meta
 from lynx.processor import LynxProcessor
@@ -105,7 +105,7 @@ def export_reference(model: LynxForConditionalGeneration) -> dict[str, Tensor]:
         for name, value in _RELEASE.items()
         if getattr(model.config, name) != value
     ]
-    if not vision.takes_patches(model.config.vision_config):
+    if not tower.takes_patches(model.config.vision_config):
         unlike.append(f"vision_config.model_type={model.config.vision_config.model_type!r}")
     if unlike:
         raise ValueError(f"the release knows no {', '.join(unlike)}")
@@ -242,7 +242,7 @@ def _taker(
         tensor = state[key].detach()
         if tensor.shape != expected[key].shape:
             tensor = (
-                _with_pad_row(tensor) if key in _TABLES else vision.resized_positions(tensor, expected[key].shape[1])
+                _with_pad_row(tensor) if key in _TABLES else tower.resized_positions(tensor, expected[key].shape[1])
             )
         taken = tensor.to(dtype).contiguous()
         if tensor.dtype != dtype and not taken.isfinite().all():

@@ -16,7 +16,7 @@ from lynx.model import LynxForConditionalGeneration
 from lynx.processor import LynxProcessor
 
 # Table 6 of arXiv 2307.02469, as options of transformers' generate.
-SETTINGS: dict[str, dict[str, Any]] = {
+GENERATION_PRESETS: dict[str, dict[str, Any]] = {
     "open-vqa-image": {
         "max_new_tokens": 64, "num_beams": 5, "do_sample": False, "length_penalty": -2.0, "no_repeat_ngram_size": 2,
     },
@@ -29,7 +29,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "description": {"max_new_tokens": 128, "num_beams": 1, "do_sample": True, "top_p": 0.9, "top_k": 3},
 }  # fmt: skip
-SETTINGS["demo"] = SETTINGS["owleval"]
+GENERATION_PRESETS["demo"] = GENERATION_PRESETS["owleval"]
 _DEFAULTS: dict[str, Any] = {"max_new_tokens": 64}
 DESCRIBE = "Describe the image in detail."
 
@@ -70,7 +70,7 @@ def generate_answers(
 
     Args:
         samples: what ``processor.encode`` made of the conversations.
-        settings: a name of ``SETTINGS``; without one, greedy and at most 64 new tokens.
+        settings: a name of ``GENERATION_PRESETS``; without one, greedy and at most 64 new tokens.
         options: any of transformers' ``generate``, before the settings' own: ``num_beams``, ``do_sample``, ... A
             ``streamer`` gets the samples' rows in their order. Where roots are shared (``model.shares_roots``),
             ``no_repeat_ngram_size`` and its like look at the new tokens alone, as with every decoder that is given
@@ -82,7 +82,7 @@ def generate_answers(
     check_settings(settings)
     if not samples:
         return []
-    options = {**(_DEFAULTS if settings is None else SETTINGS[settings]), **options}
+    options = {**(_DEFAULTS if settings is None else GENERATION_PRESETS[settings]), **options}
     if model.shares_roots(options):
         groups = _by_pictures(samples)
         numbers = [i for group in groups for i in group]
@@ -124,8 +124,8 @@ class _InOrder(BaseStreamer):
 
 def check_settings(name: str | None) -> None:
     """Raise ValueError unless there are settings of this name, or none is asked for."""
-    if name is not None and name not in SETTINGS:
-        raise ValueError(f"settings={name!r} is not known; there are {', '.join(SETTINGS)}")
+    if name is not None and name not in GENERATION_PRESETS:
+        raise ValueError(f"settings={name!r} is not known; there are {', '.join(GENERATION_PRESETS)}")
 
 
 def _generate_shared(
@@ -194,7 +194,7 @@ def describe_first(
 
     Args:
         conversations: in transformers' messages format; pictures of the first message are described.
-        options: of ``generate_answers``, before those of ``SETTINGS["description"]``.
+        options: of ``generate_answers``, before those of ``GENERATION_PRESETS["description"]``.
     """
     split = [_split(messages[0].get("content")) for messages in conversations]
     rounds = [[{"role": "user", "content": [*media, {"type": "text", "text": DESCRIBE}]}] for media, _ in split]

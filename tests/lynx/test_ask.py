@@ -6,7 +6,7 @@ from PIL import Image
 from transformers.generation.streamers import BaseStreamer
 
 from lynx import cli
-from lynx.generation import answers as generation
+from lynx.generation import answers as answers_module
 from lynx.generation.answers import answer, generate_answers
 from lynx.generation.streaming import AnswerStreamer
 from tests.lynx.conftest import conversation, make_image
@@ -147,11 +147,11 @@ def test_ask_in_few_words(model, processor, ask):
 
 def test_ask_describes_first(processor, ask, monkeypatch):
     described = [{"role": "user", "content": "Hello"}]
-    monkeypatch.setattr(generation, "describe_first", lambda model, processor, conversations: [described])
+    monkeypatch.setattr(answers_module, "describe_first", lambda model, processor, conversations: [described])
     seen = []
-    generate = generation.generate_answers
+    generate = answers_module.generate_answers
     monkeypatch.setattr(
-        generation, "generate_answers", lambda *args, **options: seen.extend(args[2]) or generate(*args, **options)
+        answers_module, "generate_answers", lambda *args, **options: seen.extend(args[2]) or generate(*args, **options)
     )
     ask("0.png", "Which?")
     ask("0.png", "Which?", "--describe-first")

@@ -318,18 +318,3 @@ def test_a_projection_with_a_bias_is_refused(tokenizer):
     decoder.lm_head = nn.Linear(32, len(tokenizer))
     with pytest.raises(ValueError, match="with a bias"):
         LynxForConditionalGeneration(config, language_model=decoder)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"adapter_activation": "tanhh"}, "adapter_activation='tanhh'"),
-        ({"num_latents": "3"}, "num_latents is '3'"),
-        ({"fusion": "telepathy"}, "fusion='telepathy'"),
-        ({"adapter_frequency": 4}, "text_config has 3 layers"),
-        ({"num_latents": 0}, "num_latents is 0"),
-    ],
-)
-def test_contradictory_configurations_are_refused(tokenizer, options, message):
-    with pytest.raises(ValueError, match=message):
-        make_config(tokenizer, **options)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lynx.generation import answers as generation
-from lynx.generation.answers import SETTINGS, answer, describe_first, generate_answers
+from lynx.generation import answers as answers_module
+from lynx.generation.answers import GENERATION_PRESETS, answer, describe_first, generate_answers
 from tests.lynx.conftest import QUESTIONS, conversation, make_image
 from tests.lynx.searches import NEW, SEARCHES, plain
 from tests.numbers import assert_within_budget
@@ -69,7 +69,7 @@ def test_pictures_are_the_same_object_or_path(processor, tmp_path):
         {"images": [array, array]},
     ]
     samples = [processor.encode(conversation("What?", **media)) for media in about]
-    assert generation._by_pictures(samples) == [[0, 1], [2], [3, 4], [5], [6], [7, 8], [9], [10], [11]]
+    assert answers_module._by_pictures(samples) == [[0, 1], [2], [3, 4], [5], [6], [7, 8], [9], [10], [11]]
 
 
 def test_several_answers_to_each(model, processor, asked):
@@ -80,7 +80,7 @@ def test_several_answers_to_each(model, processor, asked):
 
 
 def test_the_papers_settings(model, processor, asked, monkeypatch):
-    assert SETTINGS["demo"] == SETTINGS["owleval"]
+    assert GENERATION_PRESETS["demo"] == GENERATION_PRESETS["owleval"]
     rows = {
         name: tuple(
             each.get(key)
@@ -88,7 +88,7 @@ def test_the_papers_settings(model, processor, asked, monkeypatch):
                 "max_new_tokens", "num_beams", "do_sample", "length_penalty", "no_repeat_ngram_size", "top_p", "top_k",
             )
         )
-        for name, each in SETTINGS.items()
+        for name, each in GENERATION_PRESETS.items()
     }  # fmt: skip
     assert rows == {
         "open-vqa-image": (64, 5, False, -2, 2, None, None),
@@ -101,8 +101,8 @@ def test_the_papers_settings(model, processor, asked, monkeypatch):
     generate = type(model).generate
     monkeypatch.setattr(type(model), "generate", lambda self, **each: seen.append(each) or generate(self, **each))
     named = answer(model, processor, asked, settings="open-vqa-image", max_new_tokens=6)
-    assert seen[0].items() >= {**SETTINGS["open-vqa-image"], "max_new_tokens": 6}.items()
-    assert named == answer(model, processor, asked, **{**SETTINGS["open-vqa-image"], "max_new_tokens": 6})
+    assert seen[0].items() >= {**GENERATION_PRESETS["open-vqa-image"], "max_new_tokens": 6}.items()
+    assert named == answer(model, processor, asked, **{**GENERATION_PRESETS["open-vqa-image"], "max_new_tokens": 6})
     answer(model, processor, asked[:1])
     assert seen[2]["max_new_tokens"] == 64
     with pytest.raises(ValueError, match="settings='open-vqa' is not known; there are open-vqa-image"):
@@ -150,7 +150,7 @@ def test_description_first(model, processor, monkeypatch):
         assert options == {"settings": "description", "top_k": 1}
         return ["A cat.", ""]
 
-    monkeypatch.setattr(generation, "answer", say)
+    monkeypatch.setattr(answers_module, "answer", say)
     one, other = make_image(0), make_image(1)
     dialog = [*conversation("What?", "this", images=[one]), *conversation("Why?")]
     conversations = [

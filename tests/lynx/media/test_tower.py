@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lynx.media import tower as vision
 from lynx.media.resampler import Resampler, media_layout
+from lynx.media.tower import encode, takes_patches, tokens_per_frame
 from tests.lynx.conftest import VISION, make_config, make_model
 
 
@@ -17,14 +17,14 @@ def tower(request, tokenizer):
 def test_tokens_are_those_of_transformers(tower):
     """From pixels through transformers' own embeddings; EVA's are taken before the last LayerNorm."""
     pixels = torch.randn(3, 3, 8, 8, dtype=torch.float64)
-    if vision.takes_patches(tower.config):
+    if takes_patches(tower.config):
         patches = pixels.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).reshape(3 * 4, 3 * 4 * 4)
         expected = tower.encoder(inputs_embeds=tower.embeddings(pixels)).last_hidden_state
     else:
         patches, expected = pixels, tower(pixel_values=pixels).last_hidden_state
-    tokens = vision.encode(tower, patches)
+    tokens = encode(tower, patches)
     torch.testing.assert_close(tokens, expected)
-    assert tokens.shape[1] == vision.tokens_per_frame(tower.config)
+    assert tokens.shape[1] == tokens_per_frame(tower.config)
 
 
 @pytest.mark.parametrize("implementation", ["lynx", "eager"])
@@ -33,18 +33,18 @@ def test_packed_frames_never_see_each_other(tokenizer, implementation):
     tower = make_model(make_config(tokenizer)).vision_tower.double()
     assert tower.config._attn_implementation == "lynx"
     patches = torch.randn(3 * 4, 3 * 4 * 4, dtype=torch.float64)
-    alone = torch.cat([vision.encode(tower, frame) for frame in patches.split(4)])
+    alone = torch.cat([encode(tower, frame) for frame in patches.split(4)])
     tower.set_attn_implementation(implementation)
-    tokens = vision.encode(tower, patches)
+    tokens = encode(tower, patches)
     torch.testing.assert_close(tokens, alone, rtol=1e-5, atol=1e-6)  # eager computes its softmax in fp32
     patches[5] += 1
-    changed = (vision.encode(tower, patches) != tokens).any(-1)
+    changed = (encode(tower, patches) != tokens).any(-1)
     assert torch.equal(changed, torch.tensor([[False], [True], [False]]).expand(3, 5))
 
 
 def test_wrong_pixels_are_refused(tower):
     with pytest.raises(ValueError, match="pixel_values must be"):
-        vision.encode(tower, torch.zeros(5, 7))
+        encode(tower, torch.zeros(5, 7))
 
 
 @pytest.fixture(params=[False, True], ids=["media only", "media and latents"])
@@ -78,7 +78,7 @@ def written_out(resampler, frames, positions):
 
 
 def test_resampler_is_the_composition(resampler):
-    """A picture, a video of three frames and a video of one: their tokens side by side, none mixed."""
+    """An image, a video of three frames and a video of one: their tokens side by side, none mixed."""
     counts, positions = [1, 3, 1], [-1, 0, 1, 2, 0]
     features = torch.randn(5, 7, 5, dtype=torch.float64, requires_grad=True)
     out = resampler(features, torch.tensor(positions), media_layout(counts, 7, 3))

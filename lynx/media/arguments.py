@@ -1,10 +1,8 @@
-"""What a processor may be called with: the forms that transformers has for options, chats and lists of media."""
+"""Images and videos as callers pass them: alone or in lists, and in the parts of a chat's messages."""
 
 from typing import Any
 
 from lynx.media.videos import is_video_file
-
-_ALWAYS = {"padding": (True, "longest"), "return_tensors": (None, "pt")}  # how every batch is
 
 
 def as_list(media: Any, depth: int) -> list:
@@ -19,15 +17,11 @@ def as_list(media: Any, depth: int) -> list:
     return list(media) if isinstance(first, list | tuple) else [media]
 
 
-def refuse_unexpected(options: dict[str, Any]) -> None:
-    """Raise TypeError unless the options say how every batch is."""
-    unexpected = {name: value for name, value in options.items() if value not in _ALWAYS.get(name, ())}
-    if unexpected:
-        raise TypeError(f"unexpected arguments {unexpected}; batches are torch tensors, padded to the longest row")
-
-
 def with_sources(message: Any) -> Any:
-    """A message whose images and videos stand under the names that ``encode`` knows."""
+    """A message whose images and videos stand under "image" and "video", as ``LynxProcessor.encode`` wants them.
+
+    Elsewhere in transformers they may also stand under "path", "url" or "base64".
+    """
     content = message.get("content") if isinstance(message, dict) else None
     if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
         return message  # text, or what encode refuses

@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-from torch.nn import functional as F
 
-from lynx import LynxForConditionalGeneration, LynxProcessor
+from lynx import LynxProcessor
 from lynx.media import tower
-from lynx.media.projection import Projection
 from lynx_kernels import SpanLayout
 from tests.lynx.clips import frame, write_clip
 from tests.lynx.conftest import conversation, make_config, make_image, make_model
@@ -72,21 +70,6 @@ def test_every_parameter_learns(tokenizer, bridge):
     model(**processor.pack(some_samples(processor))).loss.backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
     assert [name for name, parameter in model.named_parameters() if not parameter.grad.any()] == []
-
-
-@pytest.mark.parametrize("is_mlp", [True, False])
-def test_projection_is_the_composition(is_mlp):
-    torch.manual_seed(0)
-    projection = Projection(6, 5, is_mlp=is_mlp, max_frames=3, latent_initializer_range=1.0).double()
-    features = torch.randn(4, 2, 5, dtype=torch.float64)
-    out = projection(features, torch.tensor([-1, 0, 1, 2]))
-    position = torch.cat([torch.zeros(1, 5), projection.frame_position])
-    first, *rest = (layer for layer in projection.layers if isinstance(layer, torch.nn.Linear))
-    expected = first(features + position[:, None])
-    for layer in rest:
-        expected = layer(F.gelu(expected))
-    assert len(rest) == int(is_mlp)
-    torch.testing.assert_close(out, expected.flatten(0, 1))
 
 
 @pytest.mark.parametrize("bridge", ["resampler", "linear"])
@@ -170,52 +153,3 @@ def test_a_video_file_has_as_many_tokens_as_its_frames(tokenizer, tmp_path):
     )
     assert "media_layout" not in batch
     assert model(**batch).logits.isfinite().all()
-
-
-def test_fresh_frame_positions_have_their_spread(tokenizer):
-    config = make_config(tokenizer, bridge="mlp", initializer_range=0.3, latent_initializer_range=0.5)
-    projection = LynxForConditionalGeneration(config).projection
-    assert 0.4 < projection.frame_position.std() < 0.6
-    assert 0.25 < projection.layers[2].weight.std() < 0.35
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"bridge": "rope"}, "bridge='rope' is not known; there is 'resampler', 'mlp', 'linear'"),
-        ({"prefix_is_causal": 1}, "prefix_is_causal is 1, must be true or false"),
-        ({"sees_media": "all"}, "sees_media='all', but with fusion='prefix'"),
-        ({"bridge": "mlp", "resampler_concatenates_latents": True}, "there is no resampler"),
-        ({"resampler_concatenates_latents": True}, "hidden_size, 24, but a prefix needs text_config's, 32"),
-        ({"image_token_id": -1}, "image_token_id is -1"),
-        ({"adapter_size": True}, "adapter_size is True"),
-    ],
-)
-def test_contradictory_configurations_are_refused(tokenizer, options, message):
-    with pytest.raises(ValueError, match=message):
-        make_config(tokenizer, **options)
-
-
-@pytest.mark.parametrize(
-    ("part", "field", "value", "message"),
-    [
-        ("text_config", "num_key_value_heads", 3, "text_config: num_key_value_heads, 3, do not divide"),
-        ("text_config", "num_attention_heads", 0, "text_config is not a configuration of model_type 'llama'"),
-        ("text_config", "num_attention_heads", 5, "hidden size .32. is not a multiple"),
-        ("text_config", "model_type", "parrot", "text_config is not a configuration of model_type 'parrot'"),
-        ("vision_config", "num_attention_heads", 0, "vision_config: num_attention_heads is 0"),
-        (
-            "vision_config",
-            "num_attention_heads",
-            5,
-            "vision_config: num_attention_heads, 5, do not divide hidden_size, 24",
-        ),
-        ("vision_config", "patch_size", 3, "patches of patch_size 3 do not fill image_size 8"),
-    ],
-)
-def test_parts_that_contradict_themselves_are_refused(tokenizer, part, field, value, message):
-    config = make_config(tokenizer).to_dict()
-    config[part][field] = value
-    config[part].pop("head_dim", None)
-    with pytest.raises(ValueError, match=message):
-        type(make_config(tokenizer)).from_dict(config)
