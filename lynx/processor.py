@@ -1,7 +1,7 @@
-"""From conversations about pictures to the batches that Lynx reads, packed or padded."""
+"""From conversations about images and videos to the batches that Lynx reads, packed or padded."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -19,24 +19,27 @@ from lynx.media.resampler import media_layout
 from lynx.media.videos import VideoSource, load_video
 from lynx_kernels import PackedLayout, SpanLayout
 
-_ALWAYS = {"padding": (True, "longest"), "return_tensors": (None, "pt")}  # how every batch is
+_ALWAYS = {"padding": (True, "longest"), "return_tensors": (None, "pt")}  # true of every batch
 _SIGLIP = {"image_mean": (0.5,) * 3, "image_std": (0.5,) * 3, "resize": "exact"}
 
 
 class LynxProcessor(ProcessorMixin):
-    """Turns text and pictures into model inputs: ``[vision tokens] BOS User: question\\nBot: answer EOS``.
+    """Turns text, images and videos into model inputs: ``[vision tokens] BOS User: question\\nBot: answer EOS``.
 
-    With cross-attention no vision token stands in a row: ``cross_layout`` says which media its tokens see.
+    With cross-attention a row has no vision tokens: ``cross_layout`` says which media its tokens see.
 
     Args:
-        image_processor: makes frames into ``pixel_values``.
+        image_processor: turns frames into ``pixel_values``.
         tokenizer: a fast tokenizer with BOS, EOS and pad tokens.
-        image_token_id: the placeholder id of a vision token; no text ever becomes it.
+        image_token_id: the placeholder id of a vision token; no text is tokenised to it.
         num_latents: vision tokens of one item, where a resampler makes them.
-        tokens_per_frame: tokens the vision tower makes of one frame.
-        max_frames: frames a video may have, and that are taken from a video file.
-        lowercase: whether text is lower-cased, as Lynx does it.
+        tokens_per_frame: how many tokens the vision tower makes of one frame.
+        max_frames: how many frames a video may have, and how many are taken from a video file.
+        lowercase: whether text is lower-cased, as Lynx does.
         fusion, bridge, prefix_is_causal, sees_media: as in ``LynxConfig``.
+
+    Raises:
+        ValueError: a part is missing, or the tokenizer cannot be used.
     """
 
     def __init__(
@@ -52,7 +55,7 @@ class LynxProcessor(ProcessorMixin):
         bridge: str = "resampler",
         prefix_is_causal: bool = True,
         sees_media: str = "preceding",
-        **kwargs,
+        **kwargs: Any,
     ):
         self.fusion = fusion
         self.bridge = bridge
@@ -65,17 +68,17 @@ class LynxProcessor(ProcessorMixin):
         self.lowercase = lowercase
         super().__init__(image_processor, tokenizer, **kwargs)
         if image_processor is None or tokenizer is None:
-            raise ValueError("a LynxProcessor needs an image_processor and a tokenizer")
+            raise ValueError("LynxProcessor needs an image_processor and a tokenizer")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if getattr(tokenizer, name) is None:
-                raise ValueError(f"the tokenizer has no {name.removesuffix('_id')}; set one before making a processor")
+                raise ValueError(f"the tokenizer has no {name.removesuffix('_id')}; set it before making a processor")
         if image_token_id < len(tokenizer):
             raise ValueError(
-                f"image_token_id is {image_token_id}, one of the tokenizer's {len(tokenizer)} ids; text must not "
-                "be able to say it"
+                f"image_token_id is {image_token_id}, one of the tokenizer's {len(tokenizer)} ids; choose a larger "
+                "one, which no text can have"
             )
         if not tokenizer.is_fast:
-            raise ValueError("the tokenizer must be a fast one (from the tokenizers library): offsets are needed")
+            raise ValueError("the tokenizer must be a fast one (of the tokenizers library), which gives offsets")
 
     @classmethod
     def for_model(
@@ -85,13 +88,13 @@ class LynxProcessor(ProcessorMixin):
         *,
         lowercase: bool = True,
         image_options: dict[str, Any] | None = None,
-    ):
+    ) -> Self:
         """The processor whose batches fit a model of this configuration.
 
         Args:
-            config: the model's.
+            config: of the model.
             tokenizer, lowercase: as above.
-            image_options: of ``LynxImageProcessor``, where the tower wants others than CLIP's, EVA's or SigLIP's.
+            image_options: options of ``LynxImageProcessor``, for a tower that needs others than CLIP, EVA or SigLIP.
         """
         vision_config = config.vision_config
         image_processor = LynxImageProcessor(
@@ -122,31 +125,31 @@ class LynxProcessor(ProcessorMixin):
         images: Any = None,
         text: str | Sequence[str] | None = None,
         videos: Any = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BatchFeature:
-        """The left-padded batch that asks one question about each picture, for ``generate``.
+        """The left-padded batch of some questions, each about images or videos, for ``generate``.
 
         Args:
-            images: with one text, an image or a list of them; with a list of texts, such a thing or None for each.
-                An image is a path, bytes, a PIL image or a (H, W, 3) uint8 array.
-            text: a question, or a list of them.
+            images: with one text, an image or a list of images. With a list of texts, a list that holds the same, or
+                None, for each text. An image is a path, bytes, a PIL image or a (H, W, 3) uint8 array.
+            text: a question, or a list of questions.
             videos: like images; a video is a list of images, or the path or bytes of a video file.
-            kwargs: ``padding=True`` and ``return_tensors="pt"``, as others' processors are called; they change nothing.
+            kwargs: ``padding=True`` and ``return_tensors="pt"``, which other processors take; they change nothing.
 
         Returns:
-            ``input_ids``, ``attention_mask`` and, where there are pictures, ``pixel_values``, ``frame_positions`` and
+            ``input_ids`` and ``attention_mask``; where there are media ``pixel_values``, ``frame_positions`` and
             ``media_layout``; with cross-attention also ``cross_layout``.
 
         Raises:
             ValueError: an empty question, an unusable image or video, too many frames, or lists of different lengths.
         """
         if text is None:
-            raise ValueError("text is missing: pass a question, or a list of them")
+            raise ValueError("text is missing: pass a question, or a list of questions")
         _refuse_unexpected(kwargs)
         if isinstance(text, str):
             text, images, videos = [text], [images], [videos]
         if not isinstance(text, Sequence) or not all(isinstance(each, str) for each in text):
-            raise ValueError(f"text must be a question or a list of them, got {text!r}")
+            raise ValueError(f"text must be a question or a list of questions, got {text!r}")
         per_text = {"images": images, "videos": videos}
         for name, media in per_text.items():
             if media is not None and (not isinstance(media, list | tuple) or len(media) != len(text)):
@@ -166,7 +169,7 @@ class LynxProcessor(ProcessorMixin):
         del batch["labels"], batch["max_supervised"]
         return batch
 
-    def apply_chat_template(  # type: ignore[override]  # fewer options: the words around a question never change
+    def apply_chat_template(  # type: ignore[override]  # fewer options
         self,
         conversation: Sequence[Any],
         *,
@@ -175,27 +178,28 @@ class LynxProcessor(ProcessorMixin):
         continue_final_message: bool = False,
         add_generation_prompt: bool = True,
         processor_kwargs: dict[str, Any] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BatchFeature:
-        """The left-padded batch of one conversation, or of a list of them, as pipelines ask for it.
+        """The left-padded batch of one conversation, or of a list of conversations, as pipelines ask for it.
 
         Args:
-            conversation: as ``encode`` takes it, ending with a question; an image or video may also stand under
-                "path", "url" or "base64" in its part, as elsewhere in transformers, but no URL is fetched.
-            tokenize, return_dict: must be True: Lynx has no template that would make a text of pictures.
-            continue_final_message, add_generation_prompt: False and True, as said of ``conversation``.
-            processor_kwargs, kwargs: as those of a call.
+            conversation: as ``encode`` takes it, ending with a question. As elsewhere in transformers, an image or
+                video may also stand under "path", "url" or "base64" in its part; a URL is never fetched.
+            tokenize, return_dict: must be True: Lynx has no template that makes text of images.
+            continue_final_message, add_generation_prompt: must be False and True, as the conversation ends with a
+                question.
+            processor_kwargs, kwargs: as ``kwargs`` of a call.
 
         Raises:
-            ValueError, TypeError: as ``encode`` and a call say, or another option is asked for.
+            ValueError, TypeError: as for ``encode`` and a call; or another option was passed.
         """
         is_one = bool(conversation) and isinstance(conversation[0], dict)
         conversations = [conversation] if is_one else conversation
         is_asked = all(len(messages) % 2 for messages in conversations)  # user and assistant take turns
         if not (tokenize and return_dict and add_generation_prompt and is_asked) or continue_final_message:
             raise ValueError(
-                "a LynxProcessor makes batches of questions: pass tokenize=True, return_dict=True and "
-                "add_generation_prompt=True, and a conversation that ends with a question"
+                "apply_chat_template makes batches of questions: pass tokenize=True, return_dict=True and "
+                "add_generation_prompt=True, and conversations that each end with a question"
             )
         _refuse_unexpected({**kwargs, **(processor_kwargs or {})})
         return self._questions([[with_sources(message) for message in messages] for messages in conversations])
@@ -204,27 +208,29 @@ class LynxProcessor(ProcessorMixin):
         """One conversation in transformers' messages format.
 
         Args:
-            messages: ``{"role": "user" | "assistant", "content": ...}``, alternating, a user first. Content is a string
-                or a list of ``{"type": "text", "text": ...}``, ``{"type": "image", "image": ...}`` and
-                ``{"type": "video", "video": ...}``, a list of frames or a video file. With prefix fusion all media
-                stand before the text, in their order; with cross-attention each stands where it stands in the content,
-                those before a message's text before its "User:". Every answer is supervised, with the EOS after it.
+            messages: ``{"role": "user" | "assistant", "content": ...}``, alternating, the user first. Content is a
+                string, or a list of ``{"type": "text", "text": ...}``, ``{"type": "image", "image": ...}`` and
+                ``{"type": "video", "video": ...}``; a video is a list of frames or a video file. With prefix fusion all
+                media come before the text, in their order. With cross-attention each keeps its place in the content,
+                and media before the text of a message come before its "User:". Every answer is supervised, with the EOS
+                after it.
 
         Raises:
-            ValueError: roles out of turn, an empty text, an unknown content type, or a video with too many frames.
+            ValueError: the roles do not alternate, a text is empty, a content type is unknown, or a video has too many
+                frames.
         """
         return self._conversations.encode(messages)
 
     def encode_branches(self, conversations: Sequence[Sequence[dict[str, Any]]]) -> Sample:
-        """Several conversations about the same media, each as ``encode`` takes it: packed, the media stand once.
+        """Several conversations about the same media, each as ``encode`` takes it; a pack holds the media once.
 
         Raises:
-            ValueError: as ``encode`` does, or a conversation but the first has media.
+            ValueError: as for ``encode``, or a conversation after the first has media.
         """
         return self._conversations.encode_branches(conversations)
 
     def costs(self, sample: Sample) -> tuple[int, int]:
-        """What a sample adds to a pack: tokens of its row, tokens of the vision tower; its media are not opened."""
+        """What a sample adds to a pack: tokens of the row, and tokens of the vision tower. Its media are not opened."""
         frames = sum(self.max_frames if isinstance(item, VideoSource) else len(item) for item in sample.media)
         [(token_ids, _)] = self._rows([sample])
         return len(token_ids), frames * self.tokens_per_frame
@@ -240,19 +246,23 @@ class LynxProcessor(ProcessorMixin):
         generator: np.random.Generator | Sequence[np.random.Generator | None] | None = None,
         always_vision: bool = False,
     ) -> BatchFeature:
-        """One packed row, (1, T): each sample's vision tokens as a root, its text as the branch, or the branches.
+        """One packed row, (1, T): each sample's vision tokens as a root, and its text as a branch, or several.
 
         Args:
-            samples: what ``encode`` or ``encode_branches`` gave, in the order they will stand.
-            generator: draws a random resized crop for every item and the frames of video files, as training does; None
-                for the centre crop and the middles. Or one for each sample, None for all or for none.
-            always_vision: where there are no pictures, give the vision tower a black one of which no token is made:
-                it then runs in every batch, as the reduction of its gradients across processes wants it.
+            samples: what ``encode`` or ``encode_branches`` returned, in the order of the row.
+            generator: draws a random resized crop for every item and the frames of video files, as for training; None
+                for the centre crop and the middle frames. Or a list with one for each sample, all None or all not.
+            always_vision: if there are no media, give the vision tower a black image of which no token is made. The
+                tower then runs in every batch, which the reduction of its gradients across processes needs.
 
         Returns:
-            ``input_ids``, ``labels``, ``max_supervised`` (how many labels there are), ``layout`` and, where there are
-            pictures, ``pixel_values``, ``frame_positions`` and ``media_layout``; with cross-attention also
+            ``input_ids``, ``labels``, ``max_supervised`` (how many labels there are) and ``layout``; where there are
+            media ``pixel_values``, ``frame_positions`` and ``media_layout``; with cross-attention also
             ``cross_layout``.
+
+        Raises:
+            ValueError: there are no samples, or only some have a generator.
+            ImageError: an image or video cannot be used.
         """
         rows = self._rows(samples)
         layout = PackedLayout.from_groups(
@@ -268,15 +278,20 @@ class LynxProcessor(ProcessorMixin):
                 "labels": torch.tensor([[label for _, labels in rows for label in labels]], dtype=torch.int64),
                 "max_supervised": sum(sample.num_supervised for sample in samples),
                 "layout": layout,
-                **(self._media(samples, generator) or (self._unseen_picture() if always_vision else {})),
+                **(self._media(samples, generator) or (self._unseen_image() if always_vision else {})),
                 **self._fusion_inputs(samples),
             }
         )
 
     def pad(self, samples: Sequence[Sample], *, generator: np.random.Generator | None = None) -> BatchFeature:
-        """A left-padded batch, (B, L): ``input_ids``, ``attention_mask``, ``labels``, the rest as in ``pack``."""
+        """A left-padded batch, (B, L): ``input_ids``, ``attention_mask``, ``labels``, and the rest as from ``pack``.
+
+        Raises:
+            ValueError: there are no samples, or one has several branches.
+            ImageError: an image or video cannot be used.
+        """
         if any(sample.branch_lengths for sample in samples):
-            raise ValueError("several conversations about the same media can be packed, not padded")
+            raise ValueError("a sample with several branches cannot be padded; pack it, or encode each conversation")
         rows = self._rows(samples)
         length = max(len(ids) for ids, _ in rows)
         pad = self.tokenizer.pad_token_id
@@ -302,7 +317,7 @@ class LynxProcessor(ProcessorMixin):
         return rows
 
     def prefix_length(self, media: Sequence[Sequence[ImageSource] | VideoSource]) -> int:
-        """How many vision tokens a sample with these media has in its row."""
+        """How many vision tokens the row of a sample with these media has."""
         if self.bridge == "resampler":
             vision_tokens = len(media) * self.num_latents
         else:
@@ -330,7 +345,7 @@ class LynxProcessor(ProcessorMixin):
         positions = [i if video else -1 for n, video in zip(counts, is_video, strict=True) for i in range(n)]
         cropping = [each for _, each in drawn if each is not None]
         if cropping and len(cropping) < len(drawn):
-            raise ValueError("some samples have a generator and some have none; crop all of a batch at random, or none")
+            raise ValueError("only some samples have a generator; pass one for each sample of the batch, or for none")
         crop_boxes = [box for item, each in zip(items, cropping, strict=False) for box in _crop_boxes(item, each)]
         frames = self.image_processor([frame for item in items for frame in item], crop_boxes=crop_boxes or None)
         batch = {"pixel_values": frames["pixel_values"], "frame_positions": torch.tensor(positions)}
@@ -338,7 +353,7 @@ class LynxProcessor(ProcessorMixin):
             batch["media_layout"] = media_layout(counts, self.tokens_per_frame, self.num_latents)
         return batch
 
-    def _unseen_picture(self) -> dict[str, Any]:
+    def _unseen_image(self) -> dict[str, Any]:
         size, tokens = self.image_processor.size, self.tokens_per_frame
         return {
             **self.image_processor(np.zeros((size, size, 3), np.uint8)),
@@ -349,7 +364,7 @@ class LynxProcessor(ProcessorMixin):
     def load_frames(
         self, item: Sequence[ImageSource] | VideoSource, *, generator: np.random.Generator | None = None
     ) -> list[Image.Image]:
-        """Decode one item of a ``Sample``'s media; of a video file, ``max_frames`` frames as ``load_video`` picks them.
+        """Decode one item of a ``Sample``'s media; of a video file ``max_frames`` frames, which ``load_video`` picks.
 
         Raises:
             ImageError: an image or video cannot be used; the message names it.
@@ -360,19 +375,21 @@ class LynxProcessor(ProcessorMixin):
         return [load_image(frame, max_pixels=limit) for frame in item]
 
     def answer_of(self, token_ids: torch.Tensor) -> str:
-        """The text of newly generated ``token_ids``, up to the EOS."""
+        """The text of newly generated ``token_ids``, without special tokens."""
         return self.tokenizer.decode(token_ids, skip_special_tokens=True).strip()
 
 
 def _refuse_unexpected(options: dict[str, Any]) -> None:
-    """Raise TypeError unless the options say how every batch is."""
+    """Raise TypeError unless the options ask for what every batch is."""
     unexpected = {name: value for name, value in options.items() if value not in _ALWAYS.get(name, ())}
     if unexpected:
-        raise TypeError(f"unexpected arguments {unexpected}; batches are torch tensors, padded to the longest row")
+        raise TypeError(
+            f"unexpected arguments {unexpected}; leave them out: batches are torch tensors, padded to the longest row"
+        )
 
 
 def _crop_boxes(frames: list[Image.Image], generator: np.random.Generator) -> list[tuple[int, int, int, int]]:
-    """A random box for each frame of an item; frames of one size share it, so that a video does not jump."""
+    """A random box for each frame of an item; frames of the same size share one, so that a video does not jump."""
     boxes: dict[tuple[int, int], tuple[int, int, int, int]] = {}
     for frame in frames:
         if frame.size not in boxes:

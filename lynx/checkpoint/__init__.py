@@ -1,4 +1,4 @@
-"""Models on disk: our folders, and the checkpoints of the release."""
+"""Models on disk: our own folders, and the checkpoints of the released Lynx."""
 
 from lynx.checkpoint.folder import load, problems, save
 from lynx.checkpoint.reference import convert, export_reference, load_reference

@@ -1,8 +1,9 @@
-"""Model folders: everything ``from_pretrained`` needs, whole or an error."""
+"""Model folders: everything that ``from_pretrained`` needs, complete or an error."""
 
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,15 +38,15 @@ def save(
 ) -> None:
     """Write a folder that ``load``, ``AutoModel`` and ``AutoProcessor`` read; weights as safetensors.
 
-    Without a processor it is one that only ``from_pretrained`` reads; ``load`` says what it lacks. ``state_dict`` holds
+    Without a processor only ``from_pretrained`` reads the folder; ``load`` says what is missing. ``state_dict`` holds
     the weights of a model whose own are spread over several processes.
 
-    Files come to their place whole. A model that was there before is gone from the moment the new files move in, and
-    config.json comes last: whenever this is cut off, ``load`` finds the old model, the new one, or refuses the folder.
-    What a save that was killed has left is removed.
+    Files are moved into place when they are complete. A model that was there is removed before the new files move in,
+    and config.json comes last. So whenever this is interrupted, ``load`` finds the old model or the new one, or refuses
+    the folder. What an interrupted save left is removed.
 
     Raises:
-        FileExistsError: ``folder`` is a file, or holds a model that is no Lynx.
+        FileExistsError: ``folder`` is a file, or holds a model that is not a Lynx model.
     """
     folder = Path(folder)
     refuse_another_model(folder)
@@ -63,15 +64,15 @@ def save(
 
 
 def refuse_another_model(folder: str | Path) -> None:
-    """Raise FileExistsError where saving a model would destroy another that is no Lynx."""
+    """Raise FileExistsError where saving a model would destroy one that is not a Lynx model."""
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file, expected a folder to save the model in")
+        raise FileExistsError(f"{folder} is a file; give a folder to save the model in")
     if (folder / "config.json").is_file():
         try:
             model_type = _read_json(folder / "config.json").get("model_type")
         except ValueError:
-            return  # cut off while it was written
+            return  # interrupted while it was written
         if model_type != LynxConfig.model_type:
             raise FileExistsError(
                 f"{folder} holds a model of model_type {model_type!r}, which would be lost; save to another folder"
@@ -79,17 +80,17 @@ def refuse_another_model(folder: str | Path) -> None:
 
 
 def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> tuple[LynxForConditionalGeneration, LynxProcessor]:
-    """Read a model and its processor from a folder, all of it or nothing.
+    """Read a model and its processor from a folder, complete or not at all.
 
     Args:
         folder: what ``save`` wrote.
-        dtype: of the parameters; each as it was saved if None, where ``from_pretrained`` would round a trained part in
-            fp32 to the bf16 of the decoder around it.
+        dtype: of the parameters. If None, each keeps the dtype in which it was saved; ``from_pretrained`` would round
+            parts that were trained in fp32 to the bf16 of the decoder around them.
 
     Raises:
-        FileNotFoundError: the folder or one of its files is missing; the message names them all.
-        ValueError: the configuration or the weights cannot be read or are of another model; the weights lack a
-            parameter, have one too many, or one of another shape.
+        FileNotFoundError: the folder or some of its files are missing; the message names all of these.
+        ValueError: the configuration or the weights cannot be read, or are of another model; a parameter is missing, is
+            not expected, or has another shape.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -98,7 +99,7 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> tuple[LynxF
     if not any((folder / name).is_file() for name in _WEIGHTS):
         missing.append(f"{_WEIGHTS[0]} (the weights)")
     if missing:
-        raise FileNotFoundError(f"{folder} is not a whole model folder, it lacks: {', '.join(missing)}")
+        raise FileNotFoundError(f"{folder} is not a complete model folder; it lacks {', '.join(missing)}")
     contents = {name: _read_json(folder / name) for name in (*_FILES, _INDEX) if (folder / name).is_file()}
     model_type = contents["config.json"].get("model_type")
     if model_type != LynxConfig.model_type:
@@ -130,7 +131,7 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> tuple[LynxF
 
 
 def problems(report: dict[str, Any], *kinds: str) -> str:
-    """What ``from_pretrained`` reports of these kinds with ``output_loading_info=True``, in words; none is empty."""
+    """Some kinds of keys in the report of ``from_pretrained(output_loading_info=True)``, in words; or an empty text."""
     words = {
         "missing_keys": "missing:",
         "unexpected_keys": "unexpected:",
@@ -140,20 +141,22 @@ def problems(report: dict[str, Any], *kinds: str) -> str:
 
 
 def _restore_dtypes(folder: Path, model: LynxForConditionalGeneration) -> None:
-    """Read again what was saved in another dtype than the one that transformers gives the whole model."""
+    """Read again the parameters that were saved in another dtype than the one transformers gives to all of them."""
     saved = files.read(folder)  # mapped, not read
     for name, parameter in model.named_parameters():
-        if name in saved and saved[name].dtype != parameter.dtype:  # a tied weight stands there once
+        if name in saved and saved[name].dtype != parameter.dtype:  # a tied weight is saved once
             parameter.data = saved[name].clone()
 
 
 @contextmanager
-def _errors_about(folder: Path, what: str):
-    """A ValueError for whatever transformers meets in files that are damaged or were made by hand."""
+def _errors_about(folder: Path, what: str) -> Iterator[None]:
+    """Turn the exceptions that transformers raises for damaged or handmade files into ValueError."""
     try:
         yield
     except SafetensorError as error:
-        raise ValueError(f"{folder}: the weights ({_WEIGHTS[0]}) cannot be read, truncated perhaps: {error}") from error
+        raise ValueError(
+            f"{folder}: the weights ({_WEIGHTS[0]}) cannot be read; they may be truncated: {error}"
+        ) from error
     except (OSError, ValueError):
         raise
     except Exception as error:
@@ -164,14 +167,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON, truncated perhaps: {error}") from error
+        raise ValueError(f"{path} is not valid JSON; it may be truncated: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected an object")
     return content
 
 
 def _check_shapes(folder: Path, config: LynxConfig) -> None:
-    """Raise ValueError, before memory is spent, where config.json makes weights of other shapes than are saved."""
+    """Raise ValueError, before memory is used, where the saved weights have other shapes than config.json says."""
     expected = {name: list(tensor.shape) for name, tensor in on_meta(config).state_dict().items()}
     wrong = []
     for path in sorted(folder.glob("model*.safetensors")):
@@ -189,7 +192,7 @@ def _check_shapes(folder: Path, config: LynxConfig) -> None:
 
 
 def _check_agreement(folder: Path, config: LynxConfig, processor: LynxProcessor) -> None:
-    """Raise ValueError for a processor whose batches the model would misread."""
+    """Raise ValueError for a processor whose batches do not fit the model."""
     vision_config = config.vision_config
     expected = {
         "image_token_id": (processor.image_token_id, config.image_token_id),
@@ -204,4 +207,4 @@ def _check_agreement(folder: Path, config: LynxConfig, processor: LynxProcessor)
     }
     for name, (has, wants) in expected.items():
         if has != wants:
-            raise ValueError(f"{folder}: the processor has {name}={has}, but the model wants {wants}")
+            raise ValueError(f"{folder}: the processor has {name}={has}, but the model needs {wants}")

@@ -1,4 +1,4 @@
-"""The layouts in which the released model's weights come, made into one: {key of the release: tensor}."""
+"""The different layouts of the released model's weights, turned into one: {key of the release: tensor}."""
 
 import logging
 from collections import Counter
@@ -11,25 +11,25 @@ logger = logging.getLogger(__name__)
 
 SECTIONS = ("vision_encoder.", "LLM.", "bridge.", "absolute_frame_pos_embed")
 _WRAPPERS = ("model", "module", "state_dict")
-# What an original EVA checkpoint has beyond the tower that Lynx takes: its last norm, and heads of its pretraining.
+# What an original EVA checkpoint has and Lynx does not use: its last norm, and the heads of its pretraining.
 _UNUSED_IN_EVA = ("norm.", "fc_norm.", "head.", "lm_head.", "mask_token")
 _EVA_NAMES = {".attn.q_bias": ".attn.q_proj.bias", ".attn.v_bias": ".attn.v_proj.bias"}
 
 
 def of_lynx(content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The whole model's weights, or those beyond a frozen language model and vision tower.
+    """The weights of the whole model, or all but those of a frozen language model and vision tower.
 
     Raises:
-        ValueError: they are another model's, hold something else than tensors, or one weight twice.
+        ValueError: they are not weights of Lynx, not all tensors, or hold one weight twice.
     """
     content = _unwrapped(content)
     if not any(_without(key, "module.", "model.").startswith(SECTIONS) for key in content):
-        raise ValueError(f"these are no weights of Lynx: the keys are {_some(content)}, expected {', '.join(SECTIONS)}")
+        raise ValueError(f"these are not weights of Lynx: {_some(content)}, expected {', '.join(SECTIONS)}")
     return _split_qkv(_renamed(content, lambda key: _without(key, "module.", "model.")))
 
 
 def of_vision(content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """An EVA vision tower's weights, original or as the release names them.
+    """The weights of an EVA vision tower, with the original names or those of the release.
 
     Raises:
         ValueError: as for ``of_lynx``.
@@ -37,15 +37,15 @@ def of_vision(content: Mapping[str, Any]) -> dict[str, Tensor]:
     content = _unwrapped(content)
     found = _renamed(content, lambda key: _without(key, "module.", "model.", "vision_encoder."))
     if not any(key.startswith("blocks.") for key in found):
-        raise ValueError(f"these are no weights of an EVA vision tower: the keys are {_some(content)}")
+        raise ValueError(f"these are not weights of an EVA vision tower: {_some(content)}")
     unused = sorted(key for key in found if key.startswith(_UNUSED_IN_EVA))
     if unused:
-        logger.warning("of the vision tower's weights, Lynx has no use for %s", ", ".join(unused))
+        logger.warning("Lynx does not use these weights of the vision tower: %s", ", ".join(unused))
     return _split_qkv({f"vision_encoder.{key}": found[key] for key in found if key not in unused})
 
 
 def of_language_model(content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """A Llama's weights as transformers names them.
+    """The weights of a Llama, with the names of transformers.
 
     Raises:
         ValueError: as for ``of_lynx``.
@@ -57,7 +57,7 @@ def of_language_model(content: Mapping[str, Any]) -> dict[str, Tensor]:
 
     found = _renamed(_unwrapped(content), name)
     if not any(key.startswith("model.layers.") for key in found):
-        raise ValueError(f"these are no weights of a Llama of transformers: the keys are {_some(content)}")
+        raise ValueError(f"these are not weights of a Llama of transformers: {_some(content)}")
     return {f"LLM.{key}": tensor for key, tensor in found.items()}
 
 
@@ -67,7 +67,7 @@ def _unwrapped(content: Mapping[str, Any]) -> Mapping[str, Any]:
             return _unwrapped(content[name])
     others = [f"{key!r} ({type(key).__name__})" for key in content if not isinstance(key, str)]
     if others:
-        raise ValueError(f"the weights have keys that are no names: {', '.join(others)}")
+        raise ValueError(f"the weights have keys that are not strings: {', '.join(others)}")
     return content
 
 
@@ -81,16 +81,16 @@ def _without(key: str, *prefixes: str) -> str:
 def _renamed(content: Mapping[str, Any], name: Callable[[str], str]) -> dict[str, Tensor]:
     others = [f"{key} ({type(value).__name__})" for key, value in content.items() if not isinstance(value, Tensor)]
     if others:
-        raise ValueError(f"the weights hold something else than tensors: {', '.join(others)}")
+        raise ValueError(f"the weights hold values that are not tensors: {', '.join(others)}")
     renamed = {name(key): tensor for key, tensor in content.items()}
     if len(renamed) < len(content):
         twice = sorted(key for key, count in Counter(map(name, content)).items() if count > 1)
-        raise ValueError(f"the weights hold twice, but for prefixes: {', '.join(twice)}")
+        raise ValueError(f"the weights hold some keys twice, under different prefixes: {', '.join(twice)}")
     return renamed
 
 
 def _split_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """EVA's original layout, queries, keys and values in one weight, as that of the release, which splits them."""
+    """Split EVA's original weights of queries, keys and values, which are one, into three as in the release."""
     split: dict[str, Tensor] = {}
     for key, tensor in state.items():
         if key.startswith("vision_encoder.") and key.endswith(".attn.qkv.weight") and tensor.dim():
@@ -104,4 +104,5 @@ def _split_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _some(content: Mapping[str, Any]) -> str:
-    return ", ".join([*map(str, list(content)[:3]), "..."]) if content else "none"
+    """What the keys are, in words."""
+    return f"the keys are {', '.join([*map(str, list(content)[:3]), '...'])}" if content else "there are no keys"

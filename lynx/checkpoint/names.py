@@ -1,11 +1,11 @@
-"""The names that the released model's parameters have there and here."""
+"""The names of the released model's parameters, in the release and here."""
 
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-# Section by section: the prefix here, the prefix there, and what else in a name differs.
+# For each section our prefix, the prefix in the release, and the other differences in a name.
 _SECTIONS: tuple[tuple[str, str, Mapping[str, str]], ...] = (
     (
         "language_model.",
@@ -37,22 +37,22 @@ _SECTIONS: tuple[tuple[str, str, Mapping[str, str]], ...] = (
 
 
 def reference_name(name: str) -> str:
-    """The release's name of the parameter ``name``; of a ``qkv``, that of the fused one."""
+    """The name in the release of our parameter ``name``; for ``qkv`` that of the fused weight."""
     for ours, theirs, parts in _SECTIONS:
         if name.startswith(ours):
             name = theirs + name.removeprefix(ours)
             for part, their_part in parts.items():
                 name = name.replace(part, their_part)
             return name
-    raise ValueError(f"the release has nothing like {name}")
+    raise ValueError(f"the release has no parameter like {name}")
 
 
 def to_reference(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """One of our parameters as the release's, one or several, views of it."""
+    """One of our parameters as one or several of the release, which are views of it."""
     key = reference_name(name)
     if ".attn.qkv." in key:
         parts = dict(zip("qkv", tensor.chunk(3), strict=True))
-        if key.endswith(".bias"):  # the release has none for keys: one number for all keys changes no softmax
+        if key.endswith(".bias"):  # the release has no bias for keys: it would not change the softmax
             del parts["k"]
         return {key.replace(".qkv.", f".{part}_proj."): value for part, value in parts.items()}
     if key == "absolute_frame_pos_embed":
@@ -61,7 +61,7 @@ def to_reference(name: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 def from_reference(name: str, take: Callable[[str], Tensor]) -> Tensor:
-    """One of our parameters, made of what ``take`` gives for the release's keys."""
+    """One of our parameters, made of the tensors that ``take`` returns for the keys of the release."""
     key = reference_name(name)
     if ".attn.qkv." in key:
         query, value = (take(key.replace(".qkv.", f".{part}_proj.")) for part in "qv")

@@ -1,4 +1,4 @@
-"""The released model's checkpoints (arXiv 2307.02469), both ways."""
+"""The checkpoints of the released model (arXiv 2307.02469): reading and writing them."""
 
 import json
 import logging
@@ -42,28 +42,28 @@ def load_reference(
     dtype: torch.dtype | None = None,
     copy: bool = True,
 ) -> LynxForConditionalGeneration:
-    """The model that the release's weights are of; all of them fit, or there is an error that names all that do not.
+    """The model with the release's weights. They all fit, or an error names all that do not.
 
-    Where two of the dicts hold a weight, that of ``lynx_state_dict`` counts, as in the release. Widths, depths, the
-    adapters' frequency and the like come from the weights. What these cannot tell (head counts, epsilons, token ids)
-    is as in the release, where ``config`` does not say otherwise. The position embedding is resized bicubically for
-    another ``image_size``; tables of 32000 rows, or one fewer than ``vocab_size``, get one more, the mean of the
-    others, for the [PAD] that the release adds to the tokenizer.
+    If two of the dicts hold the same weight, that of ``lynx_state_dict`` is used, as in the release. Widths, depths,
+    the frequency of the adapters and the like come from the weights. What the weights do not show (head counts,
+    epsilons, token ids) is as in the release, unless ``config`` says otherwise. The position embedding is resized
+    bicubically for another ``image_size``. Tables of 32000 rows, or of one row less than ``vocab_size``, get one more
+    row, the mean of the others, for the [PAD] that the release adds to the tokenizer.
 
     Args:
-        lynx_state_dict: what ``finetune_lynx.pt`` holds, also under "model", or with a prefix before the keys.
+        lynx_state_dict: the content of ``finetune_lynx.pt``; it may stand under "model", and keys may have a prefix.
         vision_state_dict: of EVA ViT-g, original or split, where ``lynx_state_dict`` lacks it.
-        llm_state_dict: of a Llama of transformers, likewise.
-        config: a whole ``LynxConfig``, or what to override, for instance
+        llm_state_dict: of a Llama of transformers, where ``lynx_state_dict`` lacks it.
+        config: a ``LynxConfig``, or the fields to override, for instance
             ``{"text_config": {"num_attention_heads": 4}, "max_frames": 5}``.
-        dtype: of all parameters; by default the smallest that holds all the tensors' dtypes.
-        copy: if False, the model shares the tensors' memory where it needs no other dtype: huge files do not need
-            twice their size, but what changes the model changes the tensors.
+        dtype: of all parameters; by default the smallest that can hold the dtypes of all tensors.
+        copy: if False, the model shares the memory of tensors that already have the dtype. Huge files then do not need
+            twice their size, but a change of the model changes the tensors.
 
     Raises:
-        ValueError: keys are missing, unknown, or of another shape than the configuration has; some number is not
-            finite; the weights are of another model; the configuration contradicts itself. Shapes are checked before
-            memory is spent.
+        ValueError: keys are missing or unknown, or shapes are not those of the configuration; a number is not finite;
+            the weights are of another model; the configuration contradicts itself. Shapes are checked before memory is
+            used.
     """
     state = keys.of_language_model(llm_state_dict) if llm_state_dict is not None else {}
     if vision_state_dict is not None:
@@ -73,7 +73,7 @@ def load_reference(
     if not isinstance(config, LynxConfig):
         config = shapes.configuration(state, config or {})
     if config.tie_word_embeddings:
-        raise ValueError("tie_word_embeddings is true, but the release's weights hold two tables")
+        raise ValueError("tie_word_embeddings is True, but the release has two tables; set it to False")
     frequencies = {key: state.pop(key) for key in list(state) if key.endswith(_FREQUENCIES)}
     if vision_state_dict is not None:
         _drop_last_blocks(state, config)
@@ -84,7 +84,7 @@ def load_reference(
         raise ValueError("\n  ".join(["the weights do not fit the configuration:", *problems]))
     bad = [key for key in _progress(state, "checking") if not state[key].isfinite().all()]
     if bad:
-        raise ValueError(f"the weights hold numbers that are not finite (NaN or infinity): {', '.join(bad)}")
+        raise ValueError(f"the weights have numbers that are not finite (NaN or infinity): {', '.join(bad)}")
     dtype = dtype or reduce(torch.promote_types, (tensor.dtype for tensor in state.values()))
     take = _taker(state, expected, dtype, copy)
     ours = {name: names.from_reference(name, take) for name in _progress(model.state_dict(), "converting")}
@@ -93,12 +93,12 @@ def load_reference(
 
 
 def export_reference(model: LynxForConditionalGeneration) -> dict[str, Tensor]:
-    """The model's weights by the keys and in the shapes of the release's checkpoints, sharing the model's memory.
+    """The model's weights with the keys and shapes of the release's checkpoints; they share the model's memory.
 
-    The bias of the vision tower's keys, which the release does not have, is left out: it changes no output.
+    The bias of the vision tower's keys is left out. The release does not have it, and it does not change the output.
 
     Raises:
-        ValueError: the model has parts that the release does not know.
+        ValueError: the model has parts that the release does not have.
     """
     unlike = [
         f"{name}={getattr(model.config, name)!r}"
@@ -108,7 +108,7 @@ def export_reference(model: LynxForConditionalGeneration) -> dict[str, Tensor]:
     if not tower.takes_patches(model.config.vision_config):
         unlike.append(f"vision_config.model_type={model.config.vision_config.model_type!r}")
     if unlike:
-        raise ValueError(f"the release knows no {', '.join(unlike)}")
+        raise ValueError(f"the release's format cannot hold a model with {', '.join(unlike)}")
     state: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         state.update(names.to_reference(name, tensor))
@@ -126,7 +126,7 @@ def convert(
     image_size: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> LynxForConditionalGeneration:
-    """Make a model folder of the release's checkpoint files.
+    """Make a model folder from the release's checkpoint files.
 
     Args:
         checkpoint: ``finetune_lynx.pt`` or another file in its layout.
@@ -134,14 +134,14 @@ def convert(
         vision: EVA's checkpoint, where ``checkpoint`` lacks the vision tower.
         language_model: Vicuna's folder or file, where ``checkpoint`` lacks it.
         tokenizer: a folder with Vicuna's tokenizer, to which [PAD] is added if it has no pad token. Without it the
-            folder has a model, but no processor: a warning says what is lacking.
-        config: a JSON file with what to override, as ``load_reference`` takes it.
-        image_size: the resolution in pixels, the position embedding's own by default.
-        dtype: of the parameters, as ``load_reference`` takes it.
+            folder gets a model but no processor, and a warning says what is missing.
+        config: a JSON file with the fields to override, as for ``load_reference``.
+        image_size: the resolution in pixels; by default that of the position embedding.
+        dtype: of the parameters, as for ``load_reference``.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or cannot be used.
-        FileExistsError: ``output`` is a file, or holds a model that is no Lynx, Vicuna's perhaps.
+        FileExistsError: ``output`` is a file, or holds a model that is not a Lynx model, such as Vicuna.
     """
     refuse_another_model(output)
     overrides = _read_overrides(config)
@@ -166,14 +166,14 @@ def convert(
     processor = None
     if vocabulary is None:
         logger.warning(
-            "no tokenizer was given: %s has a model that from_pretrained reads, but lacks the processor and the "
+            "no tokenizer was given: %s has a model that from_pretrained reads, but not the processor and the "
             "tokenizer that lynx ask needs; give the folder of Vicuna's tokenizer",
             output,
         )
     else:
         rows = model.config.text_config.vocab_size
         if len(vocabulary) > rows:
-            raise ValueError(f"{tokenizer} has {len(vocabulary)} tokens, but the model embeddings of {rows}")
+            raise ValueError(f"{tokenizer} has {len(vocabulary)} tokens, but the model has embeddings for {rows}")
         processor = LynxProcessor.for_model(model.config, vocabulary)
     save(output, model, processor)
     return model
@@ -198,7 +198,7 @@ def _drop_last_blocks(state: dict[str, Tensor], config: LynxConfig) -> None:
     for key in list(state):
         block = re.match(r"vision_encoder\.blocks\.(\d+)\.", key)
         if block and int(block[1]) >= depth:
-            logger.warning("the model takes %d blocks of the vision tower: %s is left out", depth, key)
+            logger.warning("the model has %d blocks of the vision tower: %s is left out", depth, key)
             del state[key]
 
 
@@ -216,7 +216,7 @@ def _misfits(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> lis
 
 
 def _can_be_made(key: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    """Whether a row for [PAD], or another grid of positions, makes the one shape of the other."""
+    """Whether a new row for [PAD], or another grid of positions, turns the one shape into the other."""
     if key in _TABLES:
         return shape == (wanted[0] - 1, wanted[1])
     if key == _POSITIONS and len(shape) == 3 and shape[::2] == wanted[::2]:
@@ -225,7 +225,7 @@ def _can_be_made(key: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> b
 
 
 def _other_frequencies(frequencies: Mapping[str, Tensor], model: LynxForConditionalGeneration) -> list[str]:
-    """Rotary frequencies are no parameters, but older files hold them: the same in every layer, or others than ours."""
+    """Rotary frequencies that differ from ours; they are not parameters, but older files hold them for every layer."""
     expected = model.get_decoder().rotary_emb.inv_freq
     return [
         f"another rotary embedding: {key} {tuple(tensor.shape)} is not what head_dim and rope_theta make "
@@ -246,7 +246,7 @@ def _taker(
             )
         taken = tensor.to(dtype).contiguous()
         if tensor.dtype != dtype and not taken.isfinite().all():
-            raise ValueError(f"{key} holds numbers that are too large for {dtype}; take another dtype")
+            raise ValueError(f"{key} has numbers that are too large for {dtype}; choose another dtype")
         return taken.clone() if copy and taken.data_ptr() == state[key].data_ptr() else taken
 
     return take
@@ -267,7 +267,7 @@ def _read_overrides(path: str | Path | None) -> dict[str, Any]:
     try:
         overrides = json.loads(Path(path).read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(overrides, dict) or not all(
         isinstance(overrides.get(name, {}), dict) for name in ("text_config", "vision_config")
     ):

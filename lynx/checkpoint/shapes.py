@@ -1,4 +1,4 @@
-"""The configuration that the release's weights have, as far as their shapes tell it."""
+"""The configuration of the release's weights, as far as their shapes show it."""
 
 import math
 import re
@@ -12,24 +12,30 @@ from transformers import Blip2VisionConfig, LlamaConfig
 
 from lynx.config import LynxConfig
 
-VICUNA_ROWS = 32000  # of Vicuna's tables, without the row of [PAD]
+VICUNA_ROWS = 32000  # rows of Vicuna's tables, without that of [PAD]
 _EVA_G_WIDTH = 1408
-_EVA_G_BLOCKS = 40  # of the original, of which Lynx leaves out the last
-_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim")  # others follow
-_OTHER_NAMES = {"rope_theta", "rope_scaling"}  # that transformers takes, and keeps under another
+_EVA_G_BLOCKS = 40  # blocks of the original; Lynx leaves out the last
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "head_dim",
+)  # others follow
+_OTHER_NAMES = {"rope_theta", "rope_scaling"}  # transformers takes these names, and stores them under another
 
 
 def configuration(state: Mapping[str, Tensor], overrides: Mapping[str, Any]) -> LynxConfig:
-    """What fits these weights; what they cannot tell is as in the release, but for ``overrides``.
+    """The configuration that fits these weights. What they do not show is as in the release, except for ``overrides``.
 
-    Of a weight that stands in several layers, the commonest shape counts: one that is wrong is then the error.
+    For a weight that is in several layers the commonest shape counts, so that a wrong one is reported as the error.
 
     Args:
-        state: by the release's keys.
-        overrides: fields of ``LynxConfig``; those of its ``text_config`` and ``vision_config`` in dicts of their own.
+        state: tensors by the keys of the release.
+        overrides: fields of ``LynxConfig``; those of its ``text_config`` and ``vision_config`` are dicts in it.
 
     Raises:
-        ValueError: an override is unknown, or head counts do not divide a width.
+        ValueError: an override is unknown, or a head count does not divide a width.
     """
     sizes = _Sizes(state)
     top = dict(overrides)
@@ -37,11 +43,11 @@ def configuration(state: Mapping[str, Tensor], overrides: Mapping[str, Any]) -> 
     vision = _fields("vision_config", top.pop("vision_config", {}), Blip2VisionConfig())
     unknown = sorted(set(top) - set(LynxConfig.field_names()))
     if unknown:
-        raise ValueError(f"LynxConfig has no {', '.join(unknown)}, which config overrides")
+        raise ValueError(f"config overrides {', '.join(unknown)}, but LynxConfig has no such field")
     text = {**_text(sizes, text), **text}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if isinstance(text[name], int) and text[name] >= text["vocab_size"]:
-            raise ValueError(f"text_config: {name} is {text[name]}, but vocab_size {text['vocab_size']}")
+            raise ValueError(f"text_config: {name} is {text[name]}, must be below vocab_size, {text['vocab_size']}")
     width = text["hidden_size"]
     inner = sizes.of(512, ("bridge.layers.*.0.to_q.weight", 0), ("bridge.layers.*.0.to_out.weight", 1))
     head_dim = top.get("resampler_head_dim")
@@ -65,7 +71,7 @@ def configuration(state: Mapping[str, Tensor], overrides: Mapping[str, Any]) -> 
     }
     try:
         parts = LlamaConfig(**text), Blip2VisionConfig(**{**_vision(sizes), **vision})
-    except StrictDataclassError as error:  # no ValueError, though it speaks of a value
+    except StrictDataclassError as error:  # it is not a ValueError, though it is about a value
         raise ValueError(f"config contradicts itself or the weights: {error}") from error
     return LynxConfig(*parts, **{**found, **top})
 
@@ -75,7 +81,7 @@ def _text(sizes: "_Sizes", overrides: Mapping[str, Any]) -> dict[str, Any]:
     width = sizes.of(4096, (layer + "input_layernorm.weight", 0), (layer + "post_attention_layernorm.weight", 0))
     queries = sizes.of(width, (layer + "self_attn.q_proj.weight", 0), (layer + "self_attn.o_proj.weight", 1))
     keys = sizes.of(queries, (layer + "self_attn.k_proj.weight", 0), (layer + "self_attn.v_proj.weight", 0))
-    half_head = sizes.of(0, (layer + "self_attn.rotary_emb.inv_freq", 0))  # older files hold the rotary frequencies
+    half_head = sizes.of(0, (layer + "self_attn.rotary_emb.inv_freq", 0))  # older files hold these frequencies
     heads = overrides.get("num_attention_heads") or (queries // (2 * half_head) if half_head else 32)
     head_dim = overrides.get("head_dim") or _divided(
         layer + "self_attn.q_proj.weight", queries, "text_config.num_attention_heads", heads
@@ -124,24 +130,26 @@ def _vision(sizes: "_Sizes") -> dict[str, Any]:
 def _adapter_frequency(state: Mapping[str, Tensor], num_layers: int) -> int:
     pattern = re.compile(r"LLM\.model\.layers\.(\d+)\.output_adapter\.")
     places = {int(match[1]) for key in state if (match := pattern.match(key))}
-    # Of one adapter in the first layer, any frequency up to the number of layers is true.
+    # One adapter in the first layer fits any frequency up to the number of layers.
     return math.gcd(*places) or num_layers if places else 1
 
 
 def _divided(key: str, size: int, name: str, heads: int) -> int:
     if not isinstance(heads, int) or heads < 1 or size % heads:
         raise ValueError(
-            f"{name} is {heads}, which does not divide the {size} rows of {key}; pass the true number in config"
+            f"{name} is {heads}, which does not divide the {size} rows of {key}; pass the right number in config"
         )
     return size // heads
 
 
 def _fields(name: str, overrides: Any, defaults: Any) -> dict[str, Any]:
     if not isinstance(overrides, Mapping):
-        raise ValueError(f"config's {name} is a {type(overrides).__name__}, expected a dict of what to override")
+        raise ValueError(f"config's {name} is a {type(overrides).__name__}, expected a dict of fields to override")
     unknown = sorted(field for field in overrides if not hasattr(defaults, field) and field not in _OTHER_NAMES)
     if unknown:
-        raise ValueError(f"{type(defaults).__name__} has no {', '.join(unknown)}, which config's {name} overrides")
+        raise ValueError(
+            f"config's {name} overrides {', '.join(unknown)}, but {type(defaults).__name__} has no such field"
+        )
     for field in _SIZES:
         value = overrides.get(field, 1)
         if value is not None and (not isinstance(value, int) or value < 1):
@@ -150,7 +158,7 @@ def _fields(name: str, overrides: Any, defaults: Any) -> dict[str, Any]:
 
 
 class _Sizes:
-    """Sizes of weights by key, ``*`` for the layer's number."""
+    """Sizes of weights by key, with ``*`` for the number of the layer."""
 
     def __init__(self, state: Mapping[str, Tensor]):
         self.keys = list(state)
@@ -159,15 +167,15 @@ class _Sizes:
             self.shapes[re.sub(r"\.\d+\.", ".*.", key, count=1)].append(tuple(tensor.shape))
 
     def all(self, *places: tuple[str, int]) -> list[int]:
-        """Every size that stands at one of the places (key, axis)."""
+        """All sizes at the places (key, axis)."""
         return [shape[axis] for key, axis in places for shape in self.shapes[key] if len(shape) > axis]
 
     def of(self, default: int, *places: tuple[str, int]) -> int:
-        """The commonest size at these places."""
+        """The commonest size at the places (key, axis)."""
         return next((size for size, _ in Counter(self.all(*places)).most_common(1)), default)
 
     def depth(self, prefix: str, default: int) -> int:
-        """How many layers there are under a prefix; a number far beyond the others is no layer but a wrong key."""
+        """How many layers there are under a prefix. A number far above the others is a wrong key, not a layer."""
         matches = (re.match(re.escape(prefix) + r"(\d{1,6})\.", key) for key in self.keys)
         numbers = {int(match[1]) for match in matches if match}
         while numbers and max(numbers) >= 2 * len(numbers):

@@ -1,4 +1,4 @@
-"""Conversations in transformers' messages format, as the tokens of a row and what of them is to be learned."""
+"""Conversations in transformers' messages format, as the tokens of a row and the labels to learn."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,12 +18,12 @@ class Sample:
     """One conversation, ready to be packed or padded with others.
 
     Attributes:
-        media: the frames of each item in the order they appear, an image has one; or a video file.
+        media: the items in their order: the frames of a video, the one frame of an image, or a video file.
         is_video: whether each item is a video, whose frames have positions.
-        token_ids: of the text; with prefix fusion the vision tokens of all media stand before it in the row.
+        token_ids: of the text; with prefix fusion the vision tokens of all media come before it in the row.
         labels: the token ids to learn, -100 at the others.
-        places: how many of the tokens stand before each item, for cross-attention; None for none.
-        branch_lengths: where the text is several about the same media, the lengths of these; else empty.
+        places: for cross-attention, how many tokens come before each item; None if all items come first.
+        branch_lengths: the lengths of the texts where there are several about the same media; else empty.
     """
 
     media: list[list[ImageSource] | VideoSource]
@@ -35,16 +35,16 @@ class Sample:
 
     @property
     def num_supervised(self) -> int:
-        """How many tokens are to be learned."""
+        """How many tokens are supervised."""
         return sum(label != IGNORED for label in self.labels)
 
 
 class ConversationEncoder:
-    """Makes ``Sample`` of conversations: ``BOS User: question\\nBot: answer EOS``.
+    """Turns conversations into samples: ``BOS User: question\\nBot: answer EOS``.
 
     Args:
         tokenizer: a fast one, with BOS and EOS tokens.
-        max_frames: frames a video may have.
+        max_frames: how many frames a video may have.
         lowercase: whether text is lower-cased.
     """
 
@@ -57,7 +57,7 @@ class ConversationEncoder:
         is_video = []
         token_ids, labels = [self.tokenizer.bos_token_id], [IGNORED]
         places: list[int] = []
-        marks: list[int] = []  # where media stand in the text that is not tokenised yet
+        marks: list[int] = []  # places of media in the text that is not tokenised yet
         if not messages:
             raise ValueError("the conversation is empty: it has no messages")
         prompt = ""
@@ -80,14 +80,14 @@ class ConversationEncoder:
                     is_video.append(True)
                     before.append(text)
                 else:
-                    raise ValueError(f"message {turn} has a content part that is no text, image or video: {part}")
+                    raise ValueError(f"message {turn} has a content part that is not a text, image or video: {part}")
             text = self._normalise(text).strip()
             if not text:
                 raise ValueError(f"message {turn} ({expected}) has an empty text")
             try:
                 text.encode()
             except UnicodeEncodeError as error:
-                raise ValueError(f"message {turn} ({expected}) has a text that is no valid Unicode: {error}") from error
+                raise ValueError(f"message {turn} ({expected}) is not valid Unicode: {error}") from error
             offsets = [min(len(self._normalise(each).lstrip()), len(text)) for each in before]
             if expected == "user":
                 head = ("\n" if turn else "") + PROMPT.partition("{question}")[0]
@@ -108,7 +108,7 @@ class ConversationEncoder:
         if not others:
             return first
         if any(other.media for other in others):
-            raise ValueError("several conversations are about the media of the first, so only that one may have some")
+            raise ValueError("only the first conversation may have media; the others are about the same media")
         return replace(
             first,
             token_ids=[token for each in (first, *others) for token in each.token_ids],
@@ -120,7 +120,7 @@ class ConversationEncoder:
         if isinstance(frames, VideoSource):
             return frames
         if not isinstance(frames, Sequence):
-            raise ValueError(f"message {turn}: a video is a list of frames or a file, got {type(frames).__name__}")
+            raise ValueError(f"message {turn}: a video must be a list of frames or a file, got {type(frames).__name__}")
         if not 1 <= len(frames) <= self.max_frames:
             raise ValueError(f"message {turn}: a video has {len(frames)} frames, expected 1 to {self.max_frames}")
         return list(frames)
@@ -134,17 +134,17 @@ class ConversationEncoder:
         marks: list[int],
         places: list[int],
     ) -> None:
-        # Tokenised in one piece, so that training and generation cut the text at the same places; offsets then tell
-        # which tokens belong to the answer.
+        # Tokenised in one piece, so that training and generation cut the text at the same places. Offsets tell which
+        # tokens belong to the answer.
         encoding = self.tokenizer(
             prompt + (answer or ""),
             add_special_tokens=False,
-            split_special_tokens=True,  # a "</s>" that somebody wrote is text, not the end
+            split_special_tokens=True,  # a "</s>" in a message is text, not the end
             return_offsets_mapping=True,
         )
         ids = encoding["input_ids"]
         ends = [end for _, end in encoding["offset_mapping"]]
-        # A token that is cut by an item's place stands after it.
+        # A token that is cut by an item's place comes after it.
         places += [len(token_ids) + sum(end <= mark for end in ends) for mark in marks]
         token_ids += ids
         if answer is None:

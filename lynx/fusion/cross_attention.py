@@ -1,7 +1,7 @@
-"""Cross-attention fusion: gated blocks between the decoder's layers read the media that stand before a token.
+"""Cross-attention fusion: gated blocks between the decoder's layers read the media that come before a token.
 
-Media stand between the tokens of a text and take no place among them, so that with closed gates the model is its
-language model. What the blocks read comes to them as an argument, ``media=``, through the decoder's keyword arguments.
+Media stand between the tokens of a text and are not tokens themselves, so with closed gates the model is its language
+model. What the blocks read reaches them as an argument, ``media=``, through the decoder's keyword arguments.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 
 class CrossAttentionCache(DynamicCache):
-    """A decoder's cache that holds the keys and values of the media too, those of each block computed once.
+    """A decoder's cache that also holds the keys and values of the media, computed once for each block.
 
-    They stand once, however many rows of the batch see them: a row, a beam say, holds only the span of keys that its
-    next tokens see.
+    They are stored once, however many rows of the batch see them. A row (a beam, for instance) holds only the span of
+    keys that its next tokens see.
 
     Attributes:
-        spans: (rows, 2) int32, that span's first key and its end; no rows before the prompt is read.
-        keys_values: of the blocks so far, by their number.
+        spans: (rows, 2) int32, the first key and the end of that span; (0, 2) before the prompt is read.
+        keys_values: the keys and values of the blocks that have run, by the number of the block.
     """
 
     def __init__(self, config: PreTrainedConfig):
@@ -44,7 +44,7 @@ class CrossAttentionCache(DynamicCache):
         self.num_keys = self.max_span_length = 0
 
     def start(self, layout: SpanLayout, rows: int) -> None:
-        """Note what tokens after the prompt will see: what the last token of each of its rows sees."""
+        """Remember what the tokens after the prompt will see: what the last token of each row sees."""
         last = torch.arange(1, rows + 1, device=layout.segments.device) * (layout.num_queries // rows) - 1
         segment = torch.searchsorted(layout.segments[:, 0].contiguous(), last.int(), right=True) - 1
         self.spans = layout.segments[segment, 1:]
@@ -52,21 +52,21 @@ class CrossAttentionCache(DynamicCache):
         self.num_keys, self.max_span_length = layout.num_keys, layout.max_span_length
 
     def layout(self, length: int) -> SpanLayout:
-        """Which media the next ``length`` tokens of every row see."""
+        """Which media the next ``length`` tokens of each row see."""
         return SpanLayout.from_equal_segments(self.spans, length, self.num_keys, max_span_length=self.max_span_length)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i goes on from what row ``beam_idx[i]`` was."""
+        """Row i continues what was row ``beam_idx[i]``."""
         super().reorder_cache(beam_idx)
         self.spans = self.spans.index_select(0, beam_idx.to(self.spans.device))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row ``repeats`` times."""
+        """Repeat each row ``repeats`` times."""
         super().batch_repeat_interleave(repeats)
         self.spans = self.spans.repeat_interleave(repeats, 0)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Only the rows ``indices``."""
+        """Keep only the rows ``indices``."""
         super().batch_select_indices(indices)
         self.spans = self.spans[indices]
 
@@ -76,8 +76,8 @@ class Media(NamedTuple):
 
     Attributes:
         tokens: (K, width), the vision tokens of all items.
-        layout: which of the batch's text tokens see which of them.
-        cache: keeps the blocks' keys and values from one pass to the next; None where there is only one.
+        layout: which text tokens of the batch see which of them.
+        cache: keeps the blocks' keys and values from one pass to the next; None where there is only one pass.
     """
 
     tokens: Tensor
@@ -85,12 +85,12 @@ class Media(NamedTuple):
     cache: CrossAttentionCache | None = None
 
     def repeat_rows(self, rows: int, repeats: int) -> "Media":
-        """For a batch of ``rows`` rows in which each is repeated, as ``generate`` does it for beams."""
+        """The media for a batch of ``rows`` rows after each row is repeated, as ``generate`` does for beams."""
         spans = [each for row in _rows_of(self.layout, rows) for each in row * repeats]
         return self._replace(layout=_from_rows(spans, self.layout.num_keys))
 
     def lengthen_rows(self, rows: int, length: int) -> "Media":
-        """For rows of ``length`` tokens, more than there were: the new ones see what the last one saw."""
+        """The media for rows lengthened to ``length`` tokens; the new tokens see what the last one saw."""
         more = length - self.layout.num_queries // rows
         spans = [each for row in _rows_of(self.layout, rows) for each in (*row, (more, *row[-1][1:]))]
         return self._replace(layout=_from_rows(spans, self.layout.num_keys))
@@ -101,15 +101,15 @@ def text_layout(
 ) -> SpanLayout:
     """Which tokens of some texts see which vision tokens.
 
-    A token sees the media before it: all of its text (``sees="all"``) or those of the nearest place where some stand
-    (``"preceding"``; where several stand together, with no token between them, it sees them all). Before the first
-    place it sees none.
+    A token sees the media before it in its text: all of them (``sees="all"``), or those at the nearest place
+    (``"preceding"``; where several stand together, with no token between them, it sees all of these). Before the first
+    place it sees nothing.
 
     Args:
-        rows: of each text the number of its tokens, and of each of its items, in order, the number of tokens before it;
-            and, where more texts follow about the same items, the lengths of these: in them, what the first text ends
-            with seeing stands behind the first token.
-        num_latents: vision tokens of an item; those of all items stand one after another.
+        rows: for each text the number of its tokens, and for each of its items, in order, the number of tokens before
+            it. Where more texts follow about the same items, also their lengths: each of them sees, from its second
+            token on, what the last token of the first text sees.
+        num_latents: vision tokens of an item; those of all items are concatenated.
         sees: as ``LynxConfig.sees_media``.
     """
     lengths, spans, end = [], [], 0
@@ -139,8 +139,8 @@ class CrossAttentionFusion(Fusion):
             width of a head, and the feed-forward's width over the model's.
 
     Inputs of the model:
-        cross_layout: which text tokens see which vision tokens, from ``text_layout``; needed beside pixel_values.
-        media: what ``read_media`` made of pixel_values and cross_layout, in their place.
+        cross_layout: which text tokens see which vision tokens, from ``text_layout``; needed with pixel_values.
+        media: what ``read_media`` made of pixel_values and cross_layout, instead of these.
     """
 
     name = "cross_attention"
@@ -157,9 +157,11 @@ class CrossAttentionFusion(Fusion):
     def check(self, config: "LynxConfig") -> None:
         check_frequency("cross_attention_frequency", config)
         if config.bridge != "resampler":
-            raise ValueError(f"fusion='cross_attention' reads media through bridge='resampler', not {config.bridge!r}")
+            raise ValueError(f"fusion='cross_attention' needs bridge='resampler', not {config.bridge!r}")
         if not config.prefix_is_causal:
-            raise ValueError("prefix_is_causal=False, but with fusion='cross_attention' there is no prefix")
+            raise ValueError(
+                "prefix_is_causal=False, but with fusion='cross_attention' there is no prefix; leave it out"
+            )
 
     def install(self, decoder: nn.ModuleList, config: "LynxConfig") -> set[str]:
         width, frequency = config.text_config.hidden_size, config.cross_attention_frequency
@@ -207,7 +209,9 @@ class CrossAttentionFusion(Fusion):
         media, cross_layout = inputs.get("media"), inputs.get("cross_layout")
         if vision_tokens is not None or cross_layout is not None:
             if not rows.starts:
-                raise ValueError("past_key_values holds the media of its text; run the whole text to add more")
+                raise ValueError(
+                    "past_key_values already holds the media of its text; to add media, run the whole text again"
+                )
             media = read_media(model, vision_tokens, cross_layout, rows.input_ids)
         config = model.get_decoder().config
         use_cache = getattr(config, "use_cache", True) if rows.use_cache is None else rows.use_cache
@@ -252,7 +256,7 @@ def read_media(
         ValueError: cross_layout is missing, or describes other vision tokens or another text.
     """
     if cross_layout is None:
-        raise ValueError("cross_layout is missing: which tokens see the images? LynxProcessor's batches say it")
+        raise ValueError("cross_layout is missing, which says who sees the images; LynxProcessor's batches have one")
     if input_ids is not None and cross_layout.num_queries != input_ids.numel():
         raise ValueError(
             f"cross_layout describes {cross_layout.num_queries} tokens, but input_ids holds {input_ids.numel()}"
@@ -267,7 +271,7 @@ def read_media(
 
 
 def _no_media(model: "LynxForConditionalGeneration", like: Tensor) -> Media:
-    """For a batch of text alone, (B, L, width); no token sees anything."""
+    """The media of a batch of text alone, (B, L, width): there are no vision tokens."""
     width = model.resampler.latents.shape[1]
     return Media(like.new_empty(0, width), SpanLayout.from_spans([like.shape[:2].numel()], [(0, 0)], 0))
 
@@ -275,21 +279,21 @@ def _no_media(model: "LynxForConditionalGeneration", like: Tensor) -> Media:
 def _media_cache(
     past_key_values: Cache | None, config: PreTrainedConfig, begins_cache: bool
 ) -> CrossAttentionCache | None:
-    """The cache that a pass goes on from or begins; None for neither.
+    """The cache that a pass continues or begins; None for neither.
 
     Raises:
-        ValueError: the cache is of another kind and not empty.
+        ValueError: the cache is of a kind that cannot hold media.
     """
     if isinstance(past_key_values, CrossAttentionCache):
         return past_key_values
     if past_key_values is None:
         return CrossAttentionCache(config) if begins_cache else None
-    # An empty one is what generate makes by itself.
+    # generate passes an empty DynamicCache.
     is_default = type(past_key_values) is DynamicCache and not getattr(past_key_values, "offloading", False)
     if not is_default or past_key_values.get_seq_length() > 0:
         raise ValueError(
             f"past_key_values is a {type(past_key_values).__name__} that cannot hold media; with "
-            "fusion='cross_attention' pass none, or the CrossAttentionCache that came out before"
+            "fusion='cross_attention' leave it out, or pass the CrossAttentionCache of an earlier output"
         )
     return CrossAttentionCache(config)
 
@@ -300,7 +304,7 @@ def _in_this_pass(
     rows: Rows,
     past_key_values: CrossAttentionCache | None,
 ) -> Media:
-    """What the blocks read in this pass: what a cache that is not empty holds, else ``media``, which the cache keeps.
+    """What the blocks read in this pass: the content of a cache that is not empty, or else ``media``.
 
     Raises:
         ValueError: ``media`` describes other rows.
@@ -328,8 +332,8 @@ def _with_block(layer_class: type[nn.Module]) -> type[nn.Module]:
     def forward(self: Any, hidden_states: Tensor, *args: Any, media: Media | None = None, **kwargs: Any) -> Any:
         if media is None:
             raise ValueError(
-                f"no media reached {type(self).__name__}: run the decoder through its Lynx model; one that keeps "
-                "keyword arguments from its layers cannot have cross-attention"
+                f"no media reached {type(self).__name__}: run the decoder through its Lynx model; a decoder that does "
+                "not pass keyword arguments to its layers cannot have cross-attention"
             )
         keys_values = _keys_values(self.cross_attention, self.cross_attention_number, media)
         hidden_states = self.cross_attention(hidden_states, keys_values, media.layout)
@@ -347,7 +351,7 @@ def _keys_values(block: GatedCrossAttention, number: int, media: Media) -> tuple
 
 
 def _rows_of(layout: SpanLayout, rows: int) -> list[list[tuple[int, int, int]]]:
-    """Of each row of a batch the (length, first key, end of the keys) of its segments, cut where a row ends."""
+    """For each row of a batch its segments, cut where a row ends: (length, first key, end of the keys)."""
     table, length = layout.segments.tolist(), layout.num_queries // rows
     result: list[list[tuple[int, int, int]]] = [[] for _ in range(rows)]
     for (query, start, end), (next_query, _, _) in pairwise(table):

@@ -1,8 +1,8 @@
-"""New modules inside the layers of somebody else's decoder.
+"""New modules inside the layers of a decoder of transformers.
 
-A module enters by giving a layer *instance* a subclass of its own class. The layer keeps its parameter names, and
-checkpointing, hidden-state recording, cache and compile see the layer they know; wrappers and hooks would break one
-or another of them.
+A module is added by giving a layer *instance* a subclass of its own class. The layer keeps its parameter names, and
+checkpointing, hidden-state recording, cache and compilation still recognise it. Wrappers and hooks would each break one
+of them.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from torch import nn
 
 
 def insert(layer: nn.Module, name: str, module: nn.Module, derive: Callable[[type], type]) -> str:
-    """Make ``module`` the submodule ``name`` of a layer whose class becomes ``derive`` of what it was.
+    """Make ``module`` the submodule ``name`` of a layer, whose class becomes ``derive(type(layer))``.
 
     Returns:
         The class name the layer now has, for ``_no_split_modules``.
@@ -20,17 +20,17 @@ def insert(layer: nn.Module, name: str, module: nn.Module, derive: Callable[[typ
     layer.__class__ = derive(type(layer))
     layer.add_module(name, module)
     for each in module.modules():
-        each._is_hf_initialized = True  # type: ignore[assignment]  # the decoder's own initialisation must not draw it again
+        each._is_hf_initialized = True  # type: ignore[assignment]  # or the decoder's own initialisation draws it again
     return type(layer).__name__
 
 
 def subclass(layer_class: type[nn.Module], ending: str, forward: Callable, again: Callable[[type], type]) -> type:
     """A layer's class with another ``forward`` and an ``ending`` to its name.
 
-    No module has it by this name, so pickle finds it by ``again``, which gives the class of ``layer_class`` once more.
+    It is not an attribute of any module, so pickle makes it again by calling ``again(layer_class)``.
     """
 
-    def reduce(self, protocol: int) -> tuple[Callable, tuple, dict[str, Any]]:
+    def reduce(self: Any, protocol: int) -> tuple[Callable, tuple, dict[str, Any]]:
         return _empty, (again, layer_class), self.__dict__
 
     return type(f"{layer_class.__name__}{ending}", (layer_class,), {"forward": forward, "__reduce_ex__": reduce})

@@ -1,4 +1,4 @@
-"""Prefix fusion: vision tokens stand before the text, and adapters in the decoder learn to read them."""
+"""Prefix fusion: the vision tokens come before the text, and adapters in the decoder learn to read them."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -121,14 +121,14 @@ def _with_adapter(layer_class: type[nn.Module]) -> type[nn.Module]:
 
 
 def lengths(input_ids: Tensor, attention_mask: Tensor | None, image_token_id: int) -> Tensor:
-    """(B,) int64: the vision tokens that each row of a padded batch begins with, after its pads.
+    """(B,) int64: the number of vision tokens that each row of a padded batch begins with, after its pads.
 
     Args:
         input_ids: (B, L), ``image_token_id`` at vision tokens.
-        attention_mask: (B, L), zero at pads; None where there are none.
+        attention_mask: (B, L), zero at pads; None where there are no pads.
 
     Raises:
-        ValueError: a row has vision tokens elsewhere.
+        ValueError: a row has vision tokens in another place.
     """
     is_image = input_ids == image_token_id  # (B, L)
     counts = is_image.sum(1)
@@ -142,17 +142,17 @@ def lengths(input_ids: Tensor, attention_mask: Tensor | None, image_token_id: in
 def full_mask(
     inputs_embeds: Tensor, attention_mask: Tensor | None, prefix_lengths: Tensor | None, implementation: str
 ) -> Tensor:
-    """What a padded batch passes the decoder as its mask where the vision tokens of a row all see each other.
+    """The decoder's mask of a padded batch in which the vision tokens of a row all see each other.
 
     Args:
         inputs_embeds: (B, L, width).
-        attention_mask: (B, L), zero at pads; None where there are none.
-        prefix_lengths: (B,), what ``lengths`` gives.
+        attention_mask: (B, L), zero at pads; None where there are no pads.
+        prefix_lengths: (B,), what ``lengths`` returns.
         implementation: the decoder's attention.
 
     Raises:
-        ValueError: the attention cannot say it, prefix_lengths are missing, or the mask is of another shape (dense, as
-            for a static cache).
+        ValueError: the attention does not support such a mask, prefix_lengths are missing, or the mask has another
+            shape (dense, as for a static cache).
     """
     if implementation != attention_integration.NAME:
         raise ValueError(
@@ -160,10 +160,10 @@ def full_mask(
             f"{implementation!r}, whose masks are causal"
         )
     if prefix_lengths is None:
-        raise ValueError("prefix_is_causal=False: pass prefix_lengths beside inputs_embeds")
+        raise ValueError("prefix_is_causal=False: pass prefix_lengths with inputs_embeds")
     if attention_mask is not None and attention_mask.shape != inputs_embeds.shape[:2]:
         raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}, but beside prefix_is_causal=False it must be "
+            f"attention_mask has shape {tuple(attention_mask.shape)}, but with prefix_is_causal=False it must be "
             f"{tuple(inputs_embeds.shape[:2])}"
         )
     if attention_mask is None:

@@ -1,4 +1,4 @@
-"""Rows of tokens on their way into the decoder, packed or padded: where each token stands, and what it sees."""
+"""Rows of tokens as they enter the decoder, packed or padded: the position of each token, and what it sees."""
 
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -22,10 +22,10 @@ class Rows:
     Attributes:
         inputs_embeds: (B, L, width), or (1, T, width) of a packed row.
         input_ids: (B, L) int64; None where the caller passed embeddings.
-        attention_mask: (B, L), zero at pads; or a mask that is ready for the decoder.
+        attention_mask: (B, L), zero at pads; or a mask as the decoder takes it.
         position_ids: (B, L) int64; None where the decoder counts.
         layout: who sees whom in a packed row; None for padded rows.
-        past_key_values: the cache that the rows go on from.
+        past_key_values: the cache that the rows continue.
         use_cache: as in transformers.
         labels: (B, L) int64; None where logits are wanted.
         keywords: what the decoder hands to its layers.
@@ -43,7 +43,7 @@ class Rows:
 
     @property
     def starts(self) -> bool:
-        """Whether these are the first tokens, with none in a cache before them."""
+        """Whether these are the first tokens: the cache holds nothing yet."""
         return self.past_key_values is None or self.past_key_values.get_seq_length() == 0
 
     def decoder_arguments(self) -> dict[str, Any]:
@@ -52,10 +52,10 @@ class Rows:
         return {**{name: getattr(self, name) for name in names}, **self.keywords}
 
     def targets(self) -> Tensor:
-        """(B * L,) int64: the label that each token is to predict, -100 for none.
+        """(B * L,) int64: the label that each token is to predict, -100 where it predicts nothing.
 
         Raises:
-            ValueError: there are no labels, or they are of another shape than the rows.
+            ValueError: the labels are missing, or their shape is not that of the rows.
         """
         shape = self.inputs_embeds.shape[:2]
         if self.labels is None:

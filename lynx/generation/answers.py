@@ -1,4 +1,4 @@
-"""Answers to questions about pictures, with the settings of the paper."""
+"""Answers to questions about images and videos, with the generation settings of the paper."""
 
 import warnings
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ DESCRIBE = "Describe the image in detail."
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said: the text, and the new tokens it is made of, the EOS included."""
+    """An answer: the text, and its tokens with the EOS."""
 
     text: str
     token_ids: list[int]
@@ -48,9 +48,9 @@ def answer(
     samples: Sequence[Sample],
     *,
     settings: str | None = None,
-    **options,
+    **options: Any,
 ) -> list[str]:
-    """The texts of ``generate_answers``."""
+    """The texts that ``generate_answers`` returns."""
     return [each.text for each in generate_answers(model, processor, samples, settings=settings, **options)]
 
 
@@ -61,30 +61,30 @@ def generate_answers(
     samples: Sequence[Sample],
     *,
     settings: str | None = None,
-    **options,
+    **options: Any,
 ) -> list[Answer]:
     """The model's answer to each conversation that ends with a question.
 
-    Conversations about the same pictures are branches of one root: the pictures are encoded and read once, and so are
-    the words all of them begin with. Pictures are the same where they are the same object, path or bytes.
+    Conversations about the same media are branches of one root. Their media are encoded and read once, and so is the
+    text that all of them begin with. Media are the same if they are the same object, path or bytes.
 
     Args:
         samples: what ``processor.encode`` made of the conversations.
-        settings: a name of ``GENERATION_PRESETS``; without one, greedy and at most 64 new tokens.
-        options: any of transformers' ``generate``, before the settings' own: ``num_beams``, ``do_sample``, ... A
-            ``streamer`` gets the samples' rows in their order. Where roots are shared (``model.shares_roots``),
-            ``no_repeat_ngram_size`` and its like look at the new tokens alone, as with every decoder that is given
-            embeddings; elsewhere at the question too.
+        settings: a name in ``GENERATION_PRESETS``. Without one, generation is greedy, with at most 64 new tokens.
+        options: of transformers' ``generate``, which override the settings: ``num_beams``, ``do_sample``, ... A
+            ``streamer`` gets the rows in the order of the samples. Where roots are shared (``model.shares_roots``),
+            ``no_repeat_ngram_size`` and the like count the new tokens alone, as for every decoder that is given
+            embeddings; elsewhere they count those of the question too.
 
     Raises:
-        ValueError: there are no settings of this name.
+        ValueError: ``settings`` is not a known name.
     """
     check_settings(settings)
     if not samples:
         return []
     options = {**(_DEFAULTS if settings is None else GENERATION_PRESETS[settings]), **options}
     if model.shares_roots(options):
-        groups = _by_pictures(samples)
+        groups = _by_media(samples)
         numbers = [i for group in groups for i in group]
         if options.get("streamer") is not None:
             options["streamer"] = _InOrder(options["streamer"], numbers)
@@ -100,8 +100,12 @@ def generate_answers(
 
 
 def _places(numbers: Sequence[int], rows: int) -> list[int]:
-    """Which row stands at each place, in the order of the samples: ``numbers`` are those of the rows' samples, each of
-    which may have several rows, answers of its own."""
+    """The order in which the rows follow that of the samples.
+
+    Args:
+        numbers: the sample of each row, or of each group of rows where a sample has several answers.
+        rows: how many rows there are.
+    """
     repeats = rows // len(numbers)
     return sorted(range(rows), key=lambda row: numbers[row // repeats])
 
@@ -114,7 +118,7 @@ class _InOrder(BaseStreamer):
         self._order: list[int] = []
 
     def put(self, value: Tensor) -> None:
-        if not self._order:  # the prompt comes first, and says how many rows there are
+        if not self._order:  # the prompt comes first, which has all rows
             self._order = _places(self._numbers, len(value))
         self._streamer.put(value[self._order])
 
@@ -123,7 +127,7 @@ class _InOrder(BaseStreamer):
 
 
 def check_settings(name: str | None) -> None:
-    """Raise ValueError unless there are settings of this name, or none is asked for."""
+    """Raise ValueError unless ``name`` is in ``GENERATION_PRESETS`` or None."""
     if name is not None and name not in GENERATION_PRESETS:
         raise ValueError(f"settings={name!r} is not known; there are {', '.join(GENERATION_PRESETS)}")
 
@@ -134,7 +138,7 @@ def _generate_shared(
     groups: Sequence[Sequence[Sample]],
     options: dict[str, Any],
 ) -> list[list[int]]:
-    """The new tokens of every sample, group after group; a group's samples have the same pictures."""
+    """The new tokens of every sample, group after group; the samples of a group have the same media."""
     batch = processor.pad([group[0] for group in groups])
     image_token = model.config.image_token_id
     prefixes = (batch["input_ids"] == image_token).sum(1).tolist()
@@ -153,21 +157,21 @@ def _generate_shared(
         vision_tokens = model.encode_media(pixels, positions, layout)
     prompt = model.embed(torch.tensor([packed], device=model.device), vision_tokens)
     cache = model.shared_cache(prompt, lengths, options)
-    stand_ins = prompt[0, cache.last_tokens][:, None]  # one token a row, in place of which the cache's prompt is read
+    stand_ins = prompt[0, cache.last_tokens][:, None]  # a token for each row, for which the cache's prompt is read
     options = {**options, "cache_implementation": None}
-    with warnings.catch_warnings():  # of what generate_answers says of n-grams
+    with warnings.catch_warnings():  # about n-grams, which the docstring of generate_answers explains
         warnings.filterwarnings("ignore", message="Passing `.*` with `inputs_embeds`")
         return model.generate(inputs_embeds=stand_ins, past_key_values=cache, **options).tolist()
 
 
 def _common(texts: Sequence[Sequence[int]]) -> int:
-    """How many first tokens all texts have."""
+    """How many tokens all texts have in common at their beginning."""
     agree = (len(set(tokens)) == 1 for tokens in zip(*texts, strict=False))
     return next((i for i, same in enumerate(agree) if not same), min(map(len, texts)))
 
 
-def _by_pictures(samples: Sequence[Sample]) -> list[list[int]]:
-    """The numbers of the samples, those with the same pictures together; samples without any stay alone."""
+def _by_media(samples: Sequence[Sample]) -> list[list[int]]:
+    """The numbers of the samples in groups with the same media; a sample without media is a group of its own."""
     groups: dict[Any, list[int]] = {}
     for number, sample in enumerate(samples):
         key = (tuple(map(_identity, sample.media)), tuple(sample.is_video)) if sample.media else number
@@ -185,21 +189,21 @@ def describe_first(
     model: LynxForConditionalGeneration,
     processor: LynxProcessor,
     conversations: Sequence[Sequence[dict[str, Any]]],
-    **options,
+    **options: Any,
 ) -> list[list[dict[str, Any]]]:
-    """The conversations with a round before them in which the model describes their pictures: the paper's strategy.
+    """The conversations after a round in which the model describes their media, which is the paper's strategy.
 
-    Pictures are described once, however many conversations are about them. A conversation without pictures, or whose
-    pictures the model says nothing about, stays as it is.
+    The media are described once, however many conversations are about them. A conversation without media does not
+    change, nor does one whose description is empty.
 
     Args:
-        conversations: in transformers' messages format; pictures of the first message are described.
-        options: of ``generate_answers``, before those of ``GENERATION_PRESETS["description"]``.
+        conversations: in transformers' messages format; the media of the first message are described.
+        options: of ``generate_answers``, which override ``GENERATION_PRESETS["description"]``.
     """
     split = [_split(messages[0].get("content")) for messages in conversations]
     rounds = [[{"role": "user", "content": [*media, {"type": "text", "text": DESCRIBE}]}] for media, _ in split]
     samples = [processor.encode(each) for each in rounds]
-    groups = [group for group in _by_pictures(samples) if samples[group[0]].media]
+    groups = [group for group in _by_media(samples) if samples[group[0]].media]
     heads = [samples[group[0]] for group in groups]
     described = [list(messages) for messages in conversations]
     for group, text in zip(groups, answer(model, processor, heads, settings="description", **options), strict=True):
@@ -211,7 +215,7 @@ def describe_first(
 
 
 def _split(content: Any) -> tuple[list[Any], Any]:
-    """The media of a message's content, and what is left of it."""
+    """The media of a message's content, and the rest of it."""
     if isinstance(content, str) or not isinstance(content, Sequence):
         return [], content
     is_text = [isinstance(part, dict) and part.get("type") == "text" for part in content]

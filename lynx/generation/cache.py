@@ -1,12 +1,12 @@
-"""The cache of generation, in which what rows share stands once.
+"""The cache of generation, which stores once what rows share.
 
-Beams of one prompt, and questions about one picture, have the same first keys and values. Here they are the *root*,
-computed and kept once however many rows read it; what a row has for itself, the rest of its prompt and its new tokens,
-is its *branch*. A prompt is one packed row of roots and branches and is read by ``prefix_attention``, new tokens by
-``prefix_attention_decode``.
+Beams of one prompt, and questions about one image, have the same first keys and values. These are the *root*, computed
+and stored once however many rows read it. What a row has for itself, the rest of its prompt and its new tokens, is its
+*branch*. A prompt is one packed row of roots and branches. ``prefix_attention`` reads the prompt, and
+``prefix_attention_decode`` the new tokens.
 
-Beam search moves branches and ``branch_to_root``, never a root. Where rows of one root search with several beams each,
-the rest of a row's prompt, its question, is kept once a beam: the root is where the picture is.
+Beam search moves branches and ``branch_to_root``, never a root. If rows of one root have several beams each, the rest
+of a row's prompt, its question, is stored for each beam. The root holds the image.
 """
 
 import weakref
@@ -20,12 +20,14 @@ from transformers import Cache
 from lynx_kernels import PackedLayout
 from lynx_kernels.integrations.transformers import SharedRoots, packed_mask
 
-BLOCK = 64  # tokens: branches grow by so many, and not at every token
+BLOCK = 64  # tokens that branches grow by, so that they do not grow at every token
 
 
 class StaticTensors:
-    """Tensors of a cache of static shapes, for one generation after the other: they keep their addresses, so that CUDA
-    graphs which write them can be replayed. While a cache is alive, the next one gets tensors of its own.
+    """The tensors of caches of static shapes, reused from one generation to the next.
+
+    They keep their addresses, so that CUDA graphs which write to them can be replayed. While a cache is alive, another
+    one gets tensors of its own.
     """
 
     def __init__(self) -> None:
@@ -33,50 +35,50 @@ class StaticTensors:
         self._owner: weakref.ref[Cache] | None = None
 
     def __reduce__(self) -> tuple:
-        return StaticTensors, ()  # a copied or saved model begins with none
+        return StaticTensors, ()  # a copied or saved model begins without tensors
 
     def lend(self, owner: Cache) -> "StaticTensors":
-        """These, if no other cache uses them; else new ones."""
+        """These tensors if no other cache uses them, or else new ones."""
         if self._owner is not None and self._owner() is not None:
             return StaticTensors()
         self._owner = weakref.ref(owner)
         return self
 
     def empty(self, name: str, like: Tensor, shape: Sequence[int]) -> Tensor:
-        """A tensor of this name, the one it had before where it is of this shape."""
+        """The tensor of this name, made anew if its shape, dtype or device changed."""
         old = self._tensors.get(name)
         if old is None or (old.shape, old.dtype, old.device) != (torch.Size(shape), like.dtype, like.device):
             self._tensors[name] = like.new_empty(shape)
             if not torch.compiler.is_compiling():
-                # Unguarded: tensors of other addresses must not compile everything again.
+                # Unguarded: tensors at other addresses must not cause a recompilation.
                 torch._dynamo.mark_static_address(self._tensors[name], guard=False)
         return self._tensors[name]
 
     def filled(self, name: str, values: Tensor) -> Tensor:
-        """Likewise, with these values."""
+        """The tensor of this name, filled with these values."""
         return self.empty(name, values, values.shape).copy_(values)
 
 
 class SharedRootCache(Cache):
     """Keys and values of roots (layers, R, Lr, Hkv, D) and of branches (layers, B, Lb, Hkv, D).
 
-    It begins with an unread prompt: the model's first forward pass over it reads ``prompt`` in place of its own inputs,
-    whose rows may be each row of the prompt several times over: beams, or answers of one row.
+    It begins with an unread prompt. The model's first forward pass with it reads ``prompt`` in place of its own inputs.
+    These may have each row of the prompt several times: for its beams, or for several answers.
 
     Args:
         prompt: (1, T, width) embeddings of the packed row.
-        groups: ``(root length, [branch length, ...])`` of each group of it, in tokens; a branch, which may be empty, is
-            a row of the batch.
+        groups: ``(root length, [branch length, ...])`` of each group of the row, in tokens. A branch, which may be
+            empty, is a row of the batch.
         num_layers: of the decoder.
         root_is_causal: as in ``PackedLayout``.
-        prompt_length: tokens a row that stand for the prompt in the first forward pass. Others are an error: some ways
-            of decoding give it more than a prompt.
-        max_new_tokens: given, shapes are static: branches have room for so many tokens more, and on GPUs the steps of
-            ``generate`` are compiled. Otherwise branches grow.
-        static_tensors: of earlier generations with static shapes, to be used again where they fit.
+        prompt_length: how many tokens of a row stand for the prompt in the first forward pass. Another number is an
+            error, as some ways of decoding pass more than a prompt.
+        max_new_tokens: if given, shapes are static: branches have room for so many more tokens, and on GPUs the steps
+            of ``generate`` are compiled. Otherwise branches grow.
+        static_tensors: of earlier generations with static shapes, reused where they fit.
 
     Raises:
-        ValueError: a row has no token at all, or ``prompt`` holds other than the groups' tokens.
+        ValueError: a row has no tokens, or ``prompt`` does not have as many tokens as the groups.
     """
 
     def __init__(
@@ -90,7 +92,7 @@ class SharedRootCache(Cache):
         max_new_tokens: int | None = None,
         static_tensors: StaticTensors | None = None,
     ):
-        super().__init__(layers=[])  # all layers are in the same tensors: beams then move in one step
+        super().__init__(layers=[])  # all layers share tensors, so that beams move in one step
         self.layout = PackedLayout.from_groups(groups, root_is_causal=root_is_causal, device=prompt.device)
         if tuple(prompt.shape[:2]) != (1, self.layout.num_tokens):
             raise ValueError(f"prompt is {tuple(prompt.shape)}, but its groups hold {self.layout.num_tokens} tokens")
@@ -114,20 +116,20 @@ class SharedRootCache(Cache):
 
     @property
     def last_tokens(self) -> Tensor:
-        """The packed row's index of each row's last token, (rows,)."""
+        """(rows,): the index in the packed row of the last token of each row."""
         ends = [(branch or self._roots[root])[-1] for root, branch in self._branches]
         return torch.tensor(ends, device=self.layout.segments.device)
 
     def read(self, rows: int, length: int) -> dict[str, Any]:
-        """What a decoder is called with to read the prompt, ``rows`` rows of ``length`` tokens standing for it.
+        """What a decoder is called with to read the prompt, in place of ``rows`` rows of ``length`` tokens.
 
         Raises:
-            ValueError: they are no multiple of the prompt's rows, or not as long as the prompt.
+            ValueError: the rows are not a multiple of the prompt's rows, or not as long as the prompt.
         """
         repeats, rest = divmod(rows, len(self._branches))
         if rest or length != self._prompt_length:
             raise ValueError(
-                f"an input of {rows} rows of {length} tokens cannot stand for the cache's unread prompt of "
+                f"the input has {rows} rows of {length} tokens, but the cache's unread prompt needs a multiple of "
                 f"{len(self._branches)} rows of {self._prompt_length}; pass past_key_values=DynamicCache() to generate"
             )
         device = self.layout.segments.device
@@ -136,7 +138,7 @@ class SharedRootCache(Cache):
         self._branch_tokens, self._branch_slots, self.branch_lengths = _slots([each for _, each in branches], device)
         self.branch_to_root = torch.tensor([root for root, _ in branches], device=device)
         self._rows = torch.arange(rows, device=device)[:, None]
-        self._filled = max(len(each) for _, each in branches)  # of the longest branch; at most, where static
+        self._filled = max(len(each) for _, each in branches)  # tokens of the longest branch; a bound where static
         self._capacity = _in_blocks(self._filled + (self._max_new_tokens or 1))
         if self._static is not None:
             self._filled = self._capacity
@@ -151,7 +153,7 @@ class SharedRootCache(Cache):
         }
 
     def advance(self, length: int) -> dict[str, Any]:
-        """What a decoder is called with to read the next ``length`` tokens of every row, their embeddings aside."""
+        """What a decoder is called with, beside the embeddings, to read the next ``length`` tokens of each row."""
         if not self.is_compileable:
             self._filled += length
             if self._filled > self._capacity:
@@ -166,14 +168,16 @@ class SharedRootCache(Cache):
             ),
         }
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Store a layer's new keys and values.
 
         Args:
             key_states, value_states: (1, Hkv, T, D) of the prompt, then (B, Hkv, length, D).
 
         Returns:
-            Of the prompt what came in; then the branches', (B, Hkv, Lb, D).
+            For the prompt, its own keys and values; then those of the branches, (B, Hkv, Lb, D).
         """
         keys, values = key_states.transpose(1, 2), value_states.transpose(1, 2)
         if self._allocated < self._num_layers:
@@ -199,7 +203,7 @@ class SharedRootCache(Cache):
         branches = (self._num_layers, len(self._rows), self._capacity, *heads)
         if self._static is None:
             return new.new_empty(self._num_layers, len(self._roots), longest, *heads), new.new_empty(branches)
-        roots = (self._num_layers, len(self._roots), _in_blocks(longest), *heads)  # prompts of about one length fit
+        roots = (self._num_layers, len(self._roots), _in_blocks(longest), *heads)  # so prompts of a similar length fit
         return self._static.empty(f"root_{name}", new, roots), self._static.empty(f"branch_{name}", new, branches)
 
     def _grow(self, capacity: int) -> None:
@@ -212,7 +216,7 @@ class SharedRootCache(Cache):
             setattr(self, name, after)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i goes on from what was row ``beam_idx[i]``; in place, so that addresses stay."""
+        """Row i continues what was row ``beam_idx[i]``; in place, so that addresses stay."""
         beam_idx = beam_idx.to(self.branch_to_root.device)
         for index in (self.branch_to_root, self.branch_lengths):
             index.copy_(index[beam_idx])
@@ -220,45 +224,45 @@ class SharedRootCache(Cache):
             branches[:, :, : self._filled] = branches[:, beam_idx, : self._filled]
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows that ``indices`` names, numbers or (rows,) bool, in this order."""
+        """Keep the rows ``indices``, as numbers or as a (rows,) bool mask, in this order."""
         self.branch_to_root, self.branch_lengths = self.branch_to_root[indices], self.branch_lengths[indices]
         self.branch_keys, self.branch_values = self.branch_keys[:, indices], self.branch_values[:, indices]
         self._rows = torch.arange(len(self.branch_to_root), device=self._rows.device)[:, None]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row ``repeats`` times; roots still stand once."""
+        """Repeat each row ``repeats`` times; roots are still stored once."""
         self.batch_select_indices(torch.arange(self.batch_size, device=self._rows.device).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest ``-tokens_to_remove`` tokens of every row; a positive number is the length to keep.
+        """Remove the newest ``-tokens_to_remove`` tokens of each row; a positive number is the length to keep.
 
         Raises:
-            ValueError: a branch has not so many: what is in a root stays.
+            ValueError: a branch is shorter than that; tokens of a root are never removed.
         """
         remove = max(0, self.get_seq_length() - tokens_to_remove) if tokens_to_remove > 0 else -tokens_to_remove
         shortest = int(self.branch_lengths.min())
         if remove > shortest:
-            raise ValueError(f"cannot forget {remove} tokens of every row: one has {shortest} beside its root")
+            raise ValueError(f"cannot remove {remove} tokens of each row: one row has only {shortest} after its root")
         self.branch_lengths -= remove
         if not self.is_compileable:
             self._filled -= remove
 
     def reset(self) -> None:
-        """Raise ValueError: the prompt is read once."""
-        raise ValueError("a SharedRootCache belongs to one prompt; make another one for another generation")
+        """Raise ValueError: the prompt cannot be read again."""
+        raise ValueError("a SharedRootCache is for one prompt; make a new one for another generation")
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens of the longest row, root and branch; 0 while the prompt is unread. Reads the device."""
+        """Tokens of the longest row, root and branch together; 0 until the prompt is read. Reads the device."""
         if self.prompt is not None:
             return 0
         return int((self.root_lengths[self.branch_to_root] + self.branch_lengths).max())
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Length and offset of the keys; for transformers' masks, which this cache's own forward pass does without."""
+        """Length and offset of the keys, for transformers' masks; the forward pass over this cache needs none."""
         return self.get_seq_length() + query_length, 0
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        """-1, branches growing, or how long rows can be."""
+        """How long rows can be; -1 where branches grow."""
         return self.root_keys.shape[2] + self._capacity if self.is_compileable else -1
 
     def __len__(self) -> int:
@@ -266,7 +270,7 @@ class SharedRootCache(Cache):
 
     @property
     def batch_size(self) -> int:
-        """Rows, B."""
+        """The number of rows, B."""
         return len(self._branches) if self.prompt is not None else len(self._rows)
 
     @property
@@ -276,12 +280,16 @@ class SharedRootCache(Cache):
 
     @property
     def is_initialized(self) -> bool:
-        """Whether the prompt is read."""
+        """Whether the prompt has been read."""
         return self._allocated == self._num_layers
 
 
 def _slots(ranges: Sequence[range], device: torch.device) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
-    """Where ranges of tokens stand when each gets a row: the tokens, their rows and columns; the ranges' lengths."""
+    """Where ranges of tokens go if each range is a row.
+
+    Returns:
+        The tokens of all ranges; their rows and columns; the lengths of the ranges.
+    """
     tokens = [token for each in ranges for token in each]
     rows = [row for row, each in enumerate(ranges) for _ in each]
     columns = [column for each in ranges for column in range(len(each))]

@@ -1,11 +1,11 @@
-"""``generate`` of transformers over a cache in which rows share roots, for models whose decoder has our attention."""
+"""transformers' ``generate`` over a cache in which rows share roots, for decoders with our attention."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin
+from transformers import Cache, GenerationMixin
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -13,7 +13,7 @@ from lynx.fusion import fusion_of
 from lynx.generation.cache import SharedRootCache, StaticTensors
 from lynx_kernels.integrations import transformers as attention_integration
 
-# Options of generate which read several tokens at once, want what is not computed, or say what the cache knows better.
+# Options of generate that read several tokens at once, ask for what is not computed, or contradict the cache.
 _NEED_ANOTHER_CACHE = (
     "past_key_values", "position_ids", "assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size",
     "custom_generate", "output_hidden_states", "output_attentions",
@@ -21,18 +21,18 @@ _NEED_ANOTHER_CACHE = (
 
 
 class SharedRootGeneration(GenerationMixin):
-    """What a model inherits before ``GenerationMixin`` itself, which transformers looks for among its bases."""
+    """A base of the model, before ``GenerationMixin``, which transformers looks for among the model's bases."""
 
-    static_tensors: StaticTensors  # of caches of static shapes, made by the model
+    static_tensors: StaticTensors  # for caches of static shapes; the model makes it
 
     def forward_shared(
         self,
         cache: SharedRootCache,
         input_ids: Tensor | None,
         inputs_embeds: Tensor | None,
-        **kwargs,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """The cache's prompt, or the next tokens of every row; masks and positions are what the cache says."""
+        """Read the cache's prompt, or the next tokens of each row; masks and positions are those of the cache."""
         if self._compiles(cache):
             step = self.get_compiled_call(self.generation_config.compile_config)
             return step(input_ids=input_ids, inputs_embeds=inputs_embeds, past_key_values=cache)
@@ -49,17 +49,17 @@ class SharedRootGeneration(GenerationMixin):
             return CausalLMOutputWithPast(logits=self.project(hidden), past_key_values=cache)
         logits = self.project(hidden[0, cache.last_tokens])[:, None]
         return CausalLMOutputWithPast(
-            logits=logits.repeat_interleave(rows // len(logits), 0),  # beams of a row begin with the same
+            logits=logits.repeat_interleave(rows // len(logits), 0),  # the beams of a row begin with the same logits
             past_key_values=cache,
         )
 
     def _compiles(self, cache: SharedRootCache) -> bool:
-        """Whether to compile a step here: transformers compiles those of sampling, but not those of beam search."""
+        """Whether to compile a step here: transformers compiles the steps of sampling, but not those of beam search."""
         is_step = cache.is_compileable and cache.prompt is None
         return is_step and self.device.type == "cuda" and not torch.compiler.is_compiling()
 
     def shares_roots(self, options: dict[str, Any]) -> bool:
-        """Whether ``generate`` with these options can take a ``SharedRootCache``."""
+        """Whether ``generate`` with these options can use a ``SharedRootCache``."""
         implementation = self.get_decoder().config._attn_implementation
         if not fusion_of(self.config).shares_roots or implementation != attention_integration.NAME:
             return False
@@ -70,13 +70,13 @@ class SharedRootGeneration(GenerationMixin):
         return not any(each not in (None, False) for each in asked.values()) and kind in (None, "static") and uses_cache
 
     def with_shared_roots(self, input_ids: Tensor | None, options: dict[str, Any]) -> dict[str, Any]:
-        """The options of ``generate`` with a cache that holds the left-padded prompt, if its parts are known."""
+        """The options of ``generate``, with a cache for the left-padded prompt if roots and branches are known."""
         embeds, mask = options.get("inputs_embeds"), options.get("attention_mask")
         is_causal, prefixes = self.config.prefix_is_causal, options.get("prefix_lengths")
         if (input_ids is None and embeds is None) or (prefixes is None and not is_causal):
-            return options  # nothing says which of the embeddings are vision tokens
+            return options  # it is not known which embeddings are vision tokens
         if mask is None and input_ids is not None and bool((input_ids == self.config.pad_token_id).any()):
-            return options  # whether they are pads is transformers' guess
+            return options  # transformers guesses whether they are pads
         if embeds is None:
             embeds = self.embed(input_ids)
         mask = torch.ones(embeds.shape[:2], device=embeds.device) if mask is None else mask
@@ -84,7 +84,7 @@ class SharedRootGeneration(GenerationMixin):
             raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, the batch {tuple(embeds.shape[:2])}")
         mask = mask.to(embeds.device, torch.bool)
         lengths = mask.sum(1).tolist()
-        groups = [(length, [0]) for length in lengths]  # all beams have all of the prompt
+        groups = [(length, [0]) for length in lengths]  # all beams share the whole prompt
         if prefixes is not None and not is_causal:
             groups = [(prefix, [length - prefix]) for prefix, length in zip(prefixes.tolist(), lengths, strict=True)]
         cache = self.shared_cache(embeds[mask][None], groups, options, prompt_length=embeds.shape[1])
@@ -98,12 +98,12 @@ class SharedRootGeneration(GenerationMixin):
         *,
         prompt_length: int = 1,
     ) -> SharedRootCache:
-        """A ``SharedRootCache`` of this model for ``generate`` with these options; see there."""
+        """A ``SharedRootCache`` for ``generate`` with these options; the other arguments are those of its class."""
         config = options.get("generation_config") or self.generation_config
         is_static = options.get("cache_implementation", config.cache_implementation) == "static"
         max_new_tokens = options.get("max_new_tokens", config.max_new_tokens)
         if is_static and max_new_tokens is None:
-            raise ValueError("cache_implementation='static' needs max_new_tokens: how much room to make")
+            raise ValueError("cache_implementation='static' needs max_new_tokens, which says how much room to make")
         return SharedRootCache(
             prompt,
             groups,
@@ -114,8 +114,10 @@ class SharedRootGeneration(GenerationMixin):
             static_tensors=self.static_tensors,
         )
 
-    def create_masks_for_generate(self, *, past_key_values=None, attention_mask=None, **kwargs):
-        """What transformers calls before each step over a cache of static shapes; our own says what is seen itself."""
+    def create_masks_for_generate(
+        self, *, past_key_values: Cache | None = None, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """transformers calls this before each step over a cache of static shapes; our cache needs no mask."""
         if isinstance(past_key_values, SharedRootCache):
             return None
         return create_masks_for_generate(past_key_values=past_key_values, attention_mask=attention_mask, **kwargs)

@@ -5,8 +5,13 @@ from typing import Any
 from lynx.media.videos import is_video_file
 
 
-def as_list(media: Any, depth: int) -> list:
-    """A single item as a list of one; an item is ``depth`` lists deep (an image 0, a video 1 unless it is a file)."""
+def as_list(media: Any, depth: int) -> list[Any]:
+    """A list of items; a single item becomes a list of one.
+
+    Args:
+        media: an item, a list of items, or None for no items.
+        depth: how many lists deep an item is: 0 for an image, 1 for a video. A video file is always an item.
+    """
     if media is None:
         return []
     if isinstance(media, list | tuple) and media and is_video_file(media[0]):

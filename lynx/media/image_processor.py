@@ -1,4 +1,4 @@
-"""Images to ``pixel_values``: the image processor of Lynx, which of image libraries needs Pillow and numpy alone."""
+"""Images to ``pixel_values``: the image processor of Lynx, which needs no image library but Pillow and numpy."""
 
 from collections.abc import Sequence
 from typing import Any, TypedDict
@@ -14,7 +14,7 @@ from lynx_kernels.ops.pack_frames import pack_frames
 
 
 class LynxImagesKwargs(TypedDict, total=False):
-    """What a ``LynxImageProcessor`` saves, and what a single call may override."""
+    """The options that ``LynxImageProcessor`` saves, and that a single call may override."""
 
     size: int
     patch_size: int | None
@@ -29,14 +29,15 @@ class LynxImagesKwargs(TypedDict, total=False):
 class LynxImageProcessor(BaseImageProcessor):
     """Decodes, resizes, crops and normalises images, and cuts them into patches.
 
-    ``from_pretrained`` and ``from_dict`` also take the configurations of transformers' processors that do the same, as
-    CLIP's, SigLIP's and BLIP's are, and give their numbers: bit for bit those of their Pillow backends. Two things are
-    done where they are not: images are turned as their EXIF orientation says, and transparent ones laid on white. And
-    from 12.2 on, Pillow filters some tall images in another order; ours stays, as ``lynx_kernels.pack_frames`` says.
+    ``from_pretrained`` and ``from_dict`` also take the configurations of transformers' processors that do the same,
+    those of CLIP, SigLIP and BLIP among them. The numbers are then those of their Pillow backends, bit for bit. There
+    are three differences. Images are turned as their EXIF orientation says. Transparent images are laid on white. And
+    Pillow filters some tall images in another order from version 12.2 on; ours does not change, as
+    ``lynx_kernels.pack_frames`` says.
 
     Args:
         size: side of the square that an image becomes, in pixels.
-        patch_size: side of a patch; may be None with ``output="pixels"``.
+        patch_size: side of a patch in pixels; may be None with ``output="pixels"``.
         image_mean, image_std: of the three channels, for pixels in 0 ... 1; CLIP's by default.
         resize, crop_rounding, output: as for ``lynx_kernels.pack_frames``.
         max_image_pixels: larger images are refused before they are decoded.
@@ -55,7 +56,7 @@ class LynxImageProcessor(BaseImageProcessor):
         crop_rounding: str = "round",
         output: str = "patches",
         max_image_pixels: int = DEFAULT_MAX_PIXELS,
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.size = size
@@ -73,26 +74,26 @@ class LynxImageProcessor(BaseImageProcessor):
         *,
         crop_boxes: Sequence[Sequence[int]] | None = None,
         return_tensors: str | None = "pt",
-        **overrides,
+        **overrides: Any,
     ) -> BatchFeature:
         """Turn images into ``pixel_values``, as ``lynx_kernels.pack_frames`` lays them out.
 
         Args:
-            images: one image or a list of them, each as ``lynx.media.images.load_image`` takes it, or a uint8 array or
-                tensor (height, width, 3) or (3, height, width); or frames stacked in one, (N, height, width, 3) or (N,
-                3, height, width). Lists in lists count as one.
-            crop_boxes: for training, (top, left, height, width) in each upright image: it is cropped, and the box is
-                resized to the square exactly.
-            return_tensors: ``"pt"``, ``"np"``, or None for a torch tensor as well.
-            overrides: attributes of the processor that this call sets otherwise.
+            images: one image or a list of images. An image is what ``lynx.media.images.load_image`` takes, or a uint8
+                array or tensor (height, width, 3) or (3, height, width). Or an array or tensor of stacked frames, (N,
+                height, width, 3) or (N, 3, height, width). Nested lists are flattened.
+            crop_boxes: for training, (top, left, height, width) in each upright image; the box is cut out and resized
+                to the square exactly.
+            return_tensors: ``"np"`` for numpy arrays; ``"pt"`` or None for torch tensors.
+            overrides: options of the processor that are different in this call.
 
         Raises:
             ImageError: an image cannot be decoded; the message names it.
-            ValueError, TypeError: an option does not fit, or an array is no uint8 RGB frame.
+            ValueError, TypeError: an option does not fit, or an array is not a uint8 RGB frame.
         """
         names = LynxImagesKwargs.__annotations__
         if unknown := sorted(overrides.keys() - names.keys()):
-            raise TypeError(f"LynxImageProcessor has no option {unknown}; there are {list(names)}")
+            raise TypeError(f"LynxImageProcessor has no options {unknown}; there are {list(names)}")
         options = {name: getattr(self, name) for name in names} | overrides
         frames = [_frame(image, options["max_image_pixels"]) for image in _as_list(images)]
         pixel_values = pack_frames(
@@ -109,21 +110,21 @@ class LynxImageProcessor(BaseImageProcessor):
         return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
 
     def to_dict(self) -> dict:
-        """The attributes as JSON holds them, ``patch_size`` also where it is None."""
+        """The options as JSON holds them, with ``patch_size`` even where it is None."""
         return super().to_dict() | {"patch_size": self.patch_size}
 
     @classmethod
-    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs):
-        """The processor of a configuration: one of its own, or of transformers'.
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The processor of a configuration of this class, or of one of transformers' image processors.
 
         Raises:
-            ValueError: transformers' processor does what this one does not; the message says what.
+            ValueError: the configuration asks for what this processor does not do; the message says for what.
         """
         return super().from_dict(_translated(image_processor_dict), **kwargs)
 
 
 def _translated(theirs: dict[str, Any]) -> dict[str, Any]:
-    """A configuration of transformers' CLIP or SigLIP processor in the words of this one; one of ours as it is."""
+    """A configuration of transformers' CLIP or SigLIP processor as one of this class; one of this class unchanged."""
     if "do_resize" not in theirs:
         return theirs
     crops = bool(theirs.get("do_center_crop"))
@@ -144,7 +145,7 @@ def _translated(theirs: dict[str, Any]) -> dict[str, Any]:
         wrong.append(f"size={size}" + (f" with crop_size={crop_size}" if crops else ""))
     if wrong:
         raise ValueError(
-            f"LynxImageProcessor cannot do as this configuration says: {', '.join(wrong)}. It resizes by bicubic "
+            f"LynxImageProcessor does not support this configuration: {', '.join(wrong)}. It resizes by bicubic "
             "interpolation, either both sides to a square or the short side to that of the crop, and normalises"
         )
     return {
@@ -158,7 +159,7 @@ def _translated(theirs: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _as_list(images) -> list:
+def _as_list(images: Any) -> list[Any]:
     is_array = isinstance(images, np.ndarray | torch.Tensor)
     if is_array and images.ndim == 4:
         return list(images)
@@ -167,7 +168,7 @@ def _as_list(images) -> list:
     return [image for each in images for image in _as_list(each)]
 
 
-def _frame(image, max_pixels: int) -> np.ndarray | torch.Tensor:
+def _frame(image: Any, max_pixels: int) -> np.ndarray | torch.Tensor:
     if not isinstance(image, np.ndarray | torch.Tensor):
         return np.array(load_image(image, max_pixels=max_pixels))
     if image.ndim == 3 and image.shape[0] == 3 and image.shape[2] != 3:

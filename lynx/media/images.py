@@ -13,7 +13,7 @@ from PIL import Image
 # Raster formats that Pillow decodes by itself: EPS, for one, would start another program.
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 _ORIENTATION_TAG = 0x0112
-_UPRIGHT = {  # how to turn an image of each EXIF orientation upright
+_UPRIGHT = {  # for each EXIF orientation, what turns the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -29,24 +29,24 @@ ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray
 
 
 class ImageError(ValueError):
-    """An image cannot be used; the message names it and says why."""
+    """An image cannot be used; the message names the image and says why."""
 
 
 def load_image(source: ImageSource, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
     """Decode an image to RGB, upright as its EXIF orientation says.
 
-    Transparent pixels are laid on white, 16-bit grey is scaled to 8 bits, an animation gives its first frame. A URL is
-    never fetched.
+    Transparent pixels are laid on white. 16-bit grey is scaled to 8 bits. Of an animation the first frame is taken. A
+    URL is never fetched.
 
     Args:
-        source: a path, the bytes of a file, the same in base64 (a data URL, or bare where no file has that name), a PIL
-            image, or a (height, width, 3) uint8 array.
-        max_pixels: larger images are refused, and any with a side above ``MAX_SIDE``; files by their header, before
-            anything is decoded.
+        source: a path, the bytes of a file, base64 of these bytes (as a data URL, or bare if no file has that name), a
+            PIL image, or a (height, width, 3) uint8 array.
+        max_pixels: larger images are refused, and so are images with a side longer than ``MAX_SIDE``. Files are refused
+            by their header, before anything is decoded.
 
     Raises:
-        ImageError: the file is missing, truncated, empty, too large or no image of a known format, or its pixels have
-            no defined RGB value.
+        ImageError: the file is missing, truncated, empty, too large, or not an image of a known format; or its pixels
+            have no defined RGB value.
         TypeError: ``source`` is of another type.
     """
     if isinstance(source, np.ndarray):
@@ -62,23 +62,23 @@ def load_image(source: ImageSource, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> 
         if data:
             name, file = f"{name} (no such file, so read as base64)", io.BytesIO(data)
         elif name.startswith("data:"):
-            raise ImageError(f"{name}: a data URL of an image must hold base64")
+            raise ImageError(f"{name}: a data URL of an image must hold valid base64")
         elif "://" in name:
             raise ImageError(f"{name}: a URL is never fetched; download the image and pass its path or bytes")
     else:
-        raise TypeError(f"an image is a path, bytes, a PIL image or a numpy array, got {type(source).__name__}")
+        raise TypeError(f"an image must be a path, bytes, a PIL image or a numpy array, got {type(source).__name__}")
     Image.init()
     formats = [each for each in _FORMATS if each in Image.OPEN]
     try:
         image = Image.open(file, formats=formats)
-    except Exception as error:  # decoders raise whatever they meet: OSError, SyntaxError, struct.error, ...
+    except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, ...
         raise ImageError(f"{name}: {_reason(error)}") from error
     with image:
         return to_rgb(image, name, max_pixels)
 
 
 def decode_base64(text: str) -> bytes | None:
-    """The bytes of a base64 text, bare or in a data URL, line breaks allowed; None where it is no such thing."""
+    """The bytes of a base64 text, bare or in a data URL, line breaks allowed; None if it is not valid base64."""
     if text.startswith("data:"):
         header, _, text = text.partition(",")
         if not header.endswith(";base64"):
@@ -111,9 +111,9 @@ def _from_array(array: np.ndarray, max_pixels: int) -> Image.Image:
 
 
 def check_size(width: int, height: int, name: str, max_pixels: int) -> None:
-    """Refuse, with an ImageError about ``name``, what is empty, has too many pixels or too long a side."""
+    """Raise ImageError, naming ``name``, for an image that is empty or too large."""
     if width * height == 0:
-        raise ImageError(f"{name}: empty, {width} x {height} pixels")
+        raise ImageError(f"{name}: the image is empty, {width} x {height} pixels")
     if width * height > max_pixels:
         raise ImageError(f"{name}: {width} x {height} pixels are more than the limit of {max_pixels}")
     if max(width, height) > MAX_SIDE:
@@ -121,7 +121,7 @@ def check_size(width: int, height: int, name: str, max_pixels: int) -> None:
 
 
 def to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
-    """An image as ``load_image`` gives it, or an ImageError about ``name``."""
+    """An image as ``load_image`` returns it; raises ImageError, naming ``name``."""
     check_size(*image.size, name, max_pixels)
     try:
         image.load()
@@ -131,7 +131,7 @@ def to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
         raise ImageError(f"{name}: {_reason(error)}") from error
     if turn is not None:
         image = image.transpose(turn)
-    image.info = {}  # or the orientation, carried out now, would be carried out again by whoever loads this image
+    image.info = {}  # or the orientation, which is done, would be done again when this image is loaded
     return image
 
 
@@ -161,11 +161,11 @@ def random_resized_crop_box(
     scale: tuple[float, float] = (0.9, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> tuple[int, int, int, int]:
-    """Draw the box (top, left, height, width) of a random resized crop; the defaults are Lynx's.
+    """Draw the box (top, left, height, width) of a random resized crop; the defaults are those of Lynx.
 
-    Its share of the area is uniform in ``scale``, its width / height log-uniform in ``ratio``. Where ten draws do not
-    fit (elongated images), it is the largest centred box whose width / height lies in ``ratio``. Inception's
-    augmentation (arXiv 1409.4842, section 6), as torchvision does it.
+    Its share of the area is uniform in ``scale``, and its width / height is log-uniform in ``ratio``. If ten draws do
+    not fit (in a long, narrow image), it is the largest centred box whose width / height lies in ``ratio``. This is
+    Inception's augmentation (arXiv 1409.4842, section 6) as torchvision does it.
     """
     for _ in range(10):
         area = height * width * generator.uniform(*scale)

@@ -1,4 +1,4 @@
-"""The bridges that keep every token of the vision tower: a linear one, and an MLP."""
+"""The bridges that keep every token of the vision tower: a linear layer, or an MLP."""
 
 from typing import Self
 
@@ -9,12 +9,12 @@ from lynx.config import LynxConfig
 
 
 def add_frame_positions(features: Tensor, table: Tensor, frame_positions: Tensor) -> Tensor:
-    """Mark the frames of videos with their place.
+    """Add to the frames of videos a vector for their place.
 
     Args:
         features: (N, tokens, width) of all frames.
-        table: (max_frames, width), what each place adds.
-        frame_positions: (N,) int64, a frame's place in its video, -1 for an image, which has none.
+        table: (max_frames, width), the vector of each place.
+        frame_positions: (N,) int64, a frame's place in its video, -1 for an image.
     """
     position = table[frame_positions.clamp(min=0)]  # (N, width)
     position = position * (frame_positions >= 0).to(position.dtype)[:, None]
@@ -27,7 +27,7 @@ class Projection(nn.Module):
     Args:
         width: the language model's.
         media_width: of the vision tokens.
-        is_mlp: ``Linear, GELU, Linear`` with ``width`` between, or one Linear.
+        is_mlp: ``Linear, GELU, Linear`` with ``width`` in the middle; or one Linear.
         max_frames, latent_initializer_range: as in ``LynxConfig``.
     """
 
@@ -51,7 +51,7 @@ class Projection(nn.Module):
         )
 
     def reset_parameters(self) -> None:
-        """Draw the initial values of the frame positions anew."""
+        """Draw new initial values of the frame positions."""
         nn.init.trunc_normal_(self.frame_position, std=self.latent_initializer_range)
 
     def forward(self, features: Tensor, frame_positions: Tensor) -> Tensor:

@@ -14,14 +14,14 @@ from lynx_kernels.nn import PerceiverAttention
 
 
 def media_layout(frame_counts: Sequence[int], tokens_per_frame: int, num_latents: int) -> SpanLayout:
-    """Which latents see which vision tokens: those of item i all of its ``frame_counts[i]`` frames."""
+    """Which latents see which vision tokens: the latents of item i see all of its ``frame_counts[i]`` frames."""
     ends = [tokens_per_frame * frames for frames in accumulate(frame_counts, initial=0)]
     spans = list(pairwise(ends))
     return SpanLayout.from_spans([num_latents] * len(frame_counts), spans, ends[-1])
 
 
 class ResamplerLayer(nn.Module):
-    """Latents read the media, then pass a feed-forward; both residual."""
+    """Latents read the media, then pass a feed-forward layer; both are residual."""
 
     def __init__(self, width: int, media_width: int, *, num_heads: int, head_dim: int, expansion: int):
         super().__init__()
@@ -43,9 +43,9 @@ class Resampler(nn.Module):
     """Learned latents read the vision tokens of an item through ``depth`` layers of attention and feed-forward.
 
     Args:
-        width: of the latents and of what comes out.
+        width: of the latents and of the output.
         media_width: of the vision tokens.
-        concatenates_latents: whether the latents of an item see each other beside its media; needs one width.
+        concatenates_latents: whether the latents of an item see each other beside its media; both widths must be equal.
         num_latents, depth, num_heads, head_dim, expansion, max_frames, latent_initializer_range: as in ``LynxConfig``.
     """
 
@@ -94,7 +94,7 @@ class Resampler(nn.Module):
         )
 
     def reset_parameters(self) -> None:
-        """Draw the initial values of the latents and frame positions anew."""
+        """Draw new initial values of the latents and frame positions."""
         for parameter in (self.latents, self.frame_position):
             nn.init.trunc_normal_(parameter, std=self.latent_initializer_range)
 
@@ -103,7 +103,7 @@ class Resampler(nn.Module):
 
         Args:
             features: (N, tokens, media_width) of all frames, items one after another.
-            frame_positions: (N,) int64, a frame's place in its video, -1 for an image, which has none.
+            frame_positions: (N,) int64, a frame's place in its video, -1 for an image.
             layout: which latents see which tokens, from ``media_layout``.
 
         Returns:
@@ -118,7 +118,7 @@ class Resampler(nn.Module):
         return self.norm(latents)
 
     def _latents_layout(self, items: int, device: torch.device) -> SpanLayout:
-        """The latents of an item see all of it."""
+        """Which latents see each other: all of an item."""
         first = torch.arange(items, device=device) * self.num_latents
         return SpanLayout.from_equal_segments(
             torch.stack([first, first + self.num_latents], 1),

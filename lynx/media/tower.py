@@ -23,7 +23,7 @@ def build(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def takes_patches(config: PreTrainedConfig) -> bool:
-    """Whether ``encode`` wants packed patches; a tower whose patch embedding we cannot see into wants pixels."""
+    """Whether ``encode`` takes packed patches; a tower whose patch embedding we do not know takes pixels."""
     return isinstance(config, Blip2VisionConfig)
 
 
@@ -33,10 +33,10 @@ def encode(tower: PreTrainedModel, pixel_values: Tensor) -> Tensor:
     Args:
         tower: a vision model.
         pixel_values: what ``pack_frames`` makes: patches (N * patches, 3 * p * p) for EVA's architecture, pixels
-            (N, 3, S, S) for every other.
+            (N, 3, S, S) for all others.
 
     Raises:
-        ValueError: ``pixel_values`` has another shape, or the tower gives no sequence of tokens.
+        ValueError: ``pixel_values`` has another shape, or the tower does not return a sequence of tokens.
     """
     if not takes_patches(tower.config):
         if pixel_values.dim() != 4:
@@ -44,7 +44,7 @@ def encode(tower: PreTrainedModel, pixel_values: Tensor) -> Tensor:
         tokens = tower(pixel_values=pixel_values.to(tower.dtype)).last_hidden_state
         if tokens.dim() != 3:
             shape = tuple(tokens.shape)
-            raise ValueError(f"{type(tower).__name__} gives features {shape}, expected (frames, tokens, width)")
+            raise ValueError(f"{type(tower).__name__} returns features {shape}, expected (frames, tokens, width)")
         return tokens
     embeddings = tower.embeddings
     kernel = embeddings.patch_embedding.weight.flatten(1)  # (width, 3 * p * p)
@@ -52,12 +52,12 @@ def encode(tower: PreTrainedModel, pixel_values: Tensor) -> Tensor:
     if pixel_values.dim() != 2 or pixel_values.shape[1] != kernel.shape[1] or pixel_values.shape[0] % num_patches:
         raise ValueError(
             f"pixel_values must be (frames * {num_patches}, {kernel.shape[1]}) packed patches, got "
-            f"{tuple(pixel_values.shape)}; is the image processor's size {embeddings.image_size} and its patch_size "
-            f"{embeddings.patch_size}?"
+            f"{tuple(pixel_values.shape)}; the image processor needs size={embeddings.image_size} and patch_size="
+            f"{embeddings.patch_size}"
         )
     patches = F.linear(pixel_values.to(kernel.dtype), kernel, embeddings.patch_embedding.bias)
     patches = patches.unflatten(0, (-1, num_patches))  # (N, patches, width)
-    # Indexed, not only expanded: of a single frame the gradient would have strides that DDP warns of.
+    # Indexed, not only expanded: DDP warns of the strides that the gradient of a single frame would have.
     class_token = embeddings.class_embedding[0, 0].expand(patches.shape[0], 1, -1)
     hidden = torch.cat([class_token, patches], 1) + embeddings.position_embedding
     # Lynx takes the tokens before the tower's last LayerNorm.
@@ -72,7 +72,7 @@ def encode(tower: PreTrainedModel, pixel_values: Tensor) -> Tensor:
 def resized_positions(positions: Tensor, num_tokens: int) -> Tensor:
     """(1, 1 + g * g, width) position embeddings for a grid of ``num_tokens - 1`` patches, in fp32 at least.
 
-    The grid is resized bicubically, as the paper does it between its resolutions; the class token's stays as it was.
+    The grid is resized bicubically, as in the paper between its resolutions; that of the class token stays.
     """
     old, new = (math.isqrt(tokens - 1) for tokens in (positions.shape[1], num_tokens))
     wide = positions.to(torch.promote_types(positions.dtype, torch.float32))
@@ -82,14 +82,14 @@ def resized_positions(positions: Tensor, num_tokens: int) -> Tensor:
 
 
 def drop_unused(tower: PreTrainedModel) -> PreTrainedModel:
-    """Remove the last LayerNorm of EVA's architecture, which ``encode`` never runs; other towers stay as they are."""
+    """Remove the last LayerNorm of EVA's architecture, which ``encode`` never runs; other towers do not change."""
     if takes_patches(tower.config):
         tower.post_layernorm = nn.Identity()
     return tower
 
 
 def tokens_per_frame(config: PreTrainedConfig) -> int:
-    """How many tokens ``encode`` gives for one frame."""
+    """How many tokens ``encode`` returns for one frame."""
     if takes_patches(config):
         return (config.image_size // config.patch_size) ** 2 + 1
     with torch.device("meta"):

@@ -15,7 +15,7 @@ from tests.lynx.conftest import make_config
         ({"adapter_frequency": 4}, "text_config has 3 layers"),
         ({"num_latents": 0}, "num_latents is 0"),
         ({"bridge": "rope"}, "bridge='rope' is not known; there is 'resampler', 'mlp', 'linear'"),
-        ({"prefix_is_causal": 1}, "prefix_is_causal is 1, must be true or false"),
+        ({"prefix_is_causal": 1}, "prefix_is_causal is 1, must be True or False"),
         ({"sees_media": "all"}, "sees_media='all', but with fusion='prefix'"),
         ({"bridge": "mlp", "resampler_concatenates_latents": True}, "there is no resampler"),
         ({"resampler_concatenates_latents": True}, "hidden_size, 24, but a prefix needs text_config's, 32"),
@@ -31,7 +31,12 @@ def test_contradictory_configurations_are_refused(tokenizer, options, message):
 @pytest.mark.parametrize(
     ("part", "field", "value", "message"),
     [
-        ("text_config", "num_key_value_heads", 3, "text_config: num_key_value_heads, 3, do not divide"),
+        (
+            "text_config",
+            "num_key_value_heads",
+            3,
+            "text_config: num_attention_heads, 4, must be a multiple of num_key_value_heads, 3",
+        ),
         ("text_config", "num_attention_heads", 0, "text_config is not a configuration of model_type 'llama'"),
         ("text_config", "num_attention_heads", 5, "hidden size .32. is not a multiple"),
         ("text_config", "model_type", "parrot", "text_config is not a configuration of model_type 'parrot'"),
@@ -40,9 +45,9 @@ def test_contradictory_configurations_are_refused(tokenizer, options, message):
             "vision_config",
             "num_attention_heads",
             5,
-            "vision_config: num_attention_heads, 5, do not divide hidden_size, 24",
+            "vision_config: hidden_size, 24, must be a multiple of num_attention_heads, 5",
         ),
-        ("vision_config", "patch_size", 3, "patches of patch_size 3 do not fill image_size 8"),
+        ("vision_config", "patch_size", 3, "image_size, 8, must be a multiple of patch_size, 3"),
     ],
 )
 def test_parts_that_contradict_themselves_are_refused(tokenizer, part, field, value, message):

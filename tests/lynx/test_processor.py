@@ -64,7 +64,7 @@ def test_what_looks_like_a_special_token_is_text(processor):
     assert answer in text_of(processor, sample.token_ids)
 
 
-def test_a_picture_token_that_text_could_say_is_refused(tokenizer):
+def test_an_image_token_that_text_could_say_is_refused(tokenizer):
     with pytest.raises(ValueError, match="image_token_id is 5, one of the tokenizer"):
         LynxProcessor.for_model(make_config(tokenizer, image_token_id=5), tokenizer)
 
@@ -142,7 +142,7 @@ ASKED = {"tokenize": True, "return_dict": True}
 
 
 def test_chats_as_transformers_has_them(model, processor, tmp_path):
-    """Alone, in a list, with the picture by its path, after an earlier round; and through a pipeline."""
+    """Alone, in a list, with the image by its path, after an earlier round; and through a pipeline."""
     Image.fromarray(make_image(0)).save(tmp_path / "a.png")
     path = str(tmp_path / "a.png")
     asked = {**ASKED, "add_generation_prompt": True, "return_tensors": "pt"}
@@ -177,7 +177,7 @@ def encoded(array):
     ("options", "error", "message"),
     [
         ({}, ValueError, "pass tokenize=True, return_dict=True"),
-        ({"tokenize": True, "return_dict": True, "continue_final_message": True}, ValueError, "ends with a question"),
+        ({"tokenize": True, "return_dict": True, "continue_final_message": True}, ValueError, "end with a question"),
         ({"tokenize": True, "return_dict": True, "tools": []}, TypeError, "unexpected arguments {'tools'"),
         (
             {"tokenize": True, "return_dict": True, "processor_kwargs": {"padding": False}},
@@ -189,7 +189,7 @@ def encoded(array):
 def test_chats_of_another_kind_are_refused(processor, options, error, message):
     with pytest.raises(error, match=message):
         processor.apply_chat_template(conversation("What?"), **options)
-    with pytest.raises(ValueError, match="ends with a question"):
+    with pytest.raises(ValueError, match="end with a question"):
         processor.apply_chat_template(conversation("What?", "that"), **ASKED)
 
 
@@ -203,12 +203,12 @@ def test_chats_of_another_kind_are_refused(processor, options, error, message):
         ([{"role": "assistant", "content": "hi"}], "role 'assistant', expected 'user'"),
         ([{"content": "hi"}], "role None"),
         ([{"role": "user", "content": 7}], "content of type int"),
-        ([{"role": "user", "content": [{"type": "audio"}]}], "no text, image or video"),
+        ([{"role": "user", "content": [{"type": "audio"}]}], "not a text, image or video"),
         (conversation("What?", videos=[[]]), "0 frames, expected 1 to 4"),
         (conversation("What?", videos=[[make_image(0)] * 5]), "5 frames, expected 1 to 4"),
-        (conversation("What?", videos=[7]), "a video is a list of frames or a file, got int"),
+        (conversation("What?", videos=[7]), "a video must be a list of frames or a file, got int"),
         ("hi", "message 0 is a str"),
-        (conversation("\udcff"), "no valid Unicode"),
+        (conversation("\udcff"), "not valid Unicode"),
     ],
 )
 def test_bad_conversations_are_refused(processor, messages, message):
@@ -223,7 +223,7 @@ def test_bad_calls_are_refused(processor, tmp_path):
         processor(text=["a", "b"], images=[make_image(0)])
     with pytest.raises(ValueError, match="images must be a list with one entry"):
         processor(text=["x", "y"], images="ab")
-    with pytest.raises(ValueError, match="text must be a question or a list of them, got 5"):
+    with pytest.raises(ValueError, match="text must be a question or a list of questions, got 5"):
         processor(text=5)
     with pytest.raises(ValueError, match="at least one sample"):
         processor(text=[])

@@ -90,7 +90,7 @@ def test_configuration_survives(folder, config):
 )
 def test_a_missing_file_is_named(folder, name):
     (folder / name).unlink()
-    with pytest.raises(FileNotFoundError, match=f"not a whole model folder, it lacks: {name}"):
+    with pytest.raises(FileNotFoundError, match=f"not a complete model folder; it lacks {name}"):
         checkpoint.load(folder)
 
 
@@ -162,7 +162,7 @@ def test_a_new_model_replaces_the_old_one_whole(folder, model, processor, monkey
     with pytest.raises(StopIteration):
         checkpoint.save(folder, model, processor)
     monkeypatch.undo()
-    with pytest.raises(FileNotFoundError, match=r"lacks: config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"lacks config\.json"):
         checkpoint.load(folder)
 
 
@@ -195,11 +195,11 @@ def test_weights_outside_the_folder_are_refused(folder, tmp_path):
     (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
     index = {"metadata": {}, "weight_map": {"resampler.latents": "../outside.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(FileNotFoundError, match="no file of the folder"):
+    with pytest.raises(FileNotFoundError, match="not a file in the folder"):
         checkpoint.load(folder)
     for wrong in ({"weight_map": ["a"]}, {"weight_map": {"resampler.latents": 3}}, {}):
         (folder / "model.safetensors.index.json").write_text(json.dumps(wrong))
-        with pytest.raises(ValueError, match="is no index of shards"):
+        with pytest.raises(ValueError, match="is not an index of shards"):
             checkpoint.load(folder)
 
 

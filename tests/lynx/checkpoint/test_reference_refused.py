@@ -105,15 +105,18 @@ def test_numbers_that_are_not_finite_are_named(weights, value):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda rest, tower, language: ({}, tower, language), "no weights of Lynx: the keys are none"),
+        (lambda rest, tower, language: ({}, tower, language), "not weights of Lynx: there are no keys"),
         (lambda rest, tower, language: ({"conv1.weight": tower["cls_token"]}, tower, language), r"are conv1\.weight"),
-        (lambda rest, tower, language: (tower, tower, language), "no weights of Lynx"),
-        (lambda rest, tower, language: (rest, language, language), "no weights of an EVA vision tower"),
-        (lambda rest, tower, language: (rest, tower, tower), "no weights of a Llama of transformers"),
+        (lambda rest, tower, language: (tower, tower, language), "not weights of Lynx"),
+        (lambda rest, tower, language: (rest, language, language), "not weights of an EVA vision tower"),
+        (lambda rest, tower, language: (rest, tower, tower), "not weights of a Llama of transformers"),
         (lambda rest, tower, language: (rest, None, language), r"lack the vision tower: give EVA"),
         (lambda rest, tower, language: (rest, tower, None), r"lack the language model: give Vicuna's"),
-        (lambda rest, tower, language: ({**rest, "step": 3}, tower, language), r"else than tensors: step \(int\)"),
-        (lambda rest, tower, language: ({**rest, 7: tower}, tower, language), r"keys that are no names: 7 \(int\)"),
+        (
+            lambda rest, tower, language: ({**rest, "step": 3}, tower, language),
+            r"not tensors: step \(int\)",
+        ),
+        (lambda rest, tower, language: ({**rest, 7: tower}, tower, language), r"keys that are not strings: 7 \(int\)"),
     ],
 )
 def test_weights_of_another_model_are_refused(weights, change, message):
@@ -127,15 +130,18 @@ def test_weights_of_another_model_are_refused(weights, change, message):
     [
         ({"adapter_frequency": 6}, "adapter_frequency is 6, but text_config has 5 layers"),
         ({"text_config": {"num_attention_heads": 5}}, r"num_attention_heads is 5, .* the 32 rows of LLM\.model"),
-        ({"vision_config": {"num_attention_heads": 5}}, "vision_config: num_attention_heads, 5, do not divide"),
+        ({"vision_config": {"num_attention_heads": 5}}, "must be a multiple of num_attention_heads, 5"),
         ({"resampler_heads": 5}, r"resampler_heads is 5, .* the 512 rows of bridge\.layers"),
-        ({"text_config": {"num_attention_heads": 4, "pad_token_id": 50}}, "pad_token_id is 50, but vocab_size 50"),
-        ({"adapter_freq": 2}, "LynxConfig has no adapter_freq"),
-        ({"vision_config": {"num_heads": 4}}, "Blip2VisionConfig has no num_heads"),
-        ({"text_config": {"n_head": 4}}, "LlamaConfig has no n_head"),
+        (
+            {"text_config": {"num_attention_heads": 4, "pad_token_id": 50}},
+            "50, must be below vocab_size, 50",
+        ),
+        ({"adapter_freq": 2}, "config overrides adapter_freq, but LynxConfig has no such"),
+        ({"vision_config": {"num_heads": 4}}, "overrides num_heads, but Blip2VisionConfig has no such"),
+        ({"text_config": {"n_head": 4}}, "overrides n_head, but LlamaConfig has no such"),
         ({"text_config": [4]}, "config's text_config is a list"),
-        ({"text_config": {"tie_word_embeddings": True, "num_attention_heads": 4}}, "tie_word_embeddings is true"),
-        ({"prefix_is_causal": False}, "the release knows no prefix_is_causal=False"),
+        ({"text_config": {"tie_word_embeddings": True, "num_attention_heads": 4}}, "tie_word_embeddings is True"),
+        ({"prefix_is_causal": False}, "the release's format cannot hold a model with prefix_is_causal=False"),
         ({"text_config": {"num_attention_heads": 5, "hidden_size": 32, "head_dim": 8}}, "config contradicts itself"),
         ({"text_config": {"num_attention_heads": "4"}}, "text_config: num_attention_heads is '4', must be an integer"),
         ({"text_config": {"num_attention_heads": 0}}, "num_attention_heads is 0, must be an integer of at least 1"),
@@ -218,11 +224,11 @@ def test_folders_of_shards(weights, tmp_path, safe):
     for wrong in (f"part1.{suffix}", f"../outside.{suffix}"):
         shards.update(dict.fromkeys(halves[1], wrong))
         (tmp_path / f"{index}.index.json").write_text(json.dumps({"weight_map": shards}))
-        with pytest.raises(FileNotFoundError, match="no file of the folder"):
+        with pytest.raises(FileNotFoundError, match="not a file in the folder"):
             files.read(tmp_path)
     for wrong in ("{", "[]", "{}", '{"weight_map": ["a"]}', '{"weight_map": {"a": 3}}', '{"weight_map": {"a": null}}'):
         (tmp_path / f"{index}.index.json").write_text(wrong)
-        with pytest.raises(ValueError, match=rf"{index}\.index\.json is no index of shards"):
+        with pytest.raises(ValueError, match=rf"{index}\.index\.json is not an index of shards"):
             files.read(tmp_path)
 
 
@@ -276,9 +282,9 @@ def test_convert_without_a_tokenizer_says_what_is_lacking(release, caplog):
     """Also where a model with a processor was before: its processor goes with it."""
     assert main(command(release, "--tokenizer", str(release / "tokenizer"))) == 0
     assert main(command(release)) == 0
-    assert "lacks the processor and the tokenizer" in caplog.text
+    assert "not the processor and the tokenizer" in caplog.text
     assert AutoModel.from_pretrained(release / "model").config.max_frames == 3
-    with pytest.raises(FileNotFoundError, match=r"it lacks: processor_config\.json .*tokenizer\.json"):
+    with pytest.raises(FileNotFoundError, match=r"it lacks processor_config\.json .*tokenizer\.json"):
         checkpoint.load(release / "model")
 
 
@@ -303,7 +309,7 @@ def test_a_tokenizer_without_a_pad_token_gets_one(release, tokenizer):
         (("--vision", "nowhere"), "no such file"),
         (("--config", "lynx.pt"), ""),
         (("--image-size", "-4"), "is not at least 1"),
-        (("--image-size", "21"), "patch_size 4 do not fill image_size 21"),
+        (("--image-size", "21"), "image_size, 21, must be a multiple of patch_size, 4"),
     ],
 )
 def test_convert_says_what_is_wrong(release, capsys, monkeypatch, more, message):
@@ -328,5 +334,5 @@ def test_convert_spares_another_model(release, capsys):
     for output in (vicuna, release / "heads.json"):
         assert main(["convert", str(release / "no.pt"), str(output)]) == 2
     assert "vicuna holds a model of model_type 'llama', which would be lost" in (err := capsys.readouterr().err)
-    assert "heads.json is a file, expected a folder" in err
+    assert "heads.json is a file; give a folder" in err
     assert {path: path.read_bytes() for path in vicuna.iterdir()} == before

@@ -87,12 +87,12 @@ def _showing(media, messages):
 
 def test_branches_that_cannot_be(processor):
     with_media = _showing(make_image(0), conversation("Odd?", "yes"))
-    with pytest.raises(ValueError, match="only that one may have some"):
+    with pytest.raises(ValueError, match="only the first conversation may have media"):
         processor.encode_branches([conversation("Even?", "no"), with_media])
     with pytest.raises(ValueError, match="no conversations"):
         processor.encode_branches([])
     several = processor.encode_branches([with_media, conversation("Even?", "no")])
-    with pytest.raises(ValueError, match="packed, not padded"):
+    with pytest.raises(ValueError, match="several branches cannot be padded"):
         processor.pad([several])
     alone = processor.encode_branches([with_media])
     assert alone.branch_lengths == ()
@@ -104,7 +104,7 @@ def test_generators_are_for_all_samples_or_none(processor):
     both = processor.pack(samples, generator=generators)["pixel_values"]
     alone = processor.pack(samples[1:], generator=np.random.default_rng(1))["pixel_values"]
     assert torch.equal(both[4:], alone), "a sample's crop is its own generator's"
-    with pytest.raises(ValueError, match="some have none"):
+    with pytest.raises(ValueError, match="only some samples have a generator"):
         processor.pack(samples, generator=[generators[0], None])
     text = replace(samples[0], media=[], is_video=[])
     processor.pack([text, samples[1]], generator=[None, generators[1]])

@@ -105,7 +105,7 @@ def test_a_full_prefix_without_a_mask(tokenizer):
     vision_tokens = model.encode_media(batch["pixel_values"])
     embeds = model.embed(batch["input_ids"], vision_tokens)
     torch.testing.assert_close(model(inputs_embeds=embeds, prefix_lengths=torch.tensor([6])).logits, expected)
-    with pytest.raises(ValueError, match="pass prefix_lengths beside inputs_embeds"):
+    with pytest.raises(ValueError, match="pass prefix_lengths with inputs_embeds"):
         model(inputs_embeds=embeds)
     moved = {**batch, "input_ids": batch["input_ids"].roll(1, 1)}
     with pytest.raises(ValueError, match="image tokens of a row must be its first tokens"):

@@ -12,7 +12,7 @@ from tests.numbers import assert_within_budget
 
 @pytest.mark.parametrize("search", ["greedy", "beams"])
 def test_answers_depend_on_nobody_else(model, processor, asked, search):
-    """Alone, in any order, in batches of any size, with or without others about the same picture: the same tokens."""
+    """Alone, in any order, in batches of any size, with or without others about the same image: the same tokens."""
     options = {**SEARCHES[search], **NEW}
     alone = [generate_answers(model, processor, [each], **options)[0] for each in asked]
     assert len({tuple(each.token_ids) for each in alone}) > 2, "the model must not say the same to everything"
@@ -43,13 +43,13 @@ def test_scores_depend_on_nobody_else(model, processor):
         assert_within_budget(ours.float(), exact, near.float())
 
 
-def test_several_questions_read_their_picture_once(model, processor, asked, reads):
+def test_several_questions_read_their_image_once(model, processor, asked, reads):
     encoded = []
     model.vision_tower.register_forward_pre_hook(lambda *args, **kwargs: encoded.append(1))
     resampled = []
     model.resampler.register_forward_hook(lambda module, args, out: resampled.append(len(out)))
     generate_answers(model, processor, asked, num_beams=2, max_new_tokens=2)
-    assert resampled == [2 * processor.num_latents], "one picture, one video"
+    assert resampled == [2 * processor.num_latents], "one image, one video"
     texts = [each.token_ids for each in asked]
     same = next(i for i, tokens in enumerate(zip(*(texts[i] for i in (0, 2, 4)), strict=False)) if len(set(tokens)) > 1)
     assert same > 1, "BOS and more"
@@ -57,7 +57,7 @@ def test_several_questions_read_their_picture_once(model, processor, asked, read
     assert reads[1] == (10, 1)
 
 
-def test_pictures_are_the_same_object_or_path(processor, tmp_path):
+def test_media_are_the_same_object_or_path(processor, tmp_path):
     array, path = make_image(0), tmp_path / "clip.mp4"
     about = [
         *({"images": [each]} for each in (array, array, array.copy(), b"1", b"1", b"2")),
@@ -69,7 +69,7 @@ def test_pictures_are_the_same_object_or_path(processor, tmp_path):
         {"images": [array, array]},
     ]
     samples = [processor.encode(conversation("What?", **media)) for media in about]
-    assert answers_module._by_pictures(samples) == [[0, 1], [2], [3, 4], [5], [6], [7, 8], [9], [10], [11]]
+    assert answers_module._by_media(samples) == [[0, 1], [2], [3, 4], [5], [6], [7, 8], [9], [10], [11]]
 
 
 def test_several_answers_to_each(model, processor, asked):
@@ -159,7 +159,7 @@ def test_description_first(model, processor, monkeypatch):
     found = describe_first(model, processor, conversations, top_k=1)
     assert [processor.answer_of(torch.tensor(each.token_ids)) for each in described] == [
         "User: describe the image in detail.\nBot:"
-    ] * 2, "each picture once"
+    ] * 2, "each image once"
     image, question = conversations[0][0]["content"]
     rounds = [
         {"role": "user", "content": [image, {"type": "text", "text": "Describe the image in detail."}]},

@@ -153,7 +153,7 @@ def test_crop_forgets_the_newest(model, static):
     rows.cache.reorder_cache(torch.tensor([4, 3, 2, 1, 0]))  # all that is left moves
     rows.select([4, 3, 2, 1, 0])
     rows.step()
-    with pytest.raises(ValueError, match="cannot forget 5 tokens of every row: one has 4"):
+    with pytest.raises(ValueError, match="cannot remove 5 tokens of each row: one row has only 4"):
         rows.cache.crop(-5)
     rows.cache.crop(-4)
     rows.texts = [text[:-4] for text in rows.texts]
@@ -190,9 +190,9 @@ def test_errors_say_what_is_wrong(model):
         SharedRootCache(prompt, [(3, [0]), (0, [0])], num_layers=3)
     cache = SharedRootCache(prompt, [(1, [1, 1])], num_layers=3)
     for shape in ((3, 1), (2, 2)):
-        with pytest.raises(ValueError, match=r"cannot stand for the cache's unread prompt of 2 rows of 1"):
+        with pytest.raises(ValueError, match=r"the cache's unread prompt needs a multiple of 2 rows of 1"):
             model(torch.zeros(shape, dtype=torch.int64), past_key_values=cache)
-    with pytest.raises(ValueError, match="belongs to one prompt"):
+    with pytest.raises(ValueError, match="is for one prompt"):
         cache.reset()
 
 

@@ -193,9 +193,9 @@ def test_a_file_comes_before_base64_of_its_name(tmp_path, monkeypatch):
     [
         ("picture2", r"picture2 \(no such file, so read as base64\): not an image"),
         ("", "cannot be decoded"),
-        ("data:image/svg+xml,<svg/>", "a data URL of an image must hold base64"),
-        ("data:image/png;base64,????", "must hold base64"),
-        ("data:image/png;base64", "must hold base64"),
+        ("data:image/svg+xml,<svg/>", "a data URL of an image must hold valid base64"),
+        ("data:image/png;base64,????", "must hold valid base64"),
+        ("data:image/png;base64", "must hold valid base64"),
         ("iVBORw0KGgo" * 40 + "?", r"^iVBORw0KGgoiVBORw0KGgoiVBORw0KGgoiVBORw0\.\.\. \(441 characters\): "),
     ],
 )

@@ -119,11 +119,11 @@ def without_frames(path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path: b"", "no video of a known format, empty"),
-        (lambda path: b"<html>not found</html>" * 500, "no video of a known format"),
-        (lambda path: b"YUV4MPEG2 W16 H16 F25:1\n" + (b"FRAME\n" + bytes(384)) * 3, "no video of a known format"),
-        (lambda path: sound(path.with_suffix(".mkv")), "there is no video in it"),
-        (lambda path: sound(path.with_suffix(".mp4"), frame(3)), "there is no video in it"),
+        (lambda path: b"", "not a video of a known format, or empty"),
+        (lambda path: b"<html>not found</html>" * 500, "not a video of a known format"),
+        (lambda path: b"YUV4MPEG2 W16 H16 F25:1\n" + (b"FRAME\n" + bytes(384)) * 3, "not a video of a known format"),
+        (lambda path: sound(path.with_suffix(".mkv")), "the file has no video"),
+        (lambda path: sound(path.with_suffix(".mp4"), frame(3)), "the file has no video"),
         (lambda path: without_frames(path.with_suffix(".avi")), "no frames"),
     ],
     ids=["empty", "junk", "a format not on the list", "sound", "sound with a cover", "no frames"],
@@ -167,7 +167,7 @@ def test_frames_too_large_are_refused(clip, tmp_path):
     ("side", "message"),
     [
         (64, "64 x 64 pixels are more than the limit of 1024"),
-        (512, r"cannot be decoded: .*, as where a frame has more pixels than the limit of 1024"),  # by the decoder
+        (512, r"cannot be decoded: .*; a frame may have more pixels than the limit of 1024"),  # by the decoder
     ],
 )
 def test_frames_that_grow_too_large_are_refused(tmp_path, side, message):

@@ -151,7 +151,7 @@ def test_fewer_frames_than_asked_for(tmp_path):
 
 def test_bytes_and_paths(clip):
     assert load_video(str(clip), 3) == load_video(clip, 3) == load_video(clip.read_bytes(), 3)
-    with pytest.raises(TypeError, match="a video is a path or bytes, got list"):
+    with pytest.raises(TypeError, match="a video must be a path or bytes, got list"):
         load_video([clip], 3)
     for name, answer in {"a.MP4": True, clip: True, "a.png": False, "mp4": False, b"a.mp4": False}.items():
         assert is_video_file(name) == answer

@@ -302,7 +302,7 @@ def test_ask(data, trained, capsys):
         (["ask", "{model}", "{folder}/pictures/0000.png", " "], "empty text"),
         (["ask", "{folder}/none", "{folder}/pictures/0000.png", "What?"], "no such model folder"),
         (["ask", "{model}", *["{folder}/pictures/0000.png"] * 6, "What?"], "6 frames, expected 1 to 5"),
-        (["ask", "{model}", "{folder}/pictures/0000.png", "\udcff"], "no valid Unicode"),
+        (["ask", "{model}", "{folder}/pictures/0000.png", "\udcff"], "not valid Unicode"),
         (["ask", "{model}", "-q", "What?"], "say at least one picture and one question"),
         (["ask", "{model}", "-p", "{folder}/pictures/0000.png", "What?"], "beside -p the question with -q"),
         (["ask", "{model}", "a.png", "b.mp4", "What?"], "b.mp4 is a video, an item of its own"),
@@ -315,7 +315,7 @@ def test_ask(data, trained, capsys):
         (["train", "tiny", "data={folder}/none.jsonl", "output={folder}/out"], "none.jsonl"),
         (["train", "tinny"], "no such recipe file, nor a shipped recipe; did you mean tiny?"),
         (["train", "tiny", "data={folder}/few.jsonl", "step=3"], "there is no key 'step'; did you mean"),
-        (["evaluate", "{folder}", "{folder}/few.jsonl"], "not a whole model folder"),
+        (["evaluate", "{folder}", "{folder}/few.jsonl"], "not a complete model folder"),
     ],
 )
 def test_the_command_says_what_is_wrong(data, trained, capsys, arguments, message):

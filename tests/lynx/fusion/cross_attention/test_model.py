@@ -96,5 +96,5 @@ def test_saved_and_loaded(model, processor, samples, tmp_path):
         assert torch.equal(loaded(**each).loss, model(**processor.pack(samples)).loss)
     processor.sees_media = "all"
     checkpoint.save(tmp_path / "other", model, processor)
-    with pytest.raises(ValueError, match="the processor has sees_media=all, but the model wants preceding"):
+    with pytest.raises(ValueError, match="the processor has sees_media=all, but the model needs preceding"):
         checkpoint.load(tmp_path / "other")

@@ -47,7 +47,7 @@ def test_bad_batches_say_what_is_wrong(tokenizer, model, processor, samples, que
         model.generate(**questions, max_new_tokens=2, cache_implementation="static")
     with pytest.raises(ValueError, match="no media reached LlamaDecoderLayerWithCrossAttention"):
         model.language_model(torch.tensor([[1, 2]]))
-    with pytest.raises(ValueError, match="past_key_values holds the media of its text"):
+    with pytest.raises(ValueError, match="past_key_values already holds the media of its text"):
         model(**questions, past_key_values=model(**questions).past_key_values)
     prefix = make_model(make_config(tokenizer))
     with pytest.raises(ValueError, match="cross_layout is for fusion='cross_attention', this model has 'prefix'"):
@@ -59,7 +59,7 @@ def test_bad_batches_say_what_is_wrong(tokenizer, model, processor, samples, que
     [
         ({"cross_attention_frequency": 4}, "cross_attention_frequency is 4, but text_config has 3 layers"),
         ({"cross_attention_heads": 0}, "cross_attention_heads is 0"),
-        ({"bridge": "mlp"}, "through bridge='resampler', not 'mlp'"),
+        ({"bridge": "mlp"}, "needs bridge='resampler', not 'mlp'"),
         ({"prefix_is_causal": False}, "there is no prefix"),
         ({"sees_media": "later"}, "sees_media='later' is not known; there is 'preceding', 'all'"),
     ],
