@@ -85,7 +85,7 @@ def _packed(rows: Rows, prefix_is_causal: bool, implementation: str) -> Rows:
     if rows.attention_mask is not None:
         raise ValueError("pass attention_mask (padded) or layout (packed), not both")
     if rows.past_key_values is not None:
-        raise ValueError("a packed row cannot go on from past_key_values; generate takes padded batches")
+        raise ValueError("a packed row cannot continue past_key_values; pass a padded batch")
     if shape != (1, layout.num_tokens):
         raise ValueError(f"a packed batch is (1, {layout.num_tokens}) as its layout says, got {tuple(shape)}")
     if layout.max_root_length > 0 and layout.root_is_causal != prefix_is_causal:

@@ -24,7 +24,7 @@ from tests.lynx_kernels.helpers import count_compilations, permuted
 BF16 = torch.bfloat16
 MODULES = {"causal roots": prefix, "full roots": prefix, "spans": cross, "decode 1": decode, "decode 3": decode}
 # Roots and branches that are shared, absent, empty, and as long as several tiles, whole ones and not. Spans of latents
-# and of texts, shared, overlapping, empty; the last keys are seen by none. Beams of two pictures, one without a beam.
+# and of texts, shared, overlapping, empty; the last keys are seen by none. Beams of two images, one without a beam.
 GROUPS = [(576, [37, 0, 120]), (0, [300]), (257, [19, 1]), (5, []), (0, [1, 64]), (64, [64])]
 SPANS = [32, 32, 3, 0, 150, 1, 33], [(0, 576), (576, 1152), (0, 576), (3, 9), (500, 1300), (7, 7), (1151, 1152)], 1365
 BEAMS = [0, 2, 0, 0, 2, 0], [576, 33, 0], [3, 70, 64, 128, 5, 17]

@@ -26,7 +26,7 @@ BF16 = torch.bfloat16
 ON_GPU = bench.DEVICE == "cuda"
 PAPER = {"width": 4096, "bottleneck": 2048} if ON_GPU else {"width": 96, "bottleneck": 48}
 DECODERS = decode.OPERATION
-# Beams of two pictures, one without a beam; the same sizes with other lengths.
+# Beams of two images, one without a beam; the same sizes with other lengths.
 BEAMS = [0, 2, 0, 0, 2, 0], [576, 33, 0], [3, 70, 64, 128, 5, 17]
 OTHER_BEAMS = [2, 1, 1, 0, 0, 2], [576, 0, 500], [128, 3, 70, 64, 5, 9]
 HEADS = {"heads": 32, "kv_heads": 32, "dim": 128} if ON_GPU else {"heads": 4, "kv_heads": 4, "dim": 16}

@@ -38,10 +38,10 @@ def write_clip(
         for name, value in (context or {}).items():
             setattr(stream.codec_context, name, value)
         for number, pixels_of in enumerate(frames):
-            picture = av.VideoFrame.from_ndarray(pixels_of, format=source)
-            picture.pts = number if times is None else times[number]
-            picture.time_base = Fraction(1, rate)
-            container.mux(stream.encode(picture))
+            video_frame = av.VideoFrame.from_ndarray(pixels_of, format=source)
+            video_frame.pts = number if times is None else times[number]
+            video_frame.time_base = Fraction(1, rate)
+            container.mux(stream.encode(video_frame))
         container.mux(stream.encode())
     return path
 

@@ -89,7 +89,7 @@ def conversation(question, answer=None, images=(), videos=()):
 
 @pytest.fixture
 def samples(processor):
-    """Rows with a picture, with none, with a video, with two items, and a dialog of two rounds."""
+    """Rows with an image, with none, with a video, with two items, and a dialog of two rounds."""
     conversations = [
         conversation("Which digit is this?", "seven", images=[make_image(0)]),
         conversation("Hello", "yes, hello"),
@@ -114,7 +114,7 @@ QUESTIONS = ["Which digit is this?", "Odd or even?", "Which digit is that?"]
 
 @pytest.fixture
 def asked(processor):
-    """Three questions about one picture, one about a video and one about nothing, mixed."""
+    """Three questions about one image, one about a video and one about nothing, mixed."""
     one, clip = make_image(0), [make_image(1), make_image(2)]
     first, second, third = (processor.encode(conversation(text, images=[one])) for text in QUESTIONS)
     video = processor.encode(conversation("Which digits?", videos=[clip]))

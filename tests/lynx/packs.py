@@ -35,10 +35,10 @@ class Records(Dataset):
         draw = np.random.default_rng(5)
         self.samples = []
         for index in range(number):
-            picture = draw.integers(0, 256, (9, 11, 3), dtype=np.uint8)
+            image = draw.integers(0, 256, (9, 11, 3), dtype=np.uint8)
             question = "Which digit is this? " * int(draw.integers(1, 3))
             answer = " ".join("seven" for _ in range(int(draw.integers(1, 6))))
-            images = [] if with_text_only and index % 4 == 3 else [picture]
+            images = [] if with_text_only and index % 4 == 3 else [image]
             self.samples.append(processor.encode(conversation(question, answer, images=images)))
 
     def __len__(self) -> int:

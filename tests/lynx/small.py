@@ -1,4 +1,4 @@
-"""Records to train on: pictures of one colour, which a model learns to name."""
+"""Records to train on: images of one colour, which a model learns to name."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 50, 220)}
 
 
 def write_records(folder: Path, number: int, name: str = "train") -> Path:
-    """A JSONL file about pictures of random sizes, one in four records without one, one in four a video."""
+    """A JSONL file about images of random sizes, one in four records without one, one in four a video."""
     draw = np.random.default_rng(number)
     lines = []
     for index in range(number):

@@ -39,7 +39,7 @@ def tokens_of(processor, text):
 
 
 def test_answers_stream_in_the_order_of_the_samples(model, processor, asked, capsys):
-    """Whatever order they are generated in: here pictures that are the same stand apart."""
+    """Whatever order they are generated in: here equal images stand apart."""
     answers = generate_answers(model, processor, asked, streamer=AnswerStreamer(processor), **NEW)
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     assert lines == [line.strip() for each in answers for line in each.text.splitlines() or [""]]
@@ -103,7 +103,7 @@ def test_what_is_cut_off_is_printed_at_the_end(processor, capsys):
 
 @pytest.fixture
 def ask(model, processor, tmp_path, monkeypatch, capsys):
-    """Runs the command on files of random pictures; returns its status, output and errors."""
+    """Runs the command on files of random images; returns its status, output and errors."""
     monkeypatch.setattr(cli, "_load", lambda folder: (model, processor))
     monkeypatch.chdir(tmp_path)
     for number in range(3):
@@ -117,8 +117,8 @@ def ask(model, processor, tmp_path, monkeypatch, capsys):
 
 
 def about(processor, item, question):
-    pictures = [Image.open(each).convert("RGB") for each in item.split()]
-    media = {"images": pictures} if len(pictures) == 1 else {"videos": [pictures]}
+    images = [Image.open(each).convert("RGB") for each in item.split()]
+    media = {"images": images} if len(images) == 1 else {"videos": [images]}
     return processor.encode(conversation(question, **media))
 
 

@@ -32,8 +32,8 @@ def test_packed_and_padded_give_the_same_logits(tokenizer, vision):
     check_packed_is_padded(model, processor, samples)
 
 
-def test_questions_about_one_picture_can_share_it(model, processor):
-    """Two branches on one root give what two rows with the picture in each give."""
+def test_questions_about_one_image_can_share_it(model, processor):
+    """Two branches on one root give what two rows with the image in each give."""
     samples = [
         processor.encode(conversation(question, answer, images=[make_image(0)]))
         for question, answer in (("Which digit is this?", "seven"), ("Odd?", "yes"))
@@ -60,7 +60,7 @@ def test_positions_count_the_tokens(model, processor, samples):
     assert torch.equal(seen[1][padded["attention_mask"].bool()], seen[0][0])
 
 
-def test_text_only_batch_needs_no_pictures(model, processor):
+def test_text_only_batch_needs_no_images(model, processor):
     batch = processor.pack([processor.encode(conversation("Hello", "yes"))])
     assert "pixel_values" not in batch
     assert model(**batch).loss.isfinite()
@@ -191,7 +191,7 @@ def test_beams_find_what_an_exhaustive_search_finds(model, processor):
     assert tokens.tolist() == list(divmod(int(total.argmax()), vocabulary))
 
 
-def test_pictures_are_encoded_once_however_many_beams(model, processor):
+def test_images_are_encoded_once_however_many_beams(model, processor):
     calls = []
     model.resampler.register_forward_hook(lambda *args: calls.append(1))
     model.generate(**processor(text="What?", images=make_image(0)), max_new_tokens=4, num_beams=3)
@@ -223,11 +223,11 @@ def test_answers_do_not_depend_on_the_batch(model, processor):
 
 def test_bad_batches_say_what_is_wrong(model, processor, samples):
     packed, padded = inputs(processor.pack(samples)), inputs(processor.pad(samples))
-    without_pictures = {name: padded[name] for name in ("input_ids", "attention_mask")}
-    one_picture = processor.pack(samples[:1])
+    without_images = {name: padded[name] for name in ("input_ids", "attention_mask")}
+    one_image = processor.pack(samples[:1])
     cases = [
-        (without_pictures, "one image token for each of the 0 vision tokens, but it holds 15"),
-        ({**packed, "pixel_values": one_picture["pixel_values"]}, r"media_layout describes \d+ vision tokens"),
+        (without_images, "one image token for each of the 0 vision tokens, but it holds 15"),
+        ({**packed, "pixel_values": one_image["pixel_values"]}, r"media_layout describes \d+ vision tokens"),
         ({**packed, "frame_positions": torch.zeros(2).long()}, "frame_positions has shape"),
         ({**packed, "pixel_values": packed["pixel_values"][:, :5]}, "pixel_values must be"),
         ({**packed, "attention_mask": padded["attention_mask"]}, "attention_mask .* or layout"),
@@ -244,7 +244,7 @@ def test_bad_batches_say_what_is_wrong(model, processor, samples):
 
 
 def test_logits_of_a_large_vocabulary(model, monkeypatch):
-    """Without gradients, in fp32 on a CPU, they are oneDNN's; whoever changed what the head does is heard."""
+    """Without gradients, in fp32 on a CPU, they are oneDNN's; a head that was changed is called as it is."""
     monkeypatch.setattr(onednn, "SMALL_WEIGHT", 0)
     called = []
     product = onednn.linear
@@ -269,7 +269,7 @@ def test_logits_of_a_large_vocabulary(model, monkeypatch):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_vocabulary_can_grow(config, tokenizer, tied, tmp_path):
-    """New tokens come behind the old ones, whose logits stay; the picture's placeholder moves out of their way."""
+    """New tokens come behind the old ones, whose logits stay; the placeholder of the image moves out of their way."""
     config.text_config.tie_word_embeddings = config.tie_word_embeddings = tied
     model = make_model(config)
     batch = inputs(LynxProcessor.for_model(config, tokenizer)(text="What?", images=make_image(0)))

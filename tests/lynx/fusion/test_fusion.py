@@ -1,4 +1,4 @@
-"""What both fusions share: modules inside the layers of somebody else's decoder."""
+"""What both fusions share: modules inside the layers of a decoder of transformers."""
 
 import copy
 import pickle

@@ -21,13 +21,13 @@ def build(tokenizer, **options):
     return make_model(config), LynxProcessor.for_model(config, tokenizer)
 
 
-def two_pictures(processor, second=1):
+def two_images(processor, second=1):
     return processor.encode(conversation("Same?", "no", images=[make_image(0), make_image(second)]))
 
 
 def some_samples(processor):
     return [
-        two_pictures(processor),
+        two_images(processor),
         processor.encode(conversation("Hello", "yes")),
         processor.encode(conversation("Which digits?", "1 2", videos=[[make_image(2), make_image(3)]])),
     ]
@@ -50,14 +50,14 @@ def test_packed_and_padded_give_the_same(tokenizer, bridge, is_causal):
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
-def test_what_two_pictures_of_a_row_see(tokenizer, is_causal):
-    """The second picture reaches the first one's tokens where the prefix is full, its own and the text always."""
+def test_what_two_images_of_a_row_see(tokenizer, is_causal):
+    """The second image reaches the first one's tokens where the prefix is full, its own and the text always."""
     model, processor = build(tokenizer, prefix_is_causal=is_causal)
     logits = []
     for second in (1, 9):
-        batch = processor.pack([two_pictures(processor, second), some_samples(processor)[2]])
+        batch = processor.pack([two_images(processor, second), some_samples(processor)[2]])
         logits.append(model(**inputs(batch)).logits[0])
-    length = len(two_pictures(processor).token_ids) + 6
+    length = len(two_images(processor).token_ids) + 6
     changed = (logits[0] != logits[1]).any(1)
     assert changed[:3].all() == changed[:3].any() == (not is_causal)
     assert changed[3:length].all()
@@ -98,7 +98,7 @@ def test_generation_with_a_full_prefix(tokenizer, bridge, options):
 
 def test_a_full_prefix_without_a_mask(tokenizer):
     model, processor = build(tokenizer, prefix_is_causal=False)
-    batch = inputs(processor.pad([two_pictures(processor)]))
+    batch = inputs(processor.pad([two_images(processor)]))
     expected = model(**batch).logits
     del batch["attention_mask"]
     torch.testing.assert_close(model(**batch).logits, expected)
@@ -119,16 +119,16 @@ def test_another_attention_refuses_full_prefixes(tokenizer):
     config.text_config._attn_implementation = "sdpa"
     processor = LynxProcessor.for_model(config, tokenizer)
     with pytest.raises(ValueError, match=r"prefix_is_causal=False needs attn_implementation='lynx'.*'sdpa'"):
-        make_model(config)(**inputs(processor.pad([two_pictures(processor)])))
+        make_model(config)(**inputs(processor.pad([two_images(processor)])))
 
 
 @pytest.mark.parametrize("bridge", BRIDGES)
-def test_a_picture_of_which_no_token_is_made(tokenizer, bridge):
+def test_an_image_of_which_no_token_is_made(tokenizer, bridge):
     """A batch of text that runs the vision graph for its gradients' sake: a layout of no queries."""
     model, processor = build(tokenizer, bridge=bridge)
     batch = processor.pack([processor.encode(conversation("Hello", "yes"))])
     unseen = {
-        "pixel_values": processor.pack([two_pictures(processor)])["pixel_values"],
+        "pixel_values": processor.pack([two_images(processor)])["pixel_values"],
         "media_layout": SpanLayout.from_spans([0], [(0, 10)], 10),
     }
     loss = model(**batch, **unseen).loss
@@ -141,7 +141,7 @@ def test_a_layout_of_another_kind_is_refused(tokenizer):
     model, _ = build(tokenizer, prefix_is_causal=False)
     _, causal = build(tokenizer)
     with pytest.raises(ValueError, match="layout has root_is_causal=True, the model prefix_is_causal=False"):
-        model(**causal.pack([two_pictures(causal)]))
+        model(**causal.pack([two_images(causal)]))
 
 
 def test_a_video_file_has_as_many_tokens_as_its_frames(tokenizer, tmp_path):

@@ -1,4 +1,4 @@
-"""Answers to questions about pictures: the same whatever shares a root or stands beside them in the batch."""
+"""Answers to questions about images: the same whatever else shares a root or the batch."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tests.numbers import assert_within_budget
 
 
 @pytest.mark.parametrize("search", ["greedy", "beams"])
-def test_answers_depend_on_nobody_else(model, processor, asked, search):
+def test_answers_depend_on_nothing_else(model, processor, asked, search):
     """Alone, in any order, in batches of any size, with or without others about the same image: the same tokens."""
     options = {**SEARCHES[search], **NEW}
     alone = [generate_answers(model, processor, [each], **options)[0] for each in asked]
@@ -25,7 +25,7 @@ def test_answers_depend_on_nobody_else(model, processor, asked, search):
         assert [processor.answer_of(row) for row in rows] == [each.text for each in alone]
 
 
-def test_scores_depend_on_nobody_else(model, processor):
+def test_scores_depend_on_nothing_else(model, processor):
     """Log-probabilities of a row in a batch and alone: both within the budget of plain PyTorch's."""
     texts, images = [*QUESTIONS, "Hello"], [make_image(0), make_image(1), make_image(2), None]
     together, single = processor(text=texts, images=images), processor(text=texts[0], images=images[0])

@@ -61,7 +61,7 @@ class Rows:
             (self.cache.branch_values, self.cache.branch_lengths),
         ):
             for row, used in enumerate(lengths.tolist()):
-                roots[:, row, used:] = torch.nan  # nobody may look behind the lengths
+                roots[:, row, used:] = torch.nan  # nothing may read beyond the lengths
         torch.testing.assert_close(found, self.expected(1))
 
     @torch.no_grad()

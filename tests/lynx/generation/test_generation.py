@@ -79,7 +79,7 @@ class OnGpu:
 
 
 def test_full_prefixes(tokenizer, processor):
-    """A picture whose vision tokens all see each other, against forward passes over packed rows."""
+    """An image whose vision tokens all see each other, against forward passes over packed rows."""
     model = make_model(make_config(tokenizer, prefix_is_causal=False))
     sample = processor.encode(conversation("Which digit is this?", images=[make_image(0)]))
     [said] = generate_answers(model, processor, [sample], max_new_tokens=5)

@@ -172,25 +172,25 @@ def test_kinds_of_results():
 
 def test_of_image_libraries_pillow_is_enough():
     """Neither torchvision nor OpenCV nor the compiled module: the same numbers."""
-    picture = noise(40, 60)
-    expected = LynxImageProcessor(size=28)(picture).pixel_values.numpy()
+    array = noise(40, 60)
+    expected = LynxImageProcessor(size=28)(array).pixel_values.numpy()
     code = """
 import sys
 for name in ("torchvision", "cv2", "skimage", "av", "lynx_kernels._host"):
     sys.modules[name] = None
 import numpy as np
 from lynx.media.image_processor import LynxImageProcessor
-picture = np.frombuffer(sys.stdin.buffer.read(), np.uint8).reshape(40, 60, 3)
-sys.stdout.buffer.write(LynxImageProcessor(size=28)(picture, return_tensors="np").pixel_values.tobytes())
+array = np.frombuffer(sys.stdin.buffer.read(), np.uint8).reshape(40, 60, 3)
+sys.stdout.buffer.write(LynxImageProcessor(size=28)(array, return_tensors="np").pixel_values.tobytes())
 """
-    result = subprocess.run([sys.executable, "-c", code], input=picture.tobytes(), capture_output=True)
+    result = subprocess.run([sys.executable, "-c", code], input=array.tobytes(), capture_output=True)
     assert result.returncode == 0, result.stderr.decode()
     assert result.stdout == expected.tobytes()
 
 
 def test_processor_equals_pack_frames(tmp_path):
     arrays = [noise(40, 60), noise(70, 33)]
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     Image.fromarray(arrays[0]).save(path)
     processor = LynxImageProcessor(size=28)
     expected = pack_frames(arrays, size=28, patch_size=14, mean=processor.image_mean, std=processor.image_std)

@@ -29,7 +29,7 @@ def encode(image: Image.Image, image_format: str = "PNG", **options) -> bytes:
 
 def test_every_kind_of_source(tmp_path):
     array = noise(12, 17)
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     path.write_bytes(encode(Image.fromarray(array)))
     for source in (path, str(path), path.read_bytes(), Image.fromarray(array), Image.open(path), array):
         image = load_image(source)
@@ -126,8 +126,8 @@ def test_a_small_file_of_16_bit_grey_takes_no_more_memory_than_its_image_needs()
         (np.zeros((4, 4, 3)), "uint8"),
         (b"", "image of 0 bytes"),
         (b"<html>not found</html>", "not an image"),
-        ("https://example.org/picture.png", "never fetched"),
-        ("no/such/picture.png", "no/such/picture.png: no such file"),
+        ("https://example.org/image.png", "never fetched"),
+        ("no/such/image.png", "no/such/image.png: no such file"),
     ],
 )
 def test_useless_images_are_refused(image, message):

@@ -21,8 +21,8 @@ def clip(tmp_path):
 
 
 def textured(count):
-    picture = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
-    return [np.roll(picture, 3 * i, 1) for i in range(count)]
+    array = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+    return [np.roll(array, 3 * i, 1) for i in range(count)]
 
 
 def damaged(path, place):
@@ -100,10 +100,10 @@ def sound(path, cover=None):
         samples = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
         samples.sample_rate = 8000
         if cover is not None:
-            picture = container.add_stream("png", rate=1)
-            picture.height, picture.width, picture.pix_fmt = *cover.shape[:2], "rgb24"
-            picture.disposition = av.stream.Disposition.attached_pic
-            container.mux(picture.encode(av.VideoFrame.from_ndarray(cover, format="rgb24")))
+            cover_stream = container.add_stream("png", rate=1)
+            cover_stream.height, cover_stream.width, cover_stream.pix_fmt = *cover.shape[:2], "rgb24"
+            cover_stream.disposition = av.stream.Disposition.attached_pic
+            container.mux(cover_stream.encode(av.VideoFrame.from_ndarray(cover, format="rgb24")))
         container.mux([*stream.encode(samples), *stream.encode()])
     return path.read_bytes()
 

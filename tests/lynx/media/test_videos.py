@@ -172,22 +172,22 @@ def test_bytes_and_paths(clip):
     ],
 )
 def test_rotation_is_carried_out(tmp_path, matrix, upright):
-    picture = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
-    path = write_clip(tmp_path / "clip.mov", [picture] * 3, "qtrle", pixels="rgb24")
+    array = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+    path = write_clip(tmp_path / "clip.mov", [array] * 3, "qtrle", pixels="rgb24")
     data = bytearray(path.read_bytes())
     start = data.index(b"tkhd") + 44
     a, b, c, d = (round(value * 65536) for value in matrix)
     data[start : start + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
     [image] = load_video(bytes(data), 1)
-    np.testing.assert_array_equal(np.asarray(image), upright(picture))
+    np.testing.assert_array_equal(np.asarray(image), upright(array))
 
 
 @pytest.mark.parametrize(("ratio", "size"), [((16, 11), (93, 48)), ((8, 9), (64, 54))])
 @pytest.mark.parametrize(("suffix", "codec"), [("mp4", "libx264"), ("mkv", "mpeg4")])
 def test_pixels_become_square(tmp_path, suffix, codec, ratio, size):
-    picture = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+    array = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
     context = {"sample_aspect_ratio": Fraction(*ratio)}
-    path = write_clip(tmp_path / f"clip.{suffix}", [picture] * 3, codec, context=context)
+    path = write_clip(tmp_path / f"clip.{suffix}", [array] * 3, codec, context=context)
     [image] = load_video(path, 1)
     assert image.size == size
     stored = Image.fromarray(every_frame(path)[1])
@@ -209,9 +209,9 @@ def test_colours_by_the_matrix_that_the_file_names(tmp_path, space, red, blue):
     luma = 0.299 * r + 0.587 * g + 0.114 * b
     r, b = luma + (1 - red) / 0.701 * (r - luma), luma + (1 - blue) / 0.886 * (b - luma)
     expected = r, (luma - red * r - blue * b) / (1 - red - blue), b
-    picture = np.full((48, 64, 3), (60, 170, 60), np.uint8)
+    array = np.full((48, 64, 3), (60, 170, 60), np.uint8)
     context = {"colorspace": space}
-    path = write_clip(tmp_path / "clip.mkv", [picture] * 3, "ffv1", pixels="yuv444p", context=context)
+    path = write_clip(tmp_path / "clip.mkv", [array] * 3, "ffv1", pixels="yuv444p", context=context)
     actual = np.asarray(load_video(path, 1)[0])[24, 32].astype(int)
     np.testing.assert_allclose(actual, expected, atol=2.5)
     assert space == 5 or abs(np.asarray(expected) - (60, 170, 60)).max() > 6
@@ -232,9 +232,9 @@ def test_high_dynamic_range(tmp_path, suffix):
 
 
 def test_transparency_lies_on_white(tmp_path):
-    picture = np.zeros((32, 48, 4), np.uint8)
-    picture[:16] = 255, 10, 20, 30  # alpha first
-    path = write_clip(tmp_path / "clip.mov", [picture] * 2, "qtrle", pixels="argb", source="argb")
+    array = np.zeros((32, 48, 4), np.uint8)
+    array[:16] = 255, 10, 20, 30  # alpha first
+    path = write_clip(tmp_path / "clip.mov", [array] * 2, "qtrle", pixels="argb", source="argb")
     actual = np.asarray(load_video(path, 1)[0])
     assert (actual[:16] == (10, 20, 30)).all()
     assert (actual[16:] == 255).all()

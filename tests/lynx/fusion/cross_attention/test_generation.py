@@ -43,7 +43,7 @@ def test_guessed_tokens_change_nothing(model, processor):
 
 
 def test_media_are_read_once(model, questions):
-    """Keys and values once a block, pictures once, however many beams and tokens."""
+    """Keys and values once a block, images once, however many beams and tokens."""
     calls = []
     model.resampler.register_forward_hook(lambda *args: calls.append("resampler"))
     for layer in model.get_decoder().layers:
@@ -95,6 +95,6 @@ def test_the_cache_notes_what_the_last_tokens_saw(config):
 
 
 def test_answers_do_not_depend_on_the_batch(model, processor):
-    samples = [processor.encode(each) for each in (interleaved(), conversation("A question without a picture?"))]
+    samples = [processor.encode(each) for each in (interleaved(), conversation("A question without an image?"))]
     together = answer(model, processor, samples, max_new_tokens=5)
     assert together == [answer(model, processor, [each], max_new_tokens=5)[0] for each in samples]

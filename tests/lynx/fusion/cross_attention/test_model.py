@@ -13,7 +13,7 @@ from tests.lynx.model_checks import check_packed_is_padded, inputs
 
 
 def test_a_new_model_is_its_language_model(tokenizer, config, processor, samples):
-    """Bit for bit, with pictures, packed, padded and generating; and training can open the gates."""
+    """Bit for bit, with images, packed, padded and generating; and training can open the gates."""
     torch.manual_seed(0)
     decoder = LlamaForCausalLM._from_config(config.text_config, attn_implementation="lynx").eval()
     alone = copy.deepcopy(decoder)
@@ -42,8 +42,8 @@ def test_packed_and_padded_give_the_same(model, processor, samples):
 
 
 @pytest.mark.parametrize(("sees", "second_item"), [("preceding", False), ("all", True)])
-def test_who_a_picture_reaches(tokenizer, sees, second_item):
-    """Change one picture of one sample: other samples and earlier tokens stay bit for bit."""
+def test_whom_an_image_reaches(tokenizer, sees, second_item):
+    """Change one image of one sample: other samples and earlier tokens stay bit for bit."""
     config = cross_config(tokenizer, sees_media=sees, resampler_concatenates_latents=second_item)
     model, processor = make_model(config), LynxProcessor.for_model(config, tokenizer)
     one, two = (processor.encode(interleaved(seed)) for seed in (0, 10))
