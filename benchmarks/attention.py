@@ -166,7 +166,7 @@ def setup(
     run = train if requires_grad else forward
     packed = inputs_of(workload, dtype, device, heads, dim, requires_grad=requires_grad)
     function = operation(workload, device)
-    refused = explain(function, *packed).refused
+    refused = explain(function, *packed).reasons
     impls = OPERATION[workload.operation].names
     peers: dict[str, Peer] = {}
     left_out: dict[str, str] = {}

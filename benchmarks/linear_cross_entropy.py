@@ -132,7 +132,7 @@ def setup(mode: str, rows: int, vocabulary: int, width: int, percent: int, dtype
             functions[name] = maker()
         else:
             left_out[name] = why
-    refused = explain(linear_cross_entropy, *inputs).refused
+    refused = explain(linear_cross_entropy, *inputs).reasons
     at_most = rows * percent // 100  # whoever builds a batch knows it
     for impl in OPERATION.names:
         if impl in refused:

@@ -131,7 +131,7 @@ def setup(
         "pad_sequence": padded, "cat": cat, "masked_scatter": masked_scatter, "where": where,
         "compile": compiler(where, dynamic=False),
     }  # fmt: skip
-    refused = explain(pack_embeddings, batch.token_ids, table, vision, batch.vision_index).refused
+    refused = explain(pack_embeddings, batch.token_ids, table, vision, batch.vision_index).reasons
     for impl in OPERATION.names:
         if impl not in refused:
             functions[OURS + impl] = partial(_ours, impl)

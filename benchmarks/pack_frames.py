@@ -76,7 +76,7 @@ def setup(asked: Workload, dtype: torch.dtype, device: str, threads: int, compil
         "size": asked.size, "patch_size": asked.patch_size, "mean": MEAN, "std": STD, "dtype": dtype,
         "crop_rounding": "floor",
     }  # fmt: skip
-    refused = explain(pack_frames, tensors, **options).refused
+    refused = explain(pack_frames, tensors, **options).reasons
     found = peers(asked, dtype, device, compiler)
     out = pack_frames(tensors, **options)
     for name in _ours(device):

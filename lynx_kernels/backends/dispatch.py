@@ -1,23 +1,48 @@
 """Which implementation of an operation runs, and why not the others.
 
-Every operation lists its implementations, best first, and each says for a given call whether it can run. ``impl=None``
-takes the first that can; naming one that cannot is an error carrying its reason. Nothing falls back in silence:
-``which`` tells the choice, and the reasons against the rest, for the very arguments of a call.
+Every operation lists its implementations, best first. Each names the architectures it is written for, and says for a
+given call whether it can run. ``impl=None`` takes the first that can; naming one that cannot is an error that carries
+its reason. Nothing falls back in silence: ``explain`` tells the choice and the reasons against the rest.
 """
 
+import inspect
 from collections.abc import Callable
-from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
 PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# What GPU kernels are written and compiled for.
+NVIDIA = ("sm_80", "sm_90", "sm_100")
+GPUS = (*NVIDIA, "gfx942")
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def _no_gradient(*args: Any) -> None:
+def architecture(device: torch.device) -> str:
+    """What code for ``device`` is made for: "cpu", one of ``GPUS``, or the name of another device or GPU.
+
+    NVIDIA's GPUs from sm_80 on run the code of the newest architecture that they are compatible with: 8.6 and 8.9 that
+    of sm_80, and 12.0, which has neither sm_90's nor sm_100's own instructions, too.
+    """
+    if device.type != "cuda":
+        return device.type
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"sm_{major}{minor}"
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+def _no_gradient(*args: Any) -> NoReturn:
     raise RuntimeError("this operation has no gradient")
+
+
+def _no_reason(call: Any) -> str | None:
+    return None
 
 
 @dataclass(frozen=True)
@@ -26,44 +51,67 @@ class Implementation:
 
     Attributes:
         name: what ``impl=`` calls it.
-        forward: computes the operation.
-        backward: computes its gradients; absent where the operation has none.
-        refusal: given the call's tensors, and options that matter, the reason why this implementation cannot run it,
-            or None if it can.
-        reluctance: likewise, the reason why one that can run should not unless it is named.
+        forward: computes the operation; takes the call, a named tuple of the operation.
+        backward: computes its gradients; takes the operation's backward call. Absent where there is no gradient.
+        architectures: those it is written for, as ``architecture`` names them; empty for any device.
+        unsupported_reason: why it cannot run the call, or None if it can.
+        not_preferred_reason: why it should run only when named, although it can, or None.
     """
 
     name: str
-    forward: Callable
-    backward: Callable[..., Any] = _no_gradient
-    unsupported_reason: Callable[..., str | None] = lambda *tensors: None
-    not_preferred_reason: Callable[..., str | None] = lambda *tensors: None
+    forward: Callable[[Any], Any]
+    backward: Callable[[Any], Any] = _no_gradient
+    architectures: tuple[str, ...] = ()
+    unsupported_reason: Callable[[Any], str | None] = _no_reason
+    not_preferred_reason: Callable[[Any], str | None] = _no_reason
+
+    def reason_against(self, call: Any, *, named: bool) -> str | None:
+        """Why it does not run the call, or None; asked for by name, only what makes it impossible counts."""
+        if self.architectures and (found := architecture(call.device)) not in self.architectures:
+            return f"it is written for {', '.join(self.architectures)}, and the tensors are on {found}"
+        reason = self.unsupported_reason(call)
+        return reason if reason is not None or named else self.not_preferred_reason(call)
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What would run: the implementation's ``name``, and ``refused``: the reason against each that cannot."""
+class Explanation:
+    """What a call would run.
 
-    name: str
-    refused: dict[str, str] = field(default_factory=dict)
+    Attributes:
+        name: the implementation's; None if none can run, or the one that was asked for cannot.
+        reasons: why each of the others does not run, by name.
+    """
+
+    name: str | None
+    reasons: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return "\n".join([self.name, *(f"  not {name}: {why}" for name, why in self.refused.items())])
-
-
-class _Answer(Exception):
-    def __init__(self, choice: Choice):
-        self.choice = choice
-
-
-_asking: ContextVar[bool] = ContextVar("asking", default=False)
+        return "\n".join([str(self.name), *(f"  not {name}: {reason}" for name, reason in self.reasons.items())])
 
 
 class Operation:
-    """The implementations of one operation, best first."""
+    """The implementations of one operation, best first.
 
-    def __init__(self, name: str, *implementations: Implementation):
+    Args:
+        name: the operation's.
+        call: a named tuple of the operator's arguments, in the order of its schema, with a property ``device``.
+        backward_call: likewise, of its backward operator.
+        implementations: best first.
+        check: raises for a call that is wrong, before any implementation is asked.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        call: type,
+        backward_call: type | None,
+        *implementations: Implementation,
+        check: Callable[[Any], Any] = _no_reason,
+    ):
         self.name = name
+        self.check = check
+        self.call: Any = call
+        self.backward_call: Any = backward_call
         self._implementations = {each.name: each for each in implementations}
 
     @property
@@ -71,63 +119,92 @@ class Operation:
         """What ``impl=`` can be, best first."""
         return list(self._implementations)
 
-    def forward(self, *args):
+    def forward(self, *args: Any) -> Any:
         """The registered forward kernel: run the implementation that the last argument names on the others."""
         *inputs, impl = args
-        return self._implementations[impl].forward(*inputs)
+        return self._implementations[impl].forward(self.call(*inputs))
 
-    def backward(self, *args):
+    def backward(self, *args: Any) -> Any:
         """The registered backward kernel, likewise."""
         *inputs, impl = args
-        return self._implementations[impl].backward(*inputs)
+        return self._implementations[impl].backward(self.backward_call(*inputs))
 
-    def choose(self, impl: str | None, *tensors: Any) -> str:
-        """The name of the implementation to run.
+    def choose(self, impl: str | None, call: Any) -> str:
+        """The name of the implementation that runs ``call``.
 
         Raises:
+            TypeError, ValueError: the call is wrong, as ``check`` says it.
             ValueError: ``impl`` names no implementation of this operation.
             RuntimeError: the implementation ``impl`` names cannot run this call, or none can.
         """
-        if impl is not None and impl not in self._implementations:
-            raise ValueError(f"{self.name}: impl={impl!r} is not an implementation; there are {self.names}")
-        asking = not torch.compiler.is_compiling() and _asking.get()  # Dynamo cannot trace a context variable
-        refused: dict[str, str] = {}
-        chosen = None
-        for name, implementation in self._implementations.items():
-            if impl is not None and name != impl and not asking:
-                continue
-            why = implementation.unsupported_reason(*tensors)
-            if why is None and name != impl:
-                why = implementation.not_preferred_reason(*tensors)
-            if why is not None:
-                refused[name] = why
-            elif chosen is None:
-                chosen = name
-                if not asking:
-                    return chosen
+        self.check(call)
         if impl is not None:
-            if impl in refused:
-                raise RuntimeError(f"{self.name}: impl={impl!r} cannot run this call: {refused[impl]}")
-            chosen = impl
-        if chosen is None:
-            raise RuntimeError(f"{self.name}: no implementation can run this call: {refused}")
-        raise _Answer(Choice(chosen, refused))
+            reason = self._named(impl).reason_against(call, named=True)
+            if reason is not None:
+                raise RuntimeError(f"{self.name}: impl={impl!r} cannot run this call: {reason}")
+            return impl
+        for name, implementation in self._implementations.items():
+            if implementation.reason_against(call, named=False) is None:
+                return name
+        raise RuntimeError(f"{self.name}: no implementation can run this call: {self.explain(None, call).reasons}")
+
+    def explain(self, impl: str | None, call: Any) -> Explanation:
+        """What ``choose`` would answer, and why not the others."""
+        self.check(call)
+        if impl is not None:
+            self._named(impl)
+        reasons, chosen = {}, None
+        for name, implementation in self._implementations.items():
+            reason = implementation.reason_against(call, named=name == impl)
+            if reason is not None:
+                reasons[name] = reason
+            elif chosen is None and impl in (None, name):
+                chosen = name
+        return Explanation(chosen, reasons)
+
+    def _named(self, impl: str) -> Implementation:
+        if impl not in self._implementations:
+            raise ValueError(f"{self.name}: impl={impl!r} is not an implementation; there are {self.names}")
+        return self._implementations[impl]
+
+    def explained_by(self, make_call: Callable[..., Any]) -> Callable[[_Function], _Function]:
+        """A decorator of the public function, which ``explain`` then knows.
+
+        Args:
+            make_call: makes the call of those of the function's arguments that it names, and raises what the function
+                would raise for them.
+        """
+
+        def register(function: _Function) -> _Function:
+            _EXPLAINED[function] = self, make_call
+            return function
+
+        return register
 
 
-def explain(operation: Callable, *args: Any, **kwargs: Any) -> Choice:
-    """What ``operation(*args, **kwargs)`` would run, and why not the others; nothing is computed.
+_EXPLAINED: dict[Callable, tuple[Operation, Callable[..., Any]]] = {}
 
-    >>> print(which(lynx_kernels.adapter, x, *weights))
-    reference
+
+def explain(operation: Callable, *args: Any, **kwargs: Any) -> Explanation:
+    """What ``operation(*args, **kwargs)`` would run, and why not the others. Nothing is computed.
+
+    >>> print(lynx_kernels.explain(lynx_kernels.adapter, x, *weights))
+    cpu
+      not cuda: it is written for sm_80, sm_90, sm_100, and the tensors are on cpu
+
+    Raises:
+        TypeError: ``operation`` is not an operation of lynx_kernels.
+        TypeError, ValueError: the arguments are none of the operation's, as the operation itself says it.
     """
-    token = _asking.set(True)
     try:
-        operation(*args, **kwargs)
-    except _Answer as answer:
-        return answer.choice
-    finally:
-        _asking.reset(token)
-    raise TypeError(f"which() needs an operation of lynx_kernels, got {operation!r}")
+        table, make_call = _EXPLAINED[operation]
+    except (KeyError, TypeError):  # TypeError: not hashable
+        raise TypeError(f"explain: expected an operation of lynx_kernels, got {operation!r}") from None
+    bound = inspect.signature(operation).bind(*args, **kwargs)
+    bound.apply_defaults()
+    wanted = inspect.signature(make_call).parameters
+    call = make_call(**{name: value for name, value in bound.arguments.items() if name in wanted})
+    return table.explain(bound.arguments["impl"], call)
 
 
 def gradient_unsupported_reason(kernels: str, *tensors: torch.Tensor | None) -> str | None:

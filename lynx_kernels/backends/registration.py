@@ -1,14 +1,16 @@
 """One way for every operation to become a ``torch.library`` operator.
 
-An operation is registered twice, forward and backward. Both carry the name of the chosen implementation in their
-schema, so that one fake kernel, one autograd formula and one autocast rule serve all implementations, and
-``torch.compile`` and export see an opaque operator whichever of them runs.
+An operation is registered twice, forward and backward. What each takes is a call, a named tuple whose fields are the
+arguments of its schema. The name of the chosen implementation comes after them. So one fake kernel, one autograd
+formula and one autocast rule serve all implementations, and ``torch.compile`` and export see an opaque operator
+whichever of them runs.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
+from torch import Tensor
 
 from lynx_kernels.backends.dispatch import PLAIN_TENSORS
 
@@ -16,38 +18,73 @@ _LIBRARY = torch.library.Library("lynx_kernels", "DEF")
 _AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
 
+# How a schema says what a field of a call is annotated as.
+_SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    list[Tensor]: "Tensor[]",
+    int: "SymInt",
+    int | None: "SymInt?",
+    list[int]: "SymInt[]",
+    float: "float",
+    list[float]: "float[]",
+    bool: "bool",
+    list[bool]: "bool[]",
+    str: "str",
+    torch.dtype: "ScalarType",
+}
+
+
+def schema_arguments(call: type, mutated: str | None = None) -> str:
+    """The fields of a named tuple as a schema's arguments, of which ``mutated`` is written to."""
+    arguments = []
+    for name, annotation in get_type_hints(call).items():
+        kind = _SCHEMA_TYPES[annotation]
+        arguments.append(f"{kind.replace('Tensor', 'Tensor(a!)') if name == mutated else kind} {name}")
+    return ", ".join(arguments)
+
+
 def define(
-    schema: str,
+    name: str,
+    call: type,
+    returns: str,
     kernel: Callable,
     *,
     fake: Callable,
     autograd: tuple[Callable, Callable] | None = None,
     autocast: Callable | None = None,
+    mutated: str | None = None,
 ) -> Callable:
-    """Register ``lynx_kernels::<schema>`` and return a function that runs it.
+    """Register ``lynx_kernels::<name>`` and return a function that runs it.
 
     The function calls the operator, or ``kernel`` itself where nothing would see the difference: the way through the
     dispatcher takes 25-50 us, a tenth of a small operation.
 
     Args:
-        schema: the operator's string schema, sizes as ``SymInt``.
-        kernel: runs the operator on any device.
-        fake: the same signature; gives outputs of the right shape, dtype and device without computing them.
-        autograd: ``(setup_context, backward)`` as ``torch.library.register_autograd`` takes them. Without it
+        name: the operator's.
+        call: a named tuple: its fields are the operator's arguments. The name of the implementation comes after them.
+        returns: what it returns, as a schema says it.
+        kernel: runs the operator on any device; takes the operator's arguments.
+        fake: of a call, gives outputs of the right shape, dtype and device without computing them.
+        autograd: ``(setup_context, backward)``. ``setup_context(ctx, call, impl, output)`` keeps what
+            ``backward(ctx, *gradients)`` needs, which gives a gradient or None for each field of the call. Without it
             differentiating the operator is an error: so are second derivatives, our backwards having no autograd.
-        autocast: ``autocast(dtype, *args) -> args`` gives the arguments the operator runs with in an autocast region
-            of that dtype. Without it they stay as they are, and nothing inside the operator is cast either.
+        autocast: ``autocast(dtype, call) -> call`` gives the call that runs in an autocast region of that dtype.
+            Without it the call stays as it is, and nothing inside the operator is cast either.
+        mutated: the field that the operator writes to, if it does.
     """
-    name = schema.partition("(")[0]
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    make: Any = call
+    _LIBRARY.define(
+        f"{name}({schema_arguments(call, mutated)}, str impl) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,)
+    )
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     operator = getattr(torch.ops.lynx_kernels, name).default
-    torch.library.register_fake(f"lynx_kernels::{name}", fake, lib=_LIBRARY)
-    if not operator._schema.is_mutable:
-        setup_context, backward = autograd or (None, _refuse_gradient(name))
+    torch.library.register_fake(f"lynx_kernels::{name}", lambda *args: fake(make(*args[:-1])), lib=_LIBRARY)
+    if mutated is None:
+        setup_context, backward = _over_arguments(make, *autograd) if autograd else (None, _refuse_gradient(name))
         torch.library.register_autograd(f"lynx_kernels::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
     for device_type in _AUTOCAST_KEYS:
-        _register_autocast(operator, name, device_type, autocast or (lambda dtype, *args: args))
+        _register_autocast(operator, name, device_type, make, autocast or (lambda dtype, call: call))
 
     def run(*args):
         return kernel(*args) if _nobody_watches(args) else operator(*args)
@@ -55,11 +92,23 @@ def define(
     return run
 
 
+def _over_arguments(make: Any, setup_context: Callable, backward: Callable) -> tuple[Callable, Callable]:
+    """Functions of calls as ``torch.library.register_autograd`` takes them: of all arguments."""
+
+    def setup(ctx, inputs, output) -> None:
+        setup_context(ctx, make(*inputs[:-1]), inputs[-1], output)
+
+    return setup, lambda ctx, *gradients: (*backward(ctx, *gradients), None)
+
+
 def _nobody_watches(args: tuple[Any, ...]) -> bool:
-    """Whether nothing would notice that the dispatcher is passed by: no graph, trace, mode or autocast region."""
+    """Whether nothing would notice that the dispatcher is passed by.
+
+    A graph, a trace, a mode, a profiler or an autocast region would.
+    """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._is_any_autocast_enabled():
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd._profiler_enabled():
         return False
     records = torch.is_grad_enabled()
     for each in args:
@@ -85,7 +134,7 @@ def _refuse_gradient(name: str) -> Callable:
     return refuse
 
 
-def _register_autocast(operator: torch._ops.OpOverload, name: str, device_type: str, rule: Callable) -> None:
+def _register_autocast(operator: torch._ops.OpOverload, name: str, device_type: str, make: Any, rule: Callable) -> None:
     # torch.library.register_autocast casts every argument to one dtype fixed at registration. Our operators keep some
     # arguments wide (the residual stream, norm weights) and follow whatever dtype the region asks for.
     key = getattr(torch._C.DispatchKey, _AUTOCAST_KEYS[device_type])
@@ -94,6 +143,6 @@ def _register_autocast(operator: torch._ops.OpOverload, name: str, device_type: 
     @operator.py_impl(key)
     def run(*args):
         with torch._C._ExcludeDispatchKeyGuard(excluded):
-            return operator(*rule(torch.get_autocast_dtype(device_type), *args))
+            return operator(*rule(torch.get_autocast_dtype(device_type), make(*args[:-1])), args[-1])
 
     _LIBRARY.impl(name, lambda keyset, *args: run(*args), _AUTOCAST_KEYS[device_type], with_keyset=True)

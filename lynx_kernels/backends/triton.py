@@ -1,5 +1,6 @@
 """Where Triton kernels can run. Triton itself is imported with the first kernel that runs, not with lynx_kernels."""
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable
@@ -8,31 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lynx_kernels.backends.dispatch import GPUS
+
 # Both are fixed for the process: Triton decides when a kernel is decorated whether it will be interpreted. As constants
 # they also leave nothing for torch.compile to trace.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 INSTALLED = importlib.util.find_spec("triton") is not None
+ARCHITECTURES = ("cpu",) if INTERPRETED else GPUS
 
 
 def unsupported_reason(*tensors: Tensor | None) -> str | None:
     """Why Triton kernels cannot take these tensors, or None if they can."""
     if not INSTALLED:
         return "triton is not installed"
-    device = next(each.device for each in tensors if each is not None)
-    if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
-        return f"Triton kernels need a GPU, and the tensors are on {device.type}"
     if any(each is not None and each.dtype == torch.float64 for each in tensors):
         return "Triton kernels add up in fp32, and an argument is fp64"
-    if device.type == "cpu":
-        return None
-    if INTERPRETED:
-        return "TRITON_INTERPRET=1: this process interprets kernels, on CPU tensors"
-    if torch.version.cuda is not None and torch.cuda.get_device_capability(device) < (8, 0):
-        return "Triton kernels need compute capability 8.0 (Ampere) or newer"
     return None
 
 
-def not_preferred_reason(*tensors: Tensor | None) -> str | None:
+def not_preferred_reason(call: Any) -> str | None:
     """Why Triton kernels run only when named, or None: interpreting them serves tests."""
     return "the Triton interpreter runs only when named" if INTERPRETED else None
 

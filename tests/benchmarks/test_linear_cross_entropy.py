@@ -18,7 +18,7 @@ def tiny(mode="train", dtype=torch.float32, device="cpu"):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_provider_is_right(mode, dtype):
     case = tiny(mode, dtype)
-    assert {"plain", "plain rows", "lynx one_pass", "lynx reference"} <= set(case.providers)
+    assert {"plain", "plain rows", "lynx chunked", "lynx reference"} <= set(case.providers)
     for name in case.providers:
         if name != "compile":
             case.check(name)
@@ -88,4 +88,4 @@ def test_cases(monkeypatch):
         assert all("T=256" in name for name in quick)
     rows = measure(Case("linear_cross_entropy", "frozen", "fp32 d=8 supervised=50", partial(tiny, "frozen")), rounds=2)
     saved = {row.provider: row.p50 * 2**20 for row in rows if row.metric == "saved memory"}
-    assert saved["lynx one_pass"] == 40 * 8 * 4 + 8  # the gradient of hidden, and the number of rows
+    assert saved["lynx chunked"] == 40 * 8 * 4 + 8  # the gradient of hidden, and the number of rows

@@ -53,14 +53,14 @@ def _assert_alike(results, expected) -> None:
 
 # The adapter, by the paper's sizes unless said otherwise.
 
-FORWARD = {
-    "tiled": ("statistics_kernel", "down_kernel", "up_kernel"),
-    "fused": ("fused_kernel",),
-    "few": ("part_kernel", "join_kernel", "up_kernel"),
+FWD = {
+    "tiled": ("adapter_fwd_stats_kernel", "adapter_fwd_down_kernel", "adapter_fwd_up_kernel"),
+    "fused": ("adapter_fwd_fused_kernel",),
+    "small_m": ("adapter_fwd_small_m_kernel", "adapter_fwd_small_m_combine_kernel", "adapter_fwd_up_kernel"),
 }
 BACKWARD = {
-    "tiled": ("weight_rows_kernel", "backward_bottleneck_kernel", "backward_input_kernel"),
-    "fused": ("weight_rows_kernel", "backward_fused_kernel"),
+    "tiled": ("adapter_bwd_weight_rows_kernel", "adapter_bwd_bottleneck_kernel", "adapter_bwd_input_kernel"),
+    "fused": ("adapter_bwd_weight_rows_kernel", "adapter_bwd_fused_kernel"),
 }
 
 
@@ -83,13 +83,13 @@ def _adapter_case(
     shape = f"T={tokens} d={width} r={bottleneck}" + ("" if activation == "silu" else f" {activation}")
     dtype = NAMES[stream] if stream == weights else f"{NAMES[stream]} through {NAMES[weights]}"
     launch = partial(adapter, tokens, width, bottleneck, stream, weights, activation)
-    return Case("adapter", shape, dtype, launch, FORWARD[forward] + BACKWARD[backward], weights)
+    return Case("adapter", shape, dtype, launch, FWD[forward] + BACKWARD[backward], weights)
 
 
 ADAPTER_CASES = [
     _adapter_case(8192, 2048, "tiled", "tiled"),
     _adapter_case(512, 2048, "tiled", "tiled"),
-    *(_adapter_case(tokens, 2048, "few", "tiled") for tokens in (64, 32, 8)),
+    *(_adapter_case(tokens, 2048, "small_m", "tiled") for tokens in (64, 32, 8)),
     # The widest of the fused form: without and with its backward, and on 4 warps; then few rows of them.
     _adapter_case(8192, 256, "fused", "tiled"),
     *(_adapter_case(8192, bottleneck, "fused", "fused") for bottleneck in (128, 64)),
@@ -99,13 +99,13 @@ ADAPTER_CASES = [
     # Autocast: the stream stays wide.
     _adapter_case(8192, 2048, "tiled", "tiled", FP32, BF16),
     _adapter_case(512, 2048, "tiled", "tiled", FP32, BF16),
-    _adapter_case(64, 2048, "few", "tiled", FP32, FP16),
+    _adapter_case(64, 2048, "small_m", "tiled", FP32, FP16),
     _adapter_case(8192, 256, "fused", "tiled", FP32, BF16),
     _adapter_case(8192, 64, "fused", "fused", FP32, BF16),
     # Trainable weights wider than the stream, and fp32 throughout.
     _adapter_case(8192, 2048, "tiled", "tiled", FP32),
     _adapter_case(8192, 2048, "tiled", "tiled", BF16, FP32),
-    _adapter_case(64, 2048, "few", "tiled", BF16, FP32),
+    _adapter_case(64, 2048, "small_m", "tiled", BF16, FP32),
     _adapter_case(8192, 64, "fused", "fused", BF16, FP32),
     *(_adapter_case(8192, 2048, "tiled", "tiled", activation=each) for each in ("relu", "gelu", "gelu_tanh")),
     # Triton makes constants of arguments that are 1 and knows multiples of 16: sizes that are one, and no multiples.
@@ -113,14 +113,25 @@ ADAPTER_CASES = [
     _adapter_case(1, 45, "fused", "fused", width=77),
     _adapter_case(8192, 1000, "tiled", "tiled", width=1000),
     _adapter_case(8192, 255, "fused", "tiled", width=1000),
-    _adapter_case(40, 1000, "few", "tiled", FP32, BF16, width=1000),
+    _adapter_case(40, 1000, "small_m", "tiled", FP32, BF16, width=1000),
 ]
 
 
 # Attention.
 
-ATTENTION = ("forward_kernel", "statistics_kernel", "query_gradient_kernel", "key_gradient_kernel")
-SPLIT = ("forward_kernel", "merge_kernel", "statistics_kernel", "query_gradient_kernel", "key_gradient_kernel")
+ATTENTION = (
+    "attention_fwd_kernel",
+    "attention_bwd_preprocess_kernel",
+    "attention_bwd_dq_kernel",
+    "attention_bwd_dkdv_kernel",
+)
+SPLIT = (
+    "attention_fwd_kernel",
+    "attention_combine_kernel",
+    "attention_bwd_preprocess_kernel",
+    "attention_bwd_dq_kernel",
+    "attention_bwd_dkdv_kernel",
+)
 
 
 def attention(operation: dispatch.Operation, inputs, *table):
@@ -170,7 +181,14 @@ def decode(branches, heads, kv_heads, head_dim, dtype):
 def _decode_case(heads, kv_heads, head_dim, dtype=BF16, branches=5) -> Case:
     shape = f"B={branches} of one root H={heads}/{kv_heads} D={head_dim}"
     launch = partial(decode, branches, heads, kv_heads, head_dim, dtype)
-    return Case(DECODE.name, shape, NAMES[dtype], launch, ("decode_kernel", "merge_kernel"), dtype)
+    return Case(
+        DECODE.name,
+        shape,
+        NAMES[dtype],
+        launch,
+        ("prefix_attention_decode_fwd_kernel", "attention_combine_kernel"),
+        dtype,
+    )
 
 
 # 16 segments of 8192 tokens and 160: long ones, and those that leave most of a large tile empty. As many of both as are
@@ -215,7 +233,7 @@ def embeddings(rows, num_vision, width, table, vision):
 def _embeddings_case(table, vision, rows=8192, num_vision=512, width=4096) -> Case:
     dtype = NAMES[table] if table == vision else f"{NAMES[vision]} into {NAMES[table]}"
     launch = partial(embeddings, rows, num_vision, width, table, vision)
-    kernels = ("pack_kernel", "find_kernel", "sum_kernel")
+    kernels = ("pack_embeddings_fwd_kernel", "pack_embeddings_bwd_find_kernel", "pack_embeddings_bwd_sum_kernel")
     return Case(EMBEDDINGS.name, f"T={rows} M={num_vision} d={width}", dtype, launch, kernels, FP32)
 
 

@@ -11,10 +11,10 @@ from tests.compilation.cases import ADAPTER_CASES, FP32
 from tests.compilation.offline import GFX942, SHARED_MEMORY, TENSOR_CORES
 
 BF16 = torch.bfloat16
-WITHOUT_PRODUCTS = {"statistics_kernel", "join_kernel", "weight_rows_kernel"}
+WITHOUT_PRODUCTS = {"adapter_fwd_stats_kernel", "adapter_fwd_small_m_combine_kernel", "adapter_bwd_weight_rows_kernel"}
 FOR_SM_86 = 99 << 10  # what is compiled for sm_80 also runs on sm_86, 89 and 120, which have less shared memory
 # Bytes; 0 elsewhere, and on NVIDIA's GPUs, for which the launches were chosen.
-GFX942_SPILLS = {"down_kernel": 48, "fused_kernel": 540, "backward_fused_kernel": 136}
+GFX942_SPILLS = {"adapter_fwd_down_kernel": 48, "adapter_fwd_fused_kernel": 540, "adapter_bwd_fused_kernel": 136}
 every_case = pytest.mark.parametrize("case", ADAPTER_CASES, ids=str)
 
 
@@ -31,16 +31,16 @@ def test_the_cases_cover_every_launch():
 @pytest.mark.parametrize("tokens", [1, 16, 17, 64])
 @pytest.mark.parametrize(("width", "bottleneck"), [(4096, 2048), (4096, 256), (1024, 512), (8192, 4096)])
 def test_a_few_tokens_occupy_the_gpu(width, bottleneck, tokens, multiprocessors):
-    """Every weight in one tile of one part, for up to 32 tokens, and a program for nearly every multiprocessor."""
+    """Every weight in one tile of one split, for up to 32 tokens, and a program for nearly every multiprocessor."""
     call = Call("forward", tokens, width, bottleneck, BF16, BF16, True, multiprocessors=multiprocessors)
     plan = plan_by_rule(call)
-    assert plan.form == "few"
-    assert plan.inward.block_rows >= min(tokens, 32)
-    assert plan.outward.block_rows >= tokens
-    steps = width // plan.inward.block_inner
-    tiles = bottleneck // plan.inward.block_columns
-    assert plan.inward.programs(tokens, bottleneck) >= min(2 * multiprocessors, tiles * steps)
-    assert plan.inward.parts <= steps
+    assert plan.form == "small_m"
+    assert plan.down.block_m >= min(tokens, 32)
+    assert plan.up.block_m >= tokens
+    steps = width // plan.down.block_k
+    tiles = bottleneck // plan.down.block_n
+    assert plan.down.programs(tokens, bottleneck) >= min(2 * multiprocessors, tiles * steps)
+    assert plan.down.num_splits <= steps
 
 
 @pytest.mark.parametrize("arch", table.ARCHS)
@@ -65,5 +65,5 @@ def test_half_precision(case, arch):
             continue
         assert {"mma.sync", TENSOR_CORES[arch]} & {*row.instructions}, row
         assert table.SERIALIZED not in row.instructions, row
-        if "BROWS=64" in row.launch or "BROWS=128" in row.launch:
+        if "BLOCK_M=64" in row.launch or "BLOCK_M=128" in row.launch:
             assert TENSOR_CORES[arch] in row.instructions, row

@@ -10,16 +10,16 @@ from tests.compilation import table
 from tests.compilation.cases import ATTENTION_CASES, FP32
 from tests.compilation.offline import GFX942, SHARED_MEMORY, TENSOR_CORES
 
-WITHOUT_PRODUCTS = {"statistics_kernel", "merge_kernel"}
+WITHOUT_PRODUCTS = {"attention_bwd_preprocess_kernel", "attention_combine_kernel"}
 HALF = [case for case in ATTENTION_CASES if case.compute != FP32]
 # The most bytes that a thread stores and loads in half precision, by kernel, GPU and head_dim; 0 elsewhere.
 SPILLS = {
-    ("forward_kernel", 80, 128): 52,
-    ("forward_kernel", 100, 7): 24,
-    ("query_gradient_kernel", 100, 64): 16,
-    ("key_gradient_kernel", 80, 88): 96,
-    ("key_gradient_kernel", 100, 88): 32,
-    ("key_gradient_kernel", GFX942, 88): 20,
+    ("attention_fwd_kernel", 80, 128): 52,
+    ("attention_fwd_kernel", 100, 7): 24,
+    ("attention_bwd_dq_kernel", 100, 64): 16,
+    ("attention_bwd_dkdv_kernel", 80, 88): 96,
+    ("attention_bwd_dkdv_kernel", 100, 88): 32,
+    ("attention_bwd_dkdv_kernel", GFX942, 88): 20,
 }
 # Where heads are wider than 128, sums take twice the registers; in fp32 the operands of products are there too.
 WIDE_SPILLS, SINGLE_SPILLS, WIDE_SINGLE_SPILLS = 1200, 1300, 12000
@@ -29,16 +29,16 @@ def test_the_cases_cover_every_launch():
     shipped = {each for each in vars(launches).values() if isinstance(each, launches.Launch)}
     compiled = {row.launch for case in ATTENTION_CASES for row in table.results(case, 90)}
     for launch in shipped:
-        cut = f"BQ={launch.block_queries}, BK={launch.block_keys}, "
+        cut = f"BLOCK_M={launch.block_m}, BLOCK_N={launch.block_n}, "
         cut += f"num_warps={launch.num_warps}, num_stages={launch.num_stages}"
         assert any(cut in each for each in compiled), launch
 
 
 def test_few_queries_a_span_have_launches_of_their_own():
-    few = launches.FEW_FORWARD, launches.FEW_QUERY_GRADIENT
+    small_m = launches.SMALL_M_FWD, launches.SMALL_M_BWD_DQ
     for queries, spans, expected in [(32, True, True), (33, True, False), (32, False, False)]:
         chosen = launches.choose_launches(128, torch.bfloat16, queries, 1, spans)
-        assert (chosen[:2] == few) == expected
+        assert (chosen[:2] == small_m) == expected
 
 
 @pytest.mark.parametrize("arch", SHARED_MEMORY)
@@ -68,7 +68,7 @@ def test_spills(case, arch):
 def test_tiles_of_64_rows_are_for_the_newest_tensor_cores(case, arch):
     """But where rows lie in memory as no vector loads read them."""
     for row in table.results(case, arch):
-        if row.kernel not in WITHOUT_PRODUCTS and "UNIT=8" in row.launch and "BQ=32, BK=32" not in row.launch:
+        if row.kernel not in WITHOUT_PRODUCTS and "UNIT=8" in row.launch and "BLOCK_M=32, BLOCK_N=32" not in row.launch:
             assert TENSOR_CORES[arch] in row.instructions, row
 
 

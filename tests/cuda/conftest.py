@@ -3,6 +3,7 @@
 import pytest
 
 from lynx_kernels.backends import cuda as cuda_backend
+from lynx_kernels.backends import dispatch
 from tests.cuda import host_kernels
 
 
@@ -13,6 +14,6 @@ def on_host(monkeypatch):
         pytest.skip(host_kernels.MISSING)
     kernels = host_kernels.HostKernels()
     monkeypatch.setattr(cuda_backend, "kernels", lambda: kernels)
-    monkeypatch.setattr(cuda_backend, "unsuited", lambda tensor: None)
-    monkeypatch.setattr(cuda_backend, "missing", lambda: None)
+    monkeypatch.setattr(cuda_backend, "MISSING", None)
+    monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_90")
     return kernels

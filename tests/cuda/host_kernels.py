@@ -116,7 +116,7 @@ class HostKernels:
         if said:
             out.copy_(torch.frombuffer(bytearray(said), dtype=out.dtype).view(out.shape))
 
-    def adapter_few(
+    def adapter_small_m(
         self,
         x: Tensor,
         norm_weight: Tensor | None,

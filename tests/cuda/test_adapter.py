@@ -228,7 +228,7 @@ def test_compiled(tokens):
 
 
 def reason(inputs):
-    return explain(adapter, *inputs).refused.get("cuda")
+    return explain(adapter, *inputs).reasons.get("cuda")
 
 
 def test_what_is_refused(on_host, monkeypatch):

@@ -171,7 +171,7 @@ kernels = torch.ops.lynx_kernels_cuda
 print(kernels.pack_embeddings.default._schema)
 print(kernels.pack_embeddings_backward.default._schema)
 print(kernels.pack_frames.default._schema)
-print(kernels.adapter_few.default._schema)
+print(kernels.adapter_small_m.default._schema)
 print(kernels.prefix_attention_decode.default._schema)
 try:
     kernels.pack_embeddings(torch.zeros(1).long(), torch.ones(1, 4), torch.ones(1, 4), torch.zeros(1).int())

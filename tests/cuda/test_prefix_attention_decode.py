@@ -222,7 +222,7 @@ def test_compiled():
 
 
 def reason(inputs, indices=SEVERAL_CHUNKS):
-    return explain(prefix_attention_decode, *inputs, *map(torch.tensor, indices)).refused.get("cuda")
+    return explain(prefix_attention_decode, *inputs, *map(torch.tensor, indices)).reasons.get("cuda")
 
 
 def test_what_is_refused():

@@ -59,7 +59,7 @@ def make(name, impl, dtype, cases=REAL, **options):
 
 def runs(name, impl, dtype):
     case = make(name, None, dtype, CASES)
-    return impl not in dispatch.explain(case.operation, *case.inputs).refused
+    return impl not in dispatch.explain(case.operation, *case.inputs).reasons
 
 
 CALLS = [

@@ -29,7 +29,7 @@ def num_supervised(labels):
     return int((labels != -100).sum())
 
 
-@pytest.mark.parametrize(("reduction", "name"), [("mean", "one_pass"), ("sum", "one_pass"), ("none", "reference")])
+@pytest.mark.parametrize(("reduction", "name"), [("mean", "chunked"), ("sum", "chunked"), ("none", "reference")])
 def test_the_best_runs_unless_another_is_named(reduction, name):
     assert dispatch.explain(linear_cross_entropy, *make(), reduction=reduction).name == name
 
@@ -172,7 +172,7 @@ def test_memory():
     """Logits of a chunk of rows, never of all; of a frozen head no gradient."""
     hidden, weight, labels = make(8192, **LLAMA, dtype=BF16)
     hidden.requires_grad_()
-    peak, kept = bench.memory_of(lambda: linear_cross_entropy(hidden, weight, labels, impl="one_pass"))
+    peak, kept = bench.memory_of(lambda: linear_cross_entropy(hidden, weight, labels, impl="chunked"))
     assert kept <= hidden.nbytes + 8 * bench.ROUNDING
     assert peak <= 2 * hidden.nbytes + 4 * chunked.CHUNK * weight.shape[0] * 4
     assert peak < labels.shape[0] * weight.shape[0] * 4 / 2
@@ -188,7 +188,7 @@ def test_more_than_2_to_the_31_elements():
     hidden[-100:] = tail[0]
     labels = torch.full((rows,), -100, device=bench.DEVICE)
     labels[-100:] = tail[2]
-    loss, grad_hidden, grad_weight = run(calls("one_pass", max_supervised=100), (hidden, tail[1], labels), None)
+    loss, grad_hidden, grad_weight = run(calls("chunked", max_supervised=100), (hidden, tail[1], labels), None)
     assert not grad_hidden[:-100].any()
     check_results([loss, grad_hidden[-100:], grad_weight], naive, tail)
 

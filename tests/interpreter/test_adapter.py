@@ -8,6 +8,7 @@ import torch
 from lynx_kernels.backends import dispatch
 from lynx_kernels.ops.adapter import adapter
 from lynx_kernels.ops.adapter import triton as implementation
+from lynx_kernels.ops.adapter.call import AdapterBackwardCall, AdapterCall
 from lynx_kernels.ops.adapter.triton.launches import Launch, Plan
 from tests.interpreter import DTYPES
 from tests.interpreter.sparse import run_only
@@ -28,24 +29,24 @@ SMALL, FLAT, LARGE = (16, 32, 16, 4, 2), (32, 16, 64, 4, 2), (64, 64, 32, 4, 2)
 TILED = {tile: Plan("tiled", Launch(*tile), Launch(*tile)) for tile in (SMALL, FLAT, LARGE)}
 # All of a bottleneck of up to 64 in one tile.
 FUSED = {tile: Plan("fused", *[Launch(tile[0], 64, *tile[2:])] * 2) for tile in (SMALL, FLAT)}
-# The second is a single part, the last more parts than there are steps.
-FEW = {
-    (*tile, parts): Plan("few", Launch(*tile, parts=parts), Launch(*tile))
-    for tile, parts in [(SMALL, 3), (FLAT, 1), (LARGE, 9)]
+# The second is a single split, the last more splits than there are steps.
+SMALL_M = {
+    (*tile, num_splits): Plan("small_m", Launch(*tile, num_splits=num_splits), Launch(*tile))
+    for tile, num_splits in [(SMALL, 3), (FLAT, 1), (LARGE, 9)]
 }
-FORMS = {"tiled": TILED[SMALL], "fused": FUSED[SMALL], "few": FEW[(*SMALL, 3)]}
-PLANS = [*TILED.values(), *FUSED.values(), *FEW.values()]
+FORMS = {"tiled": TILED[SMALL], "fused": FUSED[SMALL], "small_m": SMALL_M[(*SMALL, 3)]}
+PLANS = [*TILED.values(), *FUSED.values(), *SMALL_M.values()]
 interpreted = with_options(adapter, impl="triton")
 
 
 def use(plan, monkeypatch):
-    """``plan`` wherever its form serves: "few" forward only, "fused" not where only the weights train."""
-    serves = {"tiled": ("forward", "backward", "weights"), "fused": ("forward", "backward"), "few": ("forward",)}
+    """``plan`` wherever its form serves: "small_m" forward only, "fused" not where only the weights train."""
+    serves = {"tiled": ("forward", "backward", "weights"), "fused": ("forward", "backward"), "small_m": ("forward",)}
     monkeypatch.setattr(
         implementation, "choose_plan", lambda call: plan if call.direction in serves[plan.form] else TILED[SMALL]
     )
     monkeypatch.setattr(implementation, "_BLOCK_WIDTH", 16)
-    monkeypatch.setattr(implementation, "_JOIN_COLUMNS", 16)
+    monkeypatch.setattr(implementation, "_COMBINE_COLUMNS", 16)
 
 
 @pytest.fixture(params=FORMS)
@@ -145,7 +146,7 @@ def test_mean_far_above_deviation(dtype, width):
 
 @pytest.mark.usefixtures("form")
 def test_variance_all_in_the_first_columns():
-    """The worst for sums around the mean of the first columns, and parts whose means and deviations differ most."""
+    """The worst for sums around the mean of the first columns, and splits whose means and deviations differ most."""
     inputs, grad = make((19,), 64, 37, torch.float32)
     inputs[0] = inputs[0] * 0.01
     inputs[0][:, :16] += 1000
@@ -154,9 +155,9 @@ def test_variance_all_in_the_first_columns():
 
 @pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("eps", [1e-5, 0.0])
-@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # numpy's, about the rows and parts that a mask discards
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # numpy's, about the rows and splits that a mask discards
 def test_rows_that_are_constant_in_part(eps):
-    """Where eps is 0 a constant row has no LayerNorm, but one of which only a part is constant has."""
+    """Where eps is 0 a constant row has no LayerNorm, but one of which only a split is constant has."""
     inputs, grad = make((19,), 64, 37, torch.float32)
     inputs[0][:, :32] = 0.1
     check_adapter("triton", inputs, grad, eps=eps)
@@ -251,20 +252,20 @@ def _assert_as_near_as_the_reference(inputs, grad):
 
 LAUNCHED = {
     "tiled": [
-        "statistics_kernel", "down_kernel", "up_kernel",
-        "weight_rows_kernel", "backward_bottleneck_kernel", "backward_input_kernel",
+        "adapter_fwd_stats_kernel", "adapter_fwd_down_kernel", "adapter_fwd_up_kernel",
+        "adapter_bwd_weight_rows_kernel", "adapter_bwd_bottleneck_kernel", "adapter_bwd_input_kernel",
     ],
-    "fused": ["fused_kernel", "weight_rows_kernel", "backward_fused_kernel"],
-    "few": [
-        "part_kernel", "join_kernel", "up_kernel",
-        "weight_rows_kernel", "backward_bottleneck_kernel", "backward_input_kernel",
+    "fused": ["adapter_fwd_fused_kernel", "adapter_bwd_weight_rows_kernel", "adapter_bwd_fused_kernel"],
+    "small_m": [
+        "adapter_fwd_small_m_kernel", "adapter_fwd_small_m_combine_kernel", "adapter_fwd_up_kernel",
+        "adapter_bwd_weight_rows_kernel", "adapter_bwd_bottleneck_kernel", "adapter_bwd_input_kernel",
     ],
 }  # fmt: skip
 
 
 def test_launches(form, monkeypatch):
     launched = []
-    for module in (implementation.triton_forward, implementation.triton_few, implementation.triton_backward):
+    for module in (implementation.fwd, implementation.small_m, implementation.bwd):
         for name in (name for name in vars(module) if name.endswith("_kernel")):
             kernel = getattr(module, name)
             monkeypatch.setattr(
@@ -294,22 +295,22 @@ def test_offsets_beyond_int32(form, absent, monkeypatch):
     x, wide_grad = torch.empty(2, tokens, width, dtype=torch.float16)
     x[-3:], wide_grad[-3:] = small[0], grad
     inputs = [x, *small[1:]]
-    out, *saved = implementation.forward(*inputs, 1e-5, "silu")
+    out, *saved = implementation.forward(AdapterCall(*inputs, 1e-5, "silu"))
     expected, expected_grad, *_ = run(naive, small, grad)
     torch.testing.assert_close(out[-3:], expected, rtol=1e-2, atol=1e-2)
     if form == "tiled" and not absent:
         return  # backward would go over all 2064 rows of the weights
-    (grad_x,) = implementation.backward(wide_grad, *inputs, *saved, "silu", [True] + [False] * 7)
+    (grad_x,) = implementation.backward(AdapterBackwardCall(wide_grad, *inputs, *saved, "silu", [True] + [False] * 7))
     torch.testing.assert_close(grad_x[-3:], expected_grad, rtol=1e-2, atol=1e-2)
 
 
 def _last_three(kernel, programs):
-    # weight_rows_kernel goes over the weights, all of which the last programs of the next launch need.
-    return range(0 if kernel == "weight_rows_kernel" else max(programs - 3, 0), programs)
+    # adapter_bwd_weight_rows_kernel goes over the weights, all of which the last programs of the next launch need.
+    return range(0 if kernel == "adapter_bwd_weight_rows_kernel" else max(programs - 3, 0), programs)
 
 
 def test_the_interpreter_runs_only_when_named():
     inputs, _ = make(dtype=torch.float32)
     assert dispatch.explain(adapter, *inputs).name == "cpu"
-    assert dispatch.explain(adapter, *inputs).refused["triton"] == "the Triton interpreter runs only when named"
+    assert dispatch.explain(adapter, *inputs).reasons["triton"] == "the Triton interpreter runs only when named"
     assert dispatch.explain(adapter, *inputs, impl="triton").name == "triton"

@@ -28,7 +28,7 @@ def clock(monkeypatch, tmp_path):
     use = launches.use_plan
     monkeypatch.setattr(launches, "use_plan", lambda call, plan: (current.append(plan), use(call, plan)))
     _forget()
-    yield lambda run: 1 + abs(current[-1].inward.num_stages - 4)
+    yield lambda run: 1 + abs(current[-1].down.num_stages - 4)
     _forget()
 
 
@@ -66,17 +66,17 @@ def test_the_best_plan_is_used_and_stored(clock, tmp_path):
 
 def test_what_is_wrong_or_does_not_run_never_wins(clock, monkeypatch):
     def broken(*args, forward=implementation.forward):
-        inward = launches.choose_plan(implementation.describe("forward", args[0], args[3], args[5])).inward
-        if inward.num_stages == 3:
+        down = launches.choose_plan(implementation.describe("forward", args[0], args[3], args[5])).down
+        if down.num_stages == 3:
             raise OutOfResources(1, 2, "shared memory")
         out, *saved = forward(*args)
-        return (out + 0.1 if inward.num_warps == 8 else out), *saved
+        return (out + 0.1 if down.num_warps == 8 else out), *saved
 
     monkeypatch.setattr(implementation, "forward", broken)
     forward, _ = results = tune.tune(inputs(), lambda run: 1.0)
     times = results[forward]
     assert launches.choose_plan(forward) == START
-    failed = {(plan.inward.num_warps, plan.inward.num_stages) for plan, time in times.items() if time == math.inf}
+    failed = {(plan.down.num_warps, plan.down.num_stages) for plan, time in times.items() if time == math.inf}
     assert failed == {(8, 2), (4, 3)}
 
 
@@ -88,10 +88,10 @@ def test_odd_shapes_are_refused(clock):
 def test_neighbours():
     fused = Plan("fused", Launch(32, 64, 16, 4, 1), Launch(32, 64, 16, 4, 1))
     near = list(tune.neighbours(fused, torch.float32))
-    assert all(each.inward.block_columns == 64 and each.inward.parts == 1 for each in near)
-    assert max(each.inward.block_rows for each in near) == 32  # 64 would be TF32
-    assert max(each.inward.block_rows for each in tune.neighbours(fused, torch.float16)) == 64
-    assert min(each.inward.num_stages for each in near) == 1
+    assert all(each.down.block_n == 64 and each.down.num_splits == 1 for each in near)
+    assert max(each.down.block_m for each in near) == 32  # 64 would be TF32
+    assert max(each.down.block_m for each in tune.neighbours(fused, torch.float16)) == 64
+    assert min(each.down.num_stages for each in near) == 1
     assert len(near) == len(set(near)) == 5
 
 
@@ -100,8 +100,8 @@ def test_every_form_that_can_take_a_call_is_tried():
         call = implementation.describe(direction, *(inputs(bottleneck=bottleneck)[i] for i in (0, 3, 5)))
         return {plan.form for plan in tune.starts(call)}
 
-    assert forms("forward", 256) == {"tiled", "few", "fused"}
-    assert forms("forward", 272) == {"tiled", "few"}
+    assert forms("forward", 256) == {"tiled", "small_m", "fused"}
+    assert forms("forward", 272) == {"tiled", "small_m"}
     assert forms("backward", 256) == {"tiled", "fused"}
 
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from lynx_kernels import PackedLayout, SpanLayout, cross_attention, prefix_attention, prefix_attention_decode
-from lynx_kernels.ops.attention_common import triton as triton_rows
-from lynx_kernels.ops.attention_common.triton import splits as triton_parts
+from lynx_kernels.ops.attention_common import triton as attention
+from lynx_kernels.ops.attention_common.triton import splits
 from lynx_kernels.ops.attention_common.triton.launches import Launch
-from lynx_kernels.ops.cross_attention import triton as cross
-from lynx_kernels.ops.prefix_attention import triton as prefix
-from lynx_kernels.ops.prefix_attention_decode import triton as triton_decode
+from lynx_kernels.ops.cross_attention.call import CrossAttentionBackwardCall, CrossAttentionCall
+from lynx_kernels.ops.prefix_attention.call import PrefixAttentionBackwardCall, PrefixAttentionCall
+from lynx_kernels.ops.prefix_attention_decode import triton as decode_host
 from tests.interpreter.sparse import run_only
 from tests.lynx_kernels.attention_helpers import dense_attention, packed_visible, random, run
 from tests.numbers import assert_within_budget
@@ -21,9 +21,9 @@ FP16, INT32 = torch.float16, torch.int32
 FAR_ROWS = 2**24 - 8
 
 
-def use_launches(monkeypatch, *launches, parts=1):
-    monkeypatch.setattr(triton_rows, "choose_launches", lambda *shape: launches)
-    monkeypatch.setattr(triton_rows, "count_parts", lambda *shape: parts)
+def use_launches(monkeypatch, *launches, num_splits=1):
+    monkeypatch.setattr(attention, "choose_launches", lambda *shape: launches)
+    monkeypatch.setattr(attention, "choose_num_splits", lambda *shape: num_splits)
 
 
 def spread(tensor, *strides):
@@ -68,7 +68,7 @@ def test_values_far_apart(tokens, heads, strides, monkeypatch):
     ids=["sequences", "heads", "rows"],
 )
 def test_caches_far_apart(keys, strides, monkeypatch):
-    monkeypatch.setattr(triton_decode, "choose_launch", lambda *shape: Launch(16, 32, 4, 1))
+    monkeypatch.setattr(decode_host, "choose_launch", lambda *shape: Launch(16, 32, 4, 1))
     heads, sequences = (1, 1) if keys > 20 else (2, 2)
     shapes = [(1, heads), *[(keys, heads)] * 4]
     q, *caches = (random(sequences, *shape, 16, dtype=FP16, seed=i) for i, shape in enumerate(shapes))
@@ -102,15 +102,15 @@ def test_many_tokens(monkeypatch):
     inputs = [random(5, 2, 16, dtype=FP16, seed=seed) for seed in range(4)]
     table = torch.tensor([[0] * 3 + [tokens - 5], [*[tokens - 5] * 3, tokens], [tokens] * 4], dtype=INT32), True, 0.25
     q, k, v, grad = large(tokens, *inputs)
-    out, lse = prefix.forward(q, k, v, *table)
-    gradients = prefix.backward(grad, None, out, lse, q, k, v, *table)
+    out, lse = attention.forward(PrefixAttentionCall(q, k, v, *table))
+    gradients = attention.backward(PrefixAttentionBackwardCall(grad, None, out, lse, q, k, v, *table))
     check_last([out, *gradients], inputs, packed_visible([(0, [5])], True), last)
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-def test_many_keys(parts, monkeypatch):
+@pytest.mark.parametrize("num_splits", [1, 2])
+def test_many_keys(num_splits, monkeypatch):
     """A span at the end of as many keys."""
-    use_launches(monkeypatch, *[Launch(16, 16, 4, 1)] * 3, parts=parts)
+    use_launches(monkeypatch, *[Launch(16, 16, 4, 1)] * 3, num_splits=num_splits)
     run_only(monkeypatch, last_programs)
     keys = 2**26 + 5
     q, k, v, grad = (random(size, 2, 16, dtype=FP16, seed=seed) for seed, size in enumerate((3, 5, 5, 3)))
@@ -118,8 +118,10 @@ def test_many_keys(parts, monkeypatch):
     tile_offsets[-1] = 1
     table = torch.tensor([[0, keys - 5, keys], [3, keys, keys]], dtype=INT32), tile_offsets, torch.zeros(1, dtype=INT32)
     far_k, far_v = large(keys, k, v)
-    out, lse = cross.forward(q, far_k, far_v, *table, 0.25)
-    grad_q, grad_k, grad_v = cross.backward(grad, None, out, lse, q, far_k, far_v, *table, 0.25)
+    out, lse = attention.forward(CrossAttentionCall(q, far_k, far_v, *table, 0.25))
+    grad_q, grad_k, grad_v = attention.backward(
+        CrossAttentionBackwardCall(grad, None, out, lse, q, far_k, far_v, *table, 0.25)
+    )
     check_last([out, grad_q, grad_k[-5:], grad_v[-5:]], [q, k, v, grad], torch.ones(3, 5, dtype=torch.bool))
 
 
@@ -135,12 +137,12 @@ def check_last(actual, inputs, visible, last=slice(None)):
 
 
 def test_merged_rows_of_many_values(monkeypatch):
-    """Two parts of 2^27 rows of 16 values."""
+    """Two splits of 2^27 rows of 16 values."""
     run_only(monkeypatch, last_programs)
     rows = 2**27 + 1
-    parts, lse = torch.empty(2, rows, 16), torch.empty(2, rows)
-    parts[0, -1], parts[1, -1], lse[0, -1], lse[1, -1] = 1.0, 4.0, 0.5, 0.5
-    triton_parts.merge(parts, lse, out := torch.empty(rows, 16), merged := torch.empty(rows))
+    num_splits, lse = torch.empty(2, rows, 16), torch.empty(2, rows)
+    num_splits[0, -1], num_splits[1, -1], lse[0, -1], lse[1, -1] = 1.0, 4.0, 0.5, 0.5
+    splits.combine(num_splits, lse, out := torch.empty(rows, 16), merged := torch.empty(rows))
     torch.testing.assert_close(out[-1], torch.full((16,), 2.5))
     torch.testing.assert_close(merged[-1], torch.tensor(0.5).exp().mul(2).log())
 
@@ -148,17 +150,21 @@ def test_merged_rows_of_many_values(monkeypatch):
 def test_128k_tokens(monkeypatch):
     """One causal sequence: the output and the gradient of its last queries, the gradients of its first keys."""
     use_launches(monkeypatch, Launch(16, 4096, 4, 1), Launch(16, 4096, 4, 1), Launch(4096, 16, 4, 1))
-    monkeypatch.setattr(triton_rows, "_STATISTICS_ROWS", 8192)
-    run_only(monkeypatch, lambda kernel, programs: range(programs if kernel == "statistics_kernel" else 1))
+    monkeypatch.setattr(attention, "_PREPROCESS_ROWS", 8192)
+    run_only(
+        monkeypatch, lambda kernel, programs: range(programs if kernel == "attention_bwd_preprocess_kernel" else 1)
+    )
     tokens, scale = 2**17 + 5, 0.25
     q, k, v, grad, out = (random(tokens, 1, 16, dtype=torch.float32, seed=seed) for seed in range(5))
     lse = torch.arange(1.0, tokens + 1).log()[:, None] + 0.5  # of the first keys, as good as any
     layout = PackedLayout.causal([tokens])
     last = tokens - (tokens - 1) // 16 * 16  # queries of the last tile
     visible = torch.arange(tokens) <= torch.arange(tokens)[-last:, None]
-    ours, our_lse = prefix.forward(q, k, v, layout.segments, True, scale)
+    ours, our_lse = attention.forward(PrefixAttentionCall(q, k, v, layout.segments, True, scale))
     out[-last:], lse[-last:] = ours[-last:], our_lse[-last:]
-    grad_q, grad_k, grad_v = prefix.backward(grad, None, out, lse, q, k, v, layout.segments, True, scale)
+    grad_q, grad_k, grad_v = attention.backward(
+        PrefixAttentionBackwardCall(grad, None, out, lse, q, k, v, layout.segments, True, scale)
+    )
 
     def of_last_queries(dtype):
         outputs = run(

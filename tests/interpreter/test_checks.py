@@ -21,7 +21,7 @@ def product_kernel(p_left, p_out, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def sum_kernel(p_values, p_out, BLOCK: tl.constexpr, RUNNING: tl.constexpr):
+def pack_embeddings_bwd_sum_kernel(p_values, p_out, BLOCK: tl.constexpr, RUNNING: tl.constexpr):
     o = tl.arange(0, BLOCK)
     b_values = tl.load(p_values + o)
     tl.store(p_out + o, tl.cumsum(b_values, 0) if RUNNING else tl.zeros_like(b_values) + tl.sum(b_values, 0))
@@ -62,6 +62,6 @@ def test_products_that_do_not_compile():
 @pytest.mark.parametrize(("dtype", "running"), [(torch.float16, False), (torch.bfloat16, False), (torch.float16, True)])
 def test_sums_in_half_precision(dtype, running):
     with pytest.raises(InterpreterError, match=r"a sum of (fp|bf)16 values"):
-        sum_kernel[(1,)](torch.ones(16, dtype=dtype), torch.empty(16), BLOCK=16, RUNNING=running)
-    sum_kernel[(1,)](torch.ones(16), total := torch.empty(16), BLOCK=16, RUNNING=running)
+        pack_embeddings_bwd_sum_kernel[(1,)](torch.ones(16, dtype=dtype), torch.empty(16), BLOCK=16, RUNNING=running)
+    pack_embeddings_bwd_sum_kernel[(1,)](torch.ones(16), total := torch.empty(16), BLOCK=16, RUNNING=running)
     assert total[-1] == 16

@@ -5,10 +5,10 @@ import torch
 
 from lynx_kernels import SpanLayout, cross_attention, explain
 from lynx_kernels.ops.attention_common import triton as implementation
-from lynx_kernels.ops.attention_common.triton import splits as triton_parts
+from lynx_kernels.ops.attention_common.triton import splits
 from lynx_kernels.ops.attention_common.triton.launches import Launch
-from lynx_kernels.ops.attention_common.triton.splits import count_parts
-from lynx_kernels.ops.cross_attention import triton as triton_cross
+from lynx_kernels.ops.attention_common.triton.splits import choose_num_splits
+from lynx_kernels.ops.cross_attention.call import CrossAttentionBackwardCall
 from tests.lynx_kernels.attention_cases import (
     assert_case_within_budget,
     assert_huge_scores_within_budget,
@@ -33,27 +33,27 @@ def case_of(batch=SEVERAL_TILES, heads=2, kv_heads=1, dim=24, dtype=torch.float3
 
 @pytest.fixture
 def cut(monkeypatch):
-    """Choose the launch, and into how many parts the keys are cut."""
+    """Choose the launch, and into how many splits the keys are cut."""
 
-    def choose(launch, parts=1):
+    def choose(launch, num_splits=1):
         monkeypatch.setattr(implementation, "choose_launches", lambda *shape: (launch,) * 3)
-        monkeypatch.setattr(implementation, "count_parts", lambda *shape: parts)
+        monkeypatch.setattr(implementation, "choose_num_splits", lambda *shape: num_splits)
 
     return choose
 
 
 @pytest.mark.parametrize(
-    ("dtype", "rows", "parts"),
+    ("dtype", "rows", "num_splits"),
     [(torch.float32, 16, 3), (torch.float32, 32, 1), (torch.float16, 16, 1), (torch.float16, 32, 3)],
 )
-def test_tiles(dtype, rows, parts, cut):
-    cut(Launch(rows, 48 - rows, 4, 1), parts)
+def test_tiles(dtype, rows, num_splits, cut):
+    cut(Launch(rows, 48 - rows, 4, 1), num_splits)
     assert_case_within_budget(case_of(dtype=dtype))
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "scale"), [(3, 1, 7, -0.3), (1, 1, 88, None), (2, 2, 33, 0.0)])
 def test_heads_and_scales(heads, kv_heads, dim, scale):
-    """As launched: parts of one tile."""
+    """As launched: splits of one tile."""
     batch = [3, 2, 0, 4, 1], [(0, 36), (30, 40), (1, 3), (5, 5), (38, 39)], 40
     assert_case_within_budget(case_of(batch, heads, kv_heads, dim, scale=scale))
 
@@ -70,9 +70,9 @@ def test_many_segments(cut):
     assert_case_within_budget(case_of(([2, 5, 1, 17] * 2, [(i * 9, i * 9 + 9) for i in range(8)], 72), 1))
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-def test_runs_agree_bit_by_bit_whatever_the_strides(parts, cut):
-    cut(SMALL, parts)
+@pytest.mark.parametrize("num_splits", [1, 2])
+def test_runs_agree_bit_by_bit_whatever_the_strides(num_splits, cut):
+    cut(SMALL, num_splits)
     case = case_of(([20, 3], [(0, 36), (30, 40)], 40), 1)
     grads = grads_of(case.operation(*case.inputs))
     expected = run(case.operation, case.inputs, grads)
@@ -89,8 +89,10 @@ def test_any_strides_of_results_and_tables(cut):
     results = case.operation(*case.inputs)
     arguments = [*grads_of(results), *results, *case.inputs]
     arguments += [layout.segments, layout.tile_offsets, layout.tile_segments]
-    expected = triton_cross.backward(*arguments, 0.2)
-    for ours, theirs in zip(triton_cross.backward(*map(permuted, arguments), 0.2), expected, strict=True):
+    expected = implementation.backward(CrossAttentionBackwardCall(*arguments, 0.2))
+    for ours, theirs in zip(
+        implementation.backward(CrossAttentionBackwardCall(*map(permuted, arguments), 0.2)), expected, strict=True
+    ):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
@@ -114,12 +116,12 @@ def test_dtypes_that_differ():
     assert [each.dtype for each in run(case.operation, inputs, grads)[2:]] == [each.dtype for each in inputs]
 
 
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("num_splits", [1, 2])
 @pytest.mark.parametrize(
     "batch", [([], [], 0), ([], [], 3), ([0], [(0, 2)], 3), ([2], [(0, 0)], 0), ([2, 1], [(1, 1), (0, 0)], 3)]
 )
-def test_nothing_to_attend(batch, parts, cut):
-    cut(SMALL, parts)
+def test_nothing_to_attend(batch, num_splits, cut):
+    cut(SMALL, num_splits)
     case = case_of(batch)
     grads = [torch.ones(case.inputs[0].shape), torch.ones(case.inputs[0].shape[:2])]
     out, lse, *gradients = run(case.operation, case.inputs, grads)
@@ -128,9 +130,9 @@ def test_nothing_to_attend(batch, parts, cut):
     assert all((gradient == 0).all() for gradient in gradients)
 
 
-@pytest.mark.parametrize("parts", [1, 3])
-def test_not_a_number_where_nobody_looks(parts, cut):
-    cut(SMALL, parts)
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_not_a_number_where_nobody_looks(num_splits, cut):
+    cut(SMALL, num_splits)
     case = case_of(([20, 3], [(7, 40), (30, 45)], 70))
     grads = grads_of(case.operation(*case.inputs))
     expected = run(case.operation, case.inputs, grads)
@@ -167,22 +169,22 @@ def test_large_scores():
 
 @pytest.mark.parametrize("large", [0, 1])
 def test_parts_of_very_different_weight(large):
-    parts, part_lse = torch.randn(2, 3, 16), torch.zeros(2, 3)
-    part_lse[large] = 200
-    triton_parts.merge(parts, part_lse, out := torch.empty(3, 16), lse := torch.empty(3))
-    torch.testing.assert_close(out, parts[large])
-    torch.testing.assert_close(lse, part_lse[large])
+    num_splits, split_lse = torch.randn(2, 3, 16), torch.zeros(2, 3)
+    split_lse[large] = 200
+    splits.combine(num_splits, split_lse, out := torch.empty(3, 16), lse := torch.empty(3))
+    torch.testing.assert_close(out, num_splits[large])
+    torch.testing.assert_close(lse, split_lse[large])
 
 
 @pytest.mark.parametrize("keys", [901, 4505])
 def test_few_queries_fill_a_gpu(keys):
     """32 latents and 16 heads over one picture, or one video: as many programs as 132 multiprocessors, or more."""
-    assert 132 <= 16 * count_parts(16, keys, 64) <= 2 * triton_parts._PROGRAMS
-    assert count_parts(500, keys, 64) == 1
+    assert 132 <= 16 * choose_num_splits(16, keys, 64) <= 2 * splits._PROGRAMS
+    assert choose_num_splits(500, keys, 64) == 1
 
 
 def test_the_interpreter_runs_only_when_named():
     case, layout = case_of(), SpanLayout.from_spans(*SEVERAL_TILES)
-    assert explain(cross_attention, *case.inputs, layout).refused == {
+    assert explain(cross_attention, *case.inputs, layout).reasons == {
         "triton": "the Triton interpreter runs only when named"
     }

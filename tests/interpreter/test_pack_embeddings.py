@@ -10,6 +10,7 @@ from triton.runtime.errors import InterpreterError
 from lynx_kernels.backends import dispatch
 from lynx_kernels.ops.pack_embeddings import pack_embeddings
 from lynx_kernels.ops.pack_embeddings import triton as implementation
+from lynx_kernels.ops.pack_embeddings.call import PackEmbeddingsBackwardCall
 from tests.interpreter import DTYPES
 from tests.lynx_kernels.test_pack_embeddings import calls, check_equal, check_mixed, check_permuted, make
 
@@ -90,11 +91,13 @@ def test_indices_out_of_range(monkeypatch):
 def test_backward_leaves_out_indices_out_of_range():
     """Forward has refused them: nothing outside the gradient is written."""
     grad, index = torch.ones(3, 2), torch.tensor([0, 5, 1], dtype=torch.int32)
-    [gradient] = implementation.backward(grad, torch.zeros(3).long(), index, 4, 2, torch.float32, [False, True])
+    [gradient] = implementation.backward(
+        PackEmbeddingsBackwardCall(grad, torch.zeros(3).long(), index, 4, 2, torch.float32, [False, True])
+    )
     assert gradient.tolist() == [[1, 1], [1, 1]]
 
 
 def test_runs_only_when_named():
     inputs, _ = make(dtype=torch.float32)
-    refused = dispatch.explain(pack_embeddings, *inputs).refused
+    refused = dispatch.explain(pack_embeddings, *inputs).reasons
     assert refused["triton"] == "the Triton interpreter runs only when named"

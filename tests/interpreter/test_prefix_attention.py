@@ -253,7 +253,7 @@ def test_mixed_dtypes(dtypes):
 
 def test_one_launch_forward_and_three_backward(monkeypatch):
     launched = []
-    for module in (implementation.triton_forward, implementation.triton_backward):
+    for module in (implementation.fwd, implementation.bwd):
         for name in (name for name in vars(module) if name.endswith("_kernel")):
             kernel = getattr(module, name)
             monkeypatch.setattr(
@@ -261,7 +261,12 @@ def test_one_launch_forward_and_three_backward(monkeypatch):
             )
     operation, _, inputs, grads = make(ONE_TILE_EACH, True)
     run(operation, inputs, grads)
-    assert launched == ["forward_kernel", "statistics_kernel", "query_gradient_kernel", "key_gradient_kernel"]
+    assert launched == [
+        "attention_fwd_kernel",
+        "attention_bwd_preprocess_kernel",
+        "attention_bwd_dq_kernel",
+        "attention_bwd_dkdv_kernel",
+    ]
 
 
 def test_the_interpreter_runs_only_when_named():
@@ -269,7 +274,7 @@ def test_the_interpreter_runs_only_when_named():
     inputs = [random(3, 1, 16, dtype=FP32)] * 3
     choice = dispatch.explain(prefix_attention, *inputs, layout)
     assert choice.name != "triton"
-    assert choice.refused["triton"] == "the Triton interpreter runs only when named"
+    assert choice.reasons["triton"] == "the Triton interpreter runs only when named"
     assert dispatch.explain(prefix_attention, *inputs, layout, impl="triton").name == "triton"
     with pytest.raises(RuntimeError, match="head_dim is 257"):
         dispatch.explain(prefix_attention, *[random(3, 1, 257, dtype=FP32)] * 3, layout, impl="triton")

@@ -23,18 +23,18 @@ case_of = partial(cache_case, impl="triton")
 
 @pytest.fixture
 def cut(monkeypatch):
-    """Choose the launch, into how many parts keys are cut, and how many branches are looked at at once."""
+    """Choose the launch, into how many splits keys are cut, and how many branches are looked at at once."""
 
-    def choose(launch, parts=1):
+    def choose(launch, num_splits=1):
         monkeypatch.setattr(implementation, "choose_launch", lambda *shape: launch)
-        monkeypatch.setattr(implementation, "count_parts", lambda *shape: parts)
+        monkeypatch.setattr(implementation, "choose_num_splits", lambda *shape: num_splits)
         monkeypatch.setattr(implementation, "_SCAN", 4)
 
     return choose
 
 
 @pytest.mark.parametrize(
-    ("queries", "rows", "parts", "dtype"),
+    ("queries", "rows", "num_splits", "dtype"),
     [
         (1, 16, 1, torch.float16),
         (1, 16, 3, torch.float32),
@@ -44,9 +44,9 @@ def cut(monkeypatch):
         (5, 16, 2, torch.float16),
     ],
 )
-def test_tiles(queries, rows, parts, dtype, cut):
+def test_tiles(queries, rows, num_splits, dtype, cut):
     """In 16 rows, all 3 branches of a root, 2 of them, 1."""
-    cut(Launch(rows, 16, 4, 1), parts)
+    cut(Launch(rows, 16, 4, 1), num_splits)
     assert_case_within_budget(case_of(queries, dtype=dtype), gradients=False)
 
 
@@ -123,7 +123,7 @@ def test_parts_are_counted_by_the_programs_that_work(monkeypatch):
     """Over a root one for as many branches as fill a tile of 16 rows, though all branches have programs."""
     counted = []
     monkeypatch.setattr(implementation, "choose_launch", lambda *shape: Launch(16, 16, 4, 1))
-    monkeypatch.setattr(implementation, "count_parts", lambda *shape: counted.append(shape) or 1)
+    monkeypatch.setattr(implementation, "choose_num_splits", lambda *shape: counted.append(shape) or 1)
     case = case_of(2, ([0, 0, 1, 0, 0, 0], [20, 3], [5, 2, 4, 3, 2, 2]), heads=4, kv_heads=2)
     case.operation(*case.inputs)
     assert counted == [(2 * 2, 21, 16), (6 * 2, 5, 16)]
@@ -135,11 +135,11 @@ def test_gradients_are_refused():
     indices = [torch.tensor(each, dtype=torch.int32) for each in SEVERAL_TILES]
     for tensor in case.inputs:
         tensor.requires_grad_()
-        reason = explain(call, *case.inputs, *indices).refused["triton"]
+        reason = explain(call, *case.inputs, *indices).reasons["triton"]
         assert reason == "the Triton kernels of decoding have no gradient, and an argument requires one"
         with pytest.raises(RuntimeError, match=r"impl='triton' cannot run this call: .* have no gradient"):
             case.operation(*case.inputs)
         with torch.no_grad():
             assert explain(call, *case.inputs, *indices, impl="triton").name == "triton"
         tensor.requires_grad_(False)
-    assert explain(call, *case.inputs, *indices).refused["triton"] == "the Triton interpreter runs only when named"
+    assert explain(call, *case.inputs, *indices).reasons["triton"] == "the Triton interpreter runs only when named"

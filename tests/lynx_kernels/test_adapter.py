@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from lynx_kernels.backends import dispatch, onednn
 from lynx_kernels.backends import triton as triton_backend
 from lynx_kernels.ops.adapter import OPERATION, adapter, reference
+from lynx_kernels.ops.adapter.call import AdapterCall
 from tests.lynx_kernels.helpers import check, check_results, count_compilations, dtensors, permuted, run
 from tests.numbers import assert_within_budget
 
@@ -50,7 +51,7 @@ def make(shape=(37,), width=13, bottleneck=5, dtype=torch.float64, absent=(), de
 
 def runs(impl, dtype, device="cpu"):
     inputs, _ = make(dtype=dtype, device=device)
-    return impl not in dispatch.explain(adapter, *inputs).refused
+    return impl not in dispatch.explain(adapter, *inputs).reasons
 
 
 # Whatever can run on this machine, in every dtype that it takes.
@@ -76,7 +77,7 @@ def check_forward(function, inputs, **options):
     assert_within_budget(out, naive(*wide, **options), naive(*inputs, **options))
     given = [each.reshape(-1, each.shape[-1]) if i == 0 else each for i, each in enumerate(inputs)]
     exact, plain = [
-        reference.forward(*tensors, options.get("eps", 1e-5), options.get("activation", "silu"))
+        reference.forward(AdapterCall(*tensors, options.get("eps", 1e-5), options.get("activation", "silu")))
         for tensors in ([each if each is None else each.double() for each in given], given)
     ]
     names = ("mean", "rstd", "preactivation")
@@ -320,15 +321,15 @@ def test_a_second_derivative_is_refused():
 
 def test_triton_refuses_fp64(monkeypatch):
     monkeypatch.setattr(triton_backend, "INTERPRETED", True)
-    assert dispatch.explain(adapter, *make()[0]).refused["triton"].endswith("an argument is fp64")
+    assert dispatch.explain(adapter, *make()[0]).reasons["triton"].endswith("an argument is fp64")
 
 
 def test_which_and_unknown_implementation():
     inputs, _ = make()
     choice = dispatch.explain(adapter, *inputs)
     assert choice.name == "reference"
-    assert choice.refused["cpu"] == "computes in fp32 and bf16, x would be torch.float64"
-    assert choice.refused["triton"] == "Triton kernels need a GPU, and the tensors are on cpu"
+    assert choice.reasons["cpu"] == "computes in fp32 and bf16, x would be torch.float64"
+    assert choice.reasons["triton"] == "Triton kernels need a GPU, and the tensors are on cpu"
     assert dispatch.explain(adapter, *make(dtype=torch.float32)[0]).name == "cpu"
     with pytest.raises(RuntimeError, match="impl='triton' cannot run this call: Triton kernels need a GPU"):
         adapter(*(each.float() for each in inputs), impl="triton")
@@ -372,7 +373,7 @@ def test_cpu_refuses(monkeypatch):
     inputs, _ = make(dtype=torch.float32)
 
     def reason(*given):
-        return dispatch.explain(adapter, *given).refused["cpu"]
+        return dispatch.explain(adapter, *given).reasons["cpu"]
 
     assert reason(*(each.to("meta") for each in inputs)) == "runs on CPUs, x is on meta"
     empty = [*inputs[:3], torch.zeros(0, 13), None, torch.zeros(13, 0), *inputs[6:]]

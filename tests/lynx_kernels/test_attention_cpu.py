@@ -194,12 +194,12 @@ def test_which_and_refusals(monkeypatch):
     assert explain(cross_attention, q, q, q, span_layout).name == "cpu"
     for dtype in (torch.float16, torch.float64):
         half = q.to(dtype)
-        assert f"would be in {dtype}" in explain(prefix_attention, half, half, half, layout).refused["cpu"]
+        assert f"would be in {dtype}" in explain(prefix_attention, half, half, half, layout).reasons["cpu"]
     with torch.autocast("cpu", dtype=torch.float16):
-        assert "would be in torch.float16" in explain(prefix_attention, q, q, q, layout).refused["cpu"]
+        assert "would be in torch.float16" in explain(prefix_attention, q, q, q, layout).reasons["cpu"]
     monkeypatch.setattr(cpu_backend, "MISSING", "the compiled module is missing")
     choice = explain(cross_attention, q, q, q, span_layout)
-    assert (choice.name, choice.refused["cpu"]) == ("reference", "the compiled module is missing")
+    assert (choice.name, choice.reasons["cpu"]) == ("reference", "the compiled module is missing")
 
 
 def test_instruction_sets():

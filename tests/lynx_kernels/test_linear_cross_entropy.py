@@ -4,8 +4,8 @@ from torch.nn import functional as F
 
 from lynx_kernels.backends import dispatch, onednn
 from lynx_kernels.ops import linear_cross_entropy as loss
-from lynx_kernels.ops.linear_cross_entropy import chunked as one_pass
-from lynx_kernels.ops.linear_cross_entropy import linear_cross_entropy, reference, rows
+from lynx_kernels.ops.linear_cross_entropy import chunked, linear_cross_entropy, reference, rows
+from lynx_kernels.ops.linear_cross_entropy.call import LossCall
 from tests.lynx_kernels.helpers import check, count_compilations, dtensors, permuted, run
 from tests.numbers import assert_within_budget
 
@@ -21,18 +21,19 @@ BACKWARD = torch.ops.lynx_kernels.linear_cross_entropy_backward.default
 def host(request, monkeypatch):
     """Small chunks, and every test also the way a device runs it: over all rows."""
     monkeypatch.setattr(reference, "CHUNK", 7)
-    monkeypatch.setattr(one_pass, "CHUNK", 7)
+    monkeypatch.setattr(chunked, "CHUNK", 7)
     if request.param == "device":
         monkeypatch.setattr(rows, "host_may_read", lambda tensor: False)
     return request.param
 
 
-@pytest.fixture(params=["one_pass", "reference"], autouse=True)
+@pytest.fixture(params=["chunked", "reference"], autouse=True)
 def preferred(request, monkeypatch):
     """Every test with each implementation, where it can run."""
     if request.param == "reference":
-        only = dispatch.Implementation("reference", reference.forward, reference.backward)
-        monkeypatch.setattr(loss, "_IMPLEMENTATIONS", dispatch.Operation("linear_cross_entropy", only))
+        only = dispatch.Implementation("reference", loss._losses)
+        operation = dispatch.Operation("linear_cross_entropy", LossCall, None, only, check=loss._check)
+        monkeypatch.setattr(loss, "OPERATION", operation)
     return request.param
 
 
@@ -53,11 +54,11 @@ def products(monkeypatch):
         monkeypatch.setattr(module, name, run)
 
     def add_product(total, left, right):
-        product = one_pass._product(left, right)
+        product = chunked._product(left, right)
         return product if total is None else total + product
 
-    monkeypatch.setattr(one_pass, "_add_product", add_product)
-    for module in (one_pass, reference):
+    monkeypatch.setattr(chunked, "_add_product", add_product)
+    for module in (chunked, reference):
         spy(module, "_product")
     return found
 
@@ -216,7 +217,7 @@ def test_only_the_gradients_asked_for(trained, products, preferred):
     torch.testing.assert_close(leaf.grad, expected[trained == "weight"])
     logits, gradient = products[0], products[-1]
     assert gradient == ((logits[0], 19, 13) if trained == "hidden" else (19, logits[0], 13))
-    assert products == [logits] * (1 if preferred == "one_pass" else 2) + [gradient]
+    assert products == [logits] * (1 if preferred == "chunked" else 2) + [gradient]
     products.clear()
     with torch.no_grad():
         linear_cross_entropy(hidden, weight, labels)
@@ -240,10 +241,10 @@ def test_a_bound_spares_a_device_the_other_rows(products, host, preferred):
         actual = run(with_options(linear_cross_entropy, max_supervised=bound), inputs, None)
         for ours, theirs in zip(actual, expected, strict=True):
             torch.testing.assert_close(ours, theirs)
-        if preferred == "one_pass":
+        if preferred == "chunked":
             rows_seen = sum(shape[0] for shape in products if shape[1:] == (13, 19))
             assert rows_seen == (min(bound, 130) if host == "device" else count)
-    if preferred == "one_pass":
+    if preferred == "chunked":
         error = RuntimeError if host == "device" else ValueError
         with pytest.raises(error, match=f"more.* than max_supervised={count - 1}"):
             linear_cross_entropy(*inputs, max_supervised=count - 1)
@@ -277,7 +278,7 @@ def test_what_is_saved(preferred):
             lambda each, kept=kept: kept.append(each) or each, lambda each: each
         ):
             linear_cross_entropy(hidden.requires_grad_(), weight, labels, reduction="sum")
-        if preferred == "one_pass":
+        if preferred == "chunked":
             assert sum(each.nbytes for each in kept) == expected
         else:
             assert {each.data_ptr() for each in kept} == {each.data_ptr() for each in (hidden, weight, labels)}
@@ -324,7 +325,7 @@ def test_autocast(compiled, preferred):
     with torch.autocast("cpu", torch.bfloat16):
         actual = run(function, (hidden, weight, labels), None)
     rounded = hidden.bfloat16(), weight.bfloat16()
-    logits = torch.bfloat16 if preferred == "one_pass" and onednn.HAS_BF16 else torch.float32
+    logits = torch.bfloat16 if preferred == "chunked" and onednn.HAS_BF16 else torch.float32
     exact = run(naive, (*(each.double() for each in rounded), labels), None)
     plain = run(naive, (*(each.to(logits) for each in rounded), labels), None)
     precisions = logits, torch.bfloat16, torch.bfloat16  # gradients are products in bf16
@@ -368,9 +369,9 @@ def test_labels_out_of_range(wrong, host):
 def test_which_and_unknown_implementation(preferred):
     inputs = make()
     assert dispatch.explain(linear_cross_entropy, *inputs).name == preferred
-    if preferred == "one_pass":
+    if preferred == "chunked":
         choice = dispatch.explain(linear_cross_entropy, *inputs, reduction="none")
-        assert str(choice) == "reference\n  not one_pass: it sums the losses, reduction='none' asks for each"
+        assert str(choice) == "reference\n  not chunked: it sums the losses, reduction='none' asks for each"
     with pytest.raises(ValueError, match="impl='nonsense' is not an implementation"):
         linear_cross_entropy(*inputs, impl="nonsense")
 

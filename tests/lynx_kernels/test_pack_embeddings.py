@@ -41,7 +41,7 @@ def make(rows=37, vocabulary=11, num_vision=7, width=5, dtype=torch.float64, dev
 
 def runs(impl, dtype, device="cpu"):
     inputs, _ = make(dtype=dtype, device=device)
-    return impl not in dispatch.explain(pack_embeddings, *inputs).refused
+    return impl not in dispatch.explain(pack_embeddings, *inputs).reasons
 
 
 # Whatever can run on this machine, in every dtype that it takes.
@@ -259,15 +259,15 @@ def test_which_and_unknown_implementation(monkeypatch):
     inputs, _ = make()
     wide = dispatch.explain(pack_embeddings, *inputs)
     assert wide.name == "reference"
-    assert wide.refused["cuda"] == "the CUDA kernels add up in fp32, and an argument is fp64"
-    assert wide.refused["cpu"] == (cpu_backend.MISSING or "adds up in fp32, embedding is torch.float64")
+    assert wide.reasons["cuda"] == "the CUDA kernels add up in fp32, and an argument is fp64"
+    assert wide.reasons["cpu"] == (cpu_backend.MISSING or "adds up in fp32, embedding is torch.float64")
     narrow = [*inputs[:1], inputs[1].float(), inputs[2].half(), inputs[3]]
-    assert dispatch.explain(pack_embeddings, *narrow).refused["cuda"] == (
+    assert dispatch.explain(pack_embeddings, *narrow).reasons["cuda"] == (
         "CUDA kernels need a GPU, and the tensors are on cpu"
     )
     assert dispatch.explain(pack_embeddings, *narrow).name == ("cpu" if cpu_backend.MISSING is None else "reference")
     monkeypatch.setattr(cpu_backend, "MISSING", "the compiled module is missing")
-    assert dispatch.explain(pack_embeddings, *narrow).refused["cpu"] == "the compiled module is missing"
+    assert dispatch.explain(pack_embeddings, *narrow).reasons["cpu"] == "the compiled module is missing"
     with pytest.raises(ValueError, match="impl='nonsense' is not an implementation"):
         pack_embeddings(*inputs, impl="nonsense")
 

@@ -185,7 +185,7 @@ def test_which():
     frame = np.zeros((9, 9, 3), np.uint8)
     choice = explain(pack_frames, [frame], **OPTIONS)
     assert choice.name == ("reference" if cpu_backend.MISSING else "cpu")
-    assert choice.refused == {
+    assert choice.reasons == {
         "cuda": "CUDA kernels need a GPU, and the tensors are on cpu",
         **({"cpu": cpu_backend.MISSING} if cpu_backend.MISSING else {}),
     }

@@ -226,17 +226,17 @@ def test_which_and_refusals(monkeypatch):
     ask = partial(explain, prefix_attention_decode)
     assert ask(*case.inputs, *indices).name == "cpu"
     for dtype in (torch.float16, torch.float64):
-        assert f"would be in {dtype}" in ask(*(each.to(dtype) for each in case.inputs), *indices).refused["cpu"]
+        assert f"would be in {dtype}" in ask(*(each.to(dtype) for each in case.inputs), *indices).reasons["cpu"]
     with torch.autocast("cpu", dtype=torch.float16):
-        assert "would be in torch.float16" in ask(*case.inputs, *indices).refused["cpu"]
+        assert "would be in torch.float16" in ask(*case.inputs, *indices).reasons["cpu"]
     for tensor in case.inputs:
         tensor.requires_grad_()
         choice = ask(*case.inputs, *indices)
         assert choice.name == "reference"
-        assert choice.refused["cpu"] == "the C++ kernels of decoding have no gradient, and an argument requires one"
+        assert choice.reasons["cpu"] == "the C++ kernels of decoding have no gradient, and an argument requires one"
         with torch.no_grad():
             assert ask(*case.inputs, *indices).name == "cpu"
         tensor.requires_grad_(False)
     monkeypatch.setattr(cpu_backend, "MISSING", "the compiled module is missing")
     choice = ask(*case.inputs, *indices)
-    assert (choice.name, choice.refused["cpu"]) == ("reference", "the compiled module is missing")
+    assert (choice.name, choice.reasons["cpu"]) == ("reference", "the compiled module is missing")

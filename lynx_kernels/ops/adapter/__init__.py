@@ -9,24 +9,70 @@ from lynx_kernels.backends.dtypes import acc_dtype
 from lynx_kernels.backends.registration import autocast_to, define
 from lynx_kernels.ops.adapter import cpu, cuda, reference
 from lynx_kernels.ops.adapter.activations import ACTIVATIONS
+from lynx_kernels.ops.adapter.call import AdapterBackwardCall, AdapterCall
+
+
+def _check(call: AdapterCall) -> None:
+    tensors = dict(zip(call._fields[:8], call.tensors, strict=True))
+    dispatch.refuse_dtensors("adapter", **tensors)
+    dispatch.require_floating("adapter", **tensors)
+    dispatch.require_same_device("adapter", call.x.device, **tensors)
+    if call.x.dim() == 0 or call.down_weight.dim() != 2:
+        raise ValueError(
+            f"adapter: x must be (..., d) and down_weight (r, d), got {tuple(call.x.shape)} and "
+            f"{tuple(call.down_weight.shape)}"
+        )
+    d, r = call.x.shape[-1], call.down_weight.shape[0]
+    expected = {
+        "norm_weight": (d,), "norm_bias": (d,), "down_weight": (r, d), "down_bias": (r,),
+        "up_weight": (d, r), "up_bias": (d,),
+    }  # fmt: skip
+    for name, shape in expected.items():
+        if (tensor := tensors[name]) is not None and tensor.shape != shape:
+            raise ValueError(
+                f"adapter: {name} has shape {tuple(tensor.shape)}, expected {shape} (d={d} from x, r={r} from "
+                "down_weight)"
+            )
+    if call.scale.numel() != 1:
+        raise ValueError(f"adapter: scale must have one element, got shape {tuple(call.scale.shape)}")
+    if call.norm_weight is None and call.norm_bias is not None:
+        raise ValueError("adapter: norm_bias without norm_weight; pass both, the weight alone, or neither")
+    if call.up_weight.dtype != call.down_weight.dtype:
+        raise TypeError(
+            f"adapter: up_weight is {call.up_weight.dtype}, down_weight {call.down_weight.dtype}; use one dtype"
+        )
+    if call.activation not in ACTIVATIONS:
+        raise ValueError(f"adapter: activation={call.activation!r}, expected one of {sorted(ACTIVATIONS)}")
+
 
 OPERATION = dispatch.Operation(
     "adapter",
+    AdapterCall,
+    AdapterBackwardCall,
     dispatch.Implementation(
-        "cuda", cuda.forward, unsupported_reason=cuda.unsupported_reason, not_preferred_reason=cuda.not_preferred_reason
+        "cuda",
+        cuda.forward,
+        architectures=dispatch.NVIDIA,
+        unsupported_reason=cuda.unsupported_reason,
+        not_preferred_reason=cuda.not_preferred_reason,
     ),
     dispatch.Implementation(
         "triton",
         triton_backend.lazy("lynx_kernels.ops.adapter.triton", "forward"),
         triton_backend.lazy("lynx_kernels.ops.adapter.triton", "backward"),
-        unsupported_reason=triton_backend.unsupported_reason,
+        architectures=triton_backend.ARCHITECTURES,
+        unsupported_reason=lambda call: triton_backend.unsupported_reason(*call.tensors),
         not_preferred_reason=triton_backend.not_preferred_reason,
     ),
-    dispatch.Implementation("cpu", cpu.forward, cpu.backward, cpu.unsupported_reason),
+    dispatch.Implementation(
+        "cpu", cpu.forward, cpu.backward, architectures=("cpu",), unsupported_reason=cpu.unsupported_reason
+    ),
     dispatch.Implementation("reference", reference.forward, reference.backward),
+    check=_check,
 )
 
 
+@OPERATION.explained_by(AdapterCall)
 def adapter(
     x: Tensor,
     norm_weight: Tensor | None,
@@ -63,102 +109,56 @@ def adapter(
         ValueError: shapes, devices or the activation do not fit; the message names the argument.
         TypeError: an argument is not floating point, the two weights differ in dtype, or one is a DTensor.
     """
-    _check(x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, scale, activation)
-    impl = OPERATION.choose(impl, x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, scale)
-    out, _, _, _ = _FORWARD(
-        x.reshape(-1, x.shape[-1]), norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, scale,
-        eps, activation, impl,
-    )  # fmt: skip
+    call = AdapterCall(x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, scale, eps, activation)
+    impl = OPERATION.choose(impl, call)
+    out, _, _, _ = _FORWARD(*call._replace(x=x.reshape(-1, x.shape[-1])), impl)
     return out.view(x.shape)
 
 
-def _check(x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, scale, activation) -> None:
-    tensors = {
-        "x": x, "norm_weight": norm_weight, "norm_bias": norm_bias, "down_weight": down_weight,
-        "down_bias": down_bias, "up_weight": up_weight, "up_bias": up_bias, "scale": scale,
-    }  # fmt: skip
-    dispatch.refuse_dtensors("adapter", **tensors)
-    dispatch.require_floating("adapter", **tensors)
-    dispatch.require_same_device("adapter", x.device, **tensors)
-    if x.dim() == 0 or down_weight.dim() != 2:
-        raise ValueError(
-            f"adapter: x must be (..., d) and down_weight (r, d), got {tuple(x.shape)} and {tuple(down_weight.shape)}"
-        )
-    d, r = x.shape[-1], down_weight.shape[0]
-    expected = {
-        "norm_weight": (d,), "norm_bias": (d,), "down_weight": (r, d), "down_bias": (r,),
-        "up_weight": (d, r), "up_bias": (d,),
-    }  # fmt: skip
-    for name, shape in expected.items():
-        if tensors[name] is not None and tensors[name].shape != shape:
-            raise ValueError(
-                f"adapter: {name} has shape {tuple(tensors[name].shape)}, expected {shape} (d={d} from x, r={r} "
-                "from down_weight)"
-            )
-    if scale.numel() != 1:
-        raise ValueError(f"adapter: scale must have one element, got shape {tuple(scale.shape)}")
-    if norm_weight is None and norm_bias is not None:
-        raise ValueError("adapter: norm_bias without norm_weight; pass both, the weight alone, or neither")
-    if up_weight.dtype != down_weight.dtype:
-        raise TypeError(f"adapter: up_weight is {up_weight.dtype}, down_weight {down_weight.dtype}; use one dtype")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"adapter: activation={activation!r}, expected one of {sorted(ACTIVATIONS)}")
-
-
-def _forward_fake(x, norm_weight, norm_bias, down_weight, *rest):
-    statistics = (x.shape[0] if norm_weight is not None else 0,)
-    statistics_dtype = acc_dtype(x.dtype)
+def _forward_fake(call: AdapterCall):
+    tokens = call.x.shape[0]
+    statistics = (tokens if call.norm_weight is not None else 0,)
+    statistics_dtype = acc_dtype(call.x.dtype)
     return (
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-        x.new_empty(statistics, dtype=statistics_dtype),
-        x.new_empty(statistics, dtype=statistics_dtype),
-        down_weight.new_empty((x.shape[0], down_weight.shape[0])),
+        torch.empty_like(call.x, memory_format=torch.contiguous_format),
+        call.x.new_empty(statistics, dtype=statistics_dtype),
+        call.x.new_empty(statistics, dtype=statistics_dtype),
+        call.down_weight.new_empty((tokens, call.down_weight.shape[0])),
     )
 
 
-def _backward_fake(grad, x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, scale, *rest):
-    _, _, _, _, needs, _ = rest
-    inputs = (x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, scale)
+def _backward_fake(call: AdapterBackwardCall):
     return [
         torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        for tensor, needed in zip(inputs, needs, strict=True)
-        if needed
+        for tensor, needed in zip(call.inputs, call.needs, strict=True)
+        if needed and tensor is not None
     ]
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    *tensors, _eps, activation, impl = inputs
+def _setup_context(ctx, call: AdapterCall, impl: str, output) -> None:
     _, mean, rstd, preactivation = output
-    ctx.save_for_backward(*tensors, mean, rstd, preactivation)
-    ctx.activation, ctx.impl = activation, impl
+    ctx.save_for_backward(*call.tensors, mean, rstd, preactivation)
+    ctx.activation, ctx.impl = call.activation, impl
     ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx, grad, *unused):
     if grad is None:
-        return (None,) * 11
-    *tensors, mean, rstd, preactivation = ctx.saved_tensors
+        return (None,) * 10
     needs = list(ctx.needs_input_grad[:8])
-    gradients = iter(_BACKWARD(grad, *tensors, mean, rstd, preactivation, ctx.activation, needs, ctx.impl))
-    return (*(next(gradients) if needed else None for needed in needs), None, None, None)
+    gradients = iter(_BACKWARD(grad, *ctx.saved_tensors, ctx.activation, needs, ctx.impl))
+    return (*(next(gradients) if needed else None for needed in needs), None, None)
 
 
-def _autocast(dtype, x, norm_weight, norm_bias, down_weight, down_bias, up_weight, *rest):
-    return (x, norm_weight, norm_bias, autocast_to(down_weight, dtype), down_bias, autocast_to(up_weight, dtype), *rest)
+def _autocast(dtype: torch.dtype, call: AdapterCall) -> AdapterCall:
+    return call._replace(down_weight=autocast_to(call.down_weight, dtype), up_weight=autocast_to(call.up_weight, dtype))
 
 
-_ARGUMENTS = (
-    "Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor down_weight, Tensor? down_bias, Tensor up_weight, "
-    "Tensor? up_bias, Tensor scale"
-)
-_BACKWARD = define(
-    f"adapter_backward(Tensor grad, {_ARGUMENTS}, Tensor mean, Tensor rstd, Tensor preactivation, str activation, "
-    "bool[] needs, str impl) -> Tensor[]",
-    OPERATION.backward,
-    fake=_backward_fake,
-)
+_BACKWARD = define("adapter_backward", AdapterBackwardCall, "Tensor[]", OPERATION.backward, fake=_backward_fake)
 _FORWARD = define(
-    f"adapter({_ARGUMENTS}, float eps, str activation, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
+    "adapter",
+    AdapterCall,
+    "(Tensor, Tensor, Tensor, Tensor)",
     OPERATION.forward,
     fake=_forward_fake,
     autograd=(_setup_context, _autograd),

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from lynx_kernels.backends import cpu as cpu_backend
 from lynx_kernels.backends import onednn
 from lynx_kernels.ops.adapter.activations import ACTIVATION_GRADIENTS, ACTIVATIONS
+from lynx_kernels.ops.adapter.call import AdapterBackwardCall, AdapterCall
 
 _DTYPES = (torch.float32, torch.bfloat16)
 # Below this many, a product of fp32 with a small weight is PyTorch's (lynx_kernels.backends.onednn says how small).
@@ -34,20 +35,16 @@ _COMPILED_TOKENS = 64
 _T = TypeVar("_T", Tensor, Tensor | None)
 
 
-def unsupported_reason(
-    x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, down_weight: Tensor, *rest
-) -> str | None:
+def unsupported_reason(call: AdapterCall) -> str | None:
     """Why this implementation cannot run the call, or None."""
-    if x.device.type != "cpu":
-        return f"runs on CPUs, x is on {x.device}"
     if not onednn.HAS_LINEAR:
         return "this PyTorch is built without oneDNN's fused linear"
-    if 0 in down_weight.shape:
-        return f"down_weight is empty: {tuple(down_weight.shape)}"
-    compute = down_weight.dtype
+    if 0 in call.down_weight.shape:
+        return f"down_weight is empty: {tuple(call.down_weight.shape)}"
+    compute = call.down_weight.dtype
     if torch.is_autocast_enabled("cpu") and compute != torch.float64:
         compute = torch.get_autocast_dtype("cpu")
-    for name, dtype in (("x", x.dtype), ("the products", compute)):
+    for name, dtype in (("x", call.x.dtype), ("the products", compute)):
         if dtype not in _DTYPES:
             return f"computes in fp32 and bf16, {name} would be {dtype}"
     if compute == torch.bfloat16 and not onednn.HAS_BF16:
@@ -65,25 +62,13 @@ def _cast(tensor: _T, dtype: torch.dtype) -> _T:
     return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)  # asking first spares 1 us
 
 
-def forward(
-    x: Tensor,  # (T, d)
-    norm_weight: Tensor | None,  # (d,)
-    norm_bias: Tensor | None,  # (d,)
-    down_weight: Tensor,  # (r, d)
-    down_bias: Tensor | None,  # (r,)
-    up_weight: Tensor,  # (d, r)
-    up_bias: Tensor | None,  # (d,)
-    scale: Tensor,  # ()
-    eps: float,
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward(call: AdapterCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the output (T, d) and what backward needs: mean (T,), rstd (T,) and the pre-activation (T, r)."""
+    x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, scale, eps, activation = call
     compute = down_weight.dtype
     is_few = x.shape[0] <= _COMPILED_TOKENS
     if is_few and cpu_backend.module is not None and down_weight.is_contiguous() and up_weight.is_contiguous():
-        return _compiled_forward(
-            x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, scale, eps, activation
-        )
+        return _compiled_forward(call)
     stream = _cast(x, torch.promote_types(x.dtype, compute)).contiguous()
     scale = scale.reshape(())  # without dimensions it multiplies a tensor of any dtype unrounded
     if norm_weight is None:
@@ -121,43 +106,27 @@ def _readable(tensor: _T) -> _T:
     return (tensor if tensor.dtype in _DTYPES else tensor.to(torch.float32)).contiguous()
 
 
-def _compiled_forward(
-    x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, scale, eps, activation
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _compiled_forward(call: AdapterCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """forward in C++; the weights are contiguous."""
+    x, down_weight = call.x, call.down_weight
     (tokens, width), bottleneck = x.shape, down_weight.shape[0]
-    statistics = 0 if norm_weight is None else tokens
+    statistics = 0 if call.norm_weight is None else tokens
     mean, rstd = x.new_empty(statistics, dtype=torch.float32), x.new_empty(statistics, dtype=torch.float32)
     out, preactivation = x.new_empty(tokens, width), down_weight.new_empty(tokens, bottleneck)
     # The list keeps copies alive while their addresses are in use.
-    readable = [
-        _readable(each) for each in (x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, scale)
-    ]
+    readable = [_readable(each) for each in call.tensors]
     cpu_backend.module.adapter_forward(
-        (tokens, width, bottleneck), eps, activation, *map(_numbers, readable),
+        (tokens, width, bottleneck), call.eps, call.activation, *map(_numbers, readable),
         _numbers(out), mean.data_ptr(), rstd.data_ptr(), _numbers(preactivation), torch.get_num_threads(),
     )  # fmt: skip
     return out, mean, rstd, preactivation
 
 
-def backward(
-    grad: Tensor,  # (T, d)
-    x: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    scale: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    preactivation: Tensor,  # (T, r)
-    activation: str,
-    needs: list[bool],  # which of the eight tensor arguments of forward want a gradient
-) -> list[Tensor]:
-    """Return the gradients that ``needs`` asks for, in the order of forward's arguments; the rest is not computed."""
-    needs_x, needs_norm, needs_norm_bias, needs_down, needs_down_bias, needs_up, needs_up_bias, needs_scale = needs
+def backward(call: AdapterBackwardCall) -> list[Tensor]:
+    """Return the gradients that ``needs`` asks for, in order; the rest is not computed."""
+    grad, x, norm_weight, norm_bias, down_weight, _, up_weight, up_bias, scale = call[:9]
+    mean, rstd, preactivation, activation = call.mean, call.rstd, call.preactivation, call.activation
+    needs_x, needs_norm, needs_norm_bias, needs_down, needs_down_bias, needs_up, needs_up_bias, needs_scale = call.needs
     needs_preactivation = needs_x or needs_norm or needs_norm_bias or needs_down or needs_down_bias
     compute = down_weight.dtype
     stream = x.to(torch.promote_types(x.dtype, compute)).contiguous()
@@ -192,15 +161,7 @@ def backward(
         else:
             needs_norms = (needs_x, needs_norm, needs_norm_bias)
             gradients |= _norm_backward(grad_normalized, grad, stream, mean, rstd, norm_weight, norm_bias, needs_norms)
-    inputs = {
-        "x": x, "norm_weight": norm_weight, "norm_bias": norm_bias, "down_weight": down_weight,
-        "down_bias": down_bias, "up_weight": up_weight, "up_bias": up_bias, "scale": scale,
-    }  # fmt: skip
-    return [
-        gradients[name].to(tensor.dtype)
-        for (name, tensor), needed in zip(inputs.items(), needs, strict=True)
-        if needed and tensor is not None
-    ]
+    return call.wanted(gradients)
 
 
 def _normalize(x, mean, rstd, weight, bias, dtype: torch.dtype) -> Tensor:

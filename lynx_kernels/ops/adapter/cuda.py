@@ -12,9 +12,10 @@ from torch import Tensor
 
 from lynx_kernels.backends import cuda as cuda_backend
 from lynx_kernels.backends import dispatch
+from lynx_kernels.ops.adapter.call import AdapterCall
 
 _ACTIVATIONS = ("silu", "relu", "gelu", "gelu_tanh")  # in the order of lynx::Activation
-FEW_TOKENS = 64
+MAX_TOKENS = 64
 # Up to here it runs unasked, by bytes of a weight. A weight is multiplied once for every token, in fp32, by the plain
 # units of a multiprocessor. An H200 has 132 of them with 128 products a clock, 30 T a second at 1.75 GHz, and reads 4.8
 # TB/s, 2.4 T weights of 2 bytes: 12 products a weight take as long as reading it. A third more instructions load,
@@ -23,34 +24,27 @@ FEW_TOKENS = 64
 PREFERRED_TOKENS = {2: 8, 4: 16}
 
 
-def unsupported_reason(
-    x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, down_weight: Tensor, *rest
-) -> str | None:
-    """Why this implementation cannot run the call, or None. Builds the kernels where that is all that lacks."""
-    tensors = (x, norm_weight, norm_bias, down_weight, *rest)
-    if why := cuda_backend.device_unsupported_reason(x) or dispatch.gradient_unsupported_reason(
-        "the CUDA kernels of the adapter", *tensors
-    ):
+def unsupported_reason(call: AdapterCall) -> str | None:
+    """Why this implementation cannot run the call, or None."""
+    if why := dispatch.gradient_unsupported_reason("the CUDA kernels of the adapter", *call.tensors):
         return why
-    if any(each is not None and each.dtype == torch.float64 for each in tensors):
+    if any(each is not None and each.dtype == torch.float64 for each in call.tensors):
         return "the CUDA kernels add up in fp32, and an argument is fp64"
-    if 0 in down_weight.shape:
-        return f"down_weight is empty: {tuple(down_weight.shape)}"
-    if _tokens(x) > FEW_TOKENS:
-        return f"the CUDA kernels take up to {FEW_TOKENS} tokens, x has {_tokens(x)}"
-    return cuda_backend.library_missing_reason()
+    if 0 in call.down_weight.shape:
+        return f"down_weight is empty: {tuple(call.down_weight.shape)}"
+    if (tokens := _tokens(call.x)) > MAX_TOKENS:
+        return f"the CUDA kernels take up to {MAX_TOKENS} tokens, x has {tokens}"
+    return cuda_backend.MISSING
 
 
-def not_preferred_reason(
-    x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, down_weight: Tensor, *rest
-) -> str | None:
+def not_preferred_reason(call: AdapterCall) -> str | None:
     """Why it runs only when named, or None."""
-    compute, device_type = down_weight.dtype, x.device.type
+    compute, device_type = call.down_weight.dtype, call.x.device.type
     if torch.is_autocast_enabled(device_type):
         compute = torch.get_autocast_dtype(device_type)
-    most = PREFERRED_TOKENS[compute.itemsize]
-    if _tokens(x) > most:
-        return f"beyond {most} tokens, and x has {_tokens(x)}, plain products are taken to be slower than tensor cores"
+    most, tokens = PREFERRED_TOKENS[compute.itemsize], _tokens(call.x)
+    if tokens > most:
+        return f"beyond {most} tokens, and x has {tokens}, plain products are taken to be slower than tensor cores"
     return None
 
 
@@ -66,20 +60,11 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def forward(
-    x: Tensor,  # (T, d)
-    norm_weight: Tensor | None,  # (d,)
-    norm_bias: Tensor | None,  # (d,)
-    down_weight: Tensor,  # (r, d)
-    down_bias: Tensor | None,  # (r,)
-    up_weight: Tensor,  # (d, r)
-    up_bias: Tensor | None,  # (d,)
-    scale: Tensor,  # one element
-    eps: float,
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward(call: AdapterCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the output (T, d), mean (T,), rstd (T,) and the pre-activation (T, r)."""
-    return cuda_backend.kernels().adapter_few(
-        _with_dense_rows(x), _dense(norm_weight), _dense(norm_bias), _with_dense_rows(down_weight), _dense(down_bias),
-        _with_dense_rows(up_weight), _dense(up_bias), scale, float(eps), _ACTIVATIONS.index(activation),
+    return cuda_backend.kernels().adapter_small_m(
+        _with_dense_rows(call.x), _dense(call.norm_weight), _dense(call.norm_bias),
+        _with_dense_rows(call.down_weight), _dense(call.down_bias),
+        _with_dense_rows(call.up_weight), _dense(call.up_bias), call.scale,
+        float(call.eps), _ACTIVATIONS.index(call.activation),
     )  # fmt: skip

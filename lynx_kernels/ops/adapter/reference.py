@@ -12,25 +12,16 @@ from torch.nn import functional as F
 
 from lynx_kernels.backends.dtypes import acc_dtype
 from lynx_kernels.ops.adapter.activations import ACTIVATION_GRADIENTS, ACTIVATIONS
+from lynx_kernels.ops.adapter.call import AdapterBackwardCall, AdapterCall
 
 
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.to(dtype)
 
 
-def forward(
-    x: Tensor,  # (T, d)
-    norm_weight: Tensor | None,  # (d,)
-    norm_bias: Tensor | None,  # (d,)
-    down_weight: Tensor,  # (r, d)
-    down_bias: Tensor | None,  # (r,)
-    up_weight: Tensor,  # (d, r)
-    up_bias: Tensor | None,  # (d,)
-    scale: Tensor,  # ()
-    eps: float,
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward(call: AdapterCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the output (T, d) and what backward needs: mean (T,), rstd (T,) and the pre-activation (T, r)."""
+    x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, scale, eps, activation = call
     compute = down_weight.dtype
     x_wide = x.to(acc_dtype(x.dtype))
     mean, rstd = _statistics(x_wide, eps, norm_weight is not None)
@@ -57,30 +48,17 @@ def _normalize(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bia
     return normalized if bias is None else normalized + bias.to(x.dtype)
 
 
-def backward(
-    grad: Tensor,  # (T, d)
-    x: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    scale: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    preactivation: Tensor,  # (T, r)
-    activation: str,
-    needs: list[bool],  # which of the eight tensor arguments of forward want a gradient
-) -> list[Tensor]:
-    """Return the gradients that ``needs`` asks for, in the order of forward's arguments; the rest is not computed."""
-    needs_x, needs_norm, needs_norm_bias, needs_down, needs_down_bias, needs_up, needs_up_bias, needs_scale = needs
+def backward(call: AdapterBackwardCall) -> list[Tensor]:
+    """Return the gradients that ``needs`` asks for, in order; the rest is not computed."""
+    grad, x, norm_weight, norm_bias, down_weight, _, up_weight, up_bias, scale = call[:9]
+    mean, rstd, preactivation = call.mean, call.rstd, call.preactivation
+    needs_x, needs_norm, needs_norm_bias, needs_down, needs_down_bias, needs_up, needs_up_bias, needs_scale = call.needs
     compute = down_weight.dtype
-    x_input, x = x, x.to(acc_dtype(x.dtype))
+    x = x.to(acc_dtype(x.dtype))
     grad = grad.to(x.dtype)
-    activated = ACTIVATIONS[activation](preactivation)  # (T, r)
+    activated = ACTIVATIONS[call.activation](preactivation)  # (T, r)
     grad_up = (scale.to(grad.dtype) * grad).to(compute)  # (T, d), into the up-projection's output
-    grad_preactivation = ACTIVATION_GRADIENTS[activation](grad_up @ up_weight, preactivation)  # (T, r)
+    grad_preactivation = ACTIVATION_GRADIENTS[call.activation](grad_up @ up_weight, preactivation)  # (T, r)
     gradients = {}
     if needs_scale:
         up = F.linear(activated, up_weight, _cast(up_bias, compute))
@@ -109,12 +87,4 @@ def backward(
                 along = (grad_standardized * standardized).mean(-1, keepdim=True)
                 centred = grad_standardized - grad_standardized.mean(-1, keepdim=True) - standardized * along
                 gradients["x"] = grad + rstd[:, None] * centred
-    inputs = {
-        "x": x_input, "norm_weight": norm_weight, "norm_bias": norm_bias, "down_weight": down_weight,
-        "down_bias": down_bias, "up_weight": up_weight, "up_bias": up_bias, "scale": scale,
-    }  # fmt: skip
-    return [
-        gradients[name].to(tensor.dtype).contiguous()
-        for (name, tensor), needed in zip(inputs.items(), needs, strict=True)
-        if needed and tensor is not None
-    ]
+    return call.wanted(gradients)

@@ -1,6 +1,7 @@
 """What the three attentions share: their checks, and their registration as operators."""
 
 from collections.abc import Callable
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -11,46 +12,49 @@ from lynx_kernels.backends.dtypes import acc_dtype
 from lynx_kernels.backends.registration import autocast_to, define
 
 
-def define_attention(
-    operation: dispatch.Operation, floats: tuple[str, ...], offsets: tuple[str, ...], options: str
-) -> Callable:
-    """Register ``operation``, forward and backward, and return what runs the forward operator.
+def define_attention(operation: dispatch.Operation, num_floats: int) -> Callable:
+    """Register an attention, forward and backward, and return what runs the forward operator.
 
-    Its arguments are the ``floats`` (queries first, then keys and values, all differentiable), the integer ``offsets``
-    that say who sees whom, the ``options`` as a schema, and the implementation's name; its results the output and the
-    LSE. The backward takes the gradients and values of the results before the same arguments.
+    Args:
+        operation: its calls begin with ``num_floats`` differentiable tensors, queries first. Its backward calls hold
+            the gradients and the values of both results, then all that the call holds.
+        num_floats: how many.
+
+    Returns:
+        A function of a call's fields and the implementation's name, which gives the output and the LSE.
     """
-    name = operation.name
-    arguments = f"{', '.join(f'Tensor {each}' for each in (*floats, *offsets))}, {options}, str impl"
-    num_floats, num_arguments = len(floats), arguments.count(",") + 1
+    fields = operation.call._fields
+    num_tensors = sum(annotation is Tensor for annotation in get_type_hints(operation.call).values())
 
-    def forward_fake(q, *rest):
-        return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=acc_dtype(q.dtype))
+    def forward_fake(call: Any) -> tuple[Tensor, Tensor]:
+        return call.q.new_empty(call.q.shape), call.q.new_empty(call.q.shape[:-1], dtype=acc_dtype(call.q.dtype))
 
-    def backward_fake(grad, grad_lse, out, lse, *inputs):
-        return tuple(tensor.new_empty(tensor.shape) for tensor in inputs[:num_floats])
+    def backward_fake(call: Any) -> tuple[Tensor, ...]:
+        return tuple(tensor.new_empty(tensor.shape) for tensor in call[4 : 4 + num_floats])
 
-    def setup_context(ctx, inputs, output):
-        num_tensors = num_floats + len(offsets)
-        ctx.save_for_backward(*output, *inputs[:num_tensors])
-        ctx.options = inputs[num_tensors:]
+    def setup_context(ctx: Any, call: Any, impl: str, output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*output, *call[:num_tensors])
+        ctx.options, ctx.impl = call[num_tensors:], impl
         ctx.set_materialize_grads(False)
 
-    def autograd(ctx, grad, grad_lse):
-        gradients = backward(grad, grad_lse, *ctx.saved_tensors, *ctx.options)
-        return (*gradients, *[None] * (num_arguments - num_floats))
+    def autograd(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        gradients = backward(grad, grad_lse, *ctx.saved_tensors, *ctx.options, ctx.impl)
+        return (*gradients, *[None] * (len(fields) - num_floats))
 
-    def autocast(dtype, *args):
-        return (*(autocast_to(tensor, dtype) for tensor in args[:num_floats]), *args[num_floats:])
+    def autocast(dtype: torch.dtype, call: Any) -> Any:
+        return call._replace(**{name: autocast_to(getattr(call, name), dtype) for name in fields[:num_floats]})
 
     backward = define(
-        f"{name}_backward(Tensor? grad, Tensor? grad_lse, Tensor out, Tensor lse, {arguments}) -> "
+        f"{operation.name}_backward",
+        operation.backward_call,
         f"({', '.join(['Tensor'] * num_floats)})",
         operation.backward,
         fake=backward_fake,
     )
     return define(
-        f"{name}({arguments}) -> (Tensor, Tensor)",
+        operation.name,
+        operation.call,
+        "(Tensor, Tensor)",
         operation.forward,
         fake=forward_fake,
         autograd=(setup_context, autograd),
@@ -120,8 +124,8 @@ def resolve_scale(scale: float | None, q: Tensor) -> float:
     return q.shape[-1] ** -0.5 if scale is None else float(scale)
 
 
-def triton_unsupported_reason(q: Tensor, *keys_and_values: Tensor) -> str | None:
-    """Why the Triton kernels cannot take these tensors, or None if they can."""
-    if q.shape[-1] > 256:
-        return f"Triton attention holds a head in one tile of at most 256 columns, and head_dim is {q.shape[-1]}"
-    return triton_backend.unsupported_reason(q, *keys_and_values)
+def triton_unsupported_reason(call: Any) -> str | None:
+    """Why the Triton kernels cannot take the call, or None if they can."""
+    if (head_dim := call.q.shape[-1]) > 256:
+        return f"Triton attention holds a head in one tile of at most 256 columns, and head_dim is {head_dim}"
+    return triton_backend.unsupported_reason(*call.floats)

@@ -7,7 +7,7 @@ from torch import Tensor
 from lynx_kernels.backends import dispatch
 from lynx_kernels.backends import triton as triton_backend
 from lynx_kernels.layout import SpanLayout
-from lynx_kernels.ops.attention_common import cpu, reference
+from lynx_kernels.ops.attention_common import cpu as common_cpu
 from lynx_kernels.ops.attention_common.operator import (
     check_heads,
     check_rows,
@@ -15,19 +15,36 @@ from lynx_kernels.ops.attention_common.operator import (
     resolve_scale,
     triton_unsupported_reason,
 )
+from lynx_kernels.ops.cross_attention import cpu, reference
+from lynx_kernels.ops.cross_attention.call import CrossAttentionBackwardCall, CrossAttentionCall
 
 OPERATION = dispatch.Operation(
     "cross_attention",
+    CrossAttentionCall,
+    CrossAttentionBackwardCall,
     dispatch.Implementation(
         "triton",
-        triton_backend.lazy("lynx_kernels.ops.cross_attention.triton", "forward"),
-        triton_backend.lazy("lynx_kernels.ops.cross_attention.triton", "backward"),
+        triton_backend.lazy("lynx_kernels.ops.attention_common.triton", "forward"),
+        triton_backend.lazy("lynx_kernels.ops.attention_common.triton", "backward"),
+        architectures=triton_backend.ARCHITECTURES,
         unsupported_reason=triton_unsupported_reason,
         not_preferred_reason=triton_backend.not_preferred_reason,
     ),
-    dispatch.Implementation("cpu", cpu.cross_attention, cpu.cross_attention_backward, cpu.unsupported_reason),
-    dispatch.Implementation("reference", reference.cross_attention, reference.cross_attention_backward),
+    dispatch.Implementation(
+        "cpu", cpu.forward, cpu.backward, architectures=("cpu",), unsupported_reason=common_cpu.unsupported_reason
+    ),
+    dispatch.Implementation("reference", reference.forward, reference.backward),
 )
+
+
+def _call(q: Tensor, k: Tensor, v: Tensor, layout: SpanLayout, scale: float | None) -> CrossAttentionCall:
+    if not isinstance(layout, SpanLayout):
+        raise TypeError(f"cross_attention: layout is a {type(layout).__name__}, expected a SpanLayout")
+    check_heads("cross_attention", 3, q, k=k, v=v)
+    queries, keys = layout.num_queries, layout.num_keys
+    check_rows("cross_attention", layout.segments, q=(q, queries), k=(k, keys), v=(v, keys))
+    table = layout.segments, layout.tile_offsets, layout.tile_segments
+    return CrossAttentionCall(q, k, v, *table, resolve_scale(scale, q))
 
 
 @overload
@@ -52,6 +69,7 @@ def cross_attention(
     return_lse: Literal[True],
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
+@OPERATION.explained_by(_call)
 def cross_attention(
     q: Tensor,
     k: Tensor,
@@ -79,15 +97,9 @@ def cross_attention(
         ValueError: shapes or devices do not fit, or the layout describes other numbers of queries or keys.
         TypeError: ``layout`` is no SpanLayout, a tensor is not floating point, or a DTensor.
     """
-    if not isinstance(layout, SpanLayout):
-        raise TypeError(f"cross_attention: layout is a {type(layout).__name__}, expected a SpanLayout")
-    check_heads("cross_attention", 3, q, k=k, v=v)
-    queries, keys = layout.num_queries, layout.num_keys
-    check_rows("cross_attention", layout.segments, q=(q, queries), k=(k, keys), v=(v, keys))
-    impl = OPERATION.choose(impl, q, k, v)
-    table = layout.segments, layout.tile_offsets, layout.tile_segments
-    out, lse = _OPERATOR(q, k, v, *table, resolve_scale(scale, q), impl)
+    call = _call(q, k, v, layout, scale)
+    out, lse = _OPERATOR(*call, OPERATION.choose(impl, call))
     return (out, lse) if return_lse else out
 
 
-_OPERATOR = define_attention(OPERATION, ("q", "k", "v"), ("segments", "tile_offsets", "tile_segments"), "float scale")
+_OPERATOR = define_attention(OPERATION, num_floats=3)

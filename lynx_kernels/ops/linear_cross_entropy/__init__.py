@@ -1,5 +1,7 @@
 """The language model's loss, from its last hidden states: output head and cross entropy in one operation."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -7,84 +9,14 @@ from lynx_kernels.backends import dispatch
 from lynx_kernels.backends.dtypes import acc_dtype
 from lynx_kernels.backends.registration import autocast_to, define
 from lynx_kernels.ops.linear_cross_entropy import chunked, reference
+from lynx_kernels.ops.linear_cross_entropy.call import LossCall, LossesBackwardCall, LossesCall, LossSumCall
 from lynx_kernels.ops.linear_cross_entropy.rows import compute_dtype
 
-OPERATION = dispatch.Operation(
-    "linear_cross_entropy",
-    dispatch.Implementation("one_pass", chunked.forward, unsupported_reason=chunked.unsupported_reason),
-    dispatch.Implementation("reference", reference.forward, reference.backward),
-)
 _REDUCTIONS = ("mean", "sum", "none")
 
 
-def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    shift_labels: Tensor,
-    *,
-    label_smoothing: float = 0.0,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    num_items: int | Tensor | None = None,
-    max_supervised: int | None = None,
-    impl: str | None = None,
-) -> Tensor:
-    """``cross_entropy(hidden @ weight.T, shift_labels)`` at the supervised rows, without the (T, V) logits.
-
-    A head with a bias, a soft cap or a logit scale is another function: compute its logits and their loss plainly.
-
-    Args:
-        hidden: (T, d), fp64, fp32, fp16 or bf16.
-        weight: (V, d), fp64, fp32, fp16 or bf16, of the output head.
-        shift_labels: (T,) int64, the target of each row, already shifted: in [0, V), or ignore_index.
-        label_smoothing: in [0, 1], as in ``torch.nn.functional.cross_entropy``.
-        ignore_index: the label of rows that are not supervised. They may hold anything, nan included: their loss and
-            their gradient are 0.
-        reduction: ``"mean"`` divides the sum by the number of supervised rows, ``"sum"`` does not, ``"none"`` gives
-            each row's loss.
-        num_items: a number or a tensor of shape (), for ``"mean"``: divide by it instead (transformers'
-            ``num_items_in_batch``).
-        max_supervised: at least the number of supervised rows, where it is known on the host, which builds the batch.
-            On a device, whose labels the host does not read, only so many rows then reach the projection, else all do;
-            on CPUs the supervised rows are counted, and the bound is only checked.
-        impl: an implementation by name; None takes the best that can run.
-
-    A mean over 0 divides by 1, so that without a supervised row the loss and its gradients are 0, not nan. Logits
-    and loss are in fp32, or fp64 if an input is (``"one_pass"`` on CPUs rounds bf16 logits to bf16); under autocast
-    hidden and weight are cast to its dtype first. A frozen weight's gradient is not computed. ``"one_pass"``, for
-    ``"mean"`` and ``"sum"``, computes the gradients that are wanted in forward and saves them for backward: (T, d) in
-    hidden's dtype and, where the weight trains, (V, d) in its own, in fp32 for fp16. ``"reference"`` saves nothing but
-    the arguments.
-
-    Returns:
-        () or, with ``"none"``, (T,), in fp32, or fp64 if an input is.
-
-    Raises:
-        ValueError: shapes, devices or an option do not fit; the message names the argument.
-        TypeError: an argument has the wrong dtype or is a DTensor.
-        IndexError: a label is out of range. On a device, whose values the host does not read, the device asserts
-            instead, as it does for max_supervised.
-    """
-    _check(hidden, weight, shift_labels, label_smoothing, reduction, num_items, max_supervised)
-    impl = OPERATION.choose(impl, hidden, weight, shift_labels, reduction)
-    if impl == "one_pass":
-        needs = [torch.is_grad_enabled() and each.requires_grad for each in (hidden, weight)]
-        at_most = shift_labels.shape[0] if max_supervised is None else max_supervised
-        total = _SUM(hidden, weight, shift_labels, label_smoothing, ignore_index, at_most, needs)[0]
-    else:
-        losses = _FORWARD(hidden, weight, shift_labels, label_smoothing, ignore_index, impl)
-        if reduction == "none":
-            return losses
-        total = losses.sum()
-    if reduction == "sum":
-        return total
-    if num_items is None:
-        num_items = (shift_labels != ignore_index).sum()
-    count = torch.where(num_items == 0, 1, num_items) if isinstance(num_items, Tensor) else num_items or 1
-    return total / count
-
-
-def _check(hidden, weight, shift_labels, label_smoothing, reduction, num_items, max_supervised) -> None:
+def _check(call: LossCall) -> None:
+    hidden, weight, shift_labels, label_smoothing, _, reduction, num_items, max_supervised = call
     tensors = {"hidden": hidden, "weight": weight, "shift_labels": shift_labels}
     counts = {"num_items": num_items} if isinstance(num_items, Tensor) else {}
     dispatch.refuse_dtensors("linear_cross_entropy", **tensors, **counts)
@@ -118,31 +50,116 @@ def _check(hidden, weight, shift_labels, label_smoothing, reduction, num_items, 
         raise ValueError(f"linear_cross_entropy: max_supervised={max_supervised}, expected at least 0")
 
 
-def _forward_fake(hidden, weight, shift_labels, *options):
-    dtype = acc_dtype(compute_dtype(hidden, weight))
-    return hidden.new_empty((hidden.shape[0],), dtype=dtype)
+def _sum(call: LossCall) -> Tensor:
+    """The sum of the losses, by the operator that computes their gradients with them."""
+    needs = [torch.is_grad_enabled() and each.requires_grad for each in (call.hidden, call.weight)]
+    at_most = call.shift_labels.shape[0] if call.max_supervised is None else call.max_supervised
+    return _SUM(*LossSumCall(*call[:5], at_most, needs), "chunked")[0]
 
 
-def _backward_fake(grad, hidden, weight, shift_labels, label_smoothing, ignore_index, needs, impl):
+def _losses(call: LossCall) -> Tensor:
+    """The loss of each row, or their sum."""
+    losses = _LOSSES(*call[:5], "reference")
+    return losses if call.reduction == "none" else losses.sum()
+
+
+OPERATION = dispatch.Operation(
+    "linear_cross_entropy",
+    LossCall,
+    None,
+    dispatch.Implementation("chunked", _sum, unsupported_reason=chunked.unsupported_reason),
+    dispatch.Implementation("reference", _losses),
+    check=_check,
+)
+
+
+@OPERATION.explained_by(LossCall)
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    shift_labels: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    num_items: int | Tensor | None = None,
+    max_supervised: int | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """``cross_entropy(hidden @ weight.T, shift_labels)`` at the supervised rows, without the (T, V) logits.
+
+    A head with a bias, a soft cap or a logit scale is another function: compute its logits and their loss plainly.
+
+    Args:
+        hidden: (T, d), fp64, fp32, fp16 or bf16.
+        weight: (V, d), fp64, fp32, fp16 or bf16, of the output head.
+        shift_labels: (T,) int64, the target of each row, already shifted: in [0, V), or ignore_index.
+        label_smoothing: in [0, 1], as in ``torch.nn.functional.cross_entropy``.
+        ignore_index: the label of rows that are not supervised. They may hold anything, nan included: their loss and
+            their gradient are 0.
+        reduction: ``"mean"`` divides the sum by the number of supervised rows, ``"sum"`` does not, ``"none"`` gives
+            each row's loss.
+        num_items: a number or a tensor of shape (), for ``"mean"``: divide by it instead (transformers'
+            ``num_items_in_batch``).
+        max_supervised: at least the number of supervised rows, where it is known on the host, which builds the batch.
+            On a device, whose labels the host does not read, only so many rows then reach the projection, else all do;
+            on CPUs the supervised rows are counted, and the bound is only checked.
+        impl: an implementation by name; None takes the best that can run.
+
+    A mean over 0 divides by 1, so that without a supervised row the loss and its gradients are 0, not nan. Logits
+    and loss are in fp32, or fp64 if an input is (``"chunked"`` on CPUs rounds bf16 logits to bf16); under autocast
+    hidden and weight are cast to its dtype first. A frozen weight's gradient is not computed. ``"chunked"``, for
+    ``"mean"`` and ``"sum"``, computes the gradients that are wanted in forward and saves them for backward: (T, d) in
+    hidden's dtype and, where the weight trains, (V, d) in its own, in fp32 for fp16. ``"reference"`` saves nothing but
+    the arguments.
+
+    Returns:
+        () or, with ``"none"``, (T,), in fp32, or fp64 if an input is.
+
+    Raises:
+        ValueError: shapes, devices or an option do not fit; the message names the argument.
+        TypeError: an argument has the wrong dtype or is a DTensor.
+        IndexError: a label is out of range. On a device, whose values the host does not read, the device asserts
+            instead, as it does for max_supervised.
+    """
+    call = LossCall(
+        hidden, weight, shift_labels, label_smoothing, ignore_index, reduction, num_items, max_supervised
+    )  # fmt: skip
+    total = OPERATION.forward(*call, OPERATION.choose(impl, call))
+    if reduction != "mean":
+        return total
+    if num_items is None:
+        num_items = (shift_labels != ignore_index).sum()
+    count = torch.where(num_items == 0, 1, num_items) if isinstance(num_items, Tensor) else num_items or 1
+    return total / count
+
+
+def _losses_fake(call: LossesCall) -> Tensor:
+    return call.hidden.new_empty((call.hidden.shape[0],), dtype=acc_dtype(compute_dtype(call.hidden, call.weight)))
+
+
+def _losses_backward_fake(call: LossesBackwardCall) -> list[Tensor]:
     return [
         torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        for tensor, needed in zip((hidden, weight), needs, strict=True)
+        for tensor, needed in zip((call.hidden, call.weight), call.needs, strict=True)
         if needed
     ]
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    hidden, weight, shift_labels, *ctx.options, ctx.impl = inputs
+def _losses_setup_context(ctx: Any, call: LossesCall, impl: str, output: Tensor) -> None:
+    hidden, weight, shift_labels, *ctx.options = call
+    ctx.impl = impl
     ctx.save_for_backward(hidden, weight, shift_labels)
 
 
-def _autograd(ctx, grad):
+def _losses_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:2])
-    gradients = iter(_BACKWARD(grad, *ctx.saved_tensors, *ctx.options, needs, ctx.impl))
-    return (*(next(gradients) if needed else None for needed in needs), None, None, None, None)
+    gradients = iter(_LOSSES_BACKWARD(grad, *ctx.saved_tensors, *ctx.options, needs, ctx.impl))
+    return (*(next(gradients) if needed else None for needed in needs), None, None, None)
 
 
-def _sum_fake(hidden, weight, shift_labels, label_smoothing, ignore_index, max_supervised, needs):
+def _sum_fake(call: LossSumCall) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight, needs = call.hidden, call.weight, call.needs
     return (
         hidden.new_empty((), dtype=acc_dtype(compute_dtype(hidden, weight))),
         hidden.new_empty(hidden.shape if needs[0] else 0),
@@ -150,16 +167,16 @@ def _sum_fake(hidden, weight, shift_labels, label_smoothing, ignore_index, max_s
     )
 
 
-def _sum_setup_context(ctx, inputs, output) -> None:
+def _sum_setup_context(ctx: Any, call: LossSumCall, impl: str, output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.weight_dtype = inputs[1].dtype
+    ctx.weight_dtype = call.weight.dtype
     ctx.save_for_backward(*output[1:])
 
 
-def _sum_autograd(ctx, grad, *grads_of_gradients):
+def _sum_autograd(ctx: Any, grad: Tensor | None, *grads_of_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     if any(each is not None for each in grads_of_gradients):
         raise RuntimeError("lynx_kernels::linear_cross_entropy_sum has no second derivatives")
-    gradients: list = [None] * 7
+    gradients: list[Tensor | None] = [None] * 7
     if grad is not None:
         grad_hidden, grad_weight = ctx.saved_tensors
         if ctx.needs_input_grad[0]:
@@ -169,28 +186,31 @@ def _sum_autograd(ctx, grad, *grads_of_gradients):
     return tuple(gradients)
 
 
-def _autocast(dtype, hidden, weight, *rest):
-    return (autocast_to(hidden, dtype), autocast_to(weight, dtype), *rest)
+def _autocast(dtype: torch.dtype, call: Any) -> Any:
+    return call._replace(hidden=autocast_to(call.hidden, dtype), weight=autocast_to(call.weight, dtype))
 
 
-_BACKWARD = define(
-    "linear_cross_entropy_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor shift_labels, "
-    "float label_smoothing, SymInt ignore_index, bool[] needs, str impl) -> Tensor[]",
-    OPERATION.backward,
-    fake=_backward_fake,
+_LOSSES_BACKWARD = define(
+    "linear_cross_entropy_backward",
+    LossesBackwardCall,
+    "Tensor[]",
+    lambda *args: reference.backward(LossesBackwardCall(*args[:-1])),
+    fake=_losses_backward_fake,
 )
-_FORWARD = define(
-    "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor shift_labels, float label_smoothing, "
-    "SymInt ignore_index, str impl) -> Tensor",
-    OPERATION.forward,
-    fake=_forward_fake,
-    autograd=(_setup_context, _autograd),
+_LOSSES = define(
+    "linear_cross_entropy",
+    LossesCall,
+    "Tensor",
+    lambda *args: reference.forward(LossesCall(*args[:-1])),
+    fake=_losses_fake,
+    autograd=(_losses_setup_context, _losses_autograd),
     autocast=_autocast,
 )
 _SUM = define(
-    "linear_cross_entropy_sum(Tensor hidden, Tensor weight, Tensor shift_labels, float label_smoothing, "
-    "SymInt ignore_index, SymInt max_supervised, bool[] needs) -> (Tensor, Tensor, Tensor)",
-    chunked.forward,
+    "linear_cross_entropy_sum",
+    LossSumCall,
+    "(Tensor, Tensor, Tensor)",
+    lambda *args: chunked.forward(LossSumCall(*args[:-1])),
     fake=_sum_fake,
     autograd=(_sum_setup_context, _sum_autograd),
     autocast=_autocast,

@@ -16,26 +16,20 @@ from torch.nn import functional as F
 from lynx_kernels.backends import onednn
 from lynx_kernels.backends.dtypes import acc_dtype
 from lynx_kernels.ops.linear_cross_entropy import rows as supervised_rows
+from lynx_kernels.ops.linear_cross_entropy.call import LossCall, LossSumCall
 
 CHUNK = 512  # rows; 65 MB of logits in fp32 with 32000 tokens
 
 
-def unsupported_reason(hidden: Tensor, weight: Tensor, labels: Tensor, reduction: str) -> str | None:
+def unsupported_reason(call: LossCall) -> str | None:
     """Why this implementation cannot run the call, or None."""
-    return "it sums the losses, reduction='none' asks for each" if reduction == "none" else None
+    return "it sums the losses, reduction='none' asks for each" if call.reduction == "none" else None
 
 
-def forward(
-    hidden: Tensor,  # (T, d)
-    weight: Tensor,  # (V, d)
-    labels: Tensor,  # (T,)
-    label_smoothing: float,
-    ignore_index: int,
-    max_supervised: int,
-    needs: list[bool],  # which of hidden and weight want a gradient
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(call: LossSumCall) -> tuple[Tensor, Tensor, Tensor]:
     """Return the sum of the losses () and its gradients: hidden's (T, d) in its dtype, the weight's (V, d) in
     ``summed_dtype``, each (0,) where it is not wanted."""
+    hidden, weight, labels, label_smoothing, ignore_index, max_supervised, needs = call
     supervised_rows.check_labels(labels, weight.shape[0], ignore_index)
     compute = supervised_rows.compute_dtype(hidden, weight)
     needs_hidden, needs_weight = needs

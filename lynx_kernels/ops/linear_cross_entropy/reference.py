@@ -12,18 +12,14 @@ from torch.nn import functional as F
 
 from lynx_kernels.backends.dtypes import acc_dtype
 from lynx_kernels.ops.linear_cross_entropy import rows as supervised_rows
+from lynx_kernels.ops.linear_cross_entropy.call import LossesBackwardCall, LossesCall
 
 CHUNK = 1024  # rows; 131 MB of logits with 32000 tokens
 
 
-def forward(
-    hidden: Tensor,  # (T, d)
-    weight: Tensor,  # (V, d)
-    labels: Tensor,  # (T,)
-    label_smoothing: float,
-    ignore_index: int,
-) -> Tensor:
+def forward(call: LossesCall) -> Tensor:
     """Return the loss of each row (T,)."""
+    hidden, weight, labels, label_smoothing, ignore_index = call
     supervised_rows.check_labels(labels, weight.shape[0], ignore_index)
     compute = supervised_rows.compute_dtype(hidden, weight)
     weight = weight.to(compute)
@@ -36,16 +32,9 @@ def forward(
     return losses
 
 
-def backward(
-    grad: Tensor,  # (T,)
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    label_smoothing: float,
-    ignore_index: int,
-    needs: list[bool],  # which of hidden and weight want a gradient
-) -> list[Tensor]:
+def backward(call: LossesBackwardCall) -> list[Tensor]:
     """Return the gradients of hidden and weight that ``needs`` asks for; the rest is not computed."""
+    grad, hidden, weight, labels, label_smoothing, ignore_index, needs = call
     needs_hidden, needs_weight = needs
     compute = supervised_rows.compute_dtype(hidden, weight)
     weight_compute = weight.to(compute)

@@ -1,42 +1,73 @@
 """The packed input row of the language model: vision rows and token embeddings, interleaved."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from lynx_kernels.backends import cuda as cuda_backend
 from lynx_kernels.backends import dispatch
 from lynx_kernels.backends import triton as triton_backend
 from lynx_kernels.backends.registration import define
 from lynx_kernels.ops.pack_embeddings import cpu, cuda, reference
+from lynx_kernels.ops.pack_embeddings.call import PackEmbeddingsBackwardCall, PackEmbeddingsCall
 
 
-def _cuda_unsupported_reason(token_ids: Tensor, embedding: Tensor, vision: Tensor, vision_index: Tensor) -> str | None:
-    if torch.float64 in (embedding.dtype, vision.dtype):
-        return "the CUDA kernels add up in fp32, and an argument is fp64"
-    return cuda_backend.unsupported_reason(embedding)
-
-
-def _triton_unsupported_reason(
-    token_ids: Tensor, embedding: Tensor, vision: Tensor, vision_index: Tensor
-) -> str | None:
-    return triton_backend.unsupported_reason(embedding, vision)
+def _check(call: PackEmbeddingsCall) -> None:
+    token_ids, embedding, vision, vision_index = call
+    tensors = call._asdict()
+    dispatch.refuse_dtensors("pack_embeddings", **tensors)
+    dispatch.require_floating("pack_embeddings", embedding=embedding, vision=vision)
+    dispatch.require_same_device("pack_embeddings", embedding.device, **tensors)
+    for name, tensor, dtype in (
+        ("token_ids", token_ids, torch.int64),
+        ("vision_index", vision_index, torch.int32),
+    ):
+        if tensor.dtype != dtype:
+            raise TypeError(f"pack_embeddings: {name} is {tensor.dtype}, expected {dtype}")
+        if tensor.dim() != 1:
+            raise ValueError(f"pack_embeddings: {name} has shape {tuple(tensor.shape)}, expected (T,), one packed row")
+    if vision_index.shape != token_ids.shape:
+        raise ValueError(
+            f"pack_embeddings: vision_index has shape {tuple(vision_index.shape)}, expected "
+            f"{tuple(token_ids.shape)} like token_ids"
+        )
+    if embedding.dim() != 2:
+        raise ValueError(f"pack_embeddings: embedding has shape {tuple(embedding.shape)}, expected (V, d)")
+    if vision.dim() != 2 or vision.shape[1] != embedding.shape[1]:
+        raise ValueError(
+            f"pack_embeddings: vision has shape {tuple(vision.shape)}, expected (M, {embedding.shape[1]}) as "
+            "wide as embedding"
+        )
 
 
 OPERATION = dispatch.Operation(
     "pack_embeddings",
-    dispatch.Implementation("cuda", cuda.forward, cuda.backward, _cuda_unsupported_reason),
+    PackEmbeddingsCall,
+    PackEmbeddingsBackwardCall,
+    dispatch.Implementation(
+        "cuda",
+        cuda.forward,
+        cuda.backward,
+        architectures=dispatch.NVIDIA,
+        unsupported_reason=cuda.unsupported_reason,
+    ),
     dispatch.Implementation(
         "triton",
         triton_backend.lazy("lynx_kernels.ops.pack_embeddings.triton", "forward"),
         triton_backend.lazy("lynx_kernels.ops.pack_embeddings.triton", "backward"),
-        unsupported_reason=_triton_unsupported_reason,
+        architectures=triton_backend.ARCHITECTURES,
+        unsupported_reason=lambda call: triton_backend.unsupported_reason(call.embedding, call.vision),
         not_preferred_reason=triton_backend.not_preferred_reason,
     ),
-    dispatch.Implementation("cpu", cpu.forward, cpu.backward, cpu.unsupported_reason),
+    dispatch.Implementation(
+        "cpu", cpu.forward, cpu.backward, architectures=("cpu",), unsupported_reason=cpu.unsupported_reason
+    ),
     dispatch.Implementation("reference", reference.forward, reference.backward),
+    check=_check,
 )
 
 
+@OPERATION.explained_by(PackEmbeddingsCall)
 def pack_embeddings(
     token_ids: Tensor,
     embedding: Tensor,
@@ -69,73 +100,42 @@ def pack_embeddings(
         IndexError: a token id or a vision index is out of range. On a device, whose values the host does not read,
             the device asserts instead.
     """
-    _check(token_ids, embedding, vision, vision_index)
-    impl = OPERATION.choose(impl, token_ids, embedding, vision, vision_index)
-    return _FORWARD(token_ids, embedding, vision, vision_index, impl)
+    call = PackEmbeddingsCall(token_ids, embedding, vision, vision_index)
+    return _FORWARD(*call, OPERATION.choose(impl, call))
 
 
-def _check(token_ids: Tensor, embedding: Tensor, vision: Tensor, vision_index: Tensor) -> None:
-    tensors = {"token_ids": token_ids, "embedding": embedding, "vision": vision, "vision_index": vision_index}
-    dispatch.refuse_dtensors("pack_embeddings", **tensors)
-    dispatch.require_floating("pack_embeddings", embedding=embedding, vision=vision)
-    dispatch.require_same_device("pack_embeddings", embedding.device, **tensors)
-    for name, tensor, dtype in (
-        ("token_ids", token_ids, torch.int64),
-        ("vision_index", vision_index, torch.int32),
-    ):
-        if tensor.dtype != dtype:
-            raise TypeError(f"pack_embeddings: {name} is {tensor.dtype}, expected {dtype}")
-        if tensor.dim() != 1:
-            raise ValueError(f"pack_embeddings: {name} has shape {tuple(tensor.shape)}, expected (T,), one packed row")
-    if vision_index.shape != token_ids.shape:
-        raise ValueError(
-            f"pack_embeddings: vision_index has shape {tuple(vision_index.shape)}, expected "
-            f"{tuple(token_ids.shape)} like token_ids"
-        )
-    if embedding.dim() != 2:
-        raise ValueError(f"pack_embeddings: embedding has shape {tuple(embedding.shape)}, expected (V, d)")
-    if vision.dim() != 2 or vision.shape[1] != embedding.shape[1]:
-        raise ValueError(
-            f"pack_embeddings: vision has shape {tuple(vision.shape)}, expected (M, {embedding.shape[1]}) as "
-            "wide as embedding"
-        )
+def _forward_fake(call: PackEmbeddingsCall) -> Tensor:
+    return call.embedding.new_empty((call.token_ids.shape[0], call.embedding.shape[1]))
 
 
-def _forward_fake(token_ids, embedding, vision, vision_index, impl):
-    return embedding.new_empty((token_ids.shape[0], embedding.shape[1]))
-
-
-def _backward_fake(grad, token_ids, vision_index, num_embeddings, num_vision, vision_dtype, needs, impl):
-    outputs = ((num_embeddings, grad.dtype), (num_vision, vision_dtype))
+def _backward_fake(call: PackEmbeddingsBackwardCall) -> list[Tensor]:
+    outputs = ((call.num_embeddings, call.grad.dtype), (call.num_vision, call.vision_dtype))
     return [
-        grad.new_empty((rows, grad.shape[1]), dtype=dtype)
-        for (rows, dtype), needed in zip(outputs, needs, strict=True)
+        call.grad.new_empty((rows, call.grad.shape[1]), dtype=dtype)
+        for (rows, dtype), needed in zip(outputs, call.needs, strict=True)
         if needed
     ]
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    token_ids, embedding, vision, vision_index, impl = inputs
-    ctx.save_for_backward(token_ids, vision_index)
-    ctx.sizes = embedding.shape[0], vision.shape[0]
-    ctx.vision_dtype, ctx.impl = vision.dtype, impl
+def _setup_context(ctx: Any, call: PackEmbeddingsCall, impl: str, output: Tensor) -> None:
+    ctx.save_for_backward(call.token_ids, call.vision_index)
+    ctx.sizes = call.embedding.shape[0], call.vision.shape[0]
+    ctx.vision_dtype, ctx.impl = call.vision.dtype, impl
 
 
-def _autograd(ctx, grad):
-    token_ids, vision_index = ctx.saved_tensors
+def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[1:3])
-    gradients = iter(_BACKWARD(grad, token_ids, vision_index, *ctx.sizes, ctx.vision_dtype, needs, ctx.impl))
-    return (None, *(next(gradients) if needed else None for needed in needs), None, None)
+    gradients = iter(_BACKWARD(grad, *ctx.saved_tensors, *ctx.sizes, ctx.vision_dtype, needs, ctx.impl))
+    return (None, *(next(gradients) if needed else None for needed in needs), None)
 
 
 _BACKWARD = define(
-    "pack_embeddings_backward(Tensor grad, Tensor token_ids, Tensor vision_index, SymInt num_embeddings, "
-    "SymInt num_vision, ScalarType vision_dtype, bool[] needs, str impl) -> Tensor[]",
-    OPERATION.backward,
-    fake=_backward_fake,
+    "pack_embeddings_backward", PackEmbeddingsBackwardCall, "Tensor[]", OPERATION.backward, fake=_backward_fake
 )
 _FORWARD = define(
-    "pack_embeddings(Tensor token_ids, Tensor embedding, Tensor vision, Tensor vision_index, str impl) -> Tensor",
+    "pack_embeddings",
+    PackEmbeddingsCall,
+    "Tensor",
     OPERATION.forward,
     fake=_forward_fake,
     autograd=(_setup_context, _autograd),

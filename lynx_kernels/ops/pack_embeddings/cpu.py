@@ -8,18 +8,17 @@ import torch
 from torch import Tensor
 
 from lynx_kernels.backends import cpu as cpu_backend
+from lynx_kernels.ops.pack_embeddings.call import PackEmbeddingsBackwardCall, PackEmbeddingsCall
 from lynx_kernels.ops.pack_embeddings.rows import dense
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of lynx::Dtype
 
 
-def unsupported_reason(token_ids: Tensor, embedding: Tensor, vision: Tensor, vision_index: Tensor) -> str | None:
+def unsupported_reason(call: PackEmbeddingsCall) -> str | None:
     """Why this implementation cannot run the call, or None."""
-    if embedding.device.type != "cpu":
-        return f"runs on CPUs, embedding is on {embedding.device}"
     if cpu_backend.MISSING is not None:
         return cpu_backend.MISSING
-    for name, tensor in (("embedding", embedding), ("vision", vision)):
+    for name, tensor in (("embedding", call.embedding), ("vision", call.vision)):
         if tensor.dtype not in _DTYPES:
             return f"adds up in fp32, {name} is {tensor.dtype}"
     return None
@@ -30,15 +29,10 @@ def _view(tensor: Tensor) -> tuple[int, int, int, int]:
     return tensor.data_ptr(), _DTYPES.index(tensor.dtype), tensor.shape[0], tensor.stride(0)
 
 
-def forward(
-    token_ids: Tensor,  # (T,)
-    embedding: Tensor,  # (V, d)
-    vision: Tensor,  # (M, d)
-    vision_index: Tensor,  # (T,)
-) -> Tensor:
+def forward(call: PackEmbeddingsCall) -> Tensor:
     """Return the packed rows (T, d) in the dtype of the table."""
-    token_ids, vision_index = token_ids.contiguous(), vision_index.contiguous()
-    embedding, vision = dense(embedding), dense(vision)
+    token_ids, vision_index = call.token_ids.contiguous(), call.vision_index.contiguous()
+    embedding, vision = dense(call.embedding), dense(call.vision)
     rows, width = token_ids.shape[0], embedding.shape[1]
     out = embedding.new_empty((rows, width))
     cpu_backend.module.pack_embeddings(
@@ -48,21 +42,13 @@ def forward(
     return out
 
 
-def backward(
-    grad: Tensor,  # (T, d), in the dtype of the table
-    token_ids: Tensor,  # (T,)
-    vision_index: Tensor,  # (T,)
-    num_embeddings: int,
-    num_vision: int,
-    vision_dtype: torch.dtype,
-    needs: list[bool],  # which of the table and the vision rows want a gradient
-) -> list[Tensor]:
+def backward(call: PackEmbeddingsBackwardCall) -> list[Tensor]:
     """Return the gradients (V, d) and (M, d) that ``needs`` asks for; the rest is not computed."""
-    grad, token_ids, vision_index = dense(grad), token_ids.contiguous(), vision_index.contiguous()
+    grad, token_ids, vision_index = dense(call.grad), call.token_ids.contiguous(), call.vision_index.contiguous()
     rows, width = grad.shape
     gradients = []
-    for of_table, size, dtype in ((True, num_embeddings, grad.dtype), (False, num_vision, vision_dtype)):
-        if not needs[0 if of_table else 1]:
+    for of_table, size, dtype in ((True, call.num_embeddings, grad.dtype), (False, call.num_vision, call.vision_dtype)):
+        if not call.needs[0 if of_table else 1]:
             continue
         out = grad.new_empty((size, width), dtype=dtype)
         cpu_backend.module.sum_gradients(

@@ -9,19 +9,22 @@ import torch
 from torch import Tensor
 
 from lynx_kernels.backends import cuda as cuda_backend
+from lynx_kernels.ops.pack_embeddings.call import PackEmbeddingsCall
 from lynx_kernels.ops.pack_embeddings.rows import backward_by, dense
 
 
-def forward(
-    token_ids: Tensor,  # (T,)
-    embedding: Tensor,  # (V, d)
-    vision: Tensor,  # (M, d)
-    vision_index: Tensor,  # (T,)
-) -> Tensor:
+def forward(call: PackEmbeddingsCall) -> Tensor:
     """Return the packed rows (T, d) in the dtype of the table."""
     return cuda_backend.kernels().pack_embeddings(
-        token_ids.contiguous(), dense(embedding), dense(vision), vision_index.contiguous()
+        call.token_ids.contiguous(), dense(call.embedding), dense(call.vision), call.vision_index.contiguous()
     )
+
+
+def unsupported_reason(call: PackEmbeddingsCall) -> str | None:
+    """Why this implementation cannot run the call, or None."""
+    if torch.float64 in (call.embedding.dtype, call.vision.dtype):
+        return "the CUDA kernels add up in fp32, and an argument is fp64"
+    return cuda_backend.MISSING
 
 
 def _vision_gradient(grad: Tensor, vision_index: Tensor, num_vision: int, dtype: torch.dtype) -> Tensor:

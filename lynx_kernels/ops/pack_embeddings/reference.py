@@ -8,16 +8,13 @@ Shapes: T rows, V tokens in the table, M vision rows, width d.
 import torch
 from torch import Tensor
 
+from lynx_kernels.ops.pack_embeddings.call import PackEmbeddingsCall
 from lynx_kernels.ops.pack_embeddings.rows import backward_by, sum_rows
 
 
-def forward(
-    token_ids: Tensor,  # (T,)
-    embedding: Tensor,  # (V, d)
-    vision: Tensor,  # (M, d)
-    vision_index: Tensor,  # (T,)
-) -> Tensor:
+def forward(call: PackEmbeddingsCall) -> Tensor:
     """Return the packed rows (T, d) in the dtype of the table."""
+    token_ids, embedding, vision, vision_index = call
     is_vision = vision_index >= 0
     _check("token_ids", token_ids, embedding.shape[0], ~is_vision)
     _check("vision_index", vision_index, vision.shape[0], is_vision)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lynx_kernels.backends.dtypes import acc_dtype
+from lynx_kernels.ops.pack_embeddings.call import PackEmbeddingsBackwardCall
 
 
 def dense(tensor: Tensor) -> Tensor:
@@ -25,26 +26,22 @@ def sum_rows(grad: Tensor, index: Tensor, used: Tensor, size: int) -> Tensor:
     return torch.ops.aten.embedding_dense_backward(grad.to(acc_dtype(grad.dtype)), index, size + 1, size, False)[:size]
 
 
-def backward_by(vision_gradient: Callable[[Tensor, Tensor, int, torch.dtype], Tensor]) -> Callable[..., list[Tensor]]:
+def backward_by(
+    vision_gradient: Callable[[Tensor, Tensor, int, torch.dtype], Tensor],
+) -> Callable[[PackEmbeddingsBackwardCall], list[Tensor]]:
     """The backward of an implementation: the table's gradient is PyTorch's own, that of the vision rows (M, d) is
     ``vision_gradient(grad, vision_index, num_vision, dtype)``."""
 
-    def backward(
-        grad: Tensor,  # (T, d), in the dtype of the table
-        token_ids: Tensor,  # (T,)
-        vision_index: Tensor,  # (T,)
-        num_embeddings: int,
-        num_vision: int,
-        vision_dtype: torch.dtype,
-        needs: list[bool],  # which of the table and the vision rows want a gradient
-    ) -> list[Tensor]:
+    def backward(call: PackEmbeddingsBackwardCall) -> list[Tensor]:
         """Return the gradients (V, d) and (M, d) that ``needs`` asks for; the rest is not computed."""
-        needs_embedding, needs_vision = needs
+        needs_embedding, needs_vision = call.needs
         gradients = []
         if needs_embedding:
-            gradients.append(sum_rows(grad, token_ids, vision_index < 0, num_embeddings).to(grad.dtype))
+            gradients.append(
+                sum_rows(call.grad, call.token_ids, call.vision_index < 0, call.num_embeddings).to(call.grad.dtype)
+            )
         if needs_vision:
-            gradients.append(vision_gradient(grad, vision_index, num_vision, vision_dtype))
+            gradients.append(vision_gradient(call.grad, call.vision_index, call.num_vision, call.vision_dtype))
         return gradients
 
     return backward

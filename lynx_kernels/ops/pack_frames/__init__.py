@@ -1,29 +1,63 @@
 """From uint8 frames of any sizes to the vision tower's input: crop, resize, normalise, cut into patches."""
 
+import warnings
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lynx_kernels.backends import cpu as cpu_backend
 from lynx_kernels.backends import cuda as cuda_backend
 from lynx_kernels.backends import dispatch
 from lynx_kernels.backends.registration import define
 from lynx_kernels.ops.pack_frames import cpu, cuda, reference
-
-
-def _cuda_unsupported_reason(out: Tensor, *frames: Tensor) -> str | None:
-    return cuda_backend.unsupported_reason(out)
-
+from lynx_kernels.ops.pack_frames.call import PackFramesCall
 
 OPERATION = dispatch.Operation(
     "pack_frames",
-    dispatch.Implementation("cuda", cuda.forward, unsupported_reason=_cuda_unsupported_reason),
-    dispatch.Implementation("cpu", cpu.forward, unsupported_reason=cpu.unsupported_reason),
+    PackFramesCall,
+    None,
+    dispatch.Implementation(
+        "cuda",
+        cuda.forward,
+        architectures=dispatch.NVIDIA,
+        unsupported_reason=lambda call: cuda_backend.MISSING,
+    ),
+    dispatch.Implementation(
+        "cpu", cpu.forward, architectures=("cpu",), unsupported_reason=lambda call: cpu_backend.MISSING
+    ),
     dispatch.Implementation("reference", reference.forward),
 )
 
 
+def _call(
+    frames, size, patch_size, mean, std, dtype, resize, crop_boxes, flip, crop_rounding, output, out
+) -> PackFramesCall:
+    _check_options(size, patch_size, mean, std, dtype, resize, crop_rounding, output)
+    tensors = _as_tensors(frames)
+    device = next((each.device for each in (frames, *tensors, out) if isinstance(each, Tensor)), torch.device("cpu"))
+    _check_frames(tensors, device)
+    boxes = _flat_boxes(tensors, crop_boxes)
+    if flip is not None and len(flip) != len(tensors):
+        raise ValueError(f"pack_frames: flip has {len(flip)} entries for {len(tensors)} frames")
+    flips = [False] * len(tensors) if flip is None else [bool(each) for each in flip]
+    shape: tuple[int, ...] = (len(tensors), 3, size, size)
+    if output == "pixels":
+        patch_size = None
+    elif patch_size is not None:
+        shape = (len(tensors) * (size // patch_size) ** 2, 3 * patch_size**2)
+    if out is None:
+        out = torch.empty(shape, dtype=dtype, device=device)
+    else:
+        _check_out(out, shape, dtype, device)
+    return PackFramesCall(
+        tensors, out, boxes, flips, size, patch_size, list(mean), list(std), resize, crop_rounding
+    )  # fmt: skip
+
+
+@OPERATION.explained_by(_call)
 def pack_frames(
     frames: Sequence[Tensor | np.ndarray] | Tensor | np.ndarray,
     *,
@@ -74,26 +108,22 @@ def pack_frames(
         ValueError: a shape, a box, a length or an option does not fit; the message names the argument and the frame.
         TypeError: a frame is not a uint8 tensor or array, an option has the wrong type, or a tensor is a DTensor.
     """
-    _check_options(size, patch_size, mean, std, dtype, resize, crop_rounding, output)
-    tensors = _as_tensors(frames)
-    device = next((each.device for each in (frames, *tensors, out) if isinstance(each, Tensor)), torch.device("cpu"))
-    _check_frames(tensors, device)
-    boxes = _flat_boxes(tensors, crop_boxes)
-    if flip is not None and len(flip) != len(tensors):
-        raise ValueError(f"pack_frames: flip has {len(flip)} entries for {len(tensors)} frames")
-    flips = [False] * len(tensors) if flip is None else [bool(each) for each in flip]
-    shape: tuple[int, ...] = (len(tensors), 3, size, size)
-    if output == "pixels":
-        patch_size = None
-    elif patch_size is not None:
-        shape = (len(tensors) * (size // patch_size) ** 2, 3 * patch_size**2)
-    if out is None:
-        out = torch.empty(shape, dtype=dtype, device=device)
-    else:
-        _check_out(out, shape, dtype, device)
-    impl = OPERATION.choose(impl, out, *tensors)
-    _PACK_FRAMES(tensors, out, boxes, flips, size, patch_size, list(mean), list(std), resize, crop_rounding, impl)
-    return out
+    call = _call(
+        frames, size, patch_size, mean, std, dtype, resize, crop_boxes, flip, crop_rounding, output, out
+    )  # fmt: skip
+    chosen = OPERATION.choose(impl, call)
+    if impl is None and chosen == "reference" and not torch.compiler.is_compiling():
+        _warn_of_reference(call.device)
+    _PACK_FRAMES(*call, chosen)
+    return call.out
+
+
+@cache
+def _warn_of_reference(device: torch.device) -> None:
+    """Say once that frames take the slow way, which on a GPU nobody expects."""
+    missing = cpu_backend.MISSING if device.type == "cpu" else cuda_backend.MISSING
+    if missing is not None:
+        warnings.warn(f"pack_frames runs in plain PyTorch on {device.type}: {missing}", stacklevel=3)
 
 
 def _check_options(size, patch_size, mean, std, dtype, resize, crop_rounding, output) -> None:
@@ -195,13 +225,8 @@ def _check_out(out, shape, dtype, device) -> None:
         raise ValueError("pack_frames: out requires a gradient, and this operation has none")
 
 
-def _pack_frames_fake(*args) -> None:
+def _fake(call: PackFramesCall) -> None:
     """The operator returns nothing: its output is the argument it fills."""
 
 
-_PACK_FRAMES = define(
-    "pack_frames(Tensor[] frames, Tensor(a!) out, SymInt[] crop_boxes, bool[] flips, SymInt size, SymInt? patch_size, "
-    "float[] mean, float[] std, str resize, str crop_rounding, str impl) -> ()",
-    OPERATION.forward,
-    fake=_pack_frames_fake,
-)
+_PACK_FRAMES = define("pack_frames", PackFramesCall, "()", OPERATION.forward, fake=_fake, mutated="out")

@@ -6,32 +6,15 @@ separate planes are the fast ones.
 """
 
 import torch
-from torch import Tensor
 
 from lynx_kernels.backends import cpu as cpu_backend
+from lynx_kernels.ops.pack_frames.call import PackFramesCall
 from lynx_kernels.ops.pack_frames.levels import levels_of
 
 
-def unsupported_reason(out: Tensor, *frames: Tensor) -> str | None:
-    """Why this implementation cannot run the call, or None."""
-    if out.device.type != "cpu":
-        return f"runs on CPUs, the frames are on {out.device}"
-    return cpu_backend.MISSING
-
-
-def forward(
-    frames: list[Tensor],  # N of (height, width, 3) uint8
-    out: Tensor,  # (N * patches, 3 * p * p), or (N, 3, S, S) where patch_size is None
-    crop_boxes: list[int],  # (4 * N,): top, left, height, width
-    flips: list[bool],  # (N,)
-    size: int,
-    patch_size: int | None,
-    mean: list[float],  # (3,)
-    std: list[float],  # (3,)
-    resize: str,
-    crop_rounding: str,
-) -> None:
+def forward(call: PackFramesCall) -> None:
     """Fill ``out``."""
+    frames, out, crop_boxes, flips, size, patch_size, mean, std, resize, crop_rounding = call
     levels = levels_of(tuple(mean), tuple(std), out.dtype)
     cpu_backend.module.pack_frames(
         [(frame.data_ptr(), *frame.stride()) for frame in frames],

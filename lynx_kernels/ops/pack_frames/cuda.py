@@ -11,32 +11,23 @@ import torch
 from torch import Tensor
 
 from lynx_kernels.backends import cuda as cuda_backend
+from lynx_kernels.ops.pack_frames.call import PackFramesCall
 from lynx_kernels.ops.pack_frames.levels import levels_of
 
 
-def forward(
-    frames: list[Tensor],  # N of (height, width, 3) uint8
-    out: Tensor,  # (N * patches, 3 * p * p), or (N, 3, S, S) where patch_size is None
-    crop_boxes: list[int],  # (4 * N,): top, left, height, width
-    flips: list[bool],  # (N,)
-    size: int,
-    patch_size: int | None,
-    mean: list[float],  # (3,)
-    std: list[float],  # (3,)
-    resize: str,
-    crop_rounding: str,
-) -> None:
+def forward(call: PackFramesCall) -> None:
     """Fill ``out``."""
+    out, size, patch_size = call.out, call.size, call.patch_size
     cuda_backend.kernels().pack_frames(
-        frames,
+        call.frames,
         out,
-        _levels_on(out.device, tuple(mean), tuple(std), out.dtype),
-        crop_boxes,
-        [int(flip) for flip in flips],
+        _levels_on(out.device, tuple(call.mean), tuple(call.std), out.dtype),
+        call.crop_boxes,
+        [int(flip) for flip in call.flips],
         size,
         size if patch_size is None else patch_size,  # one patch as large as the square: (channel, row, column)
-        resize == "exact",
-        crop_rounding == "floor",
+        call.resize == "exact",
+        call.crop_rounding == "floor",
     )
 
 

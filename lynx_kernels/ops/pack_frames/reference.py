@@ -14,23 +14,14 @@ import torch
 from torch import Tensor
 
 from lynx_kernels.backends.dtypes import acc_dtype
+from lynx_kernels.ops.pack_frames.call import PackFramesCall
 
 _ONE = 2**22  # 1.0 in Pillow's fixed-point weights
 
 
-def forward(
-    frames: list[Tensor],  # N of (height, width, 3) uint8
-    out: Tensor,  # (N * patches, 3 * p * p), or (N, 3, S, S) where patch_size is None
-    crop_boxes: list[int],  # (4 * N,): top, left, height, width
-    flips: list[bool],  # (N,)
-    size: int,
-    patch_size: int | None,
-    mean: list[float],  # (3,)
-    std: list[float],  # (3,)
-    resize: str,
-    crop_rounding: str,
-) -> None:
+def forward(call: PackFramesCall) -> None:
     """Fill ``out``; computed in fp32, for an fp64 output in fp64."""
+    frames, out, crop_boxes, flips, size, patch_size, mean, std, resize, crop_rounding = call
     compute = acc_dtype(out.dtype)
     channel_mean = torch.tensor(mean, dtype=compute, device=out.device)[:, None, None]  # (3, 1, 1)
     channel_std = torch.tensor(std, dtype=compute, device=out.device)[:, None, None]

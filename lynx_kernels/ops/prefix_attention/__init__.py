@@ -7,7 +7,7 @@ from torch import Tensor
 from lynx_kernels.backends import dispatch
 from lynx_kernels.backends import triton as triton_backend
 from lynx_kernels.layout import PackedLayout
-from lynx_kernels.ops.attention_common import cpu, reference
+from lynx_kernels.ops.attention_common import cpu as common_cpu
 from lynx_kernels.ops.attention_common.operator import (
     check_heads,
     check_rows,
@@ -15,19 +15,35 @@ from lynx_kernels.ops.attention_common.operator import (
     resolve_scale,
     triton_unsupported_reason,
 )
+from lynx_kernels.ops.prefix_attention import cpu, reference
+from lynx_kernels.ops.prefix_attention.call import PrefixAttentionBackwardCall, PrefixAttentionCall
 
 OPERATION = dispatch.Operation(
     "prefix_attention",
+    PrefixAttentionCall,
+    PrefixAttentionBackwardCall,
     dispatch.Implementation(
         "triton",
-        triton_backend.lazy("lynx_kernels.ops.prefix_attention.triton", "forward"),
-        triton_backend.lazy("lynx_kernels.ops.prefix_attention.triton", "backward"),
+        triton_backend.lazy("lynx_kernels.ops.attention_common.triton", "forward"),
+        triton_backend.lazy("lynx_kernels.ops.attention_common.triton", "backward"),
+        architectures=triton_backend.ARCHITECTURES,
         unsupported_reason=triton_unsupported_reason,
         not_preferred_reason=triton_backend.not_preferred_reason,
     ),
-    dispatch.Implementation("cpu", cpu.prefix_attention, cpu.prefix_attention_backward, cpu.unsupported_reason),
-    dispatch.Implementation("reference", reference.prefix_attention, reference.prefix_attention_backward),
+    dispatch.Implementation(
+        "cpu", cpu.forward, cpu.backward, architectures=("cpu",), unsupported_reason=common_cpu.unsupported_reason
+    ),
+    dispatch.Implementation("reference", reference.forward, reference.backward),
 )
+
+
+def _call(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, scale: float | None) -> PrefixAttentionCall:
+    if not isinstance(layout, PackedLayout):
+        raise TypeError(f"prefix_attention: layout is a {type(layout).__name__}, expected a PackedLayout")
+    check_heads("prefix_attention", 3, q, k=k, v=v)
+    tokens = layout.num_tokens
+    check_rows("prefix_attention", layout.segments, q=(q, tokens), k=(k, tokens), v=(v, tokens))
+    return PrefixAttentionCall(q, k, v, layout.segments, layout.root_is_causal, resolve_scale(scale, q))
 
 
 @overload
@@ -52,6 +68,7 @@ def prefix_attention(
     return_lse: Literal[True],
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
+@OPERATION.explained_by(_call)
 def prefix_attention(
     q: Tensor,
     k: Tensor,
@@ -79,14 +96,9 @@ def prefix_attention(
         ValueError: shapes or devices do not fit, or the layout describes another number of tokens.
         TypeError: ``layout`` is no PackedLayout, a tensor is not floating point, or a DTensor.
     """
-    if not isinstance(layout, PackedLayout):
-        raise TypeError(f"prefix_attention: layout is a {type(layout).__name__}, expected a PackedLayout")
-    check_heads("prefix_attention", 3, q, k=k, v=v)
-    tokens = layout.num_tokens
-    check_rows("prefix_attention", layout.segments, q=(q, tokens), k=(k, tokens), v=(v, tokens))
-    impl = OPERATION.choose(impl, q, k, v)
-    out, lse = _OPERATOR(q, k, v, layout.segments, layout.root_is_causal, resolve_scale(scale, q), impl)
+    call = _call(q, k, v, layout, scale)
+    out, lse = _OPERATOR(*call, OPERATION.choose(impl, call))
     return (out, lse) if return_lse else out
 
 
-_OPERATOR = define_attention(OPERATION, ("q", "k", "v"), ("segments",), "bool root_is_causal, float scale")
+_OPERATOR = define_attention(OPERATION, num_floats=3)

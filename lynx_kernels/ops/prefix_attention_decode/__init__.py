@@ -8,37 +8,93 @@ from torch import Tensor
 from lynx_kernels.backends import dispatch
 from lynx_kernels.backends import triton as triton_backend
 from lynx_kernels.ops.attention_common import cpu as common_cpu
-from lynx_kernels.ops.attention_common import reference
 from lynx_kernels.ops.attention_common.operator import (
     check_heads,
     define_attention,
     resolve_scale,
     triton_unsupported_reason,
 )
-from lynx_kernels.ops.prefix_attention_decode import cpu, cuda
+from lynx_kernels.ops.prefix_attention_decode import cpu, cuda, reference
+from lynx_kernels.ops.prefix_attention_decode.call import DecodeBackwardCall, DecodeCall
 
 
-def _forward_only(kernels: str, unsupported_reason: Callable[..., str | None]) -> Callable[..., str | None]:
+def _check_range(name: str, index: Tensor, least: int, most: int) -> None:
+    values = index.tolist()  # as a list: each reduction of a tensor takes as long as a list of hundreds
+    if values and not (least <= min(values) and max(values) <= most):
+        raise ValueError(f"prefix_attention_decode: {name} is {values}, expected {least} to {most}")
+
+
+def _check(call: DecodeCall) -> None:
+    operation = "prefix_attention_decode"
+    caches, indices = call.caches, call.indices
+    q, root_k, root_v, branch_k, branch_v = call.floats
+    check_heads(operation, 4, q, **caches)
+    dispatch.require_same_device(operation, q.device, **indices)
+    num_branches, num_roots = q.shape[0], root_k.shape[0]
+    if root_v.shape != root_k.shape or branch_v.shape != branch_k.shape:
+        raise ValueError(
+            f"{operation}: keys and values differ in shape: root {tuple(root_k.shape)} and {tuple(root_v.shape)}, "
+            f"branch {tuple(branch_k.shape)} and {tuple(branch_v.shape)}"
+        )
+    if branch_k.shape[0] != num_branches:
+        raise ValueError(f"{operation}: branch_k holds {branch_k.shape[0]} branches, q {num_branches}")
+    if branch_k.shape[1] < q.shape[1]:
+        raise ValueError(
+            f"{operation}: branch_k holds {branch_k.shape[1]} keys a branch, fewer than the {q.shape[1]} queries of q, "
+            "whose own keys belong there"
+        )
+    expected = {"branch_to_root": num_branches, "root_lengths": num_roots, "branch_lengths": num_branches}
+    for name, length in expected.items():
+        if indices[name].dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{operation}: {name} is {indices[name].dtype}, expected int32 or int64")
+        if tuple(indices[name].shape) != (length,):
+            raise ValueError(f"{operation}: {name} has shape {tuple(indices[name].shape)}, expected ({length},)")
+    if q.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_range("branch_to_root", call.branch_to_root, 0, num_roots - 1)
+        _check_range("root_lengths", call.root_lengths, 0, root_k.shape[1])
+        _check_range("branch_lengths", call.branch_lengths, q.shape[1], branch_k.shape[1])
+
+
+def _forward_only(kernels: str, unsupported_reason: Callable[[DecodeCall], str | None]) -> Callable[..., str | None]:
     who = f"the {kernels} kernels of decoding"
-    return lambda *tensors: dispatch.gradient_unsupported_reason(who, *tensors) or unsupported_reason(*tensors)
+    return lambda call: dispatch.gradient_unsupported_reason(who, *call.floats) or unsupported_reason(call)
 
 
 OPERATION = dispatch.Operation(
     "prefix_attention_decode",
+    DecodeCall,
+    DecodeBackwardCall,
     dispatch.Implementation(
-        "cuda", cuda.forward, unsupported_reason=cuda.unsupported_reason, not_preferred_reason=cuda.not_preferred_reason
+        "cuda",
+        cuda.forward,
+        architectures=dispatch.NVIDIA,
+        unsupported_reason=cuda.unsupported_reason,
+        not_preferred_reason=cuda.not_preferred_reason,
     ),
     dispatch.Implementation(
         "triton",
         triton_backend.lazy("lynx_kernels.ops.prefix_attention_decode.triton", "forward"),
+        architectures=triton_backend.ARCHITECTURES,
         unsupported_reason=_forward_only("Triton", triton_unsupported_reason),
         not_preferred_reason=triton_backend.not_preferred_reason,
     ),
-    dispatch.Implementation("cpu", cpu.forward, unsupported_reason=_forward_only("C++", common_cpu.unsupported_reason)),
-    dispatch.Implementation("reference", reference.prefix_attention_decode, reference.prefix_attention_decode_backward),
+    dispatch.Implementation(
+        "cpu",
+        cpu.forward,
+        architectures=("cpu",),
+        unsupported_reason=_forward_only("C++", common_cpu.unsupported_reason),
+    ),
+    dispatch.Implementation("reference", reference.forward, reference.backward),
+    check=_check,
 )
 
 
+def _call(q, root_k, root_v, branch_k, branch_v, branch_to_root, root_lengths, branch_lengths, scale) -> DecodeCall:
+    scale = resolve_scale(scale, q)
+    return DecodeCall(q, root_k, root_v, branch_k, branch_v, branch_to_root, root_lengths, branch_lengths, scale)
+
+
+@OPERATION.explained_by(_call)
 def prefix_attention_decode(
     q: Tensor,
     root_k: Tensor,
@@ -78,48 +134,9 @@ def prefix_attention_decode(
         ValueError: shapes, devices or, on the CPU, indices do not fit; the message names the argument.
         TypeError: an index tensor is not int32 or int64, another not floating point, or one is a DTensor.
     """
-    operation = "prefix_attention_decode"
-    caches = {"root_k": root_k, "root_v": root_v, "branch_k": branch_k, "branch_v": branch_v}
-    indices = {"branch_to_root": branch_to_root, "root_lengths": root_lengths, "branch_lengths": branch_lengths}
-    check_heads(operation, 4, q, **caches)
-    dispatch.require_same_device(operation, q.device, **indices)
-    num_branches, num_roots = q.shape[0], root_k.shape[0]
-    if root_v.shape != root_k.shape or branch_v.shape != branch_k.shape:
-        raise ValueError(
-            f"{operation}: keys and values differ in shape: root {tuple(root_k.shape)} and {tuple(root_v.shape)}, "
-            f"branch {tuple(branch_k.shape)} and {tuple(branch_v.shape)}"
-        )
-    if branch_k.shape[0] != num_branches:
-        raise ValueError(f"{operation}: branch_k holds {branch_k.shape[0]} branches, q {num_branches}")
-    if branch_k.shape[1] < q.shape[1]:
-        raise ValueError(
-            f"{operation}: branch_k holds {branch_k.shape[1]} keys a branch, fewer than the {q.shape[1]} queries of q, "
-            "whose own keys belong there"
-        )
-    expected = {"branch_to_root": num_branches, "root_lengths": num_roots, "branch_lengths": num_branches}
-    for name, length in expected.items():
-        if indices[name].dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{operation}: {name} is {indices[name].dtype}, expected int32 or int64")
-        if tuple(indices[name].shape) != (length,):
-            raise ValueError(f"{operation}: {name} has shape {tuple(indices[name].shape)}, expected ({length},)")
-    if q.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_range("branch_to_root", branch_to_root, 0, num_roots - 1)
-        _check_range("root_lengths", root_lengths, 0, root_k.shape[1])
-        _check_range("branch_lengths", branch_lengths, q.shape[1], branch_k.shape[1])
-    impl = OPERATION.choose(impl, q, *caches.values())
-    out, lse = _OPERATOR(q, *caches.values(), *indices.values(), resolve_scale(scale, q), impl)
+    call = _call(q, root_k, root_v, branch_k, branch_v, branch_to_root, root_lengths, branch_lengths, scale)
+    out, lse = _OPERATOR(*call, OPERATION.choose(impl, call))
     return (out, lse) if return_lse else out
 
 
-def _check_range(name: str, index: Tensor, least: int, most: int) -> None:
-    values = index.tolist()  # as a list: each reduction of a tensor takes as long as a list of hundreds
-    if values and not (least <= min(values) and max(values) <= most):
-        raise ValueError(f"prefix_attention_decode: {name} is {values}, expected {least} to {most}")
-
-
-_OPERATOR = define_attention(
-    OPERATION,
-    ("q", "root_k", "root_v", "branch_k", "branch_v"),
-    ("branch_to_root", "root_lengths", "branch_lengths"),
-    "float scale",
-)
+_OPERATOR = define_attention(OPERATION, num_floats=5)

@@ -1,8 +1,9 @@
-"""Decoding in the CUDA C++ of csrc/attention: a launch over parts of the roots' keys and of the branches' own, and one
-that merges them.
+"""Decoding in the CUDA C++ of csrc/prefix_attention_decode, in two launches.
+
+The first goes over splits of the roots' keys and of the branches' own, the second combines them.
 
 A root's keys are read once for as many of its branches as fill a tile of rows (queries times the heads that share a
-head of keys): beams of one picture read it once. A tile has 1, 4 or 8, by how many a root has on average. Launches
+head of keys): beams of one image read it once. A tile has 1, 4 or 8, by how many a root has on average. Launches
 follow from the shapes of the caches, lengths stay on the device, so calls capture into CUDA graphs. Scores, weights and
 sums are fp32 throughout. No atomics: two runs agree bit by bit. The device asserts that indices are in range.
 """
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from lynx_kernels.backends import cuda as cuda_backend
 from lynx_kernels.backends import dispatch
+from lynx_kernels.ops.prefix_attention_decode.call import DecodeCall
 
 _MOST_DIM, _DIM_MULTIPLE = 128, 8
 # Rows that share keys, up to which it runs unasked: a number of 2 bytes is multiplied once for every row, in fp32, by
@@ -22,12 +24,10 @@ _MOST_DIM, _DIM_MULTIPLE = 128, 8
 PREFERRED_ROWS = 8
 
 
-def unsupported_reason(q: Tensor, root_k: Tensor, root_v: Tensor, branch_k: Tensor, branch_v: Tensor) -> str | None:
-    """Why this implementation cannot run the call, or None. Builds the kernels where that is all that lacks."""
-    caches = root_k, root_v, branch_k, branch_v
-    if why := cuda_backend.device_unsupported_reason(q) or dispatch.gradient_unsupported_reason(
-        "the CUDA kernels of decoding", q, *caches
-    ):
+def unsupported_reason(call: DecodeCall) -> str | None:
+    """Why this implementation cannot run the call, or None."""
+    q, *caches = call.floats
+    if why := dispatch.gradient_unsupported_reason("the CUDA kernels of decoding", q, *caches):
         return why
     if q.dtype == torch.float64:
         return "the CUDA kernels add up in fp32, and an argument is fp64"
@@ -39,13 +39,13 @@ def unsupported_reason(q: Tensor, root_k: Tensor, root_v: Tensor, branch_k: Tens
             f"the CUDA kernels of decoding take a head_dim that is a multiple of {_DIM_MULTIPLE}, up to {_MOST_DIM}, "
             f"and it is {q.shape[-1]}"
         )
-    return cuda_backend.library_missing_reason()
+    return cuda_backend.MISSING
 
 
-def not_preferred_reason(q: Tensor, root_k: Tensor, *rest: Tensor) -> str | None:
+def not_preferred_reason(call: DecodeCall) -> str | None:
     """Why it runs only when named, or None."""
-    branches, queries, heads, _ = q.shape
-    rows = -(-branches // max(1, root_k.shape[0])) * queries * (heads // root_k.shape[2])
+    branches, queries, heads, _ = call.q.shape
+    rows = -(-branches // max(1, call.root_k.shape[0])) * queries * (heads // call.root_k.shape[2])
     if rows > PREFERRED_ROWS:
         return (
             f"where more than {PREFERRED_ROWS} rows share a root's keys, here {rows}, plain products are taken to be "
@@ -61,21 +61,12 @@ def _readable(cache: Tensor) -> Tensor:
     return cache if in_place and cache.stride(3) == 1 else cache.clone(memory_format=torch.contiguous_format)
 
 
-def forward(
-    q: Tensor,  # (B, Q, H, D)
-    root_k: Tensor,  # (R, Lr, Hkv, D)
-    root_v: Tensor,
-    branch_k: Tensor,  # (B, Lb, Hkv, D)
-    branch_v: Tensor,
-    branch_to_root: Tensor,  # (B,) int
-    root_lengths: Tensor,  # (R,) int
-    branch_lengths: Tensor,  # (B,) int
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def forward(call: DecodeCall) -> tuple[Tensor, Tensor]:
     """Return the output (B, Q, H, D) and the LSE (B, Q, H)."""
+    q = call.q
     if q.numel() == 0:
         return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
     return cuda_backend.kernels().prefix_attention_decode(
-        q.contiguous(), _readable(root_k), _readable(root_v), _readable(branch_k), _readable(branch_v),
-        branch_to_root.contiguous(), root_lengths.contiguous(), branch_lengths.contiguous(), float(scale),
+        q.contiguous(), *map(_readable, call.caches.values()), *(each.contiguous() for each in call.indices.values()),
+        float(call.scale),
     )  # fmt: skip

@@ -1,9 +1,9 @@
-"""The adapter in Triton. Three forms, chosen in triton_launches.py by shape:
+"""The adapter in Triton. Three forms, chosen in launches.py by shape:
 
 - tiled: three launches. Statistics; normalise, down-projection, bias, activation; up-projection, bias, scale, sum.
 - fused, for small bottlenecks: one launch, in which a block of rows keeps its bottleneck on the chip.
-- few, for a few tokens: three launches. The down-projection in parts; these put together; the up-projection in narrow
-  tiles. Each byte of the weights is read once, by as many programs as occupy the GPU.
+- small_m, for a few tokens: three launches. The down-projection, its sum split; the splits combined; the up-projection
+  in narrow tiles. Each byte of the weights is read once, by as many programs as occupy the GPU.
 
 Besides the output only r-wide tensors are written. Backward is tiled or fused, in at most three launches and two; it
 recomputes the activation and, where the down-projection trains, LayerNorm's output; the weights' gradients are products
@@ -16,15 +16,14 @@ import torch
 import triton
 from torch import Tensor
 
-from lynx_kernels.ops.adapter.triton import bwd as triton_backward
-from lynx_kernels.ops.adapter.triton import fwd as triton_forward
-from lynx_kernels.ops.adapter.triton import small_m as triton_few
+from lynx_kernels.ops.adapter.call import AdapterBackwardCall, AdapterCall
+from lynx_kernels.ops.adapter.triton import bwd, fwd, small_m
 from lynx_kernels.ops.adapter.triton.launches import Call, Launch, choose_plan
 
 _GROUP = 8  # tiles of rows that go together; 8 of 128 rows times d = 4096 in bf16 are 8 MiB, well inside L2
 _BLOCK_WIDTH = 1024  # row kernels: one block of 4 warps reads 8 values a thread, one or two vector loads
 _ROW_WARPS = 4
-_JOIN_ROWS, _JOIN_COLUMNS = 16, 64  # putting parts together: 64 tokens and r = 2048 make 128 programs
+_COMBINE_ROWS, _COMBINE_COLUMNS = 16, 64  # combining splits: 64 tokens and r = 2048 make 128 programs
 _LEAST_FACTOR = 2.0**-6
 
 
@@ -56,7 +55,7 @@ def _gpu(device: torch.device) -> tuple[str, int]:
 
 def _tile(launch: Launch) -> dict[str, int]:
     return {
-        "BROWS": launch.block_rows, "BCOLUMNS": launch.block_columns, "BINNER": launch.block_inner,
+        "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n, "BLOCK_K": launch.block_k,
         "num_warps": launch.num_warps, "num_stages": launch.num_stages,
     }  # fmt: skip
 
@@ -69,19 +68,9 @@ def _row_block(width: int) -> int:
     return min(triton.next_power_of_2(max(width, 1)), _BLOCK_WIDTH)
 
 
-def forward(
-    x: Tensor,  # (T, d)
-    norm_weight: Tensor | None,  # (d,)
-    norm_bias: Tensor | None,  # (d,)
-    down_weight: Tensor,  # (r, d)
-    down_bias: Tensor | None,  # (r,)
-    up_weight: Tensor,  # (d, r)
-    up_bias: Tensor | None,  # (d,)
-    scale: Tensor,  # one element
-    eps: float,
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward(call: AdapterCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the output (T, d) and what backward needs: mean (T,), rstd (T,) and the pre-activation (T, r)."""
+    x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, scale, eps, activation = call
     (tokens, width), bottleneck = x.shape, down_weight.shape[0]
     eps, has_norm = float(eps), norm_weight is not None
     x, down_weight, up_weight = map(_with_dense_rows, (x, down_weight, up_weight))
@@ -93,85 +82,69 @@ def forward(
     plan = choose_plan(describe("forward", x, down_weight, up_weight))
     with torch.cuda.device_of(x):  # Triton launches on the current device, whatever its arguments are on
         if plan.form == "fused":
-            triton_forward.fused_kernel[(plan.inward.programs(tokens, 1),)](
+            fwd.adapter_fwd_fused_kernel[(plan.down.programs(tokens, 1),)](
                 x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, scale,
                 mean, rstd, preactivation, out,
                 x.stride(0), down_weight.stride(0), up_weight.stride(0), tokens, width, bottleneck, eps,
-                ACTIVATION=activation, **_tile(plan.inward),
+                ACTIVATION=activation, **_tile(plan.down),
             )  # fmt: skip
             return out, mean, rstd, preactivation
         activated = torch.empty_like(preactivation)
-        if plan.form == "few":
-            _down_in_parts(
-                plan.inward, x, norm_weight, norm_bias, down_weight, down_bias, eps, activation,
+        if plan.form == "small_m":
+            _split_down(
+                plan.down, x, norm_weight, norm_bias, down_weight, down_bias, eps, activation,
                 mean, rstd, preactivation, activated,
             )  # fmt: skip
         else:
             if has_norm:
-                triton_forward.statistics_kernel[(tokens,)](
+                fwd.adapter_fwd_stats_kernel[(tokens,)](
                     x, mean, rstd, x.stride(0), tokens, width, eps,
-                    BROWS=1, BINNER=_row_block(width), num_warps=_ROW_WARPS,
+                    BLOCK_M=1, BLOCK_K=_row_block(width), num_warps=_ROW_WARPS,
                 )  # fmt: skip
             _product(
-                triton_forward.down_kernel, plan.inward, tokens, bottleneck,
+                fwd.adapter_fwd_down_kernel, plan.down, tokens, bottleneck,
                 x, norm_weight, norm_bias, mean, rstd, down_weight, down_bias, preactivation, activated,
                 x.stride(0), down_weight.stride(0), tokens, width, bottleneck,
                 ACTIVATION=activation,
             )  # fmt: skip
         _product(
-            triton_forward.up_kernel, plan.outward, tokens, width,
+            fwd.adapter_fwd_up_kernel, plan.up, tokens, width,
             activated, up_weight, up_bias, scale, x, out,
             x.stride(0), up_weight.stride(0), tokens, width, bottleneck,
         )  # fmt: skip
     return out, mean, rstd, preactivation
 
 
-def _down_in_parts(
+def _split_down(
     launch, x, norm_weight, norm_bias, down_weight, down_bias, eps, activation, mean, rstd, preactivation, activated
 ) -> None:
     (tokens, width), bottleneck = x.shape, down_weight.shape[0]
-    # Whole steps, so that no part is left without columns.
-    part = triton.cdiv(triton.cdiv(width, launch.parts), launch.block_inner) * launch.block_inner
-    parts = triton.cdiv(width, part)
-    sums = x.new_empty(parts, tokens, bottleneck, dtype=torch.float32)
+    # Whole steps, so that no split is left without columns.
+    split_size = triton.cdiv(triton.cdiv(width, launch.num_splits), launch.block_k) * launch.block_k
+    num_splits = triton.cdiv(width, split_size)
+    sums = x.new_empty(num_splits, tokens, bottleneck, dtype=torch.float32)
     statistics = weight_rows = None
     if norm_weight is not None:
-        statistics = x.new_empty(parts, 2, tokens, dtype=torch.float32)
-        weight_rows = x.new_empty(parts, 2, bottleneck, dtype=torch.float32)
-    triton_few.part_kernel[(launch.programs(tokens, bottleneck) // launch.parts * parts,)](
+        statistics = x.new_empty(num_splits, 2, tokens, dtype=torch.float32)
+        weight_rows = x.new_empty(num_splits, 2, bottleneck, dtype=torch.float32)
+    small_m.adapter_fwd_small_m_kernel[(launch.programs(tokens, bottleneck) // launch.num_splits * num_splits,)](
         x, norm_weight, norm_bias, down_weight, sums, statistics, weight_rows,
-        x.stride(0), down_weight.stride(0), tokens, width, bottleneck, part, eps,
+        x.stride(0), down_weight.stride(0), tokens, width, bottleneck, split_size, eps,
         **_tile(launch),
     )  # fmt: skip
-    triton_few.join_kernel[(triton.cdiv(tokens, _JOIN_ROWS) * triton.cdiv(bottleneck, _JOIN_COLUMNS),)](
+    combine_programs = triton.cdiv(tokens, _COMBINE_ROWS) * triton.cdiv(bottleneck, _COMBINE_COLUMNS)
+    small_m.adapter_fwd_small_m_combine_kernel[(combine_programs,)](
         sums, statistics, weight_rows, down_bias, mean, rstd, preactivation, activated,
-        tokens, width, bottleneck, part, parts, eps,
-        ACTIVATION=activation, BROWS=_JOIN_ROWS, BCOLUMNS=_JOIN_COLUMNS,
+        tokens, width, bottleneck, split_size, num_splits, eps,
+        ACTIVATION=activation, BLOCK_M=_COMBINE_ROWS, BLOCK_N=_COMBINE_COLUMNS,
     )  # fmt: skip
 
 
-def backward(
-    grad: Tensor,  # (T, d)
-    x: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    scale: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    preactivation: Tensor,  # (T, r)
-    activation: str,
-    needs: list[bool],  # which of the eight tensor arguments of forward want a gradient
-) -> list[Tensor]:
-    """Return the gradients that ``needs`` asks for, in the order of forward's arguments; the rest is not computed."""
-    needs_x, needs_norm, needs_norm_bias, needs_down, needs_down_bias, needs_up, needs_up_bias, needs_scale = needs
-    inputs = {
-        "x": x, "norm_weight": norm_weight, "norm_bias": norm_bias, "down_weight": down_weight,
-        "down_bias": down_bias, "up_weight": up_weight, "up_bias": up_bias, "scale": scale,
-    }  # fmt: skip
+def backward(call: AdapterBackwardCall) -> list[Tensor]:
+    """Return the gradients that ``needs`` asks for, in order; the rest is not computed."""
+    grad, x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, scale = call[:9]
+    mean, rstd, preactivation, activation = call.mean, call.rstd, call.preactivation, call.activation
+    needs_x, needs_norm, needs_norm_bias, needs_down, needs_down_bias, needs_up, needs_up_bias, needs_scale = call.needs
     has_norm = norm_weight is not None
     (tokens, width), bottleneck = x.shape, down_weight.shape[0]
     compute = down_weight.dtype
@@ -183,11 +156,11 @@ def backward(
         return x.new_empty(shape, dtype=dtype) if wanted else None
 
     below = needs_x or needs_norm or needs_norm_bias  # something needs the gradient of LayerNorm's output
-    inward = below or needs_down or needs_down_bias  # ... of the pre-activation
+    down = below or needs_down or needs_down_bias  # ... of the pre-activation
     plan = choose_plan(describe("backward" if below else "weights", x, down_weight, up_weight, grad))
     fused = plan.form == "fused"
-    row_tiles = triton.cdiv(tokens, plan.outward.block_rows)
-    n_sums = 1 if fused else triton.cdiv(bottleneck, plan.inward.block_columns)
+    row_tiles = triton.cdiv(tokens, plan.up.block_m)
+    n_sums = 1 if fused else triton.cdiv(bottleneck, plan.down.block_n)
     factor = _overflow_guard(scale) if compute == torch.float16 and grad.dtype != compute else None
     grad_preactivation = empty(
         needs_down or needs_down_bias or (below and not fused), tokens, bottleneck, dtype=compute
@@ -201,30 +174,30 @@ def backward(
     normalized = empty(needs_down and has_norm, tokens, width, dtype=compute)
     with torch.cuda.device_of(x):
         if along is not None:
-            triton_backward.weight_rows_kernel[(bottleneck,)](
+            bwd.adapter_bwd_weight_rows_kernel[(bottleneck,)](
                 down_weight, norm_weight, norm_bias, down_bias, along, offset,
                 down_weight.stride(0), width,
                 BD=_row_block(width), num_warps=_ROW_WARPS,
             )  # fmt: skip
         if fused:
-            triton_backward.backward_fused_kernel[(row_tiles,)](
+            bwd.adapter_bwd_fused_kernel[(row_tiles,)](
                 grad, x, norm_weight, norm_bias, mean, rstd, down_weight, up_weight, scale, factor, preactivation,
                 along, offset, grad_preactivation, scaled_activated, scale_sums,
                 grad_x, normalized, norm_weight_sums, norm_bias_sums,
                 grad.stride(0), x.stride(0), down_weight.stride(0), up_weight.stride(0), tokens, width, bottleneck,
-                ACTIVATION=activation, **_tile(plan.inward),
+                ACTIVATION=activation, **_tile(plan.down),
             )  # fmt: skip
-        elif inward or needs_up or needs_scale:
+        elif down or needs_up or needs_scale:
             _product(
-                triton_backward.backward_bottleneck_kernel, plan.inward, tokens, bottleneck,
+                bwd.adapter_bwd_bottleneck_kernel, plan.down, tokens, bottleneck,
                 grad, up_weight, scale, factor, preactivation, along, offset,
                 grad_preactivation, scaled_activated, row_sums, scale_sums,
                 grad.stride(0), up_weight.stride(0), tokens, width, bottleneck,
-                ACTIVATION=activation, PRODUCT=inward or needs_scale,
+                ACTIVATION=activation, PRODUCT=down or needs_scale,
             )  # fmt: skip
         if not fused and (needs_x or (has_norm and (below or needs_down))):
             _product(
-                triton_backward.backward_input_kernel, plan.outward, tokens, width,
+                bwd.adapter_bwd_input_kernel, plan.up, tokens, width,
                 grad, x, norm_weight, norm_bias, mean, rstd, grad_preactivation, down_weight, row_sums,
                 grad_x, normalized, norm_weight_sums, norm_bias_sums,
                 grad.stride(0), x.stride(0), down_weight.stride(0), n_sums, tokens, width, bottleneck,
@@ -255,11 +228,7 @@ def backward(
             gradients["up_bias"] = scale.float().reshape(()) * grad_sums
         if needs_scale:
             gradients["scale"] += (grad_sums * up_bias.float()).sum()
-    return [
-        gradients[name].to(tensor.dtype).contiguous()
-        for (name, tensor), needed in zip(inputs.items(), needs, strict=True)
-        if needed and tensor is not None
-    ]
+    return call.wanted(gradients)
 
 
 def _overflow_guard(scale: Tensor) -> Tensor:

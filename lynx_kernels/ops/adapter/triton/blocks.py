@@ -22,7 +22,9 @@ def activate(b_x, ACTIVATION: tl.constexpr):
         b_out = tl.where(b_x < 0, 0.0, b_x)  # not maximum, which would swallow a NaN
     elif ACTIVATION == "gelu":
         b_out = 0.5 * b_x * (1 + tl.erf(b_x * _ROOT_HALF))
-    else:  # gelu_tanh: (1 + tanh(u)) / 2 is sigmoid(2u)
+    else:
+        tl.static_assert(ACTIVATION == "gelu_tanh", "no such activation")
+        # (1 + tanh(u)) / 2 is sigmoid(2u)
         b_out = b_x * tl.sigmoid(b_x * (1 + b_x * b_x * _CUBIC) * _TWICE_ROOT_TWO_OVER_PI)
     return b_out
 
@@ -38,6 +40,7 @@ def act_grad(b_x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu":
         b_out = 0.5 * (1 + tl.erf(b_x * _ROOT_HALF)) + b_x * _ROOT_HALF_OVER_PI * tl.exp(-0.5 * b_x * b_x)
     else:
+        tl.static_assert(ACTIVATION == "gelu_tanh", "no such activation")
         b_square = b_x * b_x * _CUBIC
         b_twice_u = b_x * (1 + b_square) * _TWICE_ROOT_TWO_OVER_PI
         b_gate = tl.sigmoid(b_twice_u)
@@ -47,11 +50,11 @@ def act_grad(b_x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def own_tile(rows, columns, BROWS: tl.constexpr, BCOLUMNS: tl.constexpr, GROUP: tl.constexpr):
+def own_tile(rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
     """This program's tile. GROUP tiles of rows go together over all columns, so that both operands stay in L2."""
     i_program = tl.program_id(0)
-    n_rows = tl.cdiv(rows, BROWS)
-    n_columns = tl.cdiv(columns, BCOLUMNS)
+    n_rows = tl.cdiv(rows, BLOCK_M)
+    n_columns = tl.cdiv(columns, BLOCK_N)
     i_group = i_program // (GROUP * n_columns)
     i_within = i_program % (GROUP * n_columns)
     n_group = tl.minimum(n_rows - i_group * GROUP, GROUP)
@@ -59,21 +62,21 @@ def own_tile(rows, columns, BROWS: tl.constexpr, BCOLUMNS: tl.constexpr, GROUP: 
 
 
 @triton.jit
-def mean_and_squares(p_x_rows, m_t, i_from, i_to, BROWS: tl.constexpr, BINNER: tl.constexpr):
-    """Of the columns i_from..i_to of some rows: their mean, and the sum of squares around it; each [BROWS].
+def mean_and_squares(p_x_rows, m_t, i_from, i_to, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Of the columns i_from..i_to of some rows: their mean, and the sum of squares around it; each [BLOCK_M].
 
-    One pass, around the mean of the first BINNER columns. Sums of plain squares would lose everything where
-    |mean| >> deviation; these cannot: that mean is at most sqrt(columns / BINNER) deviations from the true one, so
-    that at most a factor of columns / BINNER cancels (64 of the 1.7e7 that fp32 has), and usually none.
+    One pass, around the mean of the first BLOCK_K columns. Sums of plain squares would lose everything where
+    |mean| >> deviation; these cannot: that mean is at most sqrt(columns / BLOCK_K) deviations from the true one, so
+    that at most a factor of columns / BLOCK_K cancels (64 of the 1.7e7 that fp32 has), and usually none.
     """
-    o_d = tl.arange(0, BINNER)
+    o_d = tl.arange(0, BLOCK_K)
     p_tile = p_x_rows + i_from
     m_first = m_t[:, None] & (i_from + o_d < i_to)[None, :]
-    b_first = tl.load(p_tile + o_d[None, :], mask=m_first, other=0.0).to(tl.float32)  # [BROWS, BINNER]
-    b_shift = tl.sum(b_first, 1) / tl.minimum(BINNER, i_to - i_from)
-    b_sums = tl.zeros([BROWS, BINNER], dtype=tl.float32)
-    b_squares = tl.zeros([BROWS, BINNER], dtype=tl.float32)
-    for i_d in range(i_from, i_to, BINNER):
+    b_first = tl.load(p_tile + o_d[None, :], mask=m_first, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_K]
+    b_shift = tl.sum(b_first, 1) / tl.minimum(BLOCK_K, i_to - i_from)
+    b_sums = tl.zeros([BLOCK_M, BLOCK_K], dtype=tl.float32)
+    b_squares = tl.zeros([BLOCK_M, BLOCK_K], dtype=tl.float32)
+    for i_d in range(i_from, i_to, BLOCK_K):
         m_x = m_t[:, None] & (i_d + o_d < i_to)[None, :]
         b_x = tl.load(p_x_rows + i_d + o_d[None, :], mask=m_x, other=0.0).to(tl.float32)
         b_centred = tl.where(m_x, b_x - b_shift[:, None], 0.0)
@@ -86,4 +89,5 @@ def mean_and_squares(p_x_rows, m_t, i_from, i_to, BROWS: tl.constexpr, BINNER: t
 
 @triton.jit
 def rstd_of(b_squares, n, eps):
+    """1 / sqrt(variance + eps) of n values, from the sum of squares around their mean."""
     return tl.rsqrt(b_squares / n + tl.cast(eps, tl.float32))  # a cast, for torch.compile hands floats over as fp64

@@ -18,7 +18,7 @@ _BSUMS = tl.constexpr(16)  # partial row sums read at once: one by one their lat
 
 
 @triton.jit
-def weight_rows_kernel(
+def adapter_bwd_weight_rows_kernel(
     p_weight,  # (r, d), of the down-projection
     p_norm_weight,  # (d,)
     p_norm_bias,  # (d,) or None
@@ -49,36 +49,36 @@ def weight_rows_kernel(
 
 @triton.jit
 def _through_up(
-    p_grad_rows,  # [BROWS, 1]
-    p_weight_columns,  # [1, BCOLUMNS]
+    p_grad_rows,  # [BLOCK_M, 1]
+    p_weight_columns,  # [1, BLOCK_N]
     p_factor,
     stride_weight,
     m_t,
     m_r,
     d,
-    BROWS: tl.constexpr,
-    BCOLUMNS: tl.constexpr,
-    BINNER: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
-    """factor * grad Wu. [BROWS, BCOLUMNS]"""
-    o_d = tl.arange(0, BINNER)
+    """factor * grad Wu. [BLOCK_M, BLOCK_N]"""
+    o_d = tl.arange(0, BLOCK_K)
     p_grad_tile = p_grad_rows + o_d[None, :]
     p_weight_tile = p_weight_columns + o_d.to(tl.int64)[:, None] * stride_weight
-    b_sum = tl.zeros([BROWS, BCOLUMNS], dtype=tl.float32)
-    for i_d in range(0, d, BINNER):
+    b_sum = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for i_d in range(0, d, BLOCK_K):
         m_d = i_d + o_d < d
-        b_grad = tl.load(p_grad_tile + i_d, mask=m_t[:, None] & m_d[None, :], other=0.0)  # [BROWS, BINNER]
+        b_grad = tl.load(p_grad_tile + i_d, mask=m_t[:, None] & m_d[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
         if p_factor is not None:
             b_grad = b_grad.to(tl.float32) * tl.load(p_factor)
-        b_weight = tl.load(p_weight_tile, mask=m_d[:, None] & m_r[None, :], other=0.0)  # [BINNER, BCOLUMNS]
+        b_weight = tl.load(p_weight_tile, mask=m_d[:, None] & m_r[None, :], other=0.0)  # [BLOCK_K, BLOCK_N]
         b_sum = tl.dot(b_grad.to(b_weight.dtype), b_weight, b_sum, input_precision="ieee")
-        p_weight_tile += BINNER * tl.cast(stride_weight, tl.int64)
+        p_weight_tile += BLOCK_K * tl.cast(stride_weight, tl.int64)
     return b_sum
 
 
 @triton.jit
 def _into_preactivation(
-    b_sum,  # [BROWS, BCOLUMNS]: factor * grad Wu
+    b_sum,  # [BLOCK_M, BLOCK_N]: factor * grad Wu
     p_scale,
     p_factor,
     p_preactivation,
@@ -97,7 +97,7 @@ def _into_preactivation(
     if p_factor is not None:
         b_factor = tl.load(p_factor)
         b_scale = b_scale / b_factor
-    b_preactivation = tl.load(p_preactivation + o_out, mask=m_out, other=0.0).to(tl.float32)  # [BROWS, BCOLUMNS]
+    b_preactivation = tl.load(p_preactivation + o_out, mask=m_out, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_N]
     b_activated = activate(b_preactivation, ACTIVATION)
     if p_scaled_activated is not None:
         tl.store(p_scaled_activated + o_out, (b_scale * b_activated).to(dtype), mask=m_out)
@@ -114,12 +114,12 @@ def _into_preactivation(
 
 @triton.jit
 def _into_x(
-    b_sum,  # [BROWS, BCOLUMNS]: the gradient of LayerNorm's output
-    b_mean,  # [BROWS]
+    b_sum,  # [BLOCK_M, BLOCK_N]: the gradient of LayerNorm's output
+    b_mean,  # [BLOCK_M]
     b_rstd,
-    b_row,  # [BROWS]: the two sums of the docstring above
+    b_row,  # [BLOCK_M]: the two sums of the docstring above
     b_other,
-    p_grad_rows,  # [BROWS, 1]
+    p_grad_rows,  # [BLOCK_M, 1]
     p_x_rows,
     p_norm_weight,
     p_norm_bias,
@@ -127,7 +127,7 @@ def _into_x(
     p_normalized,
     p_norm_weight_sums,  # (d,) of this tile
     p_norm_bias_sums,
-    o_out_rows,  # [BROWS, 1]
+    o_out_rows,  # [BLOCK_M, 1]
     m_t,
     o_d,
     d,
@@ -138,7 +138,7 @@ def _into_x(
     o_out = o_out_rows + o_d[None, :]
     if p_norm_weight is not None:
         b_x = tl.load(p_x_rows + o_d[None, :], mask=m_out, other=0.0).to(tl.float32)
-        b_standardized = (b_x - b_mean[:, None]) * b_rstd[:, None]  # [BROWS, BCOLUMNS]
+        b_standardized = (b_x - b_mean[:, None]) * b_rstd[:, None]  # [BLOCK_M, BLOCK_N]
         b_norm_weight = tl.load(p_norm_weight + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
         if p_normalized is not None:
             b_normalized = b_standardized * b_norm_weight
@@ -160,13 +160,13 @@ def _into_x(
 
 
 @triton.jit
-def backward_bottleneck_kernel(
+def adapter_bwd_bottleneck_kernel(
     p_grad,  # (T, d)
     p_weight,  # (d, r), of the up-projection
     p_scale,  # ()
     p_factor,  # () fp32 or None: grad's before the product
     p_preactivation,  # (T, r)
-    p_along,  # (r,) or None, as weight_rows_kernel gives them
+    p_along,  # (r,) or None, as adapter_bwd_weight_rows_kernel gives them
     p_offset,  # (r,) or None
     p_grad_preactivation,  # (T, r) or None
     p_scaled_activated,  # (T, r) or None
@@ -179,22 +179,22 @@ def backward_bottleneck_kernel(
     r,
     ACTIVATION: tl.constexpr,
     PRODUCT: tl.constexpr,
-    BROWS: tl.constexpr,
-    BCOLUMNS: tl.constexpr,
-    BINNER: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     """The gradient of the pre-activation and what else r-wide values give. Sums are stored by tile: no atomics."""
-    i_t, i_r = own_tile(T, r, BROWS, BCOLUMNS, GROUP)
-    o_t = (i_t * BROWS + tl.arange(0, BROWS)).to(tl.int64)
-    o_r = i_r * BCOLUMNS + tl.arange(0, BCOLUMNS)
+    i_t, i_r = own_tile(T, r, BLOCK_M, BLOCK_N, GROUP)
+    o_t = (i_t * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    o_r = i_r * BLOCK_N + tl.arange(0, BLOCK_N)
     m_t = o_t < T
     m_r = o_r < r
-    b_sum = tl.zeros([BROWS, BCOLUMNS], dtype=tl.float32)
+    b_sum = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     if PRODUCT:
         b_sum = _through_up(
             p_grad + o_t[:, None] * stride_grad, p_weight + o_r[None, :], p_factor, stride_weight, m_t, m_r, d,
-            BROWS, BCOLUMNS, BINNER,
+            BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     if p_scale_sums is not None:
         p_scale_sums += i_r.to(tl.int64) * T
@@ -212,7 +212,7 @@ def backward_bottleneck_kernel(
 
 
 @triton.jit
-def backward_input_kernel(
+def adapter_bwd_input_kernel(
     p_grad,  # (T, d)
     p_x,  # (T, d)
     p_norm_weight,  # (d,) or None: no LayerNorm
@@ -234,32 +234,32 @@ def backward_input_kernel(
     d,
     r,
     PRODUCT: tl.constexpr,
-    BROWS: tl.constexpr,
-    BCOLUMNS: tl.constexpr,
-    BINNER: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     """The gradient of x, LayerNorm's backward in the epilogue of the product with Wd; sums over T by tile."""
-    i_t, i_d = own_tile(T, d, BROWS, BCOLUMNS, GROUP)
-    o_t = (i_t * BROWS + tl.arange(0, BROWS)).to(tl.int64)
-    o_d = i_d * BCOLUMNS + tl.arange(0, BCOLUMNS)
-    o_r = tl.arange(0, BINNER)
+    i_t, i_d = own_tile(T, d, BLOCK_M, BLOCK_N, GROUP)
+    o_t = (i_t * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    o_d = i_d * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_r = tl.arange(0, BLOCK_K)
     m_t = o_t < T
     m_d = o_d < d
-    b_sum = tl.zeros([BROWS, BCOLUMNS], dtype=tl.float32)
+    b_sum = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     if PRODUCT:
         p_grad_preactivation_tile = p_grad_preactivation + o_t[:, None] * r + o_r[None, :]
         p_weight_tile = p_weight + o_r.to(tl.int64)[:, None] * stride_weight + o_d[None, :]
-        for i_r in range(0, r, BINNER):
+        for i_r in range(0, r, BLOCK_K):
             m_r = i_r + o_r < r
             b_grad_preactivation = tl.load(
                 p_grad_preactivation_tile + i_r, mask=m_t[:, None] & m_r[None, :], other=0.0
-            )  # [BROWS, BINNER]
-            b_weight = tl.load(p_weight_tile, mask=m_r[:, None] & m_d[None, :], other=0.0)  # [BINNER, BCOLUMNS]
+            )  # [BLOCK_M, BLOCK_K]
+            b_weight = tl.load(p_weight_tile, mask=m_r[:, None] & m_d[None, :], other=0.0)  # [BLOCK_K, BLOCK_N]
             b_sum = tl.dot(b_grad_preactivation, b_weight, b_sum, input_precision="ieee")
-            p_weight_tile += BINNER * tl.cast(stride_weight, tl.int64)
+            p_weight_tile += BLOCK_K * tl.cast(stride_weight, tl.int64)
     # After the product: what is loaded before it would keep its registers all along.
-    b_mean = tl.zeros([BROWS], dtype=tl.float32)
+    b_mean = tl.zeros([BLOCK_M], dtype=tl.float32)
     b_rstd = b_mean
     b_row = b_mean
     b_other = b_mean
@@ -285,7 +285,7 @@ def backward_input_kernel(
 
 
 @triton.jit
-def backward_fused_kernel(
+def adapter_bwd_fused_kernel(
     p_grad,  # (T, d)
     p_x,  # (T, d)
     p_norm_weight,  # (d,) or None: no LayerNorm
@@ -297,7 +297,7 @@ def backward_fused_kernel(
     p_scale,  # ()
     p_factor,  # () fp32 or None: grad's before the product
     p_preactivation,  # (T, r)
-    p_along,  # (r,) or None, as weight_rows_kernel gives them
+    p_along,  # (r,) or None, as adapter_bwd_weight_rows_kernel gives them
     p_offset,  # (r,) or None
     p_grad_preactivation,  # (T, r) or None
     p_scaled_activated,  # (T, r) or None
@@ -314,26 +314,26 @@ def backward_fused_kernel(
     d,
     r,
     ACTIVATION: tl.constexpr,
-    BROWS: tl.constexpr,
-    BCOLUMNS: tl.constexpr,  # all of r
-    BINNER: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # all of r
+    BLOCK_K: tl.constexpr,
 ):
-    """Both kernels above for BROWS rows and all of r: the gradient of the pre-activation stays in registers."""
+    """Both kernels above for BLOCK_M rows and all of r: the gradient of the pre-activation stays in registers."""
     i_t = tl.program_id(0)
-    o_t = (i_t * BROWS + tl.arange(0, BROWS)).to(tl.int64)
-    o_r = tl.arange(0, BCOLUMNS)
-    o_d = tl.arange(0, BINNER)
+    o_t = (i_t * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    o_r = tl.arange(0, BLOCK_N)
+    o_d = tl.arange(0, BLOCK_K)
     m_t = o_t < T
     m_r = o_r < r
     p_grad_rows = p_grad + o_t[:, None] * stride_grad
     b_sum = _through_up(
-        p_grad_rows, p_up_weight + o_r[None, :], p_factor, stride_up, m_t, m_r, d, BROWS, BCOLUMNS, BINNER
+        p_grad_rows, p_up_weight + o_r[None, :], p_factor, stride_up, m_t, m_r, d, BLOCK_M, BLOCK_N, BLOCK_K
     )
     b_grad, b_preactivation = _into_preactivation(
         b_sum, p_scale, p_factor, p_preactivation, p_grad_preactivation, p_scaled_activated, p_scale_sums, o_t, m_t,
         o_t[:, None] * r + o_r[None, :], m_t[:, None] & m_r[None, :], p_down_weight.dtype.element_ty, ACTIVATION,
     )  # fmt: skip
-    b_mean = tl.zeros([BROWS], dtype=tl.float32)
+    b_mean = tl.zeros([BLOCK_M], dtype=tl.float32)
     b_rstd = b_mean
     b_row = b_mean
     b_other = b_mean
@@ -350,9 +350,9 @@ def backward_fused_kernel(
         if p_norm_bias_sums is not None:
             p_norm_bias_sums += i_t.to(tl.int64) * d
     p_down_tile = p_down_weight + o_r.to(tl.int64)[:, None] * stride_down + o_d[None, :]
-    for i_d in range(0, d, BINNER):
+    for i_d in range(0, d, BLOCK_K):
         b_weight = tl.load(p_down_tile + i_d, mask=m_r[:, None] & (i_d + o_d < d)[None, :], other=0.0)
-        b_through = tl.dot(b_grad, b_weight, input_precision="ieee")  # [BROWS, BINNER]
+        b_through = tl.dot(b_grad, b_weight, input_precision="ieee")  # [BLOCK_M, BLOCK_K]
         _into_x(
             b_through, b_mean, b_rstd, b_row, b_other, p_grad_rows, p_x + o_t[:, None] * stride_x,
             p_norm_weight, p_norm_bias, p_grad_x, p_normalized, p_norm_weight_sums, p_norm_bias_sums,

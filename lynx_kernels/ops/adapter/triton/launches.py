@@ -25,30 +25,30 @@ TUNED = Path(__file__).with_name("tuned.json")
 class Launch:
     """How one product is cut: the output's tile, the step along the sum, and what Triton makes of it.
 
-    ``parts`` cuts the sum itself, in programs of its own: only the down-projection for a few tokens takes more than 1.
+    ``splits`` cuts the sum itself, in programs of its own: only the down-projection for a few tokens takes more than 1.
     """
 
-    block_rows: int
-    block_columns: int
-    block_inner: int
+    block_m: int
+    block_n: int
+    block_k: int
     num_warps: int
     num_stages: int
-    parts: int = 1
+    num_splits: int = 1
 
     def programs(self, rows: int, columns: int) -> int:
-        return triton.cdiv(rows, self.block_rows) * triton.cdiv(columns, self.block_columns) * self.parts
+        return triton.cdiv(rows, self.block_m) * triton.cdiv(columns, self.block_n) * self.num_splits
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A form, ``"tiled"``, ``"fused"`` or ``"few"`` (``triton.py`` says what they are), and the launches it takes.
+    """A form, ``"tiled"``, ``"fused"`` or ``"small_m"`` (``triton.py`` says what they are), and the launches it takes.
 
-    ``inward`` cuts the product into the bottleneck, ``outward`` the one out of it; in the fused form they are one.
+    ``down`` cuts the product into the bottleneck, ``up`` the one out of it; in the fused form they are one.
     """
 
     form: str
-    inward: Launch
-    outward: Launch
+    down: Launch
+    up: Launch
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ LARGE_WIDE = Launch(128, 128, 32, num_warps=8, num_stages=3)
 # columns: with 64 of them ptxas serialises sm_90's products, whose left operand comes normalised from registers.
 MEDIUM = Launch(64, 128, 64, num_warps=4, num_stages=3)
 MEDIUM_WIDE = Launch(64, 128, 64, num_warps=8, num_stages=3)
-# Backward's epilogues hold up to four tiles at once (sum, pre-activation, activation, slope): 128 x 128 spills 1 KiB
+# Backward's epilogues hold up to four tiles at once (sum, pre-activation, activation, act_grad): 128 x 128 spills 1 KiB
 # on 8 warps and 0.5 KiB on 16, half the columns on 8 warps nothing, on 4 warps 1 KiB again.
 LARGE_BACKWARD = Launch(128, 64, 64, num_warps=8, num_stages=3)
 MEDIUM_BACKWARD = Launch(64, 64, 64, num_warps=4, num_stages=4)
@@ -107,11 +107,11 @@ IEEE = Launch(32, 64, 16, num_warps=4, num_stages=3)
 # Inward 64 tokens are two tiles of rows that share the weights through L2. From 64 rows on products are asynchronous on
 # sm_90, and as their left operand comes normalised from registers, ptxas serialises them under Triton 3.6, whatever the
 # width and the steps.
-FEW_INWARD = {
+SMALL_M_DOWN = {
     16: Launch(16, 16, 128, num_warps=4, num_stages=4),  # steps of 256 spill 20 bytes on sm_100
     32: Launch(32, 32, 128, num_warps=4, num_stages=4),
 }
-FEW_OUTWARD = {
+SMALL_M_UP = {
     16: Launch(16, 16, 128, num_warps=4, num_stages=4),
     32: Launch(32, 16, 128, num_warps=4, num_stages=4),
     64: Launch(64, 32, 128, num_warps=4, num_stages=3),
@@ -148,14 +148,14 @@ def plan_by_rule(call: Call) -> Plan:
 
 
 def few_plan(call: Call) -> Plan:
-    """As many parts as make two programs a multiprocessor, and no part shorter than a step."""
-    inward = _few_launch(call, FEW_INWARD)
-    parts = triton.cdiv(2 * call.multiprocessors, max(inward.programs(call.tokens, call.bottleneck), 1))
-    parts = max(min(parts, triton.cdiv(call.width, inward.block_inner)), 1)
-    return Plan("few", replace(inward, parts=parts), _few_launch(call, FEW_OUTWARD))
+    """As many splits as make two programs a multiprocessor, and no split shorter than a step."""
+    down = _small_m_launch(call, SMALL_M_DOWN)
+    num_splits = triton.cdiv(2 * call.multiprocessors, max(down.programs(call.tokens, call.bottleneck), 1))
+    num_splits = max(min(num_splits, triton.cdiv(call.width, down.block_k)), 1)
+    return Plan("small_m", replace(down, num_splits=num_splits), _small_m_launch(call, SMALL_M_UP))
 
 
-def _few_launch(call: Call, by_rows: dict[int, Launch]) -> Launch:
+def _small_m_launch(call: Call, by_rows: dict[int, Launch]) -> Launch:
     if call.compute == torch.float32:
         return FEW_IEEE
     if not call.aligned:
@@ -193,7 +193,7 @@ def tiled_plan(call: Call) -> Plan:
 
 def _tiled_launch(call: Call, columns: int) -> Launch:
     if call.tokens <= FEW_TOKENS and call.direction != "forward":
-        return _few_launch(call, FEW_OUTWARD)
+        return _small_m_launch(call, SMALL_M_UP)
     if call.compute == torch.float32:
         return IEEE
     if not call.aligned:
@@ -215,8 +215,8 @@ def tuned_plans() -> dict[str, Plan]:
     return {key: _plan(**each) for key, each in json.loads(TUNED.read_text()).items()}
 
 
-def _plan(form: str, inward: dict, outward: dict) -> Plan:
-    return Plan(form, Launch(**inward), Launch(**outward))
+def _plan(form: str, down: dict, up: dict) -> Plan:
+    return Plan(form, Launch(**down), Launch(**up))
 
 
 def use_plan(call: Call, plan: Plan | None) -> None:

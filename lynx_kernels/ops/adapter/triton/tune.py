@@ -26,8 +26,8 @@ from lynx_kernels.ops.adapter import triton as implementation
 from lynx_kernels.ops.adapter.triton import launches
 from lynx_kernels.ops.adapter.triton.launches import Call, Launch, Plan
 
-_LEAST = {"block_rows": 16, "block_columns": 16, "block_inner": 16, "num_warps": 1, "num_stages": 1, "parts": 1}
-_MOST = {"block_rows": 256, "block_columns": 256, "block_inner": 512, "num_warps": 16, "num_stages": 8, "parts": 64}
+_LEAST = {"block_m": 16, "block_n": 16, "block_k": 16, "num_warps": 1, "num_stages": 1, "num_splits": 1}
+_MOST = {"block_m": 256, "block_n": 256, "block_k": 512, "num_warps": 16, "num_stages": 8, "num_splits": 64}
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 Clock = Callable[[Callable[[], object]], float]  # how long a call takes, in ms
@@ -51,15 +51,15 @@ def make_inputs(
 
 
 def neighbours(plan: Plan, compute: torch.dtype) -> Iterator[Plan]:
-    """The plans one number away: stages and parts by one, the rest doubled or halved."""
-    for names in (("inward", "outward"),) if plan.form == "fused" else (("inward",), ("outward",)):
+    """The plans one number away: stages and splits by one, the rest doubled or halved."""
+    for names in (("down", "up"),) if plan.form == "fused" else (("down",), ("up",)):
         launch = getattr(plan, names[0])
         for field, value in asdict(launch).items():
-            if field == "parts" and (plan.form != "few" or "outward" in names):
+            if field == "num_splits" and (plan.form != "small_m" or "up" in names):
                 continue
-            if field == "block_columns" and plan.form == "fused":  # all of the bottleneck, no more and no less
+            if field == "block_n" and plan.form == "fused":  # all of the bottleneck, no more and no less
                 continue
-            changed = (value - 1, value + 1) if field in ("num_stages", "parts") else (value // 2, value * 2)
+            changed = (value - 1, value + 1) if field in ("num_stages", "num_splits") else (value // 2, value * 2)
             for other in changed:
                 near = replace(launch, **{field: other})
                 if _LEAST[field] <= other <= _MOST[field] and _is_ieee(near, compute):
@@ -67,7 +67,7 @@ def neighbours(plan: Plan, compute: torch.dtype) -> Iterator[Plan]:
 
 
 def _is_ieee(launch: Launch, compute: torch.dtype) -> bool:
-    return compute != torch.float32 or launch.block_rows < 64  # triton_launches.IEEE says why
+    return compute != torch.float32 or launch.block_m < 64  # triton_launches.IEEE says why
 
 
 def starts(call: Call) -> list[Plan]:

@@ -1,4 +1,4 @@
-"""The backward kernels of prefix and cross attention in Triton. Dialect: triton_tiles.
+"""The backward kernels of prefix and cross attention in Triton. Dialect: tiles.py.
 
     P = exp(S - LSE)    dV = P^T dO    dS = P * (dO V^T - delta)    dQ = scale dS K    dK = scale dS^T Q
 
@@ -12,14 +12,15 @@ import triton.language as tl
 
 from lynx_kernels.ops.attention_common.triton.tiles import (
     add_weighted_rows,
-    edge_tile,
     find_segment,
     load_rows,
+    masked_tile,
+    named,
     products_of_rows,
     store_rows,
     tile_of_queries,
     tiles_of_keys,
-    whole_tile,
+    unmasked_tile,
     zero_rows,
 )
 
@@ -27,25 +28,25 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def statistics_kernel(
+def attention_bwd_preprocess_kernel(
     p_grad,  # (T, H, D)
     p_out,  # (T, H, D)
     p_lse,  # (T, H)
     p_grad_lse,  # (T, H) or None
-    p_statistics,  # (2, H, T): LSE times log2(e), and delta
+    p_lse_delta,  # (2, H, T): LSE times log2(e), and delta
     stride_grad,
     stride_grad_head,
     n_queries,
     UNIT: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
-    BQ: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):
     """What backward reads of each query, for tokens side by side."""
-    i_first = tl.program_id(0).to(tl.int64) * BQ
+    i_first = tl.program_id(0).to(tl.int64) * BLOCK_M
     i_h = tl.program_id(1)
     n_heads = tl.num_programs(1)
-    o_q = i_first + tl.arange(0, BQ)
+    o_q = i_first + tl.arange(0, BLOCK_M)
     o_d = tl.arange(0, BD)
     m_q = o_q < n_queries
     m_tile = m_q[:, None] & (o_d[None, :] < D)
@@ -57,36 +58,38 @@ def statistics_kernel(
     if p_grad_lse is not None:
         b_delta -= tl.load(p_grad_lse + o_row, mask=m_q, other=0.0).to(tl.float32)
     b_lse = tl.load(p_lse + o_row, mask=m_q, other=0.0)
-    p_statistics += i_h.to(tl.int64) * n_queries + o_q
-    tl.store(p_statistics, b_lse * _LOG2E, mask=m_q)
-    tl.store(p_statistics + n_heads.to(tl.int64) * n_queries, b_delta, mask=m_q)
+    p_lse_delta += i_h.to(tl.int64) * n_queries + o_q
+    tl.store(p_lse_delta, b_lse * _LOG2E, mask=m_q)
+    tl.store(p_lse_delta + n_heads.to(tl.int64) * n_queries, b_delta, mask=m_q)
 
 
 @triton.jit
-def _query_gradients(
+def _bwd_dq_tile(
     b_q, b_q_rest, b_grad, b_grad_rest, b_lse, b_delta, b_sum, b_sum_rest,
     p_k, p_v, stride_k, stride_v, n_keys, o_seen, scale,
-    MASKED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, REST: tl.constexpr, BK: tl.constexpr,
+    MASKED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, REST: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """What one tile of keys adds to dQ / scale; its arguments as the forward's."""
-    b_k, b_k_rest = load_rows(p_k, stride_k, n_keys, MASKED, D, BD, REST, BK)
-    b_weights = tl.exp2(products_of_rows(b_q, b_q_rest, b_k, b_k_rest, REST) * scale - b_lse[:, None])  # [BQ, BK]
+    b_k, b_k_rest = load_rows(p_k, stride_k, n_keys, MASKED, D, BD, REST, BLOCK_N)
+    b_weights = tl.exp2(
+        products_of_rows(b_q, b_q_rest, b_k, b_k_rest, REST) * scale - b_lse[:, None]
+    )  # [BLOCK_M, BLOCK_N]
     if MASKED:
-        b_weights = tl.where(tl.arange(0, BK)[None, :] < o_seen[:, None], b_weights, 0.0)
-    b_v, b_v_rest = load_rows(p_v, stride_v, n_keys, MASKED, D, BD, REST, BK)
+        b_weights = tl.where(tl.arange(0, BLOCK_N)[None, :] < o_seen[:, None], b_weights, 0.0)
+    b_v, b_v_rest = load_rows(p_v, stride_v, n_keys, MASKED, D, BD, REST, BLOCK_N)
     b_grad_scores = b_weights * (products_of_rows(b_grad, b_grad_rest, b_v, b_v_rest, REST) - b_delta[:, None])
     return add_weighted_rows(b_sum, b_sum_rest, b_grad_scores, b_k, b_k_rest, REST)
 
 
-@triton.jit
-def query_gradient_kernel(
+@triton.jit(repr=named("bwd_dq"))
+def attention_bwd_dq_kernel(
     p_grad,  # (T, H, D)
     p_q,  # (T, H, D)
     p_k,  # (K, Hkv, D)
     p_v,  # (K, Hkv, D)
-    p_statistics,  # (2, H, T)
+    p_lse_delta,  # (2, H, T)
     p_segments,  # the layout's table
-    p_grad_q,  # (parts, T, H, D), one part but for spans
+    p_grad_q,  # (num_splits, T, H, D), one split but for spans
     stride_grad,
     stride_grad_head,
     stride_q,
@@ -105,11 +108,11 @@ def query_gradient_kernel(
     D: tl.constexpr,
     BD: tl.constexpr,
     REST: tl.constexpr,
-    BQ: tl.constexpr,
-    BK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """One tile of queries and one head, as in the forward."""
-    i_first, i_end, ranges = tile_of_queries(p_segments, n_segments, SPANS, ROOT_IS_CAUSAL, BQ, BK)
+    i_first, i_end, ranges = tile_of_queries(p_segments, n_segments, SPANS, ROOT_IS_CAUSAL, BLOCK_M, BLOCK_N)
     if i_first >= i_end:
         return
     i_h = tl.program_id(1).to(tl.int64)
@@ -121,57 +124,60 @@ def query_gradient_kernel(
     p_v += i_h // n_shared * stride_v_head * UNIT
     stride_k = stride_k * UNIT
     stride_v = stride_v * UNIT
-    o_q = i_first + tl.arange(0, BQ)
-    p_statistics += i_h * n_queries + o_q
+    o_q = i_first + tl.arange(0, BLOCK_M)
+    p_lse_delta += i_h * n_queries + o_q
 
-    b_q, b_q_rest = load_rows(p_q, stride_q * UNIT, n_rows, True, D, BD, REST, BQ)
-    b_grad, b_grad_rest = load_rows(p_grad, stride_grad * UNIT, n_rows, True, D, BD, REST, BQ)
-    b_lse = tl.load(p_statistics, mask=o_q < i_end, other=0.0)
-    b_delta = tl.load(p_statistics + n_heads.to(tl.int64) * n_queries, mask=o_q < i_end, other=0.0)
-    b_sum, b_sum_rest = zero_rows(BD, REST, BQ)
+    b_q, b_q_rest = load_rows(p_q, stride_q * UNIT, n_rows, True, D, BD, REST, BLOCK_M)
+    b_grad, b_grad_rest = load_rows(p_grad, stride_grad * UNIT, n_rows, True, D, BD, REST, BLOCK_M)
+    b_lse = tl.load(p_lse_delta, mask=o_q < i_end, other=0.0)
+    b_delta = tl.load(p_lse_delta + n_heads.to(tl.int64) * n_queries, mask=o_q < i_end, other=0.0)
+    b_sum, b_sum_rest = zero_rows(BD, REST, BLOCK_M)
     scale_log2 = scale * _LOG2E
-    n_whole, n_edges, counts = tiles_of_keys(i_first, ranges, BK)
-    for i in range(n_whole):
-        i_key = whole_tile(i, ranges, counts, BK)
-        b_sum, b_sum_rest = _query_gradients(
+    n_unmasked, n_masked, counts = tiles_of_keys(i_first, ranges, BLOCK_N)
+    for i in range(n_unmasked):
+        i_key = unmasked_tile(i, ranges, counts, BLOCK_N)
+        b_sum, b_sum_rest = _bwd_dq_tile(
             b_q, b_q_rest, b_grad, b_grad_rest, b_lse, b_delta, b_sum, b_sum_rest,
-            p_k + i_key * stride_k, p_v + i_key * stride_v, stride_k, stride_v, BK, o_q, scale_log2,
-            False, D, BD, REST, BK,
+            p_k + i_key * stride_k, p_v + i_key * stride_v, stride_k, stride_v, BLOCK_N, o_q, scale_log2,
+            False, D, BD, REST, BLOCK_N,
         )  # fmt: skip
-    for i in range(n_edges):
-        i_key, n_keys, o_seen = edge_tile(i, o_q, ranges, counts, BK)
-        b_sum, b_sum_rest = _query_gradients(
+    for i in range(n_masked):
+        i_key, n_keys, o_seen = masked_tile(i, o_q, ranges, counts, BLOCK_N)
+        b_sum, b_sum_rest = _bwd_dq_tile(
             b_q, b_q_rest, b_grad, b_grad_rest, b_lse, b_delta, b_sum, b_sum_rest,
             p_k + i_key * stride_k, p_v + i_key * stride_v, stride_k, stride_v, n_keys, o_seen, scale_log2,
-            True, D, BD, REST, BK,
+            True, D, BD, REST, BLOCK_N,
         )  # fmt: skip
     i_row = (tl.program_id(2).to(tl.int64) * n_queries + i_first) * n_heads + i_h
-    store_rows(p_grad_q + i_row * D, n_heads * D, n_rows, b_sum * scale, b_sum_rest * scale, D, BD, REST, BQ)
+    store_rows(p_grad_q + i_row * D, n_heads * D, n_rows, b_sum * scale, b_sum_rest * scale, D, BD, REST, BLOCK_M)
 
 
 @triton.jit
-def _key_gradients(
+def _bwd_dkdv_tile(
     b_k, b_k_rest, b_v, b_v_rest, b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest,
     p_q, p_grad, p_lse, p_delta, stride_q, stride_grad, n_queries, o_blind, scale,
-    SPANS: tl.constexpr, MASKED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, REST: tl.constexpr, BQ: tl.constexpr,
+    SPANS: tl.constexpr, MASKED: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, REST: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """What one tile of queries adds to dK / scale and dV; of the n_queries there the first o_blind miss a key.
 
     Queries beyond n_queries add nothing by themselves: q, dO, LSE and delta are 0, so P^T is 1 and dS^T is 0.
     """
-    o_q = tl.arange(0, BQ)
-    b_q, b_q_rest = load_rows(p_q, stride_q, n_queries, MASKED, D, BD, REST, BQ)
+    o_q = tl.arange(0, BLOCK_M)
+    b_q, b_q_rest = load_rows(p_q, stride_q, n_queries, MASKED, D, BD, REST, BLOCK_M)
     if MASKED:
         b_lse = tl.load(p_lse + o_q, mask=o_q < n_queries, other=0.0)
         b_delta = tl.load(p_delta + o_q, mask=o_q < n_queries, other=0.0)
     else:
         b_lse = tl.load(p_lse + o_q)
         b_delta = tl.load(p_delta + o_q)
-    b_weights = tl.exp2(products_of_rows(b_k, b_k_rest, b_q, b_q_rest, REST) * scale - b_lse[None, :])  # [BK, BQ]
+    b_weights = tl.exp2(
+        products_of_rows(b_k, b_k_rest, b_q, b_q_rest, REST) * scale - b_lse[None, :]
+    )  # [BLOCK_N, BLOCK_M]
     if MASKED:
         m_seen = o_q[None, :] >= o_blind[:, None]
         b_weights = tl.where(m_seen, b_weights, 0.0)
-    b_grad, b_grad_rest = load_rows(p_grad, stride_grad, n_queries, MASKED, D, BD, REST, BQ)
+    b_grad, b_grad_rest = load_rows(p_grad, stride_grad, n_queries, MASKED, D, BD, REST, BLOCK_M)
     b_grad_v, b_grad_v_rest = add_weighted_rows(b_grad_v, b_grad_v_rest, b_weights, b_grad, b_grad_rest, REST)
     b_grad_scores = b_weights * (products_of_rows(b_v, b_v_rest, b_grad, b_grad_rest, REST) - b_delta[None, :])
     if MASKED and SPANS:  # again: a key that these queries do not see may make them 0 times what is not a number
@@ -181,53 +187,53 @@ def _key_gradients(
 
 
 @triton.jit
-def _key_gradients_of_range(
+def _bwd_dkdv_range(
     b_k, b_k_rest, b_v, b_v_rest, b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest,
-    p_q, p_grad, p_statistics, stride_q, stride_q_head, stride_grad, stride_grad_head,
+    p_q, p_grad, p_lse_delta, stride_q, stride_q_head, stride_grad, stride_grad_head,
     i_first, i_last, n_masked, o_first, i_kv_head, n_shared, n_heads, n_queries, scale,
-    SPANS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, REST: tl.constexpr, BQ: tl.constexpr,
+    SPANS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, REST: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """What the queries i_first <= q < i_last of all heads that share the keys add.
 
     A key misses the queries before o_first, all of which are in the first n_masked tiles or beyond i_last.
     """
-    n_whole = (i_last - i_first) // BQ
-    n_tiles = tl.cdiv(i_last - i_first, BQ)
+    n_unmasked = (i_last - i_first) // BLOCK_M
+    n_tiles = tl.cdiv(i_last - i_first, BLOCK_M)
     n_masked = tl.minimum(n_masked, n_tiles)
-    n_inner = tl.maximum(n_whole, n_masked)  # tiles from n_masked to here need no mask
+    n_inner = tl.maximum(n_unmasked, n_masked)  # tiles from n_masked to here need no mask
     for i_shared in range(n_shared):
         i_h = i_kv_head * n_shared + i_shared
         p_q_head = p_q + i_h * stride_q_head
         p_grad_head = p_grad + i_h * stride_grad_head
-        p_lse = p_statistics + i_h * n_queries
+        p_lse = p_lse_delta + i_h * n_queries
         p_delta = p_lse + n_heads.to(tl.int64) * n_queries
         for i in range(n_masked, n_inner):
-            i_q = (i_first + i * BQ).to(tl.int64)
-            b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest = _key_gradients(
+            i_q = (i_first + i * BLOCK_M).to(tl.int64)
+            b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest = _bwd_dkdv_tile(
                 b_k, b_k_rest, b_v, b_v_rest, b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest,
                 p_q_head + i_q * stride_q, p_grad_head + i_q * stride_grad, p_lse + i_q, p_delta + i_q,
-                stride_q, stride_grad, BQ, o_first, scale, SPANS, False, D, BD, REST, BQ,
+                stride_q, stride_grad, BLOCK_M, o_first, scale, SPANS, False, D, BD, REST, BLOCK_M,
             )  # fmt: skip
         for i in range(n_masked + n_tiles - n_inner):
-            i_q = i_first + tl.where(i < n_masked, i, i - n_masked + n_inner) * BQ
+            i_q = i_first + tl.where(i < n_masked, i, i - n_masked + n_inner) * BLOCK_M
             n_left = i_last - i_q
             o_blind = o_first - i_q
             i_q = i_q.to(tl.int64)
-            b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest = _key_gradients(
+            b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest = _bwd_dkdv_tile(
                 b_k, b_k_rest, b_v, b_v_rest, b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest,
                 p_q_head + i_q * stride_q, p_grad_head + i_q * stride_grad, p_lse + i_q, p_delta + i_q,
-                stride_q, stride_grad, n_left, o_blind, scale, SPANS, True, D, BD, REST, BQ,
+                stride_q, stride_grad, n_left, o_blind, scale, SPANS, True, D, BD, REST, BLOCK_M,
             )  # fmt: skip
     return b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest
 
 
-@triton.jit
-def key_gradient_kernel(
+@triton.jit(repr=named("bwd_dkdv"))
+def attention_bwd_dkdv_kernel(
     p_grad,  # (T, H, D)
     p_q,  # (T, H, D)
     p_k,  # (K, Hkv, D)
     p_v,  # (K, Hkv, D)
-    p_statistics,  # (2, H, T)
+    p_lse_delta,  # (2, H, T)
     p_segments,  # the layout's table
     p_tile_offsets,  # SpanLayout's inverse, or None
     p_tile_segments,
@@ -253,8 +259,8 @@ def key_gradient_kernel(
     D: tl.constexpr,
     BD: tl.constexpr,
     REST: tl.constexpr,
-    BQ: tl.constexpr,
-    BK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """One tile of keys and one of their heads.
 
@@ -264,13 +270,13 @@ def key_gradient_kernel(
     i_kv_head = tl.program_id(1).to(tl.int64)
     n_kv_heads = tl.num_programs(1)
     if SPANS:
-        i_first = tl.program_id(0) * BK
+        i_first = tl.program_id(0) * BLOCK_N
         i_end = n_keys
     else:
-        i_segment, i_block = find_segment(p_segments, n_segments, tl.program_id(0), 4, BK)
+        i_segment, i_block = find_segment(p_segments, n_segments, tl.program_id(0), 4, BLOCK_N)
         i_start = tl.load(p_segments + i_segment * 4)
         i_end = tl.load(p_segments + i_segment * 4 + 4)
-        i_first = i_start + i_block * BK
+        i_first = i_start + i_block * BLOCK_N
         if i_first >= i_end:
             return
     p_k += i_first.to(tl.int64) * (stride_k * UNIT) + i_kv_head * stride_k_head * UNIT
@@ -279,11 +285,11 @@ def key_gradient_kernel(
     stride_q_head = tl.cast(stride_q_head, tl.int64) * UNIT
     stride_grad = stride_grad * UNIT
     stride_grad_head = tl.cast(stride_grad_head, tl.int64) * UNIT
-    b_k, b_k_rest = load_rows(p_k, stride_k * UNIT, i_end - i_first, True, D, BD, REST, BK)
-    b_v, b_v_rest = load_rows(p_v, stride_v * UNIT, i_end - i_first, True, D, BD, REST, BK)
-    b_grad_k, b_grad_k_rest = zero_rows(BD, REST, BK)
-    b_grad_v, b_grad_v_rest = zero_rows(BD, REST, BK)
-    o_k = i_first + tl.arange(0, BK)
+    b_k, b_k_rest = load_rows(p_k, stride_k * UNIT, i_end - i_first, True, D, BD, REST, BLOCK_N)
+    b_v, b_v_rest = load_rows(p_v, stride_v * UNIT, i_end - i_first, True, D, BD, REST, BLOCK_N)
+    b_grad_k, b_grad_k_rest = zero_rows(BD, REST, BLOCK_N)
+    b_grad_v, b_grad_v_rest = zero_rows(BD, REST, BLOCK_N)
+    o_k = i_first + tl.arange(0, BLOCK_N)
     scale_log2 = scale * _LOG2E
     n_heads = n_kv_heads * n_shared
     if SPANS:
@@ -295,28 +301,28 @@ def key_gradient_kernel(
             i_seen = tl.load(p_row + 1)
             i_seen_end = tl.load(p_row + 2)
             # A key outside misses all queries, and those that fill up the last tile.
-            o_first = tl.where((i_seen <= o_k) & (o_k < i_seen_end), i_q_first, i_q_last + BQ)
-            is_whole = (i_seen <= i_first) & (i_first + BK <= i_seen_end)
-            b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest = _key_gradients_of_range(
+            o_first = tl.where((i_seen <= o_k) & (o_k < i_seen_end), i_q_first, i_q_last + BLOCK_M)
+            is_whole = (i_seen <= i_first) & (i_first + BLOCK_N <= i_seen_end)
+            b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest = _bwd_dkdv_range(
                 b_k, b_k_rest, b_v, b_v_rest, b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest,
-                p_q, p_grad, p_statistics, stride_q, stride_q_head, stride_grad, stride_grad_head,
-                i_q_first, i_q_last, tl.where(is_whole, 0, tl.cdiv(i_q_last - i_q_first, BQ)), o_first,
-                i_kv_head, n_shared, n_heads, n_queries, scale_log2, SPANS, D, BD, REST, BQ,
+                p_q, p_grad, p_lse_delta, stride_q, stride_q_head, stride_grad, stride_grad_head,
+                i_q_first, i_q_last, tl.where(is_whole, 0, tl.cdiv(i_q_last - i_q_first, BLOCK_M)), o_first,
+                i_kv_head, n_shared, n_heads, n_queries, scale_log2, SPANS, D, BD, REST, BLOCK_M,
             )  # fmt: skip
     else:
         i_root_end = tl.load(p_segments + i_segment * 4 + 2)
         i_q_last = tl.where(i_start < i_root_end, tl.load(p_segments + i_segment * 4 + 3), i_end)
         is_full = False if ROOT_IS_CAUSAL else i_start < i_root_end
         i_q_first = tl.where(is_full, i_start, i_first)
-        b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest = _key_gradients_of_range(
+        b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest = _bwd_dkdv_range(
             b_k, b_k_rest, b_v, b_v_rest, b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest,
-            p_q, p_grad, p_statistics, stride_q, stride_q_head, stride_grad, stride_grad_head,
-            i_q_first, i_q_last, tl.where(is_full, 0, tl.cdiv(BK, BQ)), tl.where(is_full, i_start, o_k),
-            i_kv_head, n_shared, n_heads, n_queries, scale_log2, SPANS, D, BD, REST, BQ,
+            p_q, p_grad, p_lse_delta, stride_q, stride_q_head, stride_grad, stride_grad_head,
+            i_q_first, i_q_last, tl.where(is_full, 0, tl.cdiv(BLOCK_N, BLOCK_M)), tl.where(is_full, i_start, o_k),
+            i_kv_head, n_shared, n_heads, n_queries, scale_log2, SPANS, D, BD, REST, BLOCK_M,
         )  # fmt: skip
     i_row = i_first.to(tl.int64) * n_kv_heads + i_kv_head
     n_rows = i_end - i_first
     b_grad_k *= scale
     b_grad_k_rest *= scale
-    store_rows(p_grad_k + i_row * D, n_kv_heads * D, n_rows, b_grad_k, b_grad_k_rest, D, BD, REST, BK)
-    store_rows(p_grad_v + i_row * D, n_kv_heads * D, n_rows, b_grad_v, b_grad_v_rest, D, BD, REST, BK)
+    store_rows(p_grad_k + i_row * D, n_kv_heads * D, n_rows, b_grad_k, b_grad_k_rest, D, BD, REST, BLOCK_N)
+    store_rows(p_grad_v + i_row * D, n_kv_heads * D, n_rows, b_grad_v, b_grad_v_rest, D, BD, REST, BLOCK_N)

@@ -1,4 +1,4 @@
-"""The forward kernel of prefix and cross attention in Triton. Dialect: triton_tiles.
+"""The forward kernel of prefix and cross attention in Triton. Dialect: tiles.py.
 
 One program computes the outputs of one tile of queries and one head. It visits tiles of keys that all its queries see,
 then, under a mask, those at the edges of what they see: at most one of the root's, and those of the diagonal.
@@ -9,13 +9,14 @@ import triton.language as tl
 
 from lynx_kernels.ops.attention_common.triton.tiles import (
     add_weighted_rows,
-    edge_tile,
     load_rows,
+    masked_tile,
+    named,
     products_of_rows,
     store_rows,
     tile_of_queries,
     tiles_of_keys,
-    whole_tile,
+    unmasked_tile,
     zero_rows,
 )
 
@@ -26,13 +27,13 @@ _LN2 = tl.constexpr(0.6931471805599453)
 def attend(
     b_q, b_q_rest, b_sum, b_sum_rest, b_max, b_weight,
     p_k, p_v, stride_k, stride_v, n_keys, o_seen, scale,
-    MASKED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, REST: tl.constexpr, BK: tl.constexpr,
+    MASKED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, REST: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys, of which n_keys are there and each query sees the first o_seen; scores are powers of 2."""
-    b_k, b_k_rest = load_rows(p_k, stride_k, n_keys, MASKED, D, BD, REST, BK)
-    b_scores = products_of_rows(b_q, b_q_rest, b_k, b_k_rest, REST)  # [BQ, BK]
+    b_k, b_k_rest = load_rows(p_k, stride_k, n_keys, MASKED, D, BD, REST, BLOCK_N)
+    b_scores = products_of_rows(b_q, b_q_rest, b_k, b_k_rest, REST)  # [BLOCK_M, BLOCK_N]
     if MASKED:
-        b_scores = tl.where(tl.arange(0, BK)[None, :] < o_seen[:, None], b_scores, float("-inf"))
+        b_scores = tl.where(tl.arange(0, BLOCK_N)[None, :] < o_seen[:, None], b_scores, float("-inf"))
     # Every query sees the first key of the first tile it meets, so from there on the maximum is finite.
     b_new_max = tl.maximum(b_max, tl.max(b_scores, 1) * scale)
     b_weights = tl.exp2(b_scores * scale - b_new_max[:, None])
@@ -40,19 +41,19 @@ def attend(
     b_weight = b_weight * b_shrink + tl.sum(b_weights, 1)
     b_sum = b_sum * b_shrink[:, None]
     b_sum_rest = b_sum_rest * b_shrink[:, None]
-    b_v, b_v_rest = load_rows(p_v, stride_v, n_keys, MASKED, D, BD, REST, BK)
+    b_v, b_v_rest = load_rows(p_v, stride_v, n_keys, MASKED, D, BD, REST, BLOCK_N)
     b_sum, b_sum_rest = add_weighted_rows(b_sum, b_sum_rest, b_weights, b_v, b_v_rest, REST)
     return b_sum, b_sum_rest, b_new_max, b_weight
 
 
-@triton.jit
-def forward_kernel(
+@triton.jit(repr=named("fwd"))
+def attention_fwd_kernel(
     p_q,  # (T, H, D)
     p_k,  # (K, Hkv, D)
     p_v,  # (K, Hkv, D)
     p_segments,  # the layout's table
-    p_out,  # (parts, T, H, D), one part but for spans
-    p_lse,  # (parts, T, H)
+    p_out,  # (num_splits, T, H, D), one split but for spans
+    p_lse,  # (num_splits, T, H)
     stride_q,
     stride_q_head,
     stride_k,
@@ -70,10 +71,10 @@ def forward_kernel(
     D: tl.constexpr,
     BD: tl.constexpr,
     REST: tl.constexpr,
-    BQ: tl.constexpr,
-    BK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    i_first, i_end, ranges = tile_of_queries(p_segments, n_segments, SPANS, ROOT_IS_CAUSAL, BQ, BK)
+    i_first, i_end, ranges = tile_of_queries(p_segments, n_segments, SPANS, ROOT_IS_CAUSAL, BLOCK_M, BLOCK_N)
     if i_first >= i_end:
         return
     i_h = tl.program_id(1)
@@ -85,36 +86,36 @@ def forward_kernel(
     stride_k = stride_k * UNIT
     stride_v = stride_v * UNIT
 
-    b_q, b_q_rest = load_rows(p_q, stride_q * UNIT, i_end - i_first, True, D, BD, REST, BQ)
+    b_q, b_q_rest = load_rows(p_q, stride_q * UNIT, i_end - i_first, True, D, BD, REST, BLOCK_M)
     if NEGATIVE:  # the maximum of the scores is then the maximum of the products
         b_q = -b_q
         if REST > 0:
             b_q_rest = -b_q_rest
-    b_sum, b_sum_rest = zero_rows(BD, REST, BQ)
-    b_max = tl.full([BQ], float("-inf"), dtype=tl.float32)
-    b_weight = tl.zeros([BQ], dtype=tl.float32)
-    o_q = i_first + tl.arange(0, BQ)
-    n_whole, n_edges, counts = tiles_of_keys(i_first, ranges, BK)
-    for i in range(n_whole):
-        i_key = whole_tile(i, ranges, counts, BK)
+    b_sum, b_sum_rest = zero_rows(BD, REST, BLOCK_M)
+    b_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    b_weight = tl.zeros([BLOCK_M], dtype=tl.float32)
+    o_q = i_first + tl.arange(0, BLOCK_M)
+    n_unmasked, n_masked, counts = tiles_of_keys(i_first, ranges, BLOCK_N)
+    for i in range(n_unmasked):
+        i_key = unmasked_tile(i, ranges, counts, BLOCK_N)
         b_sum, b_sum_rest, b_max, b_weight = attend(
             b_q, b_q_rest, b_sum, b_sum_rest, b_max, b_weight,
-            p_k + i_key * stride_k, p_v + i_key * stride_v, stride_k, stride_v, BK, o_q, scale,
-            False, D, BD, REST, BK,
+            p_k + i_key * stride_k, p_v + i_key * stride_v, stride_k, stride_v, BLOCK_N, o_q, scale,
+            False, D, BD, REST, BLOCK_N,
         )  # fmt: skip
-    for i in range(n_edges):
-        i_key, n_keys, o_seen = edge_tile(i, o_q, ranges, counts, BK)
+    for i in range(n_masked):
+        i_key, n_keys, o_seen = masked_tile(i, o_q, ranges, counts, BLOCK_N)
         b_sum, b_sum_rest, b_max, b_weight = attend(
             b_q, b_q_rest, b_sum, b_sum_rest, b_max, b_weight,
             p_k + i_key * stride_k, p_v + i_key * stride_v, stride_k, stride_v, n_keys, o_seen, scale,
-            True, D, BD, REST, BK,
+            True, D, BD, REST, BLOCK_N,
         )  # fmt: skip
 
     # Without keys the weight is 0 and the maximum -inf: output 0, LSE -inf.
     b_inverse = 1 / tl.where(b_weight == 0, 1.0, b_weight)[:, None]
     i_row = (tl.program_id(2).to(tl.int64) * n_queries + i_first) * n_heads + i_h
     store_rows(
-        p_out + i_row * D, n_heads * D, i_end - i_first, b_sum * b_inverse, b_sum_rest * b_inverse, D, BD, REST, BQ
+        p_out + i_row * D, n_heads * D, i_end - i_first, b_sum * b_inverse, b_sum_rest * b_inverse, D, BD, REST, BLOCK_M
     )
     b_lse = (b_max + tl.log2(b_weight)) * _LN2
-    tl.store(p_lse + i_row + tl.arange(0, BQ) * n_heads, b_lse, mask=o_q < i_end)
+    tl.store(p_lse + i_row + tl.arange(0, BLOCK_M) * n_heads, b_lse, mask=o_q < i_end)

@@ -12,8 +12,8 @@ from torch import Tensor
 class Launch:
     """How a kernel is cut: queries and keys a tile, and what Triton makes of it."""
 
-    block_queries: int
-    block_keys: int
+    block_m: int
+    block_n: int
     num_warps: int
     num_stages: int
 
@@ -22,21 +22,21 @@ class Launch:
 # registers: bf16 at a head_dim of up to 128 spills nothing, but for tens of bytes that tests/compilation names.
 
 # 128 x 64 on 8 warps: 64 fp32 sums and 32 scores a thread.
-FORWARD = Launch(128, 64, num_warps=8, num_stages=3)
+FWD = Launch(128, 64, num_warps=8, num_stages=3)
 # Three operands beside the sums: 64 keys spill on sm_80 (96 bytes), 32 do not.
-QUERY_GRADIENT = Launch(128, 32, num_warps=8, num_stages=2)
+BWD_DQ = Launch(128, 32, num_warps=8, num_stages=2)
 # Two sums and two tiles of scores: 64 queries spill 140 bytes on sm_90, and two stages 928 on sm_100.
-KEY_GRADIENT = Launch(32, 64, num_warps=8, num_stages=1)
+BWD_DKDV = Launch(32, 64, num_warps=8, num_stages=1)
 # Half the queries on half the warps, for segments that would leave most of 128 rows empty.
-SHORT_FORWARD = Launch(64, 64, num_warps=4, num_stages=3)
-SHORT_QUERY_GRADIENT = Launch(64, 64, num_warps=4, num_stages=2)
+SHORT_FWD = Launch(64, 64, num_warps=4, num_stages=3)
+SHORT_BWD_DQ = Launch(64, 64, num_warps=4, num_stages=2)
 # For spans seen by at most 32 queries, as by the latents of a resampler. 64 keys spill on sm_100 at a head_dim of 88,
 # 124 bytes forward and 244 backward; 32 do not.
-FEW_FORWARD = Launch(32, 32, num_warps=4, num_stages=3)
-FEW_QUERY_GRADIENT = Launch(32, 32, num_warps=4, num_stages=2)
+SMALL_M_FWD = Launch(32, 32, num_warps=4, num_stages=3)
+SMALL_M_BWD_DQ = Launch(32, 32, num_warps=4, num_stages=2)
 # Beyond a head_dim of 128 three stages of 128 x 64 take 256 KiB, more than a block may have.
-WIDE_FORWARD = Launch(128, 32, num_warps=8, num_stages=2)
-WIDE_QUERY_GRADIENT = Launch(64, 32, num_warps=8, num_stages=1)
+WIDE_FWD = Launch(128, 32, num_warps=8, num_stages=2)
+WIDE_BWD_DQ = Launch(64, 32, num_warps=8, num_stages=1)
 # IEEE fp32 has no tensor cores: operands live in registers, spread over 8 warps. Fewer than 64 rows, or Triton 3.7
 # compiles TF32 on sm_100.
 IEEE = Launch(32, 32, num_warps=8, num_stages=1)
@@ -49,13 +49,13 @@ def choose_launches(
     if compute == torch.float32:
         return (IEEE,) * 3
     if head_dim > 128:
-        return WIDE_FORWARD, WIDE_QUERY_GRADIENT, KEY_GRADIENT
+        return WIDE_FWD, WIDE_BWD_DQ, BWD_DKDV
     # Queries a segment are few on average; empty segments count.
-    if spans and queries <= FEW_FORWARD.block_queries * n_segments:
-        return FEW_FORWARD, FEW_QUERY_GRADIENT, KEY_GRADIENT
-    if queries <= SHORT_FORWARD.block_queries * n_segments:
-        return SHORT_FORWARD, SHORT_QUERY_GRADIENT, KEY_GRADIENT
-    return FORWARD, QUERY_GRADIENT, KEY_GRADIENT
+    if spans and queries <= SMALL_M_FWD.block_m * n_segments:
+        return SMALL_M_FWD, SMALL_M_BWD_DQ, BWD_DKDV
+    if queries <= SHORT_FWD.block_m * n_segments:
+        return SHORT_FWD, SHORT_BWD_DQ, BWD_DKDV
+    return FWD, BWD_DQ, BWD_DKDV
 
 
 def columns(head_dim: int) -> tuple[int, int]:
@@ -87,6 +87,6 @@ def constants(launch: Launch, head_dim: int, unit: int) -> dict[str, int]:
     """What every kernel over tiles of queries and keys is compiled with."""
     width, rest = columns(head_dim)
     return {
-        "UNIT": unit, "D": head_dim, "BD": width, "REST": rest, "BQ": launch.block_queries, "BK": launch.block_keys,
+        "UNIT": unit, "D": head_dim, "BD": width, "REST": rest, "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n,
         "num_warps": launch.num_warps, "num_stages": launch.num_stages,
     }  # fmt: skip

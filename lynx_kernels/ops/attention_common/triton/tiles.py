@@ -7,8 +7,21 @@ Strides come in units of UNIT elements: Triton then knows that rows start at mul
 elements those of rows fit 32 bits; those of heads and sequences need not, and meet a 64-bit index before UNIT.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import triton
 import triton.language as tl
+
+
+def named(suffix: str) -> Callable[[Any], str]:
+    """The name, in a profiler's trace, of a kernel that prefix_attention and cross_attention share."""
+
+    def name(specialization: Any) -> str:
+        operation = "cross_attention" if specialization.constants["SPANS"] else "prefix_attention"
+        return f"{operation}_{suffix}_kernel"
+
+    return name
 
 
 @triton.jit
@@ -31,7 +44,12 @@ def find_segment(p_segments, n_segments, i_tile, WIDTH: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def tile_of_queries(
-    p_segments, n_segments, SPANS: tl.constexpr, ROOT_IS_CAUSAL: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr
+    p_segments,
+    n_segments,
+    SPANS: tl.constexpr,
+    ROOT_IS_CAUSAL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """This program's queries, and the two ranges of keys they see: all of one, the other up to themselves.
 
@@ -40,25 +58,25 @@ def tile_of_queries(
     start first.
     """
     WIDTH: tl.constexpr = 3 if SPANS else 4
-    i_segment, i_block = find_segment(p_segments, n_segments, tl.program_id(0), WIDTH, BQ)
+    i_segment, i_block = find_segment(p_segments, n_segments, tl.program_id(0), WIDTH, BLOCK_M)
     p_row = p_segments + i_segment * WIDTH
     i_start = tl.load(p_row)
     i_end = tl.load(p_row + WIDTH)
-    i_first = i_start + (tl.cdiv(i_end - i_start, BQ) - 1 - i_block) * BQ
+    i_first = i_start + (tl.cdiv(i_end - i_start, BLOCK_M) - 1 - i_block) * BLOCK_M
     i_first = tl.where(i_first < i_start, i_end, i_first)
     if SPANS:
-        # The program's part of the span, one of as many as the grid is deep.
+        # The program's split of the span, one of as many as the grid is deep.
         i_key_start = tl.load(p_row + 1)
         i_key_end = tl.load(p_row + 2)
-        part = tl.cdiv(tl.cdiv(i_key_end - i_key_start, BK), tl.num_programs(2)) * BK
-        i_full = tl.minimum(i_key_start + tl.program_id(2) * part, i_key_end)
-        i_full_end = tl.minimum(i_full + part, i_key_end)
+        split_size = tl.cdiv(tl.cdiv(i_key_end - i_key_start, BLOCK_N), tl.num_programs(2)) * BLOCK_N
+        i_full = tl.minimum(i_key_start + tl.program_id(2) * split_size, i_key_end)
+        i_full_end = tl.minimum(i_full + split_size, i_key_end)
         i_causal = i_first + 1
         i_causal_end = i_causal
     else:
         i_root = tl.load(p_row + 1)
         i_root_end = tl.load(p_row + 2)
-        i_last = tl.minimum(i_first + BQ, i_end)
+        i_last = tl.minimum(i_first + BLOCK_M, i_end)
         is_root = i_start < i_root_end
         # A branch right behind its root sees one causal range, and so does a causal root; a full root sees only itself.
         is_joined = i_start == i_root_end
@@ -72,32 +90,32 @@ def tile_of_queries(
 
 
 @triton.jit
-def tiles_of_keys(i_first, ranges, BK: tl.constexpr):
-    """How many tiles of both ranges all queries from i_first on see whole, how many are at the edges of what they see,
-    and a tuple for whole_tile and edge_tile."""
+def tiles_of_keys(i_first, ranges, BLOCK_N: tl.constexpr):
+    """How many tiles of both ranges all queries from i_first on see without a mask, how many need a mask,
+    and a tuple for unmasked_tile and masked_tile."""
     i_full, i_full_end, i_causal, i_causal_end = ranges
-    n_full = (i_full_end - i_full) // BK
-    n_causal = tl.maximum(i_first + 1 - i_causal, 0) // BK
-    n_full_edges = tl.cdiv(i_full_end - i_full, BK) - n_full
-    n_edges = n_full_edges + tl.cdiv(i_causal_end - i_causal, BK) - n_causal
-    return n_full + n_causal, n_edges, (n_full, n_full_edges, n_causal)
+    n_full = (i_full_end - i_full) // BLOCK_N
+    n_causal = tl.maximum(i_first + 1 - i_causal, 0) // BLOCK_N
+    n_full_masked = tl.cdiv(i_full_end - i_full, BLOCK_N) - n_full
+    n_masked = n_full_masked + tl.cdiv(i_causal_end - i_causal, BLOCK_N) - n_causal
+    return n_full + n_causal, n_masked, (n_full, n_full_masked, n_causal)
 
 
 @triton.jit
-def whole_tile(i, ranges, counts, BK: tl.constexpr):
+def unmasked_tile(i, ranges, counts, BLOCK_N: tl.constexpr):
     """The first key of the tile."""
     i_full, _, i_causal, _ = ranges
     n_full, _, _ = counts
-    return tl.where(i < n_full, i_full + i * BK, i_causal + (i - n_full) * BK).to(tl.int64)
+    return tl.where(i < n_full, i_full + i * BLOCK_N, i_causal + (i - n_full) * BLOCK_N).to(tl.int64)
 
 
 @triton.jit
-def edge_tile(i, o_q, ranges, counts, BK: tl.constexpr):
+def masked_tile(i, o_q, ranges, counts, BLOCK_N: tl.constexpr):
     """The first key of the tile, how many keys are there, and how many of them each query sees."""
     i_full, i_full_end, i_causal, i_causal_end = ranges
-    n_full, n_full_edges, n_causal = counts
-    is_full = i < n_full_edges
-    i_key = tl.where(is_full, i_full + n_full * BK, i_causal + (n_causal + i - n_full_edges) * BK)
+    n_full, n_full_masked, n_causal = counts
+    is_full = i < n_full_masked
+    i_key = tl.where(is_full, i_full + n_full * BLOCK_N, i_causal + (n_causal + i - n_full_masked) * BLOCK_N)
     n_keys = tl.where(is_full, i_full_end, i_causal_end) - i_key
     return i_key.to(tl.int64), n_keys, tl.where(is_full, n_keys, o_q + 1 - i_key)
 

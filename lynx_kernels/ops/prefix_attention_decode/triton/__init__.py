@@ -1,169 +1,28 @@
-"""Decoding in Triton: one launch over parts of the root's keys and of the branches' own, and one that merges them.
+"""Decoding in Triton: one launch over splits of the root's keys and of the branches' own, and one that combines them.
 
-A root's keys are read once for as many of its branches as fill a tile of rows: beams of one picture read it once. Grids
-follow from the shapes of the caches, lengths stay on the device, so calls capture into CUDA graphs. Dialect:
-triton_tiles.
+A root's keys are read once for as many of its branches as fill a tile of rows: beams of one image read it once. Grids
+follow from the shapes of the caches, lengths stay on the device, so calls capture into CUDA graphs.
 """
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from lynx_kernels.ops.attention_common.triton.fwd import attend
 from lynx_kernels.ops.attention_common.triton.launches import Launch, compute_dtype, constants, exponent, in_units
-from lynx_kernels.ops.attention_common.triton.splits import count_parts, merge
-from lynx_kernels.ops.attention_common.triton.tiles import zero_rows
+from lynx_kernels.ops.attention_common.triton.splits import choose_num_splits, combine
+from lynx_kernels.ops.prefix_attention_decode.call import DecodeCall
+from lynx_kernels.ops.prefix_attention_decode.triton import fwd
 
-_LN2 = tl.constexpr(0.6931471805599453)
 _SCAN = 64  # branches looked at at once, for those of one root
-
-
-@triton.jit
-def _branches_of_root(
-    p_branch_to_root, i_root, i_branch, o_slot, n_branches, BQ: tl.constexpr, SCAN: tl.constexpr
-):  # fmt: skip
-    """The branches of a root from i_branch on, one a slot, [BQ]; and how many stand before i_branch.
-
-    A slot without a branch gets n_branches.
-    """
-    n_before = i_branch * 0
-    n_since = i_branch * 0
-    b_branch = tl.zeros([BQ], dtype=tl.int32) + n_branches
-    for i_first in range(0, n_branches, SCAN):
-        o_branch = i_first + tl.arange(0, SCAN)
-        b_root = tl.load(p_branch_to_root + o_branch, mask=o_branch < n_branches, other=-1).to(tl.int32)
-        m_since = (b_root == i_root) & (o_branch >= i_branch)
-        b_slot = n_since + tl.cumsum(m_since.to(tl.int32), 0) - 1
-        m_slot = m_since[None, :] & (b_slot[None, :] == o_slot[:, None])  # [BQ, SCAN]
-        b_branch = tl.minimum(b_branch, tl.min(tl.where(m_slot, o_branch[None, :], n_branches), 1))
-        n_before += tl.sum(((b_root == i_root) & (o_branch < i_branch)).to(tl.int32), 0)
-        n_since += tl.sum(m_since.to(tl.int32), 0)
-    return b_branch, n_before
-
-
-@triton.jit
-def decode_kernel(
-    p_q,  # (B, Q, H, D)
-    p_root_k,  # (R, Lr, Hkv, D)
-    p_root_v,
-    p_branch_k,  # (B, Lb, Hkv, D)
-    p_branch_v,
-    p_branch_to_root,  # (B,)
-    p_root_lengths,  # (R,)
-    p_branch_lengths,  # (B,)
-    p_out,  # (parts, B, Q, H, D)
-    p_lse,  # (parts, B, Q, H)
-    stride_root,
-    stride_root_key,
-    stride_root_head,
-    stride_branch,
-    stride_branch_key,
-    stride_branch_head,
-    n_branches,
-    n_queries,
-    n_shared,  # H / Hkv
-    n_slots,  # branches of a root that share a tile
-    n_root_parts,  # the parts before are of the roots, the others of the branches
-    scale,  # times log2(e), > 0
-    NEGATIVE: tl.constexpr,  # whether the true scale is
-    UNIT: tl.constexpr,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    REST: tl.constexpr,
-    BQ: tl.constexpr,
-    BK: tl.constexpr,
-    SCAN: tl.constexpr,
-):
-    """One tile of rows, one head of the keys, one part of them.
-
-    Rows are the queries of a branch times the heads that share the key head. Over a branch's own keys a tile holds rows
-    of that branch; over a root's those of up to n_slots of its branches, and the first of them does the work of all.
-    """
-    i_kv_head = tl.program_id(1).to(tl.int64)
-    i_part = tl.program_id(2)
-    n_rows = n_queries * n_shared
-    n_tiles = tl.cdiv(n_rows, BQ)
-    i_branch = tl.program_id(0) // n_tiles
-    o_row = tl.program_id(0) % n_tiles * BQ + tl.arange(0, BQ)
-    o_slot = o_row // n_rows
-    o_query = o_row % n_rows // n_shared
-    is_root = i_part < n_root_parts
-    i_root = tl.load(p_branch_to_root + i_branch).to(tl.int32)
-    if is_root:
-        b_branch, n_before = _branches_of_root(p_branch_to_root, i_root, i_branch, o_slot, n_branches, BQ, SCAN)
-        i_first_key = (i_root.to(tl.int64) * stride_root + i_kv_head * stride_root_head) * UNIT
-        p_k = p_root_k + i_first_key
-        p_v = p_root_v + i_first_key
-    else:
-        b_branch = tl.where(o_slot == 0, i_branch, n_branches)
-        n_before = i_branch * 0
-        i_first_key = (i_branch.to(tl.int64) * stride_branch + i_kv_head * stride_branch_head) * UNIT
-        p_k = p_branch_k + i_first_key
-        p_v = p_branch_v + i_first_key
-    if n_before % n_slots != 0:
-        return
-    stride_key = tl.where(is_root, stride_root_key, stride_branch_key) * UNIT
-    n_keys = tl.where(is_root, tl.load(p_root_lengths + i_root), tl.load(p_branch_lengths + i_branch)).to(tl.int32)
-    # Query i of Q misses the Q - 1 - i newest keys of its branch. Parts are cut from the keys that all queries see, and
-    # the last of them goes on to the end: so every query sees the first key of every part, as attend() wants.
-    o_seen = n_keys - tl.where(is_root, 0, n_queries - 1 - o_query)
-    n_common = n_keys - tl.where(is_root, 0, n_queries - 1)
-    n_parts = tl.where(is_root, n_root_parts, tl.num_programs(2) - n_root_parts)
-    part = tl.cdiv(tl.cdiv(n_common, BK), n_parts) * BK
-    i_first = tl.minimum(tl.where(is_root, i_part, i_part - n_root_parts) * part, n_common)
-    i_end = tl.minimum(i_first + part, n_common)
-    n_full = (i_end - i_first) // BK
-    i_end = tl.where((i_first < i_end) & (i_end == n_common), n_keys, i_end)
-
-    m_row = (b_branch < n_branches) & (o_slot < n_slots)
-    n_heads = tl.num_programs(1) * n_shared
-    o_out = (b_branch.to(tl.int64) * n_queries + o_query) * n_heads + i_kv_head * n_shared + o_row % n_shared
-    o_d = tl.arange(0, BD)
-    o_rest = BD + tl.arange(0, REST if REST > 0 else 1)
-    m_tile = m_row[:, None] & (o_d[None, :] < D)
-    m_rest = m_row[:, None] & (o_rest[None, :] < D)
-    b_q = tl.load(p_q + o_out[:, None] * D + o_d[None, :], mask=m_tile, other=0.0)
-    b_q_rest = b_q
-    if REST > 0:
-        b_q_rest = tl.load(p_q + o_out[:, None] * D + o_rest[None, :], mask=m_rest, other=0.0)
-    if NEGATIVE:
-        b_q = -b_q
-        b_q_rest = -b_q_rest
-    b_sum, b_sum_rest = zero_rows(BD, REST, BQ)
-    b_max = tl.full([BQ], float("-inf"), dtype=tl.float32)
-    b_weight = tl.zeros([BQ], dtype=tl.float32)
-    for i in range(n_full):
-        o_key = (i_first + i * BK).to(tl.int64) * stride_key
-        b_sum, b_sum_rest, b_max, b_weight = attend(
-            b_q, b_q_rest, b_sum, b_sum_rest, b_max, b_weight,
-            p_k + o_key, p_v + o_key, stride_key, stride_key, BK, o_seen, scale,
-            False, D, BD, REST, BK,
-        )  # fmt: skip
-    for i in range(n_full, tl.cdiv(i_end - i_first, BK)):
-        i_key = i_first + i * BK
-        o_key = i_key.to(tl.int64) * stride_key
-        b_sum, b_sum_rest, b_max, b_weight = attend(
-            b_q, b_q_rest, b_sum, b_sum_rest, b_max, b_weight,
-            p_k + o_key, p_v + o_key, stride_key, stride_key, i_end - i_key, o_seen - i_key, scale,
-            True, D, BD, REST, BK,
-        )  # fmt: skip
-
-    b_inverse = 1 / tl.where(b_weight == 0, 1.0, b_weight)[:, None]
-    o_out += i_part.to(tl.int64) * n_branches * n_queries * n_heads
-    tl.store(p_out + o_out[:, None] * D + o_d[None, :], b_sum * b_inverse, mask=m_tile)
-    if REST > 0:
-        tl.store(p_out + o_out[:, None] * D + o_rest[None, :], b_sum_rest * b_inverse, mask=m_rest)
-    tl.store(p_lse + o_out, (b_max + tl.log2(b_weight)) * _LN2, mask=m_row)
 
 
 def choose_launch(head_dim: int, compute: torch.dtype, rows: int) -> Launch:
     """The launch for ``rows`` rows that read the same keys. Not measured: no GPU yet."""
-    block_rows = max(16, triton.next_power_of_2(rows))
+    block_m = max(16, triton.next_power_of_2(rows))
     if compute == torch.float32:
-        return Launch(min(block_rows, 32), 32, num_warps=4, num_stages=1)
+        return Launch(min(block_m, 32), 32, num_warps=4, num_stages=1)
     # Three stages of 64 keys take 192 KiB beyond a head_dim of 128; a block has 163 on sm_80.
-    return Launch(min(block_rows, 64), 64 if head_dim <= 128 else 32, num_warps=4, num_stages=3)
+    return Launch(min(block_m, 64), 64 if head_dim <= 128 else 32, num_warps=4, num_stages=3)
 
 
 def _alike(k: Tensor, v: Tensor, compute: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -174,18 +33,9 @@ def _alike(k: Tensor, v: Tensor, compute: torch.dtype) -> tuple[Tensor, Tensor]:
     return k, v
 
 
-def forward(
-    q: Tensor,  # (B, Q, H, D)
-    root_k: Tensor,  # (R, Lr, Hkv, D)
-    root_v: Tensor,
-    branch_k: Tensor,  # (B, Lb, Hkv, D)
-    branch_v: Tensor,
-    branch_to_root: Tensor,  # (B,) int
-    root_lengths: Tensor,  # (R,) int
-    branch_lengths: Tensor,  # (B,) int
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def forward(call: DecodeCall) -> tuple[Tensor, Tensor]:
     """Return the output (B, Q, H, D) and the LSE (B, Q, H)."""
+    q, root_k, root_v, branch_k, branch_v = call.floats
     (branches, queries, heads, head_dim), (roots, root_keys, kv_heads, _) = q.shape, root_k.shape
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
     if out.numel() == 0:
@@ -196,17 +46,17 @@ def forward(
     strides, unit = in_units(*root[0].stride()[:3], *branch[0].stride()[:3])
     rows = queries * (heads // kv_heads)
     launch = choose_launch(head_dim, compute, rows * triton.cdiv(branches, roots))
-    slots, tiles = max(1, launch.block_queries // rows), triton.cdiv(rows, launch.block_queries)
-    # Programs that work on a part: over roots at least one for each of their groups of branches.
+    slots, tiles = max(1, launch.block_m // rows), triton.cdiv(rows, launch.block_m)
+    # Programs that work on a split: over roots at least one for each of their groups of branches.
     root_programs = min(branches, max(roots, triton.cdiv(branches, slots))) * tiles * kv_heads
-    root_parts = count_parts(root_programs, root_keys, launch.block_keys) if root_keys else 0
-    branch_parts = count_parts(branches * tiles * kv_heads, branch_k.shape[1], launch.block_keys)
-    outs, lses = (each.new_empty(root_parts + branch_parts, *each.shape, dtype=torch.float32) for each in (out, lse))
+    root_splits = choose_num_splits(root_programs, root_keys, launch.block_n) if root_keys else 0
+    branch_splits = choose_num_splits(branches * tiles * kv_heads, branch_k.shape[1], launch.block_n)
+    outs, lses = (each.new_empty(root_splits + branch_splits, *each.shape, dtype=torch.float32) for each in (out, lse))
     with torch.cuda.device_of(q):  # Triton launches on the current device, whatever its arguments are on
-        decode_kernel[(branches * tiles, kv_heads, root_parts + branch_parts)](
-            q, *root, *branch, branch_to_root.contiguous(), root_lengths.contiguous(), branch_lengths.contiguous(),
-            outs, lses, *strides, branches, queries, heads // kv_heads, slots, root_parts, exponent(scale),
-            NEGATIVE=scale < 0, SCAN=_SCAN, **constants(launch, head_dim, unit),
+        fwd.prefix_attention_decode_fwd_kernel[(branches * tiles, kv_heads, root_splits + branch_splits)](
+            q, *root, *branch, *(each.contiguous() for each in call.indices.values()),
+            outs, lses, *strides, branches, queries, heads // kv_heads, slots, root_splits, exponent(call.scale),
+            NEGATIVE=call.scale < 0, SCAN=_SCAN, **constants(launch, head_dim, unit),
         )  # fmt: skip
-        merge(outs, lses, out, lse)
+        combine(outs, lses, out, lse)
     return out, lse

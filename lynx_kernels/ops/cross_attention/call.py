@@ -1,0 +1,59 @@
+"""A call of cross_attention, as its operators and every implementation take it.
+
+Q queries, K keys, H query heads, Hkv key heads, head dimension D.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lynx_kernels.ops.attention_common.table import Table
+
+
+class CrossAttentionCall(NamedTuple):
+    """The forward call."""
+
+    q: Tensor  # (Q, H, D)
+    k: Tensor  # (K, Hkv, D)
+    v: Tensor  # (K, Hkv, D)
+    segments: Tensor  # SpanLayout.segments
+    tile_offsets: Tensor  # SpanLayout's inverse, from which GPUs take the gradients of keys
+    tile_segments: Tensor
+    scale: float
+
+    @property
+    def floats(self) -> tuple[Tensor, ...]:
+        """What is differentiable, queries first."""
+        return self[:3]
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self.q.device
+
+    @property
+    def table(self) -> Table:
+        """Who sees whom."""
+        return Table(self.segments, inverse=(self.tile_offsets, self.tile_segments))
+
+
+class CrossAttentionBackwardCall(NamedTuple):
+    """The backward call: gradients and values of the results, then what came in."""
+
+    grad: Tensor | None  # (Q, H, D)
+    grad_lse: Tensor | None  # (Q, H)
+    out: Tensor
+    lse: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    segments: Tensor
+    tile_offsets: Tensor
+    tile_segments: Tensor
+    scale: float
+
+    @property
+    def table(self) -> Table:
+        """Who sees whom."""
+        return Table(self.segments, inverse=(self.tile_offsets, self.tile_segments))
