@@ -8,6 +8,7 @@ its reason. Nothing falls back in silence: ``explain`` tells the choice and the 
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -188,6 +189,8 @@ _EXPLAINED: dict[Callable, tuple[Operation, Callable[..., Any]]] = {}
 def explain(operation: Callable, *args: Any, **kwargs: Any) -> Explanation:
     """What ``operation(*args, **kwargs)`` would run, and why not the others. Nothing is computed.
 
+    The operation may be a ``functools.partial``.
+
     >>> print(lynx_kernels.explain(lynx_kernels.adapter, x, *weights))
     cpu
       not cuda: it is written for sm_80, sm_90, sm_100, and the tensors are on cpu
@@ -196,6 +199,8 @@ def explain(operation: Callable, *args: Any, **kwargs: Any) -> Explanation:
         TypeError: ``operation`` is not an operation of lynx_kernels.
         TypeError, ValueError: the arguments are none of the operation's, as the operation itself says it.
     """
+    while isinstance(operation, partial):
+        args, kwargs, operation = (*operation.args, *args), {**operation.keywords, **kwargs}, operation.func
     try:
         table, make_call = _EXPLAINED[operation]
     except (KeyError, TypeError):  # TypeError: not hashable

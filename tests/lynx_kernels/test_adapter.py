@@ -7,7 +7,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from lynx_kernels.backends import dispatch, onednn
-from lynx_kernels.backends import triton as triton_backend
 from lynx_kernels.ops.adapter import OPERATION, adapter, reference
 from lynx_kernels.ops.adapter.call import AdapterCall
 from tests.lynx_kernels.helpers import check, check_results, count_compilations, dtensors, permuted, run
@@ -320,7 +319,7 @@ def test_a_second_derivative_is_refused():
 
 
 def test_triton_refuses_fp64(monkeypatch):
-    monkeypatch.setattr(triton_backend, "INTERPRETED", True)
+    monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_90")
     assert dispatch.explain(adapter, *make()[0]).reasons["triton"].endswith("an argument is fp64")
 
 
@@ -329,9 +328,9 @@ def test_which_and_unknown_implementation():
     choice = dispatch.explain(adapter, *inputs)
     assert choice.name == "reference"
     assert choice.reasons["cpu"] == "computes in fp32 and bf16, x would be torch.float64"
-    assert choice.reasons["triton"] == "Triton kernels need a GPU, and the tensors are on cpu"
+    assert choice.reasons["triton"].startswith("it is written for sm_80, sm_90, sm_100, gfx942, and the tensors")
     assert dispatch.explain(adapter, *make(dtype=torch.float32)[0]).name == "cpu"
-    with pytest.raises(RuntimeError, match="impl='triton' cannot run this call: Triton kernels need a GPU"):
+    with pytest.raises(RuntimeError, match="impl='triton' cannot run this call: it is written for sm_80"):
         adapter(*(each.float() for each in inputs), impl="triton")
     with pytest.raises(ValueError, match="impl='nonsense' is not an implementation"):
         adapter(*inputs, impl="nonsense")
@@ -375,7 +374,7 @@ def test_cpu_refuses(monkeypatch):
     def reason(*given):
         return dispatch.explain(adapter, *given).reasons["cpu"]
 
-    assert reason(*(each.to("meta") for each in inputs)) == "runs on CPUs, x is on meta"
+    assert reason(*(each.to("meta") for each in inputs)) == "it is written for cpu, and the tensors are on meta"
     empty = [*inputs[:3], torch.zeros(0, 13), None, torch.zeros(13, 0), *inputs[6:]]
     assert reason(*empty) == "down_weight is empty: (0, 13)"
     assert reason(*inputs[:3], inputs[3].half(), None, inputs[5].half(), *inputs[6:]).endswith("would be torch.float16")

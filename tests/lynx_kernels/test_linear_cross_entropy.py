@@ -299,7 +299,7 @@ def test_opcheck(layout):
         inputs = [each.detach().requires_grad_(needed) for each, needed in zip(leaves, needs, strict=True)]
         # Not test_aot_dynamic_dispatch: it differentiates the gradients, which are outputs here, and that is refused.
         tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-        torch.library.opcheck(SUM, (*inputs, labels, *options, 9, needs), test_utils=tests)
+        torch.library.opcheck(SUM, (*inputs, labels, *options, 9, needs, "chunked"), test_utils=tests)
 
 
 @pytest.mark.parametrize("num_items", [None, "int", "tensor"])
@@ -368,7 +368,7 @@ def test_labels_out_of_range(wrong, host):
 
 def test_which_and_unknown_implementation(preferred):
     inputs = make()
-    assert dispatch.explain(linear_cross_entropy, *inputs).name == preferred
+    assert loss.OPERATION.explain(None, LossCall(*inputs)).name == preferred
     if preferred == "chunked":
         choice = dispatch.explain(linear_cross_entropy, *inputs, reduction="none")
         assert str(choice) == "reference\n  not chunked: it sums the losses, reduction='none' asks for each"

@@ -186,7 +186,7 @@ def test_which():
     choice = explain(pack_frames, [frame], **OPTIONS)
     assert choice.name == ("reference" if cpu_backend.MISSING else "cpu")
     assert choice.reasons == {
-        "cuda": "CUDA kernels need a GPU, and the tensors are on cpu",
+        "cuda": "it is written for sm_80, sm_90, sm_100, and the tensors are on cpu",
         **({"cpu": cpu_backend.MISSING} if cpu_backend.MISSING else {}),
     }
     with pytest.raises(ValueError, match="not an implementation"):

@@ -277,7 +277,10 @@ def test_which_and_refusals(monkeypatch):
     frame = np.zeros((9, 9, 3), np.uint8)
     assert explain(pack_frames, [frame], **OPTIONS).name == "cpu"
     elsewhere = torch.zeros(9, 9, 3, dtype=torch.uint8, device="meta")
-    assert explain(pack_frames, [elsewhere], **OPTIONS).reasons["cpu"] == "runs on CPUs, the frames are on meta"
+    assert (
+        explain(pack_frames, [elsewhere], **OPTIONS).reasons["cpu"]
+        == "it is written for cpu, and the tensors are on meta"
+    )
     monkeypatch.setattr(cpu_backend, "MISSING", "the compiled module is missing")
     choice = explain(pack_frames, [frame], **OPTIONS)
     assert (choice.name, choice.reasons["cpu"]) == ("reference", "the compiled module is missing")

@@ -70,3 +70,11 @@ def test_the_kernel_itself_gives_the_same():
     inputs, _ = make(dtype=torch.float32)
     expected = adapter(*inputs[:-1], inputs[-1].clone().requires_grad_())
     torch.testing.assert_close(adapter(*inputs), expected, rtol=0, atol=0)
+
+
+def test_a_profiler_sees_the_operator(direct):
+    inputs, _ = make(dtype=torch.float32)
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        adapter(*inputs)
+    assert "lynx_kernels::adapter" in {event.key for event in profile.key_averages()}
+    assert direct(lambda: adapter(*inputs))  # nobody records any more

@@ -20,7 +20,7 @@ few::Matrix matrix_of(const Tensor& tensor) {
     return {tensor.const_data_ptr(), dtype_of(tensor), tensor.size(0), tensor.size(1), tensor.stride(0)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> adapter_few(
+std::tuple<Tensor, Tensor, Tensor, Tensor> adapter_small_m(
     const Tensor& x, const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias,
     const Tensor& down_weight, const std::optional<Tensor>& down_bias, const Tensor& up_weight,
     const std::optional<Tensor>& up_bias, const Tensor& scale, double eps, int64_t activation) {
@@ -47,11 +47,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> adapter_few(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lynx_kernels_cuda, library) {
     library.def(
-        "adapter_few(Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor down_weight, Tensor? down_bias, "
+        "adapter_small_m(Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor down_weight, Tensor? down_bias, "
         "Tensor up_weight, Tensor? up_bias, Tensor scale, float eps, int activation) "
         "-> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lynx_kernels_cuda, CUDA, library) {
-    library.impl("adapter_few", TORCH_BOX(&lynx::adapter_few));
+    library.impl("adapter_small_m", TORCH_BOX(&lynx::adapter_small_m));
 }
