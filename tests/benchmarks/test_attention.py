@@ -19,7 +19,7 @@ from benchmarks.checks import assert_near, forward, train
 from benchmarks.harness import measure
 from benchmarks.tables import as_text
 from lynx_kernels import prefix_attention
-from lynx_kernels.backends.dispatch import Choice
+from lynx_kernels.backends.dispatch import Explanation
 
 PREFIX, CROSS, DECODE = "prefix_attention", "cross_attention", "prefix_attention_decode"
 WORKLOADS = {
@@ -320,7 +320,7 @@ def test_setup_tells_the_frame_what_to_measure(monkeypatch):
     assert saved == 16 * rows + rows + WORKLOADS["full"].layout("cpu").segments.nbytes  # output and LSE, not q, k, v
     assert tiny(WORKLOADS["full"]).parameters == ()
     refused = dict.fromkeys(["triton", "cpu", "reference"], "not today")
-    monkeypatch.setattr(attention, "explain", lambda *args: Choice("other", refused))
+    monkeypatch.setattr(attention, "explain", lambda *args: Explanation("other", refused))
     assert tiny(WORKLOADS["full"]).left_out["lynx reference"] == "not today"
     assert not [name for name in tiny(WORKLOADS["full"]).providers if name.startswith("lynx ")]
 
