@@ -5,7 +5,7 @@ other tokens. Both are a small int32 table on the device, plus the maxima a laun
 the batch is built: no kernel ever reads a device tensor on the host.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from operator import index as as_int
 from typing import Self
@@ -19,7 +19,7 @@ KEY_TILE = 64  # keys a tile of SpanLayout's inverse
 class _Layout:
     """Moving a layout: every tensor of it, like a tensor."""
 
-    def _map_tensors(self, function) -> Self:
+    def _map_tensors(self, function: Callable[[Tensor], Tensor]) -> Self:
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.type is Tensor}  # type: ignore[arg-type]
         return replace(self, **{name: function(tensor) for name, tensor in tensors.items()})  # type: ignore[type-var]
 

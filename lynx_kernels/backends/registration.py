@@ -7,7 +7,7 @@ whichever of them runs.
 """
 
 from collections.abc import Callable
-from typing import Any, get_type_hints
+from typing import Any, NoReturn, get_type_hints
 
 import torch
 from torch import Tensor
@@ -86,7 +86,7 @@ def define(
     for device_type in _AUTOCAST_KEYS:
         _register_autocast(operator, name, device_type, make, autocast or (lambda dtype, call: call))
 
-    def run(*args):
+    def run(*args: Any) -> Any:
         return kernel(*args) if _nobody_watches(args) else operator(*args)
 
     return run
@@ -95,7 +95,7 @@ def define(
 def _over_arguments(make: Any, setup_context: Callable, backward: Callable) -> tuple[Callable, Callable]:
     """Functions of calls as ``torch.library.register_autograd`` takes them: of all arguments."""
 
-    def setup(ctx, inputs, output) -> None:
+    def setup(ctx: Any, inputs: tuple, output: Any) -> None:
         setup_context(ctx, make(*inputs[:-1]), inputs[-1], output)
 
     return setup, lambda ctx, *gradients: (*backward(ctx, *gradients), None)
@@ -128,7 +128,7 @@ def autocast_to(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _refuse_gradient(name: str) -> Callable:
-    def refuse(ctx, *gradients):
+    def refuse(ctx: Any, *gradients: Tensor | None) -> NoReturn:
         raise RuntimeError(f"lynx_kernels::{name} is not differentiable: our operators have no second derivatives")
 
     return refuse
@@ -141,7 +141,7 @@ def _register_autocast(operator: torch._ops.OpOverload, name: str, device_type: 
     excluded = torch._C.DispatchKeySet(key)
 
     @operator.py_impl(key)
-    def run(*args):
+    def run(*args: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(excluded):
             return operator(*rule(torch.get_autocast_dtype(device_type), make(*args[:-1])), args[-1])
 

@@ -91,7 +91,7 @@ def mask(
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
     config: Any = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> Tensor | None:
     """A mask function of transformers' AttentionMaskInterface.
 
@@ -140,7 +140,7 @@ def _is_plain(
     config: Any,
     allow_is_causal_skip: bool = True,
     allow_is_bidirectional_skip: bool = False,
-    **_kwargs,
+    **_kwargs: Any,
 ) -> bool:
     """Whether the pattern is causal or full and nothing else, and no dense mask is insisted on."""
     if mask_function is causal_mask_function:
@@ -159,7 +159,7 @@ def attention(
     scaling: float | None = None,
     layout: PackedLayout | None = None,
     shared_roots: SharedRoots | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """An attention function of transformers' AttentionInterface; returns (B, L, H, D) and no weights.
 

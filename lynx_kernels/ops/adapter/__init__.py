@@ -1,5 +1,7 @@
 """The bottleneck adapter of Lynx: LayerNorm, down-projection, activation, up-projection, learned scale, residual."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -115,7 +117,7 @@ def adapter(
     return out.view(x.shape)
 
 
-def _forward_fake(call: AdapterCall):
+def _forward_fake(call: AdapterCall) -> tuple[Tensor, ...]:
     tokens = call.x.shape[0]
     statistics = (tokens if call.norm_weight is not None else 0,)
     statistics_dtype = acc_dtype(call.x.dtype)
@@ -127,7 +129,7 @@ def _forward_fake(call: AdapterCall):
     )
 
 
-def _backward_fake(call: AdapterBackwardCall):
+def _backward_fake(call: AdapterBackwardCall) -> list[Tensor]:
     return [
         torch.empty_like(tensor, memory_format=torch.contiguous_format)
         for tensor, needed in zip(call.inputs, call.needs, strict=True)
@@ -135,14 +137,14 @@ def _backward_fake(call: AdapterBackwardCall):
     ]
 
 
-def _setup_context(ctx, call: AdapterCall, impl: str, output) -> None:
+def _setup_context(ctx: Any, call: AdapterCall, impl: str, output: tuple[Tensor, ...]) -> None:
     _, mean, rstd, preactivation = output
     ctx.save_for_backward(*call.tensors, mean, rstd, preactivation)
     ctx.activation, ctx.impl = call.activation, impl
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx, grad, *unused):
+def _autograd(ctx: Any, grad: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 10
     needs = list(ctx.needs_input_grad[:8])

@@ -164,7 +164,9 @@ def backward(call: AdapterBackwardCall) -> list[Tensor]:
     return call.wanted(gradients)
 
 
-def _normalize(x, mean, rstd, weight, bias, dtype: torch.dtype) -> Tensor:
+def _normalize(
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """LayerNorm's output (T, d) again."""
     if cpu_backend.module is None:
         normalized = (x - mean[:, None]).mul_(rstd[:, None]).mul_(weight)
@@ -177,7 +179,10 @@ def _normalize(x, mean, rstd, weight, bias, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def _norm_backward(grad_normalized, grad, x, mean, rstd, weight, bias, needs: tuple[bool, ...]) -> dict[str, Tensor]:
+def _norm_backward(
+    grad_normalized: Tensor, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor | None,
+    needs: tuple[bool, ...],
+) -> dict[str, Tensor]:  # fmt: skip
     """LayerNorm's gradients, to that of x what comes past the adapter added: of x, weight and bias what ``needs`` asks.
 
     ATen's own sums the gradients of weight and bias up in the dtype of x, which in bf16 was seen to be wrong by a fifth

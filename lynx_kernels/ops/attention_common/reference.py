@@ -9,6 +9,8 @@ device a wait; the kernels do not.
 Shapes: H query heads share Hkv key heads in groups of H / Hkv; D is the head dimension.
 """
 
+from collections.abc import Iterator, Mapping
+
 import torch
 from torch import Tensor
 
@@ -78,7 +80,9 @@ def part_of(tensor: Tensor | None, rows: Tensor) -> Tensor | None:
     return None if tensor is None else tensor[rows]
 
 
-def batches_of_shape(starts_by_shape: dict[tuple[int, int], list], device: torch.device):
+def batches_of_shape(
+    starts_by_shape: Mapping[tuple[int, int], list], device: torch.device
+) -> Iterator[tuple[int, int, Tensor]]:
     """Yield the shape (queries, keys) and the starts of blocks of one shape, as many as a batch may hold."""
     for (queries, keys), starts in starts_by_shape.items():
         for batch in torch.tensor(starts, device=device).split(max(1, _MAX_CELLS // max(1, queries * keys))):

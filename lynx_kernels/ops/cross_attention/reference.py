@@ -1,5 +1,6 @@
 """The definition of cross_attention, in plain PyTorch; the equation stands in attention_common/reference.py."""
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
@@ -10,7 +11,7 @@ from lynx_kernels.ops.attention_common.reference import attend, attend_backward,
 from lynx_kernels.ops.cross_attention.call import CrossAttentionBackwardCall, CrossAttentionCall
 
 
-def _spans(segments: Tensor):
+def _spans(segments: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield the segments of a span layout, n of one shape at once: queries (n, Q), keys (n, K), who sees whom: all."""
     starts: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for (query, key, key_end), (query_end, *_) in pairwise(segments.tolist()):

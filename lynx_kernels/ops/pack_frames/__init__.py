@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,8 +34,9 @@ OPERATION = dispatch.Operation(
 
 
 def _call(
-    frames, size, patch_size, mean, std, dtype, resize, crop_boxes, flip, crop_rounding, output, out
-) -> PackFramesCall:
+    frames: Any, size: int, patch_size: int | None, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype,
+    resize: str, crop_boxes: Any, flip: Sequence[bool] | None, crop_rounding: str, output: str, out: Tensor | None,
+) -> PackFramesCall:  # fmt: skip
     _check_options(size, patch_size, mean, std, dtype, resize, crop_rounding, output)
     tensors = _as_tensors(frames)
     device = next((each.device for each in (frames, *tensors, out) if isinstance(each, Tensor)), torch.device("cpu"))
@@ -126,7 +128,10 @@ def _warn_of_reference(device: torch.device) -> None:
         warnings.warn(f"pack_frames runs in plain PyTorch on {device.type}: {missing}", stacklevel=3)
 
 
-def _check_options(size, patch_size, mean, std, dtype, resize, crop_rounding, output) -> None:
+def _check_options(
+    size: Any, patch_size: Any, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype,
+    resize: str, crop_rounding: str, output: str,
+) -> None:  # fmt: skip
     for name, value, allowed in (
         ("resize", resize, ("short_side", "exact")),
         ("crop_rounding", crop_rounding, ("round", "floor")),
@@ -134,23 +139,23 @@ def _check_options(size, patch_size, mean, std, dtype, resize, crop_rounding, ou
     ):
         if value not in allowed:
             raise ValueError(f"pack_frames: {name}={value!r}, expected one of {list(allowed)}")
-    for name, value in (("size", size), ("patch_size", patch_size if output == "patches" else 1)):
-        if not isinstance(value, int):
-            raise TypeError(f"pack_frames: {name} must be an int, got {value!r}")
-        if value < 1:
-            raise ValueError(f"pack_frames: {name}={value}, expected at least 1")
+    for name, side in (("size", size), ("patch_size", patch_size if output == "patches" else 1)):
+        if not isinstance(side, int):
+            raise TypeError(f"pack_frames: {name} must be an int, got {side!r}")
+        if side < 1:
+            raise ValueError(f"pack_frames: {name}={side}, expected at least 1")
     if output == "patches" and size % patch_size != 0:
         raise ValueError(f"pack_frames: size={size} is not divisible by patch_size={patch_size}")
-    for name, value in (("mean", mean), ("std", std)):
-        if len(value) != 3:
-            raise ValueError(f"pack_frames: {name} must have one value for each of 3 channels, got {value!r}")
+    for name, channels in (("mean", mean), ("std", std)):
+        if len(channels) != 3:
+            raise ValueError(f"pack_frames: {name} must have one value for each of 3 channels, got {channels!r}")
     if min(std) <= 0:
         raise ValueError(f"pack_frames: std must be positive, got {std!r}")
     if dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         raise TypeError(f"pack_frames: dtype is {dtype}, expected fp64, fp32, fp16 or bf16")
 
 
-def _as_tensors(frames) -> list[Tensor]:
+def _as_tensors(frames: Any) -> list[Tensor]:
     if isinstance(frames, Tensor | np.ndarray):
         if frames.ndim != 4:
             raise ValueError(
@@ -161,7 +166,7 @@ def _as_tensors(frames) -> list[Tensor]:
     return [_as_tensor(frame, f"frames[{index}]") for index, frame in enumerate(frames)]
 
 
-def _as_tensor(frame, name: str) -> Tensor:
+def _as_tensor(frame: Any, name: str) -> Tensor:
     if not isinstance(frame, Tensor | np.ndarray):
         raise TypeError(f"pack_frames: {name} is a {type(frame).__name__}, expected a tensor or a numpy array")
     if isinstance(frame, Tensor):
@@ -185,7 +190,7 @@ def _check_frames(frames: list[Tensor], device: torch.device) -> None:
         dispatch.require_same_device("pack_frames", device, **{f"frames[{index}]": frame})
 
 
-def _flat_boxes(frames: list[Tensor], crop_boxes) -> list[int]:
+def _flat_boxes(frames: list[Tensor], crop_boxes: Any) -> list[int]:
     if crop_boxes is None:
         return [value for frame in frames for value in (0, 0, frame.shape[0], frame.shape[1])]
     if isinstance(crop_boxes, Tensor):
@@ -212,7 +217,7 @@ def _flat_boxes(frames: list[Tensor], crop_boxes) -> list[int]:
     return boxes
 
 
-def _check_out(out, shape, dtype, device) -> None:
+def _check_out(out: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     dispatch.refuse_dtensors("pack_frames", out=out)
     dispatch.require_same_device("pack_frames", device, out=out)
     if tuple(out.shape) != shape:

@@ -1,5 +1,7 @@
 """The definition of prefix_attention, in plain PyTorch; the equation stands in attention_common/reference.py."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from lynx_kernels.ops.attention_common.reference import attend, attend_backward,
 from lynx_kernels.ops.prefix_attention.call import PrefixAttentionBackwardCall, PrefixAttentionCall
 
 
-def _groups(segments: Tensor, num_tokens: int, root_is_causal: bool):
+def _groups(segments: Tensor, num_tokens: int, root_is_causal: bool) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the groups of a packed layout, n of one length L at once: their rows (n, L), who sees whom (n, L, L)."""
     first, last = key_intervals(segments, num_tokens, root_is_causal)
     starts: dict[tuple[int, int], list[int]] = {}

@@ -89,7 +89,10 @@ OPERATION = dispatch.Operation(
 )
 
 
-def _call(q, root_k, root_v, branch_k, branch_v, branch_to_root, root_lengths, branch_lengths, scale) -> DecodeCall:
+def _call(
+    q: Tensor, root_k: Tensor, root_v: Tensor, branch_k: Tensor, branch_v: Tensor,
+    branch_to_root: Tensor, root_lengths: Tensor, branch_lengths: Tensor, scale: float | None,
+) -> DecodeCall:  # fmt: skip
     scale = resolve_scale(scale, q)
     return DecodeCall(q, root_k, root_v, branch_k, branch_v, branch_to_root, root_lengths, branch_lengths, scale)
 

@@ -11,6 +11,7 @@ that cuBLAS does best. No atomics: two runs agree bit by bit. Nothing is read ba
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -60,7 +61,7 @@ def _tile(launch: Launch) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _product(kernel, launch: Launch, rows: int, columns: int, *args, **constants) -> None:
+def _product(kernel: Any, launch: Launch, rows: int, columns: int, *args: Any, **constants: Any) -> None:
     kernel[(launch.programs(rows, columns),)](*args, **constants, **_tile(launch), GROUP=_GROUP)
 
 
@@ -91,10 +92,10 @@ def forward(call: AdapterCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             return out, mean, rstd, preactivation
         activated = torch.empty_like(preactivation)
         if plan.form == "small_m":
-            _split_down(
-                plan.down, x, norm_weight, norm_bias, down_weight, down_bias, eps, activation,
-                mean, rstd, preactivation, activated,
-            )  # fmt: skip
+            dense = AdapterCall(
+                x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, scale, eps, activation
+            )
+            _split_down(plan.down, dense, mean, rstd, preactivation, activated)
         else:
             if has_norm:
                 fwd.adapter_fwd_stats_kernel[(tokens,)](
@@ -116,8 +117,10 @@ def forward(call: AdapterCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _split_down(
-    launch, x, norm_weight, norm_bias, down_weight, down_bias, eps, activation, mean, rstd, preactivation, activated
+    launch: Launch, call: AdapterCall, mean: Tensor, rstd: Tensor, preactivation: Tensor, activated: Tensor
 ) -> None:
+    """The down-projection and its activation, written to the last two; the tensors of ``call`` are dense."""
+    x, norm_weight, norm_bias, down_weight, down_bias, _, _, _, eps, activation = call
     (tokens, width), bottleneck = x.shape, down_weight.shape[0]
     # Whole steps, so that no split is left without columns.
     split_size = triton.cdiv(triton.cdiv(width, launch.num_splits), launch.block_k) * launch.block_k
