@@ -314,3 +314,14 @@ def test_the_interpreter_runs_only_when_named():
     assert dispatch.explain(adapter, *inputs).name == "cpu"
     assert dispatch.explain(adapter, *inputs).reasons["triton"] == "the Triton interpreter runs only when named"
     assert dispatch.explain(adapter, *inputs, impl="triton").name == "triton"
+
+
+@pytest.mark.parametrize("form", ["tiled", "fused"])
+def test_an_unknown_activation_is_refused(form):
+    """By the kernels too: not one of the known ones in its place."""
+    inputs, grad = make((5,), 16, 16 if form == "fused" else 300, torch.float32)
+    with pytest.raises(Exception, match="no such activation"):
+        implementation.forward(AdapterCall(*inputs, 1e-5, "tanh"))
+    _, *saved = implementation.forward(AdapterCall(*inputs, 1e-5, "silu"))
+    with pytest.raises(Exception, match="no such activation"):
+        implementation.backward(AdapterBackwardCall(grad, *inputs, *saved, "tanh", [True] * 8))

@@ -2,9 +2,9 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -112,7 +112,18 @@ def test_without_a_gpu():
     assert "launches are timed on a GPU" in done.stderr
 
 
-def test_stored_plans_would_be_installed():
-    settings = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["tool"]["setuptools"]
-    assert launches.TUNED.parent == Path(launches.__file__).parent
-    assert launches.TUNED.name in settings["package-data"][launches.__package__]
+def test_plans_are_kept_in_the_cache_folder():
+    """Never in the installed package, which another user may own."""
+    code = "from lynx_kernels.ops.adapter.triton import launches; print(launches.TUNED)"
+    environment = {**os.environ, "LYNX_CACHE": "/somewhere"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == "/somewhere/adapter-tuned.json"
+
+
+def test_a_store_that_is_cut_off_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "new/tuned.json"
+    tune.store({}, path)
+    monkeypatch.setattr(Path, "replace", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        tune.store({}, path)
+    assert json.loads(path.read_text()) == {}

@@ -2,8 +2,8 @@
 
 A plan depends on Python numbers alone (shapes, dtypes, the name of the GPU), so that choosing one reads nothing from
 the device, may stand in a CUDA graph, and is the same on every rank. Plans for shapes that were timed come from
-``tuned.json`` beside this file, where ``python -m lynx_kernels.ops.adapter.triton.tune`` has been run; the rest
-follow the rules below. Nothing is timed unless that is run.
+a file in the cache folder, where ``python -m lynx_kernels.ops.adapter.triton.tune`` has been run; the rest follow
+the rules below. Nothing is timed unless that is run.
 
 None of the rules is measured: no GPU yet. The reasons are arithmetic and what the compiler reports (tests/compilation).
 Compiled for sm_80 every launch stays under 99 KiB of shared memory, what sm_86, 89 and 120 have, which compile alike:
@@ -13,19 +13,20 @@ one table serves every GPU.
 import json
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 
 import torch
 import triton
 
-TUNED = Path(__file__).with_name("tuned.json")
+from lynx_kernels.backends.cuda_build import cache_folder
+
+TUNED = cache_folder() / "adapter-tuned.json"
 
 
 @dataclass(frozen=True)
 class Launch:
     """How one product is cut: the output's tile, the step along the sum, and what Triton makes of it.
 
-    ``splits`` cuts the sum itself, in programs of its own: only the down-projection for a few tokens takes more than 1.
+    ``num_splits`` splits the sum itself over programs: only the down-projection for a few tokens takes more than 1.
     """
 
     block_m: int
@@ -41,7 +42,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Plan:
-    """A form, ``"tiled"``, ``"fused"`` or ``"small_m"`` (``triton.py`` says what they are), and the launches it takes.
+    """A form, ``"tiled"``, ``"fused"`` or ``"small_m"`` (``__init__.py`` describes them), and the launches it takes.
 
     ``down`` cuts the product into the bottleneck, ``up`` the one out of it; in the fused form they are one.
     """
@@ -209,7 +210,7 @@ def _tiled_launch(call: Call, columns: int) -> Launch:
 
 @cache
 def tuned_plans() -> dict[str, Plan]:
-    """What ``tuned.json`` holds, by ``Call.key``; nothing where there is no such file."""
+    """What the file of tuned plans holds, by ``Call.key``; nothing where there is no such file."""
     if not TUNED.exists():
         return {}
     return {key: _plan(**each) for key, each in json.loads(TUNED.read_text()).items()}

@@ -3,13 +3,15 @@
     python -m lynx_kernels.ops.adapter.triton.tune 8192x4096x2048 64x4096x2048 --dtype bf16
 
 From the plan that the rules give each form, forward and backward, one number after another is changed for as long as
-that is faster. A plan must give right numbers before it is timed. ``tuned.json`` beside ``triton_launches.py`` keeps
-the winners, and every later process uses them. Nothing else starts any of this.
+that is faster. A plan must give right numbers before it is timed. The winners are kept in ``adapter-tuned.json`` in
+the cache folder ($LYNX_CACHE, by default ~/.cache/lynx_kernels), and every later process uses them. Nothing else
+starts any of this.
 """
 
 import argparse
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -163,7 +165,10 @@ def store(results: dict[Call, dict[Plan, float]], path: Path) -> None:
     content = json.loads(path.read_text()) if path.exists() else {}
     for call, times in results.items():
         content[call.key()] = asdict(min(times, key=times.__getitem__))
-    path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    unfinished.replace(path)  # at once: nobody reads half a file
 
 
 def table(results: dict[Call, dict[Plan, float]]) -> str:
