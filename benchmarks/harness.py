@@ -33,16 +33,17 @@ class Setup:
         copies: inputs, several where they have to be cold (``timing.cold_copies``).
         check: raises AssertionError for a provider (by name) whose numbers are wrong; its message is stored.
         floors: which providers are floors. Where ``traffic`` is given, a copy of as many bytes is one more.
-        flops, traffic: the operation's own work in FLOP or in bytes from and to memory, whichever bounds it.
-        items: or how many things of its own (samples, frames) it works through.
-        qualities: what else is asked of a call's result, by name, as a number: how full, how balanced.
+        flops, traffic: the operation's own work, in FLOP or in bytes from and to memory, whichever bounds it.
+        items: how many things of its own (samples, say) a call works through, where that measures its work.
+        qualities: numbers that a call's result is judged by, by name: how full, how balanced.
         device: "cpu", "cuda", or "host" for what makes no tensors, whose memory is then not measured.
         captured: on a GPU, time CUDA graphs: where calls are so short that launching them would be most of the time.
-        parameters: tensors of ``copies[0]`` that live on anyway; given, what else is saved for backward is measured.
+        parameters: tensors of ``copies[0]`` that stay alive anyway. Where they are given, the memory of all other
+            tensors that are saved for backward is measured.
         left_out: why other providers, by name, do not answer; stored and shown.
         threads: of PyTorch, where the case asks for its own number; it is then part of its shape.
-        frames: that a call handles; given, rates are in frames too.
-        tokens: that a call generates or learns from, likewise.
+        frames: how many a call handles; where given, rates are in frames too.
+        tokens: how many a call generates or learns from, likewise.
     """
 
     providers: Mapping[str, Callable[[Any], object]]

@@ -14,7 +14,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else every use of the profile
 
 
 def peak(call: Callable[[], object], device: str) -> int:
-    """Bytes that a call has allocated at most at one time, its results included, the inputs it was given not.
+    """The most bytes that a call has allocated at one time. Its results count, its inputs do not.
 
     On CUDA by the allocator's own counter. On CPUs PyTorch has none, so the profiler records every allocation of a
     tensor; what libraries such as oneDNN allocate past PyTorch is not seen.

@@ -38,11 +38,11 @@ _HEAD = f"""# Results
 - With few tokens reading the weights is the work: they are read from memory, not from a cache, and rates are in GB/s.
 - FLOP of attention are those of pairs that see each other: no pads, nothing that a mask hides, causal as causal.
 - On GPUs, calls of up to some thousand tokens are captured in CUDA graphs: no launch from Python is timed.
-- `bound` in a shape: repeating the root that branches share takes so many times the FLOP. Where FLOP decide, sharing it
-  cannot be faster by more than that than the same with `repeated` before its name.
+- `bound` in a shape: repeating the root that branches share takes so many times the FLOP. Where FLOP decide, sharing
+  it cannot gain more than that over the provider with `repeated` before its name.
 - `pack_frames`: peers with a `~` behind their name resize in their own way and may differ from Pillow by some levels;
   all others give its bytes. How many threads PyTorch has is part of the shape.
-- Peak memory is what a call allocates at most at one time; saved memory stays alive between forward and backward.
+- Peak memory is the most that a call has allocated at one time. Saved memory stays alive between forward and backward.
 """
 
 

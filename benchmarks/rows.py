@@ -30,8 +30,8 @@ class Row:
         provider: who was measured; our own begin with "lynx ", the best one first.
         metric: "time" (microseconds a call); "ratio to P" (P's time over this one's, round by round: above 1 is faster
             than P); "share of F" (the same for a floor F, so at most about 1); "TFLOP/s", "GB/s", "frames/s",
-            "tokens/s" or "M items/s" of the operation's own work; "peak memory" (MiB that a call allocates at most at
-            one time, its results included); "saved memory" (MiB that stay alive between forward and backward,
+            "tokens/s" or "M items/s" of the operation's own work; "peak memory" (the most MiB that a call has allocated
+            at one time, its results included); "saved memory" (MiB that stay alive between forward and backward,
             parameters not counted); "wrong", "failed" or "left out" (no numbers, ``note`` says why). Any other is a
             quality of the result (``Setup.qualities``).
         shape: dtype and sizes; the last ``name=value`` is what grows, the rest is a group that belongs together.
