@@ -12,7 +12,8 @@ and so does the gradient of the scale: sum(grad * (activated Wu^T + bu)) = sum(a
 import triton
 import triton.language as tl
 
-from lynx_kernels.ops.adapter.triton.blocks import act_grad, activate, own_tile
+from lynx_kernels.ops.adapter.triton.activations import act_grad, activate
+from lynx_kernels.ops.adapter.triton.blocks import own_tile
 
 _BSUMS = tl.constexpr(16)  # partial row sums read at once: one by one their latencies add up
 

@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from lynx_kernels.ops.adapter.triton.blocks import activate, mean_and_squares, own_tile, rstd_of
+from lynx_kernels.ops.adapter.triton.activations import activate
+from lynx_kernels.ops.adapter.triton.blocks import mean_and_squares, own_tile, rstd_of
 
 
 @triton.jit

@@ -14,7 +14,8 @@ alone give, along_s = Wd norm_weight and offset_s = Wd norm_bias over its column
 import triton
 import triton.language as tl
 
-from lynx_kernels.ops.adapter.triton.blocks import activate, mean_and_squares, rstd_of
+from lynx_kernels.ops.adapter.triton.activations import activate
+from lynx_kernels.ops.adapter.triton.blocks import mean_and_squares, rstd_of
 
 
 @triton.jit
