@@ -65,11 +65,12 @@ def test_the_best_plan_is_used_and_stored(clock, tmp_path):
 
 
 def test_what_is_wrong_or_does_not_run_never_wins(clock, monkeypatch):
-    def broken(*args, forward=implementation.forward):
-        down = launches.choose_plan(implementation.describe("forward", args[0], args[3], args[5])).down
+    def broken(call, forward=implementation.forward):
+        plan = launches.choose_plan(implementation.describe("forward", call.x, call.down_weight, call.up_weight))
+        down = plan.down
         if down.num_stages == 3:
             raise OutOfResources(1, 2, "shared memory")
-        out, *saved = forward(*args)
+        out, *saved = forward(call)
         return (out + 0.1 if down.num_warps == 8 else out), *saved
 
     monkeypatch.setattr(implementation, "forward", broken)

@@ -141,14 +141,14 @@ def plan_by_rule(call: Call) -> Plan:
     """The plan of a call by the rules, whatever was timed."""
     heavy = call.width * call.bottleneck > LIGHT_WEIGHT
     if call.direction == "forward" and call.tokens <= FEW_TOKENS and heavy:
-        return few_plan(call)
+        return small_m_plan(call)
     small = SMALL_BOTTLENECK if call.direction == "forward" else SMALL_BOTTLENECK_BACKWARD
     if call.bottleneck <= small and call.direction != "weights":
         return fused_plan(call)
     return tiled_plan(call)
 
 
-def few_plan(call: Call) -> Plan:
+def small_m_plan(call: Call) -> Plan:
     """As many splits as make two programs a multiprocessor, and no split shorter than a step."""
     down = _small_m_launch(call, SMALL_M_DOWN)
     num_splits = triton.cdiv(2 * call.multiprocessors, max(down.programs(call.tokens, call.bottleneck), 1))

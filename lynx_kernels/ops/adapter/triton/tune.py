@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import triton
@@ -25,6 +24,7 @@ from triton.errors import TritonError
 
 from lynx_kernels.ops.adapter import reference
 from lynx_kernels.ops.adapter import triton as implementation
+from lynx_kernels.ops.adapter.call import AdapterBackwardCall, AdapterCall
 from lynx_kernels.ops.adapter.triton import launches
 from lynx_kernels.ops.adapter.triton.launches import Call, Launch, Plan
 
@@ -69,14 +69,14 @@ def neighbours(plan: Plan, compute: torch.dtype) -> Iterator[Plan]:
 
 
 def _is_ieee(launch: Launch, compute: torch.dtype) -> bool:
-    return compute != torch.float32 or launch.block_m < 64  # triton_launches.IEEE says why
+    return compute != torch.float32 or launch.block_m < 64  # launches.IEEE says why
 
 
 def starts(call: Call) -> list[Plan]:
     """Where the search begins: what the rules give, and the other forms that can take the call."""
     plans = [launches.plan_by_rule(call), launches.tiled_plan(call)]
     if call.direction == "forward":
-        plans.append(launches.few_plan(call))
+        plans.append(launches.small_m_plan(call))
     if call.bottleneck <= launches.SMALL_BOTTLENECK:
         plans.append(launches.fused_plan(call))
     return list(dict.fromkeys(plans))
@@ -93,12 +93,12 @@ def tune(inputs: list[Tensor], clock: Clock) -> dict[Call, dict[Plan, float]]:
     """
     x, down_weight, up_weight = inputs[0], inputs[3], inputs[5]
     grad = x.flip(0).contiguous()
-    forward: Any = implementation.forward  # mypy does not follow a list of arguments
-    backward: Any = implementation.backward
-    saved = forward(*inputs, 1e-5, "silu")[1:]
+    call_forward = AdapterCall._make([*inputs, 1e-5, "silu"])
+    saved = implementation.forward(call_forward)[1:]
+    call_backward = AdapterBackwardCall._make([grad, *inputs, *saved, "silu", [True] * 8])
     runs: dict[str, Callable[[], Sequence[Tensor]]] = {
-        "forward": lambda: forward(*inputs, 1e-5, "silu")[:1],
-        "backward": lambda: backward(grad, *inputs, *saved, "silu", [True] * 8),
+        "forward": lambda: implementation.forward(call_forward)[:1],
+        "backward": lambda: implementation.backward(call_backward),
     }
     results = {}
     for direction, run in runs.items():
@@ -112,13 +112,12 @@ def tune(inputs: list[Tensor], clock: Clock) -> dict[Call, dict[Plan, float]]:
 def _allowed(direction: str, inputs: list[Tensor], grad: Tensor) -> list[tuple[Tensor, float]]:
     """The exact results in fp64, and how far off each may be: four times what the definition is, or eps."""
 
-    forward: Any = reference.forward
-    backward: Any = reference.backward
-
     def define(*tensors: Tensor) -> list[Tensor]:
         *arguments, grad = tensors
-        out, *saved = forward(*arguments, 1e-5, "silu")
-        return [out] if direction == "forward" else backward(grad, *arguments, *saved, "silu", [True] * 8)
+        out, *saved = reference.forward(AdapterCall._make([*arguments, 1e-5, "silu"]))
+        if direction == "forward":
+            return [out]
+        return reference.backward(AdapterBackwardCall._make([grad, *arguments, *saved, "silu", [True] * 8]))
 
     exact, plain = define(*(each.double() for each in (*inputs, grad))), define(*inputs, grad)
     allowed = []
