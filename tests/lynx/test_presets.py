@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from lynx import checkpoint, presets
-from tests.lynx.conftest import conversation
+from tests.lynx.conftest import conversation, make_config
 
 
 def linear(inputs, outputs, bias=True):
@@ -97,6 +97,22 @@ def test_a_missing_package_is_named(monkeypatch, tmp_path):
     (tmp_path / "a.gguf").write_bytes(b"")
     with pytest.raises(ModuleNotFoundError, match="needs the package gguf"):
         presets.build_smollm2_135m(tmp_path / "a.gguf")
+
+
+@pytest.mark.parametrize("fusion", ["prefix", "cross_attention"])
+def test_a_fresh_smollm2_is_its_language_model(tokenizer, monkeypatch, fusion):
+    """Whatever the fusion adds changes nothing before training; on a small decoder in place of the GGUF file."""
+    config = make_config(tokenizer, fusion=fusion)
+    decoder = LlamaForCausalLM._from_config(config.text_config, attn_implementation="lynx").eval()
+    monkeypatch.setattr(presets, "smollm2_135m", lambda **overrides: config)
+    monkeypatch.setattr(presets, "_read_gguf", lambda file, text_config: (decoder, tokenizer))
+    ids = torch.tensor([[1, 5, 9, 7]])
+    with torch.no_grad():
+        expected = decoder(ids).logits
+        model, processor = presets.build_smollm2_135m("a.gguf", fusion=fusion)
+        assert hasattr(model.get_decoder().layers[0], model.fusion.submodule)
+        torch.testing.assert_close(model.eval()(ids).logits, expected)
+    assert processor.fusion == fusion
 
 
 # ---- the pretrained model
