@@ -53,8 +53,12 @@ class Fusion(ABC):
     # The decoder
 
     @abstractmethod
-    def install(self, layers: nn.ModuleList, config: "LynxConfig") -> set[str]:
-        """Add this fusion's modules to the decoder's layers; see ``lynx.fusion.layers``.
+    def install(self, decoder: nn.ModuleList, config: "LynxConfig") -> set[str]:
+        """Add this fusion's modules to layers of the decoder; ``lynx.fusion.layers`` has what this takes.
+
+        Args:
+            decoder: all layers of the decoder, in their order.
+            config: of the model.
 
         Returns:
             The class names that the changed layers now have, for ``_no_split_modules``.

@@ -52,6 +52,21 @@ def test_media_are_read_once(model, questions):
     assert calls == ["resampler", *[6 * 3] * 3], "6 items of 3 latents, 3 blocks"
 
 
+def test_a_cache_is_begun_for_generation_alone(model, processor, samples):
+    """Not where a loss is asked for, nor in training: it would keep the keys and values of all media."""
+    padded = processor.pad(samples)
+
+    def has_cache(batch):
+        return isinstance(model(**batch).past_key_values, CrossAttentionCache)
+
+    assert has_cache(inputs(padded))
+    assert not has_cache(padded)
+    assert not has_cache({**inputs(padded), "use_cache": False})
+    assert not has_cache(inputs(processor.pack(samples)))
+    model.train()
+    assert not has_cache(inputs(padded))
+
+
 def test_going_on_from_a_cache_by_hand(model, processor):
     """Two rows, several tokens a step; each sees what the last token of its row saw."""
     samples = [processor.encode(each) for each in (interleaved(), conversation("Odd?", images=[make_image(8)]))]
