@@ -1,10 +1,13 @@
-"""Builds lynx_kernels._host, the compiled code in csrc. Everything else is in pyproject.toml.
+"""Builds lynx_kernels._host, the CPU code of csrc, and with LYNX_CUDA=1 also lynx_kernels._cuda, its CUDA kernels.
 
-Kernels are compiled once per instruction set, and the processor decides when the module is loaded. Where there is no
-C++ compiler, or it fails, the package is installed without the module and says so when it is asked to use it.
+Everything else is in pyproject.toml. The sources are found by their names (CONTRIBUTING.md): csrc/<operation>/cpu/kernels.cpp
+is compiled once per instruction set, and the CPU decides at run time which one runs; bindings.cpp is what Python calls.
+Without a C++ compiler, or where it fails, the package is installed without _host: a warning says so, and operations run
+in plain PyTorch.
 
-The CUDA kernels are built by lynx_kernels/backends/cuda_build.py when they are first used, from the copy of csrc that
-the package carries; with LYNX_CUDA=1 (and --no-build-isolation, it needs torch) here and now, or installing fails.
+The CUDA kernels are built only where LYNX_CUDA=1 asks for it. Here that needs nvcc, ninja and torch, so pip needs
+--no-build-isolation, and installing fails where the build fails. Without it nothing is compiled by nvcc; the package
+carries csrc, so LYNX_CUDA=1 can also be set later, when a program runs (lynx_kernels/backends/cuda_build.py).
 """
 
 import importlib.util
@@ -20,30 +23,14 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
-# Best first; what each asks of the processor stands in csrc/common/instruction_sets.cpp.
+# Best first. What each needs of the CPU stands in csrc/common/instruction_sets.cpp.
 _AVX512 = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 _X86 = {"avx512bf16": [*_AVX512, "-mavx512bf16", "-mavx512vnni"], "avx512": _AVX512, "avx2": ["-mavx2", "-mfma"]}
 INSTRUCTION_SETS = {**(_X86 if platform.machine() == "x86_64" else {}), "plain": []}
-KERNELS = {
-    "attention": "csrc/attention_common/cpu/kernels.cpp",
-    "decode": "csrc/prefix_attention_decode/cpu/kernels.cpp",
-    "adapter": "csrc/adapter/cpu/kernels.cpp",
-    "frames": "csrc/pack_frames/cpu/kernels.cpp",
-}
-BINDINGS = [  # all that knows Python
-    "csrc/common/module.cpp",
-    *(f"csrc/{each}/cpu/bindings.cpp" for each in ("adapter", "attention_common", "pack_embeddings", "pack_frames")),
-]
-SOURCES = [
-    "csrc/common/instruction_sets.cpp",
-    "csrc/common/threads.cpp",
-    "csrc/adapter/cpu/adapter.cpp",
-    "csrc/attention_common/cpu/attention.cpp",
-    "csrc/prefix_attention_decode/cpu/decode.cpp",
-    "csrc/attention_common/cpu/plan.cpp",
-    "csrc/pack_embeddings/cpu/embeddings.cpp",
-    "csrc/pack_frames/cpu/frames.cpp",
-]
+_CPP = sorted(Path("csrc").rglob("*.cpp"))
+KERNELS = {path.parts[1]: str(path) for path in _CPP if path.name == "kernels.cpp"}  # by operation
+BINDINGS = [str(path) for path in _CPP if path.name in ("module.cpp", "bindings.cpp")]  # all that knows Python
+SOURCES = [str(path) for path in _CPP if path.name not in ("kernels.cpp", "module.cpp", "bindings.cpp")]
 CUDA = "lynx_kernels._cuda"
 FLAGS = ["-Icsrc", "-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
 KERNEL_FLAGS = ["-ffp-contract=fast"]
@@ -56,8 +43,8 @@ def compiler(flags: list[str]) -> list[str]:
 
 
 def compile_all(sources: list[str], folder: Path, flags: list[str]) -> list[str]:
-    """Compile the kernels, once per instruction set, and ``sources`` into the folder; the objects' paths."""
-    sets = " ".join(f"X({name.upper()},{name})" for name in INSTRUCTION_SETS)
+    """Compile the kernels, once per instruction set, and ``sources`` into ``folder``; return the objects' paths."""
+    sets = " ".join(f"X({name},__VA_ARGS__)" for name in INSTRUCTION_SETS)
     folder.mkdir(parents=True, exist_ok=True)
     commands, objects = [], []
 
@@ -70,7 +57,7 @@ def compile_all(sources: list[str], folder: Path, flags: list[str]) -> list[str]
             compile_later(source, f"{kernels}_{name}", [*KERNEL_FLAGS, *extra, f"-DLYNX_KERNELS={kernels}_{name}"])
     for source in sources:
         compile_later(
-            source, "_".join(Path(source).with_suffix("").parts), [*SOURCE_FLAGS, f"-DLYNX_INSTRUCTION_SETS={sets}"]
+            source, "_".join(Path(source).with_suffix("").parts), [*SOURCE_FLAGS, f"-DLYNX_INSTRUCTION_SETS(X,...)={sets}"]
         )
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(subprocess.check_call, commands))
@@ -78,7 +65,7 @@ def compile_all(sources: list[str], folder: Path, flags: list[str]) -> list[str]
 
 
 class Build(build_ext):
-    """Compiles the host's kernels once per instruction set, and goes on without the module where that fails."""
+    """Builds _host, or installs without it where that fails; builds _cuda, or fails."""
 
     def build_extension(self, ext: Extension) -> None:
         if ext.name == CUDA:
@@ -89,8 +76,8 @@ class Build(build_ext):
             self._build(ext)
         except (OSError, subprocess.CalledProcessError) as error:
             self.warn(
-                f"{ext.name} is not built, and its operations will run in plain PyTorch: {error}. "
-                "It needs a C++17 compiler with OpenMP (GCC 12 or newer) as `c++`, or named by CXX."
+                f"{ext.name} is not built, so operations on a CPU run in plain PyTorch: {error}. To build it, install a "
+                "C++17 compiler with OpenMP (GCC 12 or newer) as `c++` or name one in CXX, and install again."
             )
 
     def _build(self, ext: Extension) -> None:
@@ -104,7 +91,7 @@ class Build(build_ext):
 
 
 class CarrySources(build_py):
-    """Puts csrc into the package; a checkout that is installed as it stands has it beside the package."""
+    """Copies csrc into the package. An editable install has it beside the package."""
 
     def run(self) -> None:
         super().run()
@@ -121,7 +108,7 @@ def _cuda_builder():
 
 EXTENSIONS = [Extension("lynx_kernels._host", [*KERNELS.values(), *BINDINGS, *SOURCES])]
 if os.environ.get("LYNX_CUDA") == "1":
-    # No code of it depends on Python, and its name shall not either.
+    # It does not use Python's ABI, so its name carries no Python version.
     EXTENSIONS.append(Extension(CUDA, [], py_limited_api=True))
 if __name__ == "__main__":  # build backends run this file under that name; tests/csrc/fuzz.py imports it
     setup(ext_modules=EXTENSIONS, cmdclass={"build_ext": Build, "build_py": CarrySources})

@@ -1,4 +1,4 @@
-// The dtypes of tensors, for callers and kernels alike.
+// The dtypes of tensors, for kernels and their callers.
 #pragma once
 
 namespace lynx {

@@ -7,14 +7,12 @@
 namespace lynx {
 namespace {
 
-const char* const kNames[] = {
-#define X(constant, name) #name,
-    LYNX_INSTRUCTION_SETS
-#undef X
-};
+#define LYNX_NAME(name, unused) #name,
+const char* const kNames[] = {LYNX_INSTRUCTION_SETS(LYNX_NAME, )};
+#undef LYNX_NAME
 constexpr int kCount = sizeof kNames / sizeof *kNames;
 
-// What the flags of the same name in setup.py let the compiler use.
+// Whether the CPU has what the flags for this name in setup.py let the compiler use.
 bool is_available(const std::string& name) {
     if (name == "plain") return true;
 #if defined(__x86_64__)
@@ -46,7 +44,7 @@ std::vector<std::string> instruction_sets() {
     return names;
 }
 
-InstructionSet instruction_set() { return static_cast<InstructionSet>(current.load()); }
+int instruction_set() { return current.load(); }
 
 std::string instruction_set_name() { return kNames[current.load()]; }
 

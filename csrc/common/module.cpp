@@ -1,4 +1,4 @@
-// lynx_kernels._host: what runs on the host, for Python.
+// lynx_kernels._host: what runs on a CPU, for Python.
 #include "bindings.h"
 #include "instruction_sets.h"
 #include "threads.h"
@@ -10,6 +10,7 @@ PYBIND11_MODULE(_host, module) {
     module.def("force_instruction_set", lynx::force_instruction_set);
     lynx::bind_adapter(module);
     lynx::bind_attention(module);
+    lynx::bind_decode(module);
     lynx::bind_embeddings(module);
     lynx::bind_frames(module);
 }

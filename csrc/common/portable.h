@@ -1,4 +1,4 @@
-// What one source needs to be compiled for the host and by nvcc for a GPU.
+// What lets one source be compiled both for a CPU and, by nvcc, for a GPU.
 #pragma once
 
 #if defined(__CUDACC__)

@@ -10,6 +10,8 @@
 namespace lynx {
 namespace {
 
+constexpr int64_t kBytesOfAThread = 64 << 10;
+
 bool is_forked = false;
 
 }  // namespace
@@ -20,7 +22,11 @@ void watch_forks() {
 
 int usable_threads(int wanted) { return is_forked || wanted < 1 ? 1 : wanted; }
 
-void share_out(int64_t count, int threads, size_t scratch_bytes, const std::function<void(int64_t, void*)>& work) {
+int threads_for_bytes(int64_t bytes, int wanted) {
+    return static_cast<int>(std::min<int64_t>(usable_threads(wanted), 1 + bytes / kBytesOfAThread));
+}
+
+void parallel_for(int64_t count, int threads, size_t scratch_bytes, const std::function<void(int64_t, void*)>& body) {
     if (count == 0) return;
     threads = static_cast<int>(std::min<int64_t>(usable_threads(threads), count));
     std::vector<Memory> scratches;
@@ -33,7 +39,7 @@ void share_out(int64_t count, int threads, size_t scratch_bytes, const std::func
         mine = next_scratch++;
         void* scratch = scratches[mine].get();
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < count; i++) work(i, scratch);
+        for (int64_t i = 0; i < count; i++) body(i, scratch);
     }
 }
 

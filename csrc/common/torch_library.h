@@ -1,4 +1,4 @@
-// What every file of CUDA kernels needs of torch: only its stable ABI, so that one build serves torch 2.11 and later.
+// What every file of CUDA kernels needs from torch. It is only the stable ABI, so one build works with torch 2.11 and later.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,8 +15,8 @@ namespace lynx {
 
 using torch::stable::Tensor;
 
-// The stream that torch is using on a device. Asked for by name at run time: a library that needed the symbol itself
-// could not be loaded beside a torch without CUDA.
+// The stream that torch uses on a device. The function is looked up by name at run time: a library that linked to it could
+// not be loaded into a torch without CUDA.
 cudaStream_t current_stream(int device);
 
 int multiprocessors_of(int device);
@@ -29,14 +29,13 @@ class OnDevice {
     explicit OnDevice(const Tensor& tensor)
         : device_(tensor.get_device_index()), guard_(device_), stream_(current_stream(device_)) {}
 
-    // How many the device has: what a launch that shall occupy it is cut by.
     int multiprocessors() const { return multiprocessors_of(device_); }
 
     template <class Kernel>
     void operator()(Kernel, const typename Kernel::Args& args, int blocks) const {
-        run_kernel<Kernel><<<blocks, Kernel::kThreads, 0, stream_>>>(args);
+        Kernel::global()<<<blocks, Kernel::kThreads, 0, stream_>>>(args);
         const cudaError_t error = cudaGetLastError();
-        STD_TORCH_CHECK(error == cudaSuccess, "lynx_kernels: a CUDA kernel was not launched: ",
+        STD_TORCH_CHECK(error == cudaSuccess, "lynx_kernels: ", Kernel::name(), " could not be launched: ",
                         cudaGetErrorString(error));
     }
 

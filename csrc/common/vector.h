@@ -1,8 +1,8 @@
-// One vector of 32-bit lanes, as wide as the instruction set of the translation unit that includes this header.
+// Vectors of 32-bit lanes, as wide as the instruction set that the including file is compiled for.
 //
-// A file that includes it is compiled once per instruction set. Everything here is in an unnamed namespace, and those
-// files use no template or inline function of the standard library that could be emitted: the linker merges such
-// functions by name, and a processor without AVX-512 could then meet the copy that was compiled with it.
+// A file that includes this one is compiled once per instruction set. The linker merges functions of the same name, and a
+// CPU without AVX-512 could then get the copy that was compiled for AVX-512. So everything here is in an unnamed namespace,
+// and those files use no templates or inline functions of the standard library that the compiler could emit.
 #pragma once
 
 #include <cstddef>
@@ -13,12 +13,18 @@
 #include <immintrin.h>
 #endif
 
+#include "integers.h"
+
 #define LYNX_INLINE inline __attribute__((always_inline))
 
 namespace {
 
-// A register tile of kTileRows x kTileVectors sums, its row of the right operand and one broadcast value of the left
-// fit the 32 registers of AVX-512 (6 * 4 + 4 + 1) and the 16 of AVX2 and SSE (6 * 2 + 2 + 1).
+using lynx::divide_up;
+using lynx::min;
+using lynx::round_up;
+
+// A register tile has kTileRows x kTileVectors sums. With them, a row of the right operand and one broadcast value of the
+// left one fit the 32 registers of AVX-512 (6 * 4 + 4 + 1) and the 16 of AVX2 and SSE (6 * 2 + 2 + 1).
 constexpr int kTileRows = 6;
 #if defined(__AVX512F__)
 constexpr int kWidth = 16, kTileVectors = 4;
@@ -64,7 +70,7 @@ LYNX_INLINE Ints lane_numbers() {
 
 LYNX_INLINE Floats widen(Halves bits) { return (Floats)(__builtin_convertvector(bits, Words) << 16); }
 
-// bf16, rounded to nearest even.
+// To bf16, rounded to nearest, ties to even.
 LYNX_INLINE Halves narrow(Floats x) {
 #if defined(__AVX512BF16__)
     return (Halves)_mm512_cvtneps_pbh((__m512)x);
@@ -75,7 +81,7 @@ LYNX_INLINE Halves narrow(Floats x) {
 #endif
 }
 
-// The same in the low half of every lane.
+// Likewise, the result in the low half of every lane.
 LYNX_INLINE Words to_bfloat16(Floats x) { return __builtin_convertvector(narrow(x), Words); }
 
 LYNX_INLINE Floats load(const float* from) { return load_vector<Floats>(from); }
@@ -83,7 +89,7 @@ LYNX_INLINE Floats load(const BFloat16* from) { return widen(load_vector<Halves>
 LYNX_INLINE void store(float* to, Floats x) { store_vector(to, x); }
 LYNX_INLINE void store(BFloat16* to, Floats x) { store_vector(to, narrow(x)); }
 
-// The first `count` elements, at most a vector of them; zeros behind. Nothing behind them is read.
+// The first `count` elements, at most a vector of them. The other lanes are zeros, and nothing is read for them.
 template <class Element>
 LYNX_INLINE Floats load_first(const Element* from, int64_t count) {
     if (count >= kWidth) return load(from);
@@ -100,8 +106,8 @@ LYNX_INLINE void store_first(Element* to, Floats x, int64_t count) {
     memcpy(to, staged, count * sizeof(Element));
 }
 
-// ---- bytes in memory, 32 bits in registers: GCC 12 would convert these lane by lane. (Masks, because it warns falsely of
-// the undefined register behind the intrinsics without.)
+// ---- bytes in memory, 32 bits in registers. GCC 12 would convert them lane by lane. The masked intrinsics are used because
+// GCC warns, wrongly, of an uninitialised register in the others.
 
 LYNX_INLINE Ints widen(Bytes bytes) {
 #if defined(__AVX512F__)
@@ -113,7 +119,7 @@ LYNX_INLINE Ints widen(Bytes bytes) {
 #endif
 }
 
-// What is below 0 or above 255 becomes that.
+// Clamps to 0 ... 255.
 LYNX_INLINE Bytes to_bytes(Ints x) {
 #if defined(__AVX512F__)
     return (Bytes)_mm512_maskz_cvtusepi32_epi8(0xffff, (__m512i)(x < 0 ? Ints{} : x));
@@ -130,7 +136,7 @@ LYNX_INLINE Bytes to_bytes(Ints x) {
 
 // ---- across lanes
 
-// A NaN in x stays a NaN, whichever it is compared with.
+// NaN in x stays NaN, whatever the bound is.
 LYNX_INLINE Floats maximum(Floats bound, Floats x) { return bound > x ? bound : x; }
 
 LYNX_INLINE bool any_greater(Floats a, Floats b) {
@@ -155,26 +161,26 @@ struct MakeLanes<0, kLanes...> {
     typedef Lanes<kLanes...> Type;
 };
 
-// In every lane what `combine` makes of all lanes.
 template <int kBlock, int... kLanes>
 LYNX_INLINE Floats exchange_blocks(Floats x, Lanes<kLanes...>) {
     return __builtin_shufflevector(x, x, (kLanes ^ kBlock)...);
 }
 
+// The reduction of all lanes by `combine`, in every lane.
 template <int kBlock = kWidth / 2, class Combine>
-LYNX_INLINE Floats over_lanes(Floats x, Combine combine) {
+LYNX_INLINE Floats reduce_lanes(Floats x, Combine combine) {
     x = combine(x, exchange_blocks<kBlock>(x, typename MakeLanes<kWidth>::Type()));
-    if constexpr (kBlock > 1) return over_lanes<kBlock / 2>(x, combine);
+    if constexpr (kBlock > 1) return reduce_lanes<kBlock / 2>(x, combine);
     return x;
 }
 
-LYNX_INLINE float largest(Floats x) { return over_lanes(x, maximum)[0]; }
+LYNX_INLINE float max_of_lanes(Floats x) { return reduce_lanes(x, maximum)[0]; }
 
 LYNX_INLINE float sum_of_lanes(Floats x) {
-    return over_lanes(x, [](Floats a, Floats b) __attribute__((always_inline)) { return a + b; })[0];
+    return reduce_lanes(x, [](Floats a, Floats b) __attribute__((always_inline)) { return a + b; })[0];
 }
 
-// Of two rows that are kBlock apart, swap the blocks of kBlock lanes that a transpose swaps.
+// Takes two rows that are kBlock apart, and swaps the blocks of kBlock lanes that a transpose swaps.
 template <int kBlock, int... kLanes>
 LYNX_INLINE void swap_blocks(Words& upper, Words& lower, Lanes<kLanes...>) {
     Words first = upper, second = lower;
@@ -192,7 +198,7 @@ LYNX_INLINE void transpose_blocks(Words (&rows)[kWidth]) {
 // Rows become columns.
 LYNX_INLINE void transpose(Words (&rows)[kWidth]) { transpose_blocks<kWidth / 2>(rows); }
 
-// Of two rows, the lanes plus those kBlock further: first's where a block of kBlock lanes is even, second's where odd.
+// Adds to each lane the one kBlock further: of `first` in even blocks of kBlock lanes, of `second` in odd ones.
 template <int kBlock, int... kLanes>
 LYNX_INLINE Floats fold(Floats first, Floats second, Lanes<kLanes...>) {
     return __builtin_shufflevector(first, second, (kLanes & kBlock ? kWidth + kLanes : kLanes)...) +
@@ -207,7 +213,7 @@ LYNX_INLINE Floats fold_rows(Floats (&rows)[kWidth]) {
     return rows[0];
 }
 
-// The sums of the lanes of kWidth rows, a lane each. With AVX-512 six times as quick as sum_of_lanes for each.
+// The sums of the lanes of kWidth rows, one row a lane. With AVX-512 it is six times as fast as sum_of_lanes of each row.
 LYNX_INLINE Floats sums_of_rows(const float* from) {
     Floats rows[kWidth];
     for (int row = 0; row < kWidth; row++) rows[row] = load(from + row * kWidth);
@@ -216,9 +222,9 @@ LYNX_INLINE Floats sums_of_rows(const float* from) {
 
 // ---- functions
 
-// e^x for x <= 80, to 0.6 of a last place; about 2^-124 for everything below -86. x = n log 2 + r with |r| <= log(2) / 2,
-// and log 2 in two parts, the first of 12 bits, so that n times it is exact. e^r is 1 + r + r^2 times the polynomial of
-// degree 4 that makes the largest relative error of e^r smallest (Remez): 3.1e-9.
+// e^x for x <= 80, to 0.6 ulp. Everything below -86 gives about 2^-124.
+// x = n log 2 + r with |r| <= log(2) / 2. log 2 comes in two parts, the first of 12 bits, so that n times it is exact.
+// e^r = 1 + r + r^2 p(r), with the polynomial p of degree 4 of the smallest maximal relative error (Remez): 3.1e-9.
 LYNX_INLINE Floats exp(Floats x) {
     x = maximum(broadcast(-86.0f), x);
     const float shifter = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
@@ -233,8 +239,8 @@ LYNX_INLINE Floats exp(Floats x) {
     return (Floats)((Words)power + ((Words)shifted << 23));
 }
 
-// The natural logarithm of a normal positive x: with x = 2^n m and s = (m - 1) / (m + 1), log m = 2 artanh s, whose
-// series is cut where it falls below 2e-9 of the result for m between sqrt(1/2) and sqrt(2).
+// The natural logarithm of a normal positive x. With x = 2^n m and s = (m - 1) / (m + 1), log m = 2 artanh s. The series
+// of artanh is cut where its terms fall below 2e-9 of the result, for m between sqrt(1/2) and sqrt(2).
 LYNX_INLINE Floats log(Floats x) {
     const uint32_t sqrt_half = 0x3f3504f3;
     Words offset = (Words)x - sqrt_half;

@@ -1,15 +1,15 @@
-// What a tensor of two dimensions is to the code of pack_embeddings.
+// A tensor of two dimensions, for the CPU and CUDA code of pack_embeddings.
 #pragma once
 
 #include "common/numbers.h"
 
-namespace lynx {
+namespace lynx::embeddings {
 
-// Rows whose columns stand side by side.
+// The columns of a row are contiguous.
 struct Rows {
     void* data;
     Dtype dtype;
     int64_t count, stride;  // the stride in elements
 };
 
-}  // namespace lynx
+}  // namespace lynx::embeddings

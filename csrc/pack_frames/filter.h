@@ -1,8 +1,8 @@
-// What resizing to a square and cutting it into patches is: Pillow's bicubic weights, where the centre crop starts, in
-// which order pixels are written. Plain functions of numbers, the same for CPUs and GPUs.
+// How frames are resized to a square and cut into patches: Pillow's bicubic weights, the start of the centre crop, the order
+// of the pixels. Plain functions of numbers, the same on a CPU and on a GPU.
 //
-// Weights must be Pillow's to the last bit, so no product may be fused with a sum: compile this for the host with
-// -ffp-contract=off; in device code `product` sees to it.
+// Weights must be Pillow's to the last bit, so no product may be fused with a sum. Compile this for a CPU with
+// -ffp-contract=off. On a GPU `product` prevents it.
 #pragma once
 
 #include <cstdint>
@@ -10,10 +10,10 @@
 #include "common/portable.h"
 
 namespace lynx::frames {
-// Unnamed: files compiled for several instruction sets include this, and none may get the other's copy.
+// Unnamed, because files that are compiled for several instruction sets include this: common/vector.h says why.
 namespace {
 
-constexpr int kWeightBits = 22;  // weights are whole numbers, in units of 2^-22
+constexpr int kWeightBits = 22;  // weights are integers, in units of 2^-22
 
 LYNX_PORTABLE double product(double a, double b) {
 #if defined(__CUDA_ARCH__)
@@ -23,16 +23,15 @@ LYNX_PORTABLE double product(double a, double b) {
 #endif
 }
 
-// How one side of a crop becomes one side of the square: its `length` pixels are resized to `resized`, and of those
-// `count` are kept, from `start` on.
+// How one side of a crop becomes one side of the square: its `length` pixels are resized to `resized`, and `count` of them
+// are kept, from `start` on.
 struct Side {
     int64_t length, resized, start, count;
 };
 
-// `is_exact`: the side itself becomes `size`; else the crop's shorter side does, and the middle of the longer one is
-// kept. A middle between two pixels starts at the even one, or with `rounds_down` at the lower one.
-LYNX_PORTABLE Side square_side(int64_t length, int64_t short_side, int64_t size, bool is_exact,
-                                         bool rounds_down) {
+// With `is_exact` the side itself becomes `size`. Else the crop's shorter side does, and the middle of the longer one is kept.
+// If the middle starts between two pixels, it starts at the even one, or with `rounds_down` at the lower one.
+LYNX_PORTABLE Side square_side(int64_t length, int64_t short_side, int64_t size, bool is_exact, bool rounds_down) {
     if (is_exact) return {length, size, 0, size};
     const int64_t resized = (int64_t)((double)(size * length) / (double)short_side);
     const int64_t excess = resized - size, half = excess / 2;
@@ -48,19 +47,19 @@ LYNX_PORTABLE double bicubic(double x) {
     return 0.0;
 }
 
-// The inputs that one output is made of: `count` from `first` on.
+// The inputs of one output: `count` of them, from `first` on.
 struct Window {
     int64_t first, count;
     double centre;   // of the output, in inputs
-    double inverse;  // of the filter's stretch: shrinking widens it, which is the antialiasing
-    double total;    // of the weights before they are normalised
+    double inverse;  // of the filter's stretch: shrinking widens the filter, which is the antialiasing
+    double total;    // the sum of the weights before they are normalised
 };
 
 LYNX_PORTABLE double raw_weight(const Window& window, int64_t i) {
     return bicubic(product((double)(window.first + i) - window.centre + 0.5, window.inverse));
 }
 
-// Of the kept output `output`, 0 ... side.count - 1.
+// Of the kept outputs, number `output`: 0 ... side.count - 1.
 LYNX_PORTABLE Window window_of(const Side& side, int64_t output) {
     const double scale = (double)side.length / (double)side.resized;
     const double stretch = scale < 1.0 ? 1.0 : scale;
@@ -77,8 +76,8 @@ LYNX_PORTABLE Window window_of(const Side& side, int64_t output) {
     return window;
 }
 
-// The inputs of any window are at most so many.
-LYNX_PORTABLE int64_t most_inputs(const Side& side) {
+// The largest number of inputs that a window has.
+LYNX_PORTABLE int64_t max_inputs(const Side& side) {
     const double scale = (double)side.length / (double)side.resized;
     const int64_t most = (int64_t)(4.0 * (scale < 1.0 ? 1.0 : scale)) + 2;
     return most < side.length ? most : side.length;
@@ -90,17 +89,16 @@ LYNX_PORTABLE int32_t weight_of(const Window& window, int64_t i) {
     return (int32_t)(weight < 0.0 ? weight - 0.5 : weight + 0.5);
 }
 
-// The byte that a sum of weights times bytes stands for. Such sums stay below 2^31: the weights of a window add up to
-// 2^22, and their absolute values to less than 1.5 times that.
+// The byte of a sum of weights times bytes. Such sums stay below 2^31: the weights of a window sum to 2^22, and their absolute
+// values to less than 1.5 times that.
 LYNX_PORTABLE uint8_t byte_of(int32_t sum) {
     const int32_t level = (sum + (1 << (kWeightBits - 1))) >> kWeightBits;
     return level < 0 ? 0 : level > 255 ? 255 : (uint8_t)level;
 }
 
-// Where a pixel of the square stands among its frame's outputs: patches row by row, in a patch channel, row, column.
-// With one patch as large as the square that is (channel, row, column).
-LYNX_PORTABLE int64_t patch_offset(int64_t channel, int64_t row, int64_t column, int64_t size,
-                                             int64_t patch_size) {
+// The place of a pixel of the square among its frame's outputs. Patches follow each other row by row, and a patch is (channel,
+// row, column). If one patch is the whole square, the outputs are (channel, row, column).
+LYNX_PORTABLE int64_t patch_offset(int64_t channel, int64_t row, int64_t column, int64_t size, int64_t patch_size) {
     const int64_t patch = row / patch_size * (size / patch_size) + column / patch_size;
     return ((patch * 3 + channel) * patch_size + row % patch_size) * patch_size + column % patch_size;
 }

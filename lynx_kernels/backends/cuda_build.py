@@ -1,9 +1,15 @@
-"""Builds the CUDA C++ of csrc into one library that torch loads.
+"""Builds the CUDA C++ of csrc into one library that torch loads. Nothing is built unless it is asked for.
 
-``python -m lynx_kernels.backends.cuda_build`` does it here.
+There are three ways to ask: ``LYNX_CUDA=1`` when the package is installed, ``LYNX_CUDA=1`` when a program runs, and
+``python -m lynx_kernels.backends.cuda_build``, which builds into the cache that the second way uses.
 
-Only the standard library is needed: setup.py uses this file too, where neither torch nor lynx_kernels can be imported.
-The code keeps to libtorch's stable ABI, so a library serves every torch from 2.11 on, a CPU build of it too.
+The first line of every .cu file names the GPUs it is compiled for, for example ``// architectures: sm_80 sm_90``. Of
+sm_90 and sm_100 the code may use what only they have (nvcc's sm_90a and sm_100a). Where a file names sm_80, its PTX is
+kept too: the driver compiles that for GPUs that have no code of their own.
+
+This file needs nothing but the standard library, because setup.py uses it where neither torch nor lynx_kernels can be
+imported. The code of csrc keeps to libtorch's stable ABI, so one library works with every torch from 2.11 on, CPU
+builds included.
 """
 
 import contextlib
@@ -24,34 +30,33 @@ from pathlib import Path
 
 NAME = "_cuda.so"
 LOG = "build.log"  # beside a library in the cache: what ninja, nvcc and ptxas said
-SOURCES = (
-    "common/torch_library.cu", "adapter/cuda/small_m.cu", "prefix_attention_decode/cuda/decode.cu",
-    "pack_embeddings/cuda/embeddings.cu", "pack_frames/cuda/frames.cu",
-)  # fmt: skip
-# What 9.0 and 10.0 have beyond the common instructions needs the "a"; the code of 8.0 also runs on 8.6 to 8.9.
-_ARCHS = ("80", "90a", "100a")
-_OTHERS = "compute_80"  # what the driver of any other GPU compiles for itself
+_SOURCES = ("*/cuda/*.cu", "common/*.cu")  # in csrc
+_FIRST_LINE = "// architectures:"
+# What nvcc makes for each architecture. The code of 8.0 also runs on 8.6 to 8.9.
+_CODE = {
+    "sm_80": ("arch=compute_80,code=sm_80", "arch=compute_80,code=compute_80"),
+    "sm_90": ("arch=compute_90a,code=sm_90a",),
+    "sm_100": ("arch=compute_100a,code=sm_100a",),
+}
 _DEFAULT_HOME = "/usr/local/cuda"
 _OLDEST_TORCH = "0x020b000000000000ULL"
 _FLAGS = (
     "-O3", "-std=c++17", "--threads=0", "-Xptxas=-v", "-Xcompiler=-fPIC,-fvisibility=hidden",
     f"-DTORCH_TARGET_VERSION={_OLDEST_TORCH}",
-    *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in _ARCHS),
-    f"-gencode=arch={_OTHERS},code={_OTHERS}",
 )  # fmt: skip
 
 
 class BuildError(RuntimeError):
-    """There is no library, and the message says why."""
+    """The library was not built. The message says why, and what to do."""
 
 
 class MissingToolError(BuildError):
-    """Nothing was tried: something to build with is not there."""
+    """Something that a build needs is missing, so nothing was tried."""
 
 
 @dataclass(frozen=True)
 class Tools:
-    """What a build takes: two programs, torch's folder (headers, libraries), and csrc."""
+    """What a build needs: two programs, the folder of torch (its headers and libraries), and csrc."""
 
     nvcc: Path
     ninja: Path
@@ -60,30 +65,34 @@ class Tools:
 
 
 def find_tools() -> Tools:
-    """The tools of this machine.
+    """Find the tools on this machine.
 
     Raises:
-        MissingToolError: one of them is missing; the message says which, and where it was looked for.
+        MissingToolError: one of them is missing. The message says which, and where it was looked for.
     """
     beside_python = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)] + [_DEFAULT_HOME]
     nvcc = shutil.which("nvcc", path=os.pathsep.join([*(f"{home}/bin" for home in homes), os.environ.get("PATH", "")]))
     if nvcc is None:
         raise MissingToolError(
-            f"there is no nvcc in {', '.join(homes)} or on PATH: install the CUDA toolkit (12.8 or newer), or name its "
-            "folder in CUDA_HOME"
+            f"there is no nvcc in {', '.join(homes)} or on PATH: install the CUDA toolkit (12.8 or newer), or set "
+            "CUDA_HOME to its folder"
         )
     ninja = shutil.which("ninja", path=beside_python)
     if ninja is None:
-        raise MissingToolError("there is no ninja on PATH: pip install ninja")
+        raise MissingToolError("there is no ninja on PATH: run pip install ninja")
     torch = importlib.util.find_spec("torch")
     if torch is None or torch.origin is None:
-        raise MissingToolError("torch cannot be imported: install it first, and pip with --no-build-isolation")
-    return Tools(Path(nvcc), Path(ninja), Path(torch.origin).parent, find_sources())
+        raise MissingToolError("there is no torch: install it first, then run pip with --no-build-isolation")
+    return Tools(Path(nvcc), Path(ninja), Path(torch.origin).parent, find_csrc())
 
 
-def find_sources() -> Path:
-    """The folder csrc: inside an installed package, or beside the package in a checkout."""
+def find_csrc() -> Path:
+    """The folder csrc: inside an installed package, or beside the package in a checkout.
+
+    Raises:
+        MissingToolError: it is in neither place.
+    """
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "csrc", package.parent / "csrc"):
         if folder.is_dir():
@@ -91,11 +100,36 @@ def find_sources() -> Path:
     raise MissingToolError(f"there is no folder csrc in {package} or beside it: install lynx-kernels again")
 
 
+def sources(csrc: Path) -> list[Path]:
+    """The .cu files that the library is made of."""
+    return sorted(path for pattern in _SOURCES for path in csrc.glob(pattern))
+
+
+def architectures(source: Path) -> tuple[str, ...]:
+    """What a .cu file is compiled for, as its first line says: of "sm_80", "sm_90" and "sm_100".
+
+    Raises:
+        BuildError: the first line does not say it, or names something else.
+    """
+    with source.open() as file:
+        line = file.readline().rstrip("\n")
+    example = f"write `{_FIRST_LINE} ` and some of {', '.join(_CODE)}"
+    if not line.startswith(_FIRST_LINE):
+        raise BuildError(f"the first line of {source} does not name its architectures: {example} in front of it")
+    names = tuple(line.removeprefix(_FIRST_LINE).split())
+    if unknown := [name for name in names if name not in _CODE]:
+        raise BuildError(f"the first line of {source} names an unknown architecture, {unknown[0]}: {example}")
+    if not names:
+        raise BuildError(f"the first line of {source} names no architecture: {example}")
+    return names
+
+
 def build(target: Path, tools: Tools) -> str:
     """Compile everything into the library ``target``, in a folder of its own, and return what the compilers said.
 
     Raises:
-        BuildError: the compiler failed; the message ends with what it said.
+        BuildError: the compiler failed, and the message ends with what it said; or a source does not name its
+            architectures.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".building-") as folder:
@@ -114,35 +148,40 @@ def _ninja_file(tools: Tools) -> str:
     include, libraries = (shlex.quote(str(tools.torch / folder)) for folder in ("include", "lib"))
     lines = [
         "rule compile",
-        f"  command = {nvcc} {' '.join(_FLAGS)} -I{csrc} -isystem {include} -c $in -o $out",
+        f"  command = {nvcc} {' '.join(_FLAGS)} $code -I{csrc} -isystem {include} -c $in -o $out",
         "rule link",
         f"  command = {nvcc} -shared --cudart=static $in -o $out -L{libraries} "
         "-Xlinker=--no-as-needed -ltorch_cpu -ltorch -ldl",
     ]
     objects = []
-    for source in SOURCES:
-        objects.append(f"{Path(source).stem}.o")
-        path = str(tools.csrc / source).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
-        lines.append(f"build {objects[-1]}: compile {path}")
+    for source in sources(tools.csrc):
+        objects.append(object_name(tools.csrc, source))
+        path = str(source).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+        code = " ".join(f"-gencode={each}" for name in architectures(source) for each in _CODE[name])
+        lines += [f"build {objects[-1]}: compile {path}", f"  code = {code}"]
     lines.append(f"build {NAME}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
 
 
-def cached(tools: Tools) -> Path:
-    """The library of these very sources, compiler and torch, built now if it was not yet.
+def object_name(csrc: Path, source: Path) -> str:
+    """The name of a source's object file, unlike that of any other source."""
+    return "_".join(source.relative_to(csrc).with_suffix(".o").parts)
 
-    Of several processes one builds it. It lies in ``$LYNX_CACHE``, by default ``lynx_kernels`` in ``$XDG_CACHE_HOME``
-    or ``~/.cache``.
+
+def cached(tools: Tools) -> Path:
+    """The library of exactly these sources, compiler and torch. It is built now, unless it was built before.
+
+    Of several processes one builds it and the others wait. It lies in ``cache_folder()``.
 
     Raises:
-        BuildError: the compiler failed, or the folder cannot be written to.
+        BuildError: as ``build``, or the folder cannot be written to.
     """
     folder = cache_folder() / f"cuda-{_key(tools)}"
     target = folder / NAME
 
     def make() -> None:
         logging.getLogger("lynx_kernels").warning(
-            "building the CUDA kernels with %s into %s: once, in about a minute", tools.nvcc, folder
+            "building the CUDA kernels with %s into %s, which is done once and takes minutes", tools.nvcc, folder
         )
         said = build(target, tools)
         (folder / LOG).write_text(said)
@@ -151,20 +190,21 @@ def cached(tools: Tools) -> Path:
         once(target, make)
     except OSError as error:
         raise BuildError(
-            f"the library cannot be written to {folder} ({error}): name another folder in LYNX_CACHE"
+            f"the library cannot be written to {folder} ({error}): set LYNX_CACHE to another folder"
         ) from None
     return target
 
 
 def cache_folder() -> Path:
-    """Where libraries built on first use are kept."""
+    """Where libraries built outside the package are kept: ``$LYNX_CACHE``, else ``lynx_kernels`` in
+    ``$XDG_CACHE_HOME``, else in ``~/.cache``."""
     if named := os.environ.get("LYNX_CACHE"):
         return Path(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lynx_kernels"
 
 
 def once(target: Path, make: Callable[[], None]) -> None:
-    """Run ``make`` unless ``target`` exists; other processes that want it meanwhile wait, and find it."""
+    """Run ``make`` unless ``target`` exists. Other processes that want it meanwhile wait until it does."""
     if target.exists():
         return
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -182,7 +222,8 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _key(tools: Tools) -> str:
     version = subprocess.run([tools.nvcc, "--version"], capture_output=True, text=True).stdout
-    digest = hashlib.sha256(f"{version}{importlib.metadata.version('torch')}{_ninja_file(tools)}".encode())
+    commands = _ninja_file(tools).replace(str(tools.csrc), "csrc")  # wherever the sources lie
+    digest = hashlib.sha256(f"{version}{importlib.metadata.version('torch')}{commands}".encode())
     for path in sorted(tools.csrc.rglob("*")):
         if path.suffix in (".h", ".cu"):
             digest.update(str(path.relative_to(tools.csrc)).encode() + path.read_bytes())

@@ -1,5 +1,4 @@
-// The adapter with random sizes, dtypes and absent arguments, for the sanitizers; and whether every output is
-// written.
+// The adapter with random sizes, dtypes and absent arguments, for the sanitizers. Also checks that every output is written.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -12,8 +11,9 @@
 namespace {
 
 using namespace lynx;
+using namespace lynx::adapter;
 
-// fp32 or bf16 numbers from 0.5 to 2, and nothing else in its memory.
+// fp32 or bf16 numbers from 0.5 to 2. The memory holds nothing else.
 struct Tensor {
     std::vector<uint16_t> memory;
     Numbers numbers;
@@ -58,8 +58,8 @@ void fuzz_norm_backward(Random& random) {
         force_instruction_set(name);
         normalized.poison(), x_grad.poison();
         weight_grad.assign(norm.width, NAN), bias_grad.assign(bias_grad.size(), NAN);
-        adapter_renormalize(norm, random.number(1, 3));
-        adapter_norm_backward(norm, needs_weight ? weight_grad.data() : nullptr,
+        lynx::adapter::renormalize(norm, random.number(1, 3));
+        lynx::adapter::norm_backward(norm, needs_weight ? weight_grad.data() : nullptr,
                               bias_grad.empty() ? nullptr : bias_grad.data(), random.number(1, 3));
         bool is_written = normalized.is_written() && (!needs_x || x_grad.is_written());
         for (float each : weight_grad) is_written &= needs_weight != std::isnan(each);
@@ -73,13 +73,13 @@ void fuzz_norm_backward(Random& random) {
 void fuzz_adapter(uint64_t seed) {
     Random random(seed);
     fuzz_norm_backward(random);
-    Adapter adapter = {};
-    adapter.tokens = random.number(0, random.flag() ? 3 : 20);
-    adapter.width = random.number(1, random.flag() ? 20 : 100);
-    adapter.bottleneck = random.number(1, random.flag() ? 20 : 100);
-    adapter.eps = 1e-5f;
-    adapter.activation = static_cast<Activation>(random.number(0, 3));
-    const int64_t tokens = adapter.tokens, width = adapter.width, bottleneck = adapter.bottleneck;
+    Problem problem = {};
+    problem.tokens = random.number(0, random.flag() ? 3 : 20);
+    problem.width = random.number(1, random.flag() ? 20 : 100);
+    problem.bottleneck = random.number(1, random.flag() ? 20 : 100);
+    problem.eps = 1e-5f;
+    problem.activation = static_cast<Activation>(random.number(0, 3));
+    const int64_t tokens = problem.tokens, width = problem.width, bottleneck = problem.bottleneck;
     const bool is_bfloat16 = random.flag(), has_norm = random.flag();
     Tensor x(random, tokens * width, random.flag());
     Tensor norm_weight(random, width, random.flag(), !has_norm);
@@ -90,16 +90,16 @@ void fuzz_adapter(uint64_t seed) {
     Tensor scale(random, 1, random.flag());
     Tensor out(random, tokens * width, x.numbers.is_bfloat16), preactivation(random, tokens * bottleneck, is_bfloat16);
     std::vector<float> mean(has_norm ? tokens : 0), rstd(has_norm ? tokens : 0);
-    adapter.x = x.numbers, adapter.norm_weight = norm_weight.numbers, adapter.norm_bias = norm_bias.numbers;
-    adapter.down_weight = down_weight.numbers, adapter.down_bias = down_bias.numbers;
-    adapter.up_weight = up_weight.numbers, adapter.up_bias = up_bias.numbers, adapter.scale = scale.numbers;
-    adapter.out = out.numbers, adapter.preactivation = preactivation.numbers;
-    adapter.mean = mean.data(), adapter.rstd = rstd.data();
+    problem.x = x.numbers, problem.norm_weight = norm_weight.numbers, problem.norm_bias = norm_bias.numbers;
+    problem.down_weight = down_weight.numbers, problem.down_bias = down_bias.numbers;
+    problem.up_weight = up_weight.numbers, problem.up_bias = up_bias.numbers, problem.scale = scale.numbers;
+    problem.out = out.numbers, problem.preactivation = preactivation.numbers;
+    problem.mean = mean.data(), problem.rstd = rstd.data();
     for (const std::string& name : instruction_sets()) {
         force_instruction_set(name);
         out.poison(), preactivation.poison();
         mean.assign(mean.size(), NAN), rstd.assign(rstd.size(), NAN);
-        adapter_forward(adapter, random.number(1, 3));
+        lynx::adapter::forward(problem, random.number(1, 3));
         bool is_written = out.is_written() && preactivation.is_written();
         for (size_t i = 0; i < mean.size(); i++) is_written &= !std::isnan(mean[i] + rstd[i]);
         if (!is_written) fail(name);

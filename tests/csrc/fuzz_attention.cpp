@@ -1,4 +1,4 @@
-// Attention over random layouts, forward and backward, for the sanitizers; and whether every row's LSE is written.
+// Attention over random layouts, forward and backward, for the sanitizers. Also checks that the LSE of every row is written.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -13,6 +13,7 @@
 namespace {
 
 using namespace lynx;
+using namespace lynx::attention;
 
 int64_t random_length(Random& random) {
     return random.number(0, 3) == 0 ? 0 : random.number(1, random.flag() ? 9 : 150);
@@ -38,7 +39,7 @@ Layout random_packed_layout(Random& random) {
         }
     }
     table.insert(table.end(), {start, start, start, start});
-    if (random.number(0, 9) == 0) table[random.number(0, table.size() - 1)] += random.number(-9, 9);  // may be refused
+    if (random.number(0, 9) == 0) table[random.number(0, table.size() - 1)] += random.number(-9, 9);  // may be rejected
     return read_packed_layout(table.data(), table.size() / 4, start, random.flag());
 }
 
@@ -56,7 +57,7 @@ Layout random_span_layout(Random& random) {
     return read_span_layout(table.data(), table.size() / 3, start, num_keys);
 }
 
-// (rows, heads, dim) of fp32 or bf16 numbers from 0.5 to 2, and nothing else in its memory.
+// (rows, heads, dim) of fp32 or bf16 numbers from 0.5 to 2. The memory holds nothing else.
 struct Tensor {
     std::vector<uint16_t> memory;
     Matrix matrix;
@@ -92,24 +93,24 @@ void fuzz_attention(uint64_t seed) {
     };
     Tensor q = make(queries, problem.num_heads), k = make(keys, problem.num_kv_heads);
     Tensor v = make(keys, problem.num_kv_heads);
-    Tensor out = make(queries, problem.num_heads), grad = make(queries, problem.num_heads);
-    Tensor grad_q = make(queries, problem.num_heads), grad_k = make(keys, problem.num_kv_heads);
-    Tensor grad_v = make(keys, problem.num_kv_heads);
-    std::vector<float> lse(queries * problem.num_heads), grad_lse(queries * problem.num_heads, 0.5f);
+    Tensor out = make(queries, problem.num_heads), dout = make(queries, problem.num_heads);
+    Tensor dq = make(queries, problem.num_heads), dk = make(keys, problem.num_kv_heads);
+    Tensor dv = make(keys, problem.num_kv_heads);
+    std::vector<float> lse(queries * problem.num_heads), dlse(queries * problem.num_heads, 0.5f);
     problem.q = q.matrix, problem.k = k.matrix, problem.v = v.matrix, problem.out = out.matrix;
-    problem.grad = grad.matrix, problem.grad_q = grad_q.matrix, problem.grad_k = grad_k.matrix;
-    problem.grad_v = grad_v.matrix, problem.lse = lse.data();
-    problem.grad_lse = random.flag() ? grad_lse.data() : nullptr;
+    problem.dout = dout.matrix, problem.dq = dq.matrix, problem.dk = dk.matrix;
+    problem.dv = dv.matrix, problem.lse = lse.data();
+    problem.dlse = random.flag() ? dlse.data() : nullptr;
     for (const std::string& name : instruction_sets()) {
         force_instruction_set(name);
         std::fill(lse.begin(), lse.end(), NAN);
-        attention_forward(layout, problem, random.number(1, 3));
+        attention::forward(layout, problem, random.number(1, 3));
         for (float each : lse)
             if (std::isnan(each)) {
                 printf("\n%s: a row is not written\n", name.c_str());
                 exit(1);
             }
-        attention_backward(layout, problem, random.number(1, 3));
+        attention::backward(layout, problem, random.number(1, 3));
     }
     force_instruction_set("");
 }

@@ -1,5 +1,5 @@
-// Decoding with random sizes, lengths and strides, for the sanitizers; and whether every output is written and a mean
-// of the values.
+// Decoding with random sizes, lengths and strides, for the sanitizers. Also checks that every output is written, and is a
+// mean of the values.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -14,8 +14,9 @@
 namespace {
 
 using namespace lynx;
+using namespace lynx::decode;
 
-// (entries, rows, heads, dim) of fp32 or bf16 numbers from 0.5 to 2, rows or heads outside, and nothing else in memory.
+// (entries, rows, heads, dim) of fp32 or bf16 numbers from 0.5 to 2, with rows or heads outside. The memory holds nothing else.
 struct Tensor {
     std::vector<uint16_t> memory;
     Cache cache;
@@ -29,7 +30,7 @@ struct Tensor {
     }
 };
 
-// Numbers in one dtype or the other.
+// Numbers in either dtype.
 struct Numbers {
     std::vector<int32_t> narrow;
     std::vector<int64_t> wide;
@@ -43,7 +44,7 @@ struct Numbers {
 Numbers random_numbers(Random& random, int64_t count, int64_t least, int64_t most) {
     Numbers numbers = {{}, {}, random.flag()};
     for (int64_t i = 0; i < count; i++) numbers.wide.push_back(random.number(least, most));
-    if (count > 0 && random.number(0, 19) == 0)  // may be refused
+    if (count > 0 && random.number(0, 19) == 0)  // may be rejected
         numbers.wide[random.number(0, count - 1)] += random.number(-3, 3);
     numbers.narrow.assign(numbers.wide.begin(), numbers.wide.end());
     return numbers;
@@ -61,29 +62,29 @@ float number_at(const std::vector<uint16_t>& memory, int64_t i, bool is_bfloat16
 
 void fuzz_decode(uint64_t seed) {
     Random random(seed);
-    DecodeProblem problem = {};
+    Problem problem = {};
     problem.num_roots = random.number(1, 3);
     problem.num_branches = random.number(0, random.flag() ? 3 : 9);
     problem.num_queries = random.number(1, random.flag() ? 1 : 4);
     problem.num_kv_heads = random.number(1, 3);
     problem.num_heads = problem.num_kv_heads * random.number(1, random.flag() ? 2 : 7);
     const int64_t dim = problem.head_dim = random.number(1, random.flag() ? 20 : 130);
-    problem.root_room = random.number(0, random.flag() ? 20 : 500);
-    problem.branch_room = problem.num_queries + random.number(0, random.flag() ? 9 : 200);
+    problem.root_capacity = random.number(0, random.flag() ? 20 : 500);
+    problem.branch_capacity = problem.num_queries + random.number(0, random.flag() ? 9 : 200);
     problem.scale = 0.1f;
     problem.is_bfloat16 = random.flag();
     auto make = [&](int64_t entries, int64_t rows, int64_t heads) {
         return Tensor(random, entries, rows, heads, dim, problem.is_bfloat16);
     };
     Tensor q = make(problem.num_branches, problem.num_queries, problem.num_heads);
-    Tensor root_k = make(problem.num_roots, problem.root_room, problem.num_kv_heads);
-    Tensor root_v = make(problem.num_roots, problem.root_room, problem.num_kv_heads);
-    Tensor branch_k = make(problem.num_branches, problem.branch_room, problem.num_kv_heads);
-    Tensor branch_v = make(problem.num_branches, problem.branch_room, problem.num_kv_heads);
+    Tensor root_k = make(problem.num_roots, problem.root_capacity, problem.num_kv_heads);
+    Tensor root_v = make(problem.num_roots, problem.root_capacity, problem.num_kv_heads);
+    Tensor branch_k = make(problem.num_branches, problem.branch_capacity, problem.num_kv_heads);
+    Tensor branch_v = make(problem.num_branches, problem.branch_capacity, problem.num_kv_heads);
     const Numbers to_root = random_numbers(random, problem.num_branches, 0, problem.num_roots - 1);
-    const Numbers root_lengths = random_numbers(random, problem.num_roots, 0, problem.root_room);
+    const Numbers root_lengths = random_numbers(random, problem.num_roots, 0, problem.root_capacity);
     const Numbers branch_lengths =
-        random_numbers(random, problem.num_branches, problem.num_queries, problem.branch_room);
+        random_numbers(random, problem.num_branches, problem.num_queries, problem.branch_capacity);
     problem.q = q.cache, problem.root_k = root_k.cache, problem.root_v = root_v.cache;
     problem.branch_k = branch_k.cache, problem.branch_v = branch_v.cache;
     problem.branch_to_root = to_root.index(), problem.root_lengths = root_lengths.index();
@@ -96,7 +97,7 @@ void fuzz_decode(uint64_t seed) {
         force_instruction_set(name);
         lse.assign(rows, NAN), out.assign(out.size(), 0xffff);
         try {
-            decode(problem, random.number(1, 3));
+            decode::forward(problem, random.number(1, 3));
         } catch (const std::invalid_argument&) {
             break;
         }
@@ -107,7 +108,7 @@ void fuzz_decode(uint64_t seed) {
             is_right &= 0.49f < number && number < 2.01f;
         }
         if (!is_right) {
-            printf("\n%s: an output is not written, or no mean of the values\n", name.c_str());
+            printf("\n%s: an output is not written, or is not a mean of the values\n", name.c_str());
             exit(1);
         }
     }

@@ -1,4 +1,4 @@
-// pack_embeddings with random sizes, strides and dtypes, some indices out of range, against the plainest way to say it.
+// pack_embeddings with random sizes, strides and dtypes, and some indices out of range, against the simplest implementation.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -13,6 +13,7 @@
 namespace {
 
 using namespace lynx;
+using namespace lynx::embeddings;
 
 float value_at(const Rows& rows, int64_t row, int64_t column) {
     float value = 0;
@@ -30,7 +31,7 @@ float rounded(float value, Dtype dtype) {
     return value;
 }
 
-// Rows of numbers between -2 and 2, and nothing else in their memory.
+// Rows of numbers between -2 and 2. The memory holds nothing else.
 struct Table {
     std::vector<uint8_t> memory;
     Rows rows;
@@ -81,9 +82,9 @@ void check_sums(const Sources& sources, Source source, const Rows& grad, const R
         for (int64_t column = 0; column < width; column++) {
             double sum = 0, magnitude = 0;
             for (int64_t row = 0; row < sources.num_rows; row++) {
-                const int64_t picture = sources.vision_index[row];
-                const bool is_used = source == Source::kVision ? picture == i
-                                                               : picture < 0 && sources.token_ids[row] == i;
+                const int64_t vision_row = sources.vision_index[row];
+                const bool is_used = source == Source::kVision ? vision_row == i
+                                                               : vision_row < 0 && sources.token_ids[row] == i;
                 if (!is_used) continue;
                 sum += value_at(grad, row, column);
                 magnitude += std::fabs(value_at(grad, row, column));
@@ -108,15 +109,15 @@ void fuzz_embeddings(uint64_t seed) {
     const int threads = random.number(1, 3);
     try {
         pack_embeddings(sources, embedding.rows, vision.rows, out.rows, width, threads);
-        if (!indices.are_right) fail("an index that is out of range is not refused");
+        if (!indices.are_right) fail("an index that is out of range is not rejected");
     } catch (const std::out_of_range&) {
-        if (indices.are_right) fail("an index that is in range is refused");
+        if (indices.are_right) fail("an index that is in range is rejected");
         return;
     }
     for (int64_t row = 0; row < count; row++)
         for (int64_t column = 0; column < width; column++) {
-            const int64_t picture = indices.vision_index[row];
-            const float expected = picture >= 0 ? value_at(vision.rows, picture, column)
+            const int64_t vision_row = indices.vision_index[row];
+            const float expected = vision_row >= 0 ? value_at(vision.rows, vision_row, column)
                                                 : value_at(embedding.rows, indices.token_ids[row], column);
             if (value_at(out.rows, row, column) != rounded(expected, table_dtype)) fail("a row is not a copy");
         }

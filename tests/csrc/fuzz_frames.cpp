@@ -1,4 +1,4 @@
-// pack_frames with random sizes, strides, crops and options, against the plainest way to say what it does.
+// pack_frames with random sizes, strides, crops and options, against the simplest implementation.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -16,18 +16,18 @@ namespace {
 using lynx::Dtype;
 using namespace lynx::frames;
 
-// A frame in memory that holds nothing else, so that every byte beside it is poisoned.
-struct Picture {
+// A frame in memory that holds nothing else, so that AddressSanitizer sees every access beside it.
+struct Image {
     std::vector<uint8_t> bytes;
     Frame frame;
 };
 
-Picture random_picture(Random& random) {
+Image random_image(Random& random) {
     const int64_t most = random.flag() ? 12 : random.flag() ? 60 : 300;
     const int64_t height = random.number(1, most), width = random.number(1, 3000 / height < 9 ? 9 : 3000 / height);
-    Picture picture;
-    Frame& frame = picture.frame;
-    // Interleaved, with bytes between pixels and rows; or planes; or one pixel, row or grey level repeated.
+    Image image;
+    Frame& frame = image.frame;
+    // Interleaved, with or without bytes between pixels and rows; or planes; or one pixel, row or channel repeated.
     const bool is_planar = random.number(0, 3) == 0;
     frame.channel_stride = is_planar ? height * width : 1;
     frame.column_stride = is_planar ? 1 : random.flag() ? 3 : random.number(3, 5);
@@ -36,9 +36,9 @@ Picture random_picture(Random& random) {
     if (random.number(0, 9) == 0) frame.column_stride = 0;
     if (random.number(0, 9) == 0) frame.row_stride = 0;
     const int64_t span = 2 * frame.channel_stride + (width - 1) * frame.column_stride + (height - 1) * frame.row_stride;
-    picture.bytes.resize(span + 1);
-    const bool is_harsh = random.flag();  // black and white: the filter overshoots
-    for (uint8_t& byte : picture.bytes) byte = is_harsh ? 255 * random.number(0, 1) : random.number(0, 255);
+    image.bytes.resize(span + 1);
+    const bool is_harsh = random.flag();  // black and white, where the filter overshoots
+    for (uint8_t& byte : image.bytes) byte = is_harsh ? 255 * random.number(0, 1) : random.number(0, 255);
     int64_t first = 0;
     for (auto [stride, length] : {std::pair(&frame.row_stride, height), std::pair(&frame.column_stride, width)})
         if (random.number(0, 3) == 0) {  // from the other end
@@ -47,11 +47,11 @@ Picture random_picture(Random& random) {
         }
     const int64_t top = random.flag() ? 0 : random.number(0, height - 1);
     const int64_t left = random.flag() ? 0 : random.number(0, width - 1);
-    frame.data = picture.bytes.data() + first + top * frame.row_stride + left * frame.column_stride;
+    frame.data = image.bytes.data() + first + top * frame.row_stride + left * frame.column_stride;
     frame.height = random.flag() ? height - top : random.number(1, height - top);
     frame.width = random.flag() ? width - left : random.number(1, width - left);
     frame.is_flipped = random.flag();
-    return picture;
+    return image;
 }
 
 uint8_t filtered(const Side& side, int64_t output, const uint8_t* inputs, int64_t stride) {
@@ -61,7 +61,7 @@ uint8_t filtered(const Side& side, int64_t output, const uint8_t* inputs, int64_
         sum += int64_t{weight_of(window, i)} * inputs[(window.first + i) * stride];
         magnitudes += std::abs(weight_of(window, i));
     }
-    if (window.count > most_inputs(side) || 2 * magnitudes >= 3 << kWeightBits) {
+    if (window.count > max_inputs(side) || 2 * magnitudes >= 3 << kWeightBits) {
         printf("\na window of %ld inputs, magnitudes %ld\n", long(window.count), long(magnitudes));
         exit(1);
     }
@@ -116,16 +116,16 @@ std::vector<uint8_t> make_levels(const Problem& problem, int64_t bytes) {
 
 void fuzz_frames(uint64_t seed) {
     Random random(seed);
-    std::vector<Picture> pictures;
+    std::vector<Image> images;
     std::vector<Frame> frames;
-    for (int64_t i = random.number(0, 3); i > 0; i--) pictures.push_back(random_picture(random));
-    for (const Picture& picture : pictures) frames.push_back(picture.frame);
+    for (int64_t i = random.number(0, 3); i > 0; i--) images.push_back(random_image(random));
+    for (const Image& image : images) frames.push_back(image.frame);
     Problem problem = {};
     problem.frames = frames.data();
     problem.num_frames = frames.size();
     problem.patch_size = random.flag() ? random.number(1, 20) : random.number(1, 70);
     problem.size = problem.patch_size * random.number(1, problem.patch_size > 20 ? 2 : 4);
-    if (!frames.empty() && random.number(0, 3) == 0) {  // the size that the first frame has already
+    if (!frames.empty() && random.number(0, 3) == 0) {  // the size that the first frame already has
         problem.size = std::min(frames[0].height, frames[0].width);
         problem.patch_size = problem.size % 2 == 0 ? problem.size / 2 : problem.size;
     }

@@ -6,7 +6,7 @@
 
 namespace {
 
-// All but the memory.
+// The numbers of the problem, without its memory.
 lynx::decode::Problem problem_of(const Numbers& numbers) {
     lynx::decode::Problem problem = {};
     auto number = [&](const char* name) { return static_cast<int>(numbers[name]); };
@@ -43,7 +43,7 @@ void run(const Numbers& numbers) {
     problem.root_lengths = indices("root_lengths", problem.roots);
     problem.branch_lengths = indices("branch_lengths", problem.branches);
     const Buffer out(rows * problem.dim * kSizes[numbers["q_dtype"]]), lse(rows * sizeof(float));
-    lynx::decode::attend({problem, static_cast<lynx::Dtype>(numbers["cache_dtype"]), *static_cast<double*>(scale.data()),
+    lynx::decode::forward({problem, static_cast<lynx::Dtype>(numbers["cache_dtype"]), *static_cast<double*>(scale.data()),
                           out.data(), static_cast<float*>(lse.data()), static_cast<int>(numbers["multiprocessors"])},
                          lynx::OnHost(static_cast<unsigned>(numbers["seed"])), [&](int64_t count) {
                              memory.push_back(std::make_unique<Buffer>(count * sizeof(float)));
@@ -52,14 +52,14 @@ void run(const Numbers& numbers) {
     out.write(), lse.write();
 }
 
-// Of the launch over parts: blocks, rows of a tile, and how it is cut. Nothing of the launch that merges.
+// Prints how the launch of attention is cut: blocks, rows of a tile, and so on. The launch that combines is not shown.
 struct Show {
-    template <class Element, int kDim, int kTileRows>
-    void operator()(lynx::decode::Attend<Element, kDim, kTileRows>, const lynx::decode::Problem& problem, int blocks) {
-        printf("%d %d %d %d %d %d %d\n", blocks, kTileRows, problem.slots, problem.row_tiles, problem.root_parts,
-               problem.branch_parts, lynx::decode::Attend<Element, kDim, kTileRows>::kChunk);
+    template <class Element, int kDim, int kBlockM>
+    void operator()(lynx::decode::Attend<Element, kDim, kBlockM>, const lynx::decode::Problem& problem, int blocks) {
+        printf("%d %d %d %d %d %d %d\n", blocks, kBlockM, problem.tile_branches, problem.m_tiles, problem.root_splits,
+               problem.branch_splits, lynx::decode::Attend<Element, kDim, kBlockM>::kBlockN);
     }
-    void operator()(lynx::decode::Merge, const lynx::decode::Merge::Args&, int) {}
+    void operator()(lynx::decode::Combine, const lynx::decode::Combine::Args&, int) {}
 };
 
 void show(const Numbers& numbers) {
@@ -67,14 +67,9 @@ void show(const Numbers& numbers) {
     call.problem = problem_of(numbers);
     call.cache_dtype = static_cast<lynx::Dtype>(numbers["cache_dtype"]);
     call.multiprocessors = static_cast<int>(numbers["multiprocessors"]);
-    lynx::decode::attend(call, Show(), [](int64_t) -> float* { return nullptr; });
+    lynx::decode::forward(call, Show(), [](int64_t) -> float* { return nullptr; });
 }
 
 }  // namespace
 
-int main(int count, char** words) {
-    const bool shows = count > 1 && std::string(words[1]) == "shape";
-    const Numbers numbers(count - (shows ? 2 : 1), words + (shows ? 2 : 1));
-    shows ? show(numbers) : run(numbers);
-    return 0;
-}
+int main(int count, char** words) { return run_or_show(count, words, run, show); }

@@ -1,6 +1,6 @@
-// What the programs share that run CUDA kernels on the CPU for tests in Python: numbers are words of the command line,
-// tensors come as they are on the standard input, results go to the standard output. Every tensor lies by itself, so that
-// the sanitizers see every byte beside it. Exits with 1 and a message if the call makes no sense.
+// What the programs share that run CUDA kernels on the CPU for tests in Python. Numbers are words of the command line, tensors
+// come as bytes on the standard input, results go to the standard output. Every tensor has memory of its own, so that the
+// sanitizers see every access beside it. A call that makes no sense exits with 1 and a message.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@
 
 inline constexpr size_t kSizes[] = {4, 2, 2};  // bytes of an element, by lynx::Dtype
 
-// `bytes` of memory, after `offset` more: rows that start at no multiple of 16 bytes.
+// `bytes` bytes behind `offset` others, so that rows need not start at multiples of 16 bytes.
 class Buffer {
    public:
     explicit Buffer(size_t bytes, size_t offset = 0) : bytes_(bytes), offset_(offset), memory_(malloc(bytes + offset)) {
@@ -42,7 +42,7 @@ class Buffer {
     void* memory_;
 };
 
-// The numbers of the command line, by name: "width=5".
+// The numbers of the command line, by name, such as "width=5".
 class Numbers {
    public:
     Numbers(int count, char** words) {
@@ -62,3 +62,11 @@ class Numbers {
    private:
     std::map<std::string, int64_t> values_;
 };
+
+// The main program of a driver. After the word "shape", show(numbers) prints how kernels would be launched.
+inline int run_or_show(int count, char** words, void (*run)(const Numbers&), void (*show)(const Numbers&)) {
+    const bool shows = count > 1 && std::string(words[1]) == "shape";
+    const int first = shows ? 2 : 1;
+    (shows ? show : run)(Numbers(count - first, words + first));
+    return 0;
+}

@@ -1,4 +1,4 @@
-// Kernels with a planted fault each, which running on the CPU must show: `faults <fault>`.
+// Kernels with a planted fault each, which a run on the CPU must show: `faults <fault>`.
 #include <cstdio>
 #include <string>
 
@@ -6,7 +6,7 @@
 
 namespace {
 
-// Adds up 0 to 31: each thread leaves its number, then one of them adds.
+// Sums 0 to 31: each thread writes its number, then one thread adds them.
 template <int kFault>
 struct Sum {
     static constexpr int kThreads = 32, kPhases = 2;
@@ -28,11 +28,11 @@ struct Sum {
         const int i = place.thread;
         if constexpr (kPhase == 0) {
             if (kFault == 1 && i == kThreads - 1) return;  // one number is not written
-            shared.numbers[kFault == 2 ? i + 1 : i] = i;   // past the end, into the flag
-            if (kFault == 3) add(args, shared, registers, i);  // does not wait for the others
+            shared.numbers[kFault == 2 ? i + 1 : i] = i;   // behind the end, into the flag
+            if (kFault == 3) add(args, shared, registers, i);  // does not wait for the other threads
         } else {
-            if (kFault == 4 && shared.is_ready) return;  // nobody wrote it
-            if (kFault == 5) args.out[i] = 0;            // past the end
+            if (kFault == 4 && shared.is_ready) return;  // no thread wrote it
+            if (kFault == 5) args.out[i] = 0;            // behind the end
             if (kFault != 3) add(args, shared, registers, i);
         }
     }

@@ -1,4 +1,4 @@
-"""The library of CUDA kernels, as they run on the CPU: ``*driver.cpp`` under AddressSanitizer and UBSan."""
+"""Runs the CUDA kernels on the CPU: ``*driver.cpp``, under AddressSanitizer and UBSan."""
 
 import hashlib
 import os
@@ -12,10 +12,10 @@ from torch import Tensor
 from lynx_kernels.backends import cuda_build
 
 HERE = Path(__file__).parent
-CSRC = cuda_build.find_sources()
+CSRC = cuda_build.find_csrc()
 COMPILER = os.environ.get("CXX") or "c++"
 MISSING = None if shutil.which(COMPILER) else f"there is no C++ compiler {COMPILER}"
-# Contracted, sums of products would not be those of csrc/pack_frames/filter.h.
+# -ffp-contract=off as csrc/pack_frames/filter.h asks.
 _FLAGS = (
     "-std=c++17",
     "-O1",
@@ -34,7 +34,7 @@ class KernelError(RuntimeError):
 
 
 def compiled(source: Path) -> Path:
-    """The program, compiled once for all test processes and as long as no header changes."""
+    """The program. It is compiled once for all test processes, and again only when a header changes."""
     digest = hashlib.sha256(" ".join((COMPILER, *_FLAGS)).encode())
     for path in [source, *sorted(HERE.glob("*.h")), *sorted(CSRC.rglob("*.h"))]:
         digest.update(path.read_bytes())
@@ -53,10 +53,10 @@ def compiled(source: Path) -> Path:
 
 
 def run(source: Path, *words: str, given: bytes = b"") -> bytes:
-    """What the program writes; its own address space is checked, but not what it leaves unfreed when it fails.
+    """Run the program and return what it writes. Leaks are not checked: a program that fails frees nothing.
 
     Raises:
-        KernelError: it failed; the message is what it said.
+        KernelError: it failed. The message is what it printed.
     """
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=0"}
     result = subprocess.run([compiled(source), *words], input=given, capture_output=True, env=environment)
@@ -69,10 +69,10 @@ class HostKernels:
     """Stands in for ``torch.ops.lynx_kernels_cuda``.
 
     Attributes:
-        seed: of the order of blocks and threads.
-        offset: elements in front of the rows of embeddings and frames, so that these do not start at multiples of 16
-            bytes. Others stand where the tensors do.
-        multiprocessors: of the GPU. So few that a block has several strips of rows, or chunks of keys.
+        seed: of the random order of blocks and threads.
+        offset: elements in front of the rows of embeddings and frames, so that they do not start at multiples of 16
+            bytes. Other arguments have the alignment of their tensors.
+        multiprocessors: of the GPU. They are so few that a block has several tiles of rows or keys.
     """
 
     def __init__(self):
@@ -112,7 +112,7 @@ class HostKernels:
             head = [*frame.stride(), height, width, flips[index], 0, len(memory)]
             given += [torch.tensor(head).numpy().tobytes(), memory]
         words = [f"{name}={value}" for name, value in numbers.items()]
-        said = run(HERE / "driver.cpp", "pack_frames", *words, given=b"".join(given))
+        said = run(HERE / "pack_driver.cpp", "pack_frames", *words, given=b"".join(given))
         if said:
             out.copy_(torch.frombuffer(bytearray(said), dtype=out.dtype).view(out.shape))
 
@@ -146,7 +146,7 @@ class HostKernels:
             if tensor is not None and tensor.dim() == 2:
                 numbers[f"{name}_stride"] = tensor.stride(0)
         given = [_memory(torch.tensor(eps)), *(_memory(each) for each in arguments.values() if each is not None)]
-        return _run_for("few_driver.cpp", numbers, given, results)
+        return _run_for("adapter_driver.cpp", numbers, given, results)
 
     def prefix_attention_decode(
         self,
@@ -188,33 +188,33 @@ class HostKernels:
             }  # fmt: skip
             numbers.setdefault(f"{name}_offset", self.offset)
         words = [f"{name}={value}" for name, value in numbers.items()]
-        said = run(HERE / "driver.cpp", kernel, *words, given=b"".join(map(_memory, given)))
+        said = run(HERE / "pack_driver.cpp", kernel, *words, given=b"".join(map(_memory, given)))
         return torch.frombuffer(bytearray(said), dtype=out.dtype).view(out.shape) if said else out
 
 
 def launches(driver: str, **numbers: int) -> list[list[int]]:
-    """How ``driver`` says that kernels would be launched: a line of numbers each."""
+    """How kernels would be launched, as ``driver`` prints it: a row of numbers for each launch."""
     words = [f"{name}={value}" for name, value in numbers.items()]
     return [[int(word) for word in line.split()] for line in run(HERE / driver, "shape", *words).splitlines()]
 
 
 def _run_for(driver: str, numbers: dict[str, int], given: list[bytes], results: list[Tensor]) -> tuple[Tensor, ...]:
-    """Tensors like ``results``, with what the program writes."""
+    """Run the program and return what it writes as tensors like ``results``."""
     said = run(HERE / driver, *(f"{name}={value}" for name, value in numbers.items()), given=b"".join(given))
     sizes = [each.nbytes for each in results]
-    if not said:  # of which frombuffer makes no tensor
+    if not said:  # frombuffer takes no empty buffer
         return tuple(results)
-    parts = torch.frombuffer(bytearray(said), dtype=torch.uint8).split(sizes)
-    return tuple(part.clone().view(each.dtype).view(each.shape) for part, each in zip(parts, results, strict=True))
+    pieces = torch.frombuffer(bytearray(said), dtype=torch.uint8).split(sizes)
+    return tuple(piece.clone().view(each.dtype).view(each.shape) for piece, each in zip(pieces, results, strict=True))
 
 
 def _offset(tensor: Tensor) -> int:
-    """In bytes, behind a multiple of 16: what the kernels' loads must mind."""
+    """Bytes behind a multiple of 16, which decide how kernels may load."""
     return tensor.data_ptr() % 16
 
 
 def _memory(tensor: Tensor) -> bytes:
-    """From the first element to the last, what lies between rows included."""
+    """The bytes from the first element to the last, with what lies between rows."""
     if tensor.numel() == 0:
         return b""
     length = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1

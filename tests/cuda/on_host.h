@@ -1,4 +1,4 @@
-// Runs CUDA kernels on the CPU: blocks and the threads of every phase in scrambled order, shared memory poisoned.
+// Runs CUDA kernels on the CPU: blocks, and the threads of every phase, in random order, with poisoned shared memory.
 #pragma once
 
 #include <algorithm>
@@ -18,15 +18,15 @@ class OnHost {
 
     template <class Kernel>
     void operator()(Kernel, const typename Kernel::Args& args, int blocks) {
-        for (int block : scrambled(blocks)) run_block<Kernel>(args, block);
+        for (int block : shuffled(blocks)) run_block<Kernel>(args, block);
     }
 
    private:
     template <class Kernel>
     void run_block(const typename Kernel::Args& args, int block) {
-        // By itself and exactly as large as it is: what is outside, the sanitizer sees.
+        // It has memory of its own, of exactly its size, so that the sanitizer sees every access outside.
         auto shared = std::make_unique<typename Kernel::Shared>();
-        memset(static_cast<void*>(shared.get()), 0xff, sizeof *shared);  // no numbers, and no bools
+        memset(static_cast<void*>(shared.get()), 0xff, sizeof *shared);  // NaNs, and bools that are neither true nor false
         std::vector<typename Kernel::Registers> registers(Kernel::kThreads);
         const int rounds = Kernel::rounds(args, block);
         for (int round = 0; round == 0 || round < rounds; round++)
@@ -36,13 +36,13 @@ class OnHost {
     template <class Kernel, int kPhase>
     void run_phases(const typename Kernel::Args& args, int block, int round, typename Kernel::Shared& shared,
                     std::vector<typename Kernel::Registers>& registers) {
-        for (int thread : scrambled(Kernel::kThreads))
+        for (int thread : shuffled(Kernel::kThreads))
             Kernel::template phase<kPhase>(args, Place{block, thread, round}, shared, registers[thread]);
         if constexpr (kPhase + 1 < Kernel::kPhases)
             run_phases<Kernel, kPhase + 1>(args, block, round, shared, registers);
     }
 
-    std::vector<int> scrambled(int count) {
+    std::vector<int> shuffled(int count) {
         std::vector<int> order(count);
         std::iota(order.begin(), order.end(), 0);
         std::shuffle(order.begin(), order.end(), random_);

@@ -1,17 +1,17 @@
-// The activations of the adapter, in fp32. A NaN stays one.
+// The activations of the adapter in fp32. NaN stays NaN.
 #pragma once
 
+#include "adapter/activation.h"
 #include "common/vector.h"
-#include "adapter/problem.h"
 
 namespace {
 
-// x / (1 + e^-y): silu with y = x. Where y < -80 what is left of x is 0 in every dtype.
+// x / (1 + e^-y), which is silu for y = x. Below y = -80 the result is 0 in every dtype.
 LYNX_INLINE Floats logistic(Floats x, Floats y) { return x / (1.0f + exp(-maximum(broadcast(-80.0f), y))); }
 
-// x Phi(x) = max(x, 0) - |x| Q(|x|), Q(a) = 1 - Phi(a): written so, nothing cancels for negative x.
-// Q(a) = e^(-a^2/2) t P(t) with t = 1 / (1 + 0.3 a); P is the polynomial of degree 7 that makes the largest relative
-// error for 0 <= a <= 13 smallest: 1.1e-7.
+// x Phi(x) = max(x, 0) - |x| Q(|x|) with Q(a) = 1 - Phi(a). In this form nothing cancels for negative x.
+// Q(a) = e^(-a^2/2) t P(t) with t = 1 / (1 + 0.3 a). P is the polynomial of degree 7 of the smallest maximal relative error
+// for 0 <= a <= 13: 1.1e-7.
 LYNX_INLINE Floats gelu(Floats x) {
     const Floats magnitude = maximum(x, -x);
     const Floats a = magnitude > 13.0f ? broadcast(13.0f) : magnitude;  // 13 Q(13) is 8e-38
@@ -23,12 +23,13 @@ LYNX_INLINE Floats gelu(Floats x) {
     return maximum(Floats{}, x) - a * (exp(a * a * -0.5f) * t * p);
 }
 
-LYNX_INLINE Floats activate(lynx::Activation activation, Floats x) {
+LYNX_INLINE Floats activate(lynx::adapter::Activation activation, Floats x) {
+    using lynx::adapter::Activation;
     switch (activation) {
-        case lynx::Activation::kSilu: return logistic(x, x);
-        case lynx::Activation::kRelu: return maximum(Floats{}, x);
-        case lynx::Activation::kGelu: return gelu(x);
-        case lynx::Activation::kGeluTanh:  // 1 + tanh(y) = 2 / (1 + e^-2y)
+        case Activation::kSilu: return logistic(x, x);
+        case Activation::kRelu: return maximum(Floats{}, x);
+        case Activation::kGelu: return gelu(x);
+        case Activation::kGeluTanh:  // 1 + tanh(y) = 2 / (1 + e^-2y)
             return logistic(x, x * (1.0f + 0.044715f * x * x) * 1.59576912f);  // 2 sqrt(2 / pi)
     }
     __builtin_unreachable();

@@ -6,68 +6,52 @@
 #include <vector>
 
 #include "common/instruction_sets.h"
+#include "common/integers.h"
 #include "common/memory.h"
 #include "common/threads.h"
 
-namespace lynx {
+namespace lynx::adapter {
 
-#define X(constant, name) extern const AdapterKernels adapter_##name;
-LYNX_INSTRUCTION_SETS
-#undef X
+LYNX_CHOOSE_KERNELS(Kernels, adapter)
 
-namespace {
-
-const AdapterKernels& kernels() {
-    static const AdapterKernels* const all[] = {
-#define X(constant, name) &adapter_##name,
-        LYNX_INSTRUCTION_SETS
-#undef X
-    };
-    return *all[static_cast<int>(instruction_set())];
-}
-
-int64_t divide_up(int64_t size, int64_t part) { return (size + part - 1) / part; }
-
-}  // namespace
-
-void adapter_forward(Adapter adapter, int threads) {
-    if (adapter.tokens == 0) return;
-    adapter.normalized_stride = divide_up(adapter.width, kRowMultiple) * kRowMultiple;
-    adapter.activated_stride = divide_up(adapter.bottleneck, kRowMultiple) * kRowMultiple;
-    const int64_t normalized_bytes = adapter.tokens * adapter.normalized_stride * sizeof(float);
-    const int64_t activated_bytes = adapter.tokens * adapter.activated_stride * sizeof(float);
+void forward(Problem problem, int threads) {
+    if (problem.tokens == 0) return;
+    problem.normalized_stride = round_up(problem.width, kRowMultiple);
+    problem.activated_stride = round_up(problem.bottleneck, kRowMultiple);
+    const int64_t normalized_bytes = problem.tokens * problem.normalized_stride * sizeof(float);
+    const int64_t activated_bytes = problem.tokens * problem.activated_stride * sizeof(float);
     const Memory operands = allocate(normalized_bytes + activated_bytes);
-    adapter.normalized = operands.get();
-    adapter.activated = operands.get() + normalized_bytes;
+    problem.normalized = operands.get();
+    problem.activated = operands.get() + normalized_bytes;
 
-    const AdapterKernels& run = kernels();
-    const int64_t down_blocks = divide_up(adapter.bottleneck, kBlockColumns);
-    const int64_t up_blocks = divide_up(adapter.width, kBlockColumns);
+    const Kernels& run = kernels();
+    const int64_t down_blocks = divide_up(problem.bottleneck, kBlockN);
+    const int64_t up_blocks = divide_up(problem.width, kBlockN);
     threads = static_cast<int>(std::min<int64_t>(usable_threads(threads), std::max(down_blocks, up_blocks)));
 #pragma omp parallel num_threads(threads)
     {
-        const int64_t part = omp_get_thread_num(), parts = omp_get_num_threads();  // may be fewer than asked for
-        const auto cut = [&](int64_t count, int64_t at) { return count * at / parts; };
-        run.normalize(adapter, cut(adapter.tokens, part), cut(adapter.tokens, part + 1));
+        const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();  // may be fewer than asked for
+        const auto cut = [&](int64_t count, int64_t at) { return count * at / team; };
+        run.normalize(problem, cut(problem.tokens, thread), cut(problem.tokens, thread + 1));
 #pragma omp barrier
-        run.down(adapter, cut(down_blocks, part), cut(down_blocks, part + 1), cut(up_blocks, part));
+        run.down(problem, cut(down_blocks, thread), cut(down_blocks, thread + 1), cut(up_blocks, thread));
 #pragma omp barrier
-        run.up(adapter, cut(up_blocks, part), cut(up_blocks, part + 1));
+        run.up(problem, cut(up_blocks, thread), cut(up_blocks, thread + 1));
     }
 }
 
-void adapter_renormalize(const LayerNorm& norm, int threads) {
-    const AdapterKernels& run = kernels();
+void renormalize(const LayerNorm& norm, int threads) {
+    const Kernels& run = kernels();
     threads = usable_threads(threads);
 #pragma omp parallel num_threads(threads)
     {
-        const int64_t part = omp_get_thread_num(), parts = omp_get_num_threads();
-        run.renormalize(norm, norm.tokens * part / parts, norm.tokens * (part + 1) / parts);
+        const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
+        run.renormalize(norm, norm.tokens * thread / team, norm.tokens * (thread + 1) / team);
     }
 }
 
-void adapter_norm_backward(LayerNorm norm, float* weight_grad, float* bias_grad, int threads) {
-    const AdapterKernels& run = kernels();
+void norm_backward(LayerNorm norm, float* weight_grad, float* bias_grad, int threads) {
+    const Kernels& run = kernels();
     const int64_t blocks = divide_up(norm.tokens, kSummedTokens), width = norm.width;
     threads = static_cast<int>(std::min<int64_t>(usable_threads(threads), std::max<int64_t>(blocks, 1)));
     std::vector<float> sums(weight_grad == nullptr && bias_grad == nullptr ? 0 : blocks * 2 * width);
@@ -83,4 +67,4 @@ void adapter_norm_backward(LayerNorm norm, float* weight_grad, float* bias_grad,
     }
 }
 
-}  // namespace lynx
+}  // namespace lynx::adapter

@@ -1,18 +1,18 @@
-// The adapter's forward for a few tokens, on several threads: it reads each weight once. And backward's passes over the
-// LayerNorm, for any number of tokens.
+// The adapter's forward for a few tokens, on several threads; it reads each weight once. And the passes of its backward over
+// the LayerNorm, for any number of tokens.
 #pragma once
 
-#include "adapter/problem.h"
+#include "problem.h"
 
-namespace lynx {
+namespace lynx::adapter {
 
-// Allocates the operands itself. Results do not depend on `threads`.
-void adapter_forward(Adapter adapter, int threads);
+// It allocates `normalized` and `activated`. Results do not depend on `threads`.
+void forward(Problem problem, int threads);
 
 // Writes `normalized`.
-void adapter_renormalize(const LayerNorm& norm, int threads);
+void renormalize(const LayerNorm& norm, int threads);
 
-// Writes `x_grad` and, (width,), the gradients of the LayerNorm's weight and bias, each where it is not null.
-void adapter_norm_backward(LayerNorm norm, float* weight_grad, float* bias_grad, int threads);
+// Writes `x_grad` and the gradients of the LayerNorm's weight and bias, (width,) each, unless they are null.
+void norm_backward(LayerNorm norm, float* weight_grad, float* bias_grad, int threads);
 
-}  // namespace lynx
+}  // namespace lynx::adapter

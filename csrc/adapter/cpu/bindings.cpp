@@ -12,7 +12,9 @@ namespace py = pybind11;
 namespace lynx {
 namespace {
 
-// (address, whether it is bf16 and not fp32); the address is 0 where the argument is absent.
+using namespace adapter;
+
+// (address, whether it is bf16, else fp32). The address is 0 if the argument is absent.
 using NumbersView = std::pair<uintptr_t, bool>;
 
 Numbers numbers(const NumbersView& given) { return {pointer<void>(given.first), given.second}; }
@@ -22,7 +24,7 @@ Activation activation_of(const std::string& name) {
     if (name == "relu") return Activation::kRelu;
     if (name == "gelu") return Activation::kGelu;
     if (name == "gelu_tanh") return Activation::kGeluTanh;
-    throw std::invalid_argument("adapter: there is no activation '" + name + "' here");
+    throw std::invalid_argument("adapter: unknown activation '" + name + "'; choose silu, relu, gelu or gelu_tanh");
 }
 
 LayerNorm layer_norm(int64_t tokens, int64_t width, const NumbersView& x, uintptr_t mean, uintptr_t rstd,
@@ -37,24 +39,24 @@ LayerNorm layer_norm(int64_t tokens, int64_t width, const NumbersView& x, uintpt
 }  // namespace
 
 void bind_adapter(py::module_& module) {
-    // `sizes` are the tokens, the width and the bottleneck; statistics are fp32, and 0 without a LayerNorm.
+    // `sizes` are the tokens, the width and the bottleneck. Mean and rstd are fp32, and 0 without a LayerNorm.
     module.def("adapter_forward",
                [](const std::tuple<int64_t, int64_t, int64_t>& sizes, float eps, const std::string& activation,
                   const NumbersView& x, const NumbersView& norm_weight, const NumbersView& norm_bias,
                   const NumbersView& down_weight, const NumbersView& down_bias, const NumbersView& up_weight,
                   const NumbersView& up_bias, const NumbersView& scale, const NumbersView& out, uintptr_t mean,
                   uintptr_t rstd, const NumbersView& preactivation, int threads) {
-                   Adapter adapter = {};
-                   std::tie(adapter.tokens, adapter.width, adapter.bottleneck) = sizes;
-                   adapter.eps = eps, adapter.activation = activation_of(activation);
-                   adapter.x = numbers(x), adapter.scale = numbers(scale);
-                   adapter.norm_weight = numbers(norm_weight), adapter.norm_bias = numbers(norm_bias);
-                   adapter.down_weight = numbers(down_weight), adapter.down_bias = numbers(down_bias);
-                   adapter.up_weight = numbers(up_weight), adapter.up_bias = numbers(up_bias);
-                   adapter.out = numbers(out), adapter.preactivation = numbers(preactivation);
-                   adapter.mean = pointer<float>(mean), adapter.rstd = pointer<float>(rstd);
+                   Problem problem = {};
+                   std::tie(problem.tokens, problem.width, problem.bottleneck) = sizes;
+                   problem.eps = eps, problem.activation = activation_of(activation);
+                   problem.x = numbers(x), problem.scale = numbers(scale);
+                   problem.norm_weight = numbers(norm_weight), problem.norm_bias = numbers(norm_bias);
+                   problem.down_weight = numbers(down_weight), problem.down_bias = numbers(down_bias);
+                   problem.up_weight = numbers(up_weight), problem.up_bias = numbers(up_bias);
+                   problem.out = numbers(out), problem.preactivation = numbers(preactivation);
+                   problem.mean = pointer<float>(mean), problem.rstd = pointer<float>(rstd);
                    py::gil_scoped_release release;
-                   adapter_forward(adapter, threads);
+                   forward(problem, threads);
                });
     module.def("adapter_renormalize",
                [](int64_t tokens, int64_t width, const NumbersView& x, uintptr_t mean, uintptr_t rstd,
@@ -62,7 +64,7 @@ void bind_adapter(py::module_& module) {
                    LayerNorm norm = layer_norm(tokens, width, x, mean, rstd, weight);
                    norm.bias = pointer<float>(bias), norm.normalized = numbers(normalized);
                    py::gil_scoped_release release;
-                   adapter_renormalize(norm, threads);
+                   renormalize(norm, threads);
                });
     module.def("adapter_norm_backward",
                [](int64_t tokens, int64_t width, const NumbersView& x, uintptr_t mean, uintptr_t rstd,
@@ -72,7 +74,7 @@ void bind_adapter(py::module_& module) {
                    norm.normalized_grad = numbers(normalized_grad), norm.grad = numbers(grad);
                    norm.x_grad = numbers(x_grad);
                    py::gil_scoped_release release;
-                   adapter_norm_backward(norm, pointer<float>(weight_grad), pointer<float>(bias_grad), threads);
+                   norm_backward(norm, pointer<float>(weight_grad), pointer<float>(bias_grad), threads);
                });
 }
 

@@ -1,11 +1,14 @@
-// Backward's passes over the LayerNorm: fp32 in registers, each row read from memory once and then from a cache.
+// The passes of backward over the LayerNorm, in fp32. Each row is read from memory once, then from a cache.
 #pragma once
 
 #include "load.h"
 
 namespace {
 
-// `function(column, columns)` for the vectors of a row, `columns` of which count.
+using lynx::adapter::kSummedTokens;
+using lynx::adapter::LayerNorm;
+
+// Calls function(column, columns) for every vector of a row. Its first `columns` numbers exist.
 template <class Function>
 LYNX_INLINE void for_vectors(int64_t width, Function function) {
     int64_t column = 0;
@@ -13,9 +16,9 @@ LYNX_INLINE void for_vectors(int64_t width, Function function) {
     if (column < width) function(column, width - column);
 }
 
-// Stream is the dtype of x, Compute that of the products.
+// Stream is the dtype of x and out, Compute that of the products.
 template <class Stream, class Compute>
-void renormalize(const lynx::LayerNorm& norm, int64_t first_token, int64_t last_token) {
+void renormalize(const LayerNorm& norm, int64_t first_token, int64_t last_token) {
     const int64_t width = norm.width;
     const float *weight = norm.weight, *bias = norm.bias;
     for (int64_t token = first_token; token < last_token; token++) {
@@ -32,10 +35,9 @@ void renormalize(const lynx::LayerNorm& norm, int64_t first_token, int64_t last_
 
 // With s the standardised x and g = dn w:  dx = grad + rstd (g - mean(g) - s mean(g s)),  dw = sum dn s,  db = sum dn.
 template <class Stream, class Compute>
-void norm_backward(const lynx::LayerNorm& norm, int64_t block) {
-    const int64_t width = norm.width, first_token = block * lynx::kSummedTokens;
-    const int64_t left = norm.tokens - first_token;
-    const int64_t last_token = first_token + (left < lynx::kSummedTokens ? left : lynx::kSummedTokens);
+void norm_backward(const LayerNorm& norm, int64_t block) {
+    const int64_t width = norm.width, first_token = block * kSummedTokens;
+    const int64_t last_token = min(norm.tokens, first_token + kSummedTokens);
     const float* weight = norm.weight;
     float* weight_sums = norm.sums == nullptr ? nullptr : norm.sums + block * 2 * width;
     float* bias_sums = weight_sums + width;
@@ -71,14 +73,14 @@ void norm_backward(const lynx::LayerNorm& norm, int64_t block) {
 }
 
 template <class Stream>
-void renormalize_from(const lynx::LayerNorm& norm, int64_t first_token, int64_t last_token) {
+void renormalize_from(const LayerNorm& norm, int64_t first_token, int64_t last_token) {
     if (norm.normalized.is_bfloat16)
         renormalize<Stream, BFloat16>(norm, first_token, last_token);
     else
         renormalize<Stream, float>(norm, first_token, last_token);
 }
 
-void any_renormalize(const lynx::LayerNorm& norm, int64_t first_token, int64_t last_token) {
+void renormalize_any(const LayerNorm& norm, int64_t first_token, int64_t last_token) {
     if (norm.x.is_bfloat16)
         renormalize_from<BFloat16>(norm, first_token, last_token);
     else
@@ -86,14 +88,14 @@ void any_renormalize(const lynx::LayerNorm& norm, int64_t first_token, int64_t l
 }
 
 template <class Stream>
-void norm_backward_to(const lynx::LayerNorm& norm, int64_t block) {
+void norm_backward_to(const LayerNorm& norm, int64_t block) {
     if (norm.normalized_grad.is_bfloat16)
         norm_backward<Stream, BFloat16>(norm, block);
     else
         norm_backward<Stream, float>(norm, block);
 }
 
-void any_norm_backward(const lynx::LayerNorm& norm, int64_t block) {
+void norm_backward_any(const LayerNorm& norm, int64_t block) {
     if (norm.x.is_bfloat16)
         norm_backward_to<BFloat16>(norm, block);
     else

@@ -1,11 +1,12 @@
-// The adapter for a few tokens for torch, on a GPU. Python has checked shapes, dtypes and devices.
+// architectures: sm_80 sm_90 sm_100
+// The adapter for a few tokens, as an operator of torch on a GPU. Python has checked shapes, dtypes and devices.
 #include <optional>
 #include <tuple>
 
 #include "common/torch_library.h"
 #include "launches.h"
 
-namespace lynx {
+namespace lynx::adapter {
 namespace {
 
 Values values_of(const Tensor& tensor, int64_t stride = 0) {
@@ -16,7 +17,7 @@ Values values_of(const std::optional<Tensor>& tensor) {
     return tensor.has_value() ? values_of(*tensor) : Values{nullptr, Dtype::kFloat, false};
 }
 
-few::Matrix matrix_of(const Tensor& tensor) {
+Matrix matrix_of(const Tensor& tensor) {
     return {tensor.const_data_ptr(), dtype_of(tensor), tensor.size(0), tensor.size(1), tensor.stride(0)};
 }
 
@@ -32,18 +33,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> adapter_small_m(
     Tensor preactivation = torch::stable::new_empty(down_weight, {tokens, bottleneck});
     Tensor activated = torch::stable::new_empty(down_weight, {tokens, bottleneck});
     const OnDevice run(x);
-    few::adapt({tokens, width, bottleneck, static_cast<float>(eps), static_cast<Activation>(activation),
-                values_of(x, x.stride(0)), x.stride(0), values_of(norm_weight), values_of(norm_bias),
-                matrix_of(down_weight), values_of(down_bias), matrix_of(up_weight), values_of(up_bias),
-                values_of(scale), static_cast<float*>(mean.mutable_data_ptr()),
-                static_cast<float*>(rstd.mutable_data_ptr()), preactivation.mutable_data_ptr(),
-                activated.mutable_data_ptr(), out.mutable_data_ptr(), run.multiprocessors()},
-               run);
+    forward({tokens, width, bottleneck, static_cast<float>(eps), static_cast<Activation>(activation),
+             values_of(x, x.stride(0)), x.stride(0), values_of(norm_weight), values_of(norm_bias),
+             matrix_of(down_weight), values_of(down_bias), matrix_of(up_weight), values_of(up_bias), values_of(scale),
+             static_cast<float*>(mean.mutable_data_ptr()), static_cast<float*>(rstd.mutable_data_ptr()),
+             preactivation.mutable_data_ptr(), activated.mutable_data_ptr(), out.mutable_data_ptr(),
+             run.multiprocessors()},
+            run);
     return {out, mean, rstd, preactivation};
 }
 
 }  // namespace
-}  // namespace lynx
+}  // namespace lynx::adapter
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lynx_kernels_cuda, library) {
     library.def(
@@ -53,5 +54,5 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lynx_kernels_cuda, library) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lynx_kernels_cuda, CUDA, library) {
-    library.impl("adapter_small_m", TORCH_BOX(&lynx::adapter_small_m));
+    library.impl("adapter_small_m", TORCH_BOX(&lynx::adapter::adapter_small_m));
 }

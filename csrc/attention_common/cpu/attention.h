@@ -1,12 +1,12 @@
-// Attention over all units of a plan, on several threads.
+// Attention over all tasks of a plan, on several threads.
 #pragma once
 
 #include "plan.h"
 
-namespace lynx {
+namespace lynx::attention {
 
-// Both fill in the plan's part of the problem. Results do not depend on `threads`.
-void attention_forward(const Layout& layout, Problem problem, int threads);
-void attention_backward(const Layout& layout, Problem problem, int threads);
+// The caller leaves `runs`, `tiles` and `dq_splits` of the problem empty. Results do not depend on `threads`.
+void forward(const Layout& layout, Problem problem, int threads);
+void backward(const Layout& layout, Problem problem, int threads);
 
-}  // namespace lynx
+}  // namespace lynx::attention

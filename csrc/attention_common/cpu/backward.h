@@ -1,192 +1,198 @@
-// Backward: the gradients of q, k and v from the output, its LSE and the gradients of both.
+// Backward: dq, dk and dv from the output, its LSE and the gradients of both.
 //
-//     P = exp(scale q k^T - LSE)          dS = P * (dO v^T - (rowsum(dO * O) - dLSE))
-//     dV = P^T dO          dK = scale dS^T q          dQ = scale dS k
+//     P = exp(scale q k^T - LSE)          dS = P * (dO v^T - delta)          delta = rowsum(dO * O) - dLSE
+//     dv = P^T dO          dk = scale dS^T q          dq = scale dS k
 //
-// A unit computes P and dS of its keys once and takes all three gradients from them.
+// A task computes P and dS of its keys once, and all three gradients from them.
 #pragma once
 
 #include "forward.h"
 
 namespace {
 
-constexpr int64_t kBackwardRows = 64;          // queries a block
-constexpr int64_t kBackwardDiagonalRows = 16;  // where queries see different keys
+constexpr int64_t kBackwardBlockM = 64;        // queries
+constexpr int64_t kBackwardMaskedBlockM = 16;  // in masked tiles
 
 template <class Compute>
 struct BackwardScratch {
     typedef typename Compute::Word Word;
-    Word* keys_transposed;    // (steps, kBackwardTile)
-    Word* values_transposed;  // (steps, kBackwardTile)
-    Word* keys;               // (steps over kBackwardTile, stride)
-    float* weights;           // (kBackwardRows, kBackwardTile): the scores, then P
-    float* grad_weights;      // (kBackwardRows, kBackwardTile): dO v^T, then dS
-    Word* weights_columns;    // (steps over kBackwardRows, kBackwardTile): P, its rows two a word with Pairs
-    Word* grad_columns;       // likewise dS
-    Word* grad_rows;          // (kBackwardRows, kBackwardTile in words): dS
-    Word* queries;            // (rows, left_stride): q as left operand
-    Word* grads;              // (rows, left_stride): dO likewise
-    Word* query_steps;        // (steps over rows, stride): q as right operand
-    Word* grad_steps;         // (steps over rows, stride): dO likewise
+    Word* keys_transposed;    // (words, kBackwardBlockN)
+    Word* values_transposed;  // (words, kBackwardBlockN)
+    Word* keys;               // (words over kBackwardBlockN, ldb)
+    float* p;                 // (kBackwardBlockM, kBackwardBlockN): the scores, then P
+    float* ds;                // (kBackwardBlockM, kBackwardBlockN): dO v^T, then dS
+    Word* p_over_rows;        // (words over kBackwardBlockM, kBackwardBlockN): P, to be transposed
+    Word* ds_over_rows;       // likewise dS
+    Word* ds_over_keys;       // (kBackwardBlockM, kBackwardBlockN in words): dS
+    Word* q_a;                // (rows, lda): q as operand a
+    Word* dout_a;             // (rows, lda): dO likewise
+    Word* q_b;                // (words over rows, ldb): q as operand b
+    Word* dout_b;             // (words over rows, ldb): dO likewise
     float* lse;               // (rows,)
-    float* delta;             // (rows,) rowsum(dO * O) - dLSE
-    float* grad_q;            // (rows, stride)
-    float* grad_k;            // (keys of the unit, stride)
-    float* grad_v;            // (keys of the unit, stride)
+    float* delta;             // (rows,)
+    float* dq;                // (rows, ldb)
+    float* dk;                // (keys of the task, ldb)
+    float* dv;                // (keys of the task, ldb)
     size_t bytes;
 
     BackwardScratch(void* block, int64_t rows, int64_t num_keys, const Sizes<Compute>& sizes) {
-        Cutter cutter(block);
-        const int64_t cells = kBackwardRows * lynx::kBackwardTile;
-        keys_transposed = cutter.take<Word>(sizes.steps * lynx::kBackwardTile);
-        values_transposed = cutter.take<Word>(sizes.steps * lynx::kBackwardTile);
-        keys = cutter.take<Word>(sizes.steps_over(lynx::kBackwardTile) * sizes.stride);
-        weights = cutter.take<float>(cells);
-        grad_weights = cutter.take<float>(cells);
-        queries = cutter.take<Word>(rows * sizes.left_stride);
-        grads = cutter.take<Word>(rows * sizes.left_stride);
-        if constexpr (Compute::kNumbers == 1) {  // one form of each serves all products
-            weights_columns = weights;
-            grad_columns = grad_rows = grad_weights;
-            query_steps = queries;
-            grad_steps = grads;
+        Workspace workspace(block);
+        const int64_t cells = kBackwardBlockM * kBackwardBlockN;
+        keys_transposed = workspace.take<Word>(sizes.words * kBackwardBlockN);
+        values_transposed = workspace.take<Word>(sizes.words * kBackwardBlockN);
+        keys = workspace.take<Word>(sizes.k_over(kBackwardBlockN) * sizes.ldb);
+        p = workspace.take<float>(cells);
+        ds = workspace.take<float>(cells);
+        q_a = workspace.take<Word>(rows * sizes.lda);
+        dout_a = workspace.take<Word>(rows * sizes.lda);
+        if constexpr (Compute::kNumbers == 1) {  // one form serves all products
+            p_over_rows = p;
+            ds_over_rows = ds_over_keys = ds;
+            q_b = q_a;
+            dout_b = dout_a;
         } else {
-            weights_columns = cutter.take<Word>(cells / Compute::kNumbers);
-            grad_columns = cutter.take<Word>(cells / Compute::kNumbers);
-            grad_rows = cutter.take<Word>(cells / Compute::kNumbers);
-            query_steps = cutter.take<Word>(sizes.steps_over(rows) * sizes.stride);
-            grad_steps = cutter.take<Word>(sizes.steps_over(rows) * sizes.stride);
+            p_over_rows = workspace.take<Word>(cells / Compute::kNumbers);
+            ds_over_rows = workspace.take<Word>(cells / Compute::kNumbers);
+            ds_over_keys = workspace.take<Word>(cells / Compute::kNumbers);
+            q_b = workspace.take<Word>(sizes.k_over(rows) * sizes.ldb);
+            dout_b = workspace.take<Word>(sizes.k_over(rows) * sizes.ldb);
         }
-        lse = cutter.take<float>(rows);
-        delta = cutter.take<float>(rows);
-        grad_q = cutter.take<float>(rows * sizes.stride);
-        grad_k = cutter.take<float>(num_keys * sizes.stride);
-        grad_v = cutter.take<float>(num_keys * sizes.stride);
-        bytes = cutter.used();
+        lse = workspace.take<float>(rows);
+        delta = workspace.take<float>(rows);
+        dq = workspace.take<float>(rows * sizes.ldb);
+        dk = workspace.take<float>(num_keys * sizes.ldb);
+        dv = workspace.take<float>(num_keys * sizes.ldb);
+        bytes = workspace.bytes();
     }
 };
 
-// A run's rows in the scratch start at a step of the products over rows, so that no word mixes two runs.
+// A run's rows in the scratch start at a whole word of the products over rows, so that no word mixes two runs.
 template <class Compute>
-int64_t rows_of(const lynx::Run& run) {
+int64_t rows_of(const Run& run) {
     return round_up(run.last_query - run.first_query, Compute::kNumbers);
 }
 
 template <class Compute>
-int64_t rows_of(const lynx::Problem& problem, const lynx::Unit& unit) {
+int64_t rows_of(const Problem& problem, const Task& task) {
     int64_t rows = 0;
-    for (int64_t i = unit.first_run; i < unit.last_run; i++) rows += rows_of<Compute>(problem.runs[i]);
+    for (int64_t i = task.first_run; i < task.last_run; i++) rows += rows_of<Compute>(problem.runs[i]);
     return rows;
 }
 
-// P and dS of some rows of a block: `count` of them, which make up one step of the products over rows.
+// Calls body(run, row) for the runs of a task; `row` is the scratch row of the run's first query.
+template <class Compute, class Body>
+LYNX_INLINE void for_runs(const Problem& problem, const Task& task, Body body) {
+    int64_t row = 0;
+    for (int64_t i = task.first_run; i < task.last_run; i++) {
+        body(problem.runs[i], row);
+        row += rows_of<Compute>(problem.runs[i]);
+    }
+}
+
+// P and dS of the rows of a block that share a word of the products over rows.
 template <class Compute>
-LYNX_INLINE void differentiate(const BackwardScratch<Compute>& scratch, int64_t row_of_block, int64_t row,
-                               const int64_t* keys_seen, int64_t keys_computed, float scale) {
+LYNX_INLINE void softmax_backward(const BackwardScratch<Compute>& scratch, int64_t row_of_block, int64_t row,
+                                  const int64_t* keys_seen, int64_t keys_computed, float scale) {
     constexpr int kRows = Compute::kNumbers;
-    const int64_t cell = row_of_block * lynx::kBackwardTile;
+    const int64_t cell = row_of_block * kBackwardBlockN;
     for (int64_t key = 0; key < keys_computed; key += kWidth) {
-        Floats weights[kRows], grads[kRows];
+        Floats p[kRows], ds[kRows];
         for (int i = 0; i < kRows; i++) {
-            const int64_t at = cell + i * lynx::kBackwardTile + key;
-            weights[i] = exp(load(scratch.weights + at) * scale - scratch.lse[row + i]);
+            const int64_t at = cell + i * kBackwardBlockN + key;
+            p[i] = exp(load(scratch.p + at) * scale - scratch.lse[row + i]);
             if (keys_seen[i] < key + kWidth)
-                weights[i] = lane_numbers() < (int32_t)(keys_seen[i] - key) ? weights[i] : Floats{};
-            grads[i] = weights[i] * (load(scratch.grad_weights + at) - scratch.delta[row + i]);
+                p[i] = lane_numbers() < (int32_t)(keys_seen[i] - key) ? p[i] : Floats{};
+            ds[i] = p[i] * (load(scratch.ds + at) - scratch.delta[row + i]);
             if (keys_seen[i] < key + kWidth)
-                grads[i] = lane_numbers() < (int32_t)(keys_seen[i] - key) ? grads[i] : Floats{};
+                ds[i] = lane_numbers() < (int32_t)(keys_seen[i] - key) ? ds[i] : Floats{};
         }
         if constexpr (kRows == 1) {
-            store(scratch.weights + cell + key, weights[0]);
-            store(scratch.grad_weights + cell + key, grads[0]);
+            store(scratch.p + cell + key, p[0]);
+            store(scratch.ds + cell + key, ds[0]);
         } else {
-            const Words even = to_bfloat16(grads[0]), odd = to_bfloat16(grads[1]);
-            BFloat16* rows = reinterpret_cast<BFloat16*>(scratch.grad_rows) + cell + key;
+            const Words even = to_bfloat16(ds[0]), odd = to_bfloat16(ds[1]);
+            BFloat16* rows = reinterpret_cast<BFloat16*>(scratch.ds_over_keys) + cell + key;
             store_vector(rows, __builtin_convertvector(even, Halves));
-            store_vector(rows + lynx::kBackwardTile, __builtin_convertvector(odd, Halves));
-            store_vector(scratch.grad_columns + cell / 2 + key, even | odd << 16);
-            store_vector(scratch.weights_columns + cell / 2 + key,
-                         to_bfloat16(weights[0]) | to_bfloat16(weights[1]) << 16);
+            store_vector(rows + kBackwardBlockN, __builtin_convertvector(odd, Halves));
+            store_vector(scratch.ds_over_rows + cell / 2 + key, even | odd << 16);
+            store_vector(scratch.p_over_rows + cell / 2 + key, to_bfloat16(p[0]) | to_bfloat16(p[1]) << 16);
         }
     }
 }
 
-// What the queries of a run give to the gradients of one tile's keys, and take from the tile.
+// What the queries of a run add to dk and dv of one tile, and the tile to their dq.
 template <class Compute>
-void differentiate_tile(const BackwardScratch<Compute>& scratch, const Sizes<Compute>& sizes, const lynx::Run& run,
-                        const View& view, int64_t row_of_run, int64_t key_of_tile, float scale, int64_t dim) {
-    typedef typename Compute::Word Word;
-    constexpr int64_t kTile = lynx::kBackwardTile, kNumbers = Compute::kNumbers;
-    float* grad_k = scratch.grad_k + key_of_tile * sizes.stride;
-    float* grad_v = scratch.grad_v + key_of_tile * sizes.stride;
+void backward_tile(const BackwardScratch<Compute>& scratch, const Sizes<Compute>& sizes, const Run& run,
+                   const View& view, int64_t row_of_run, int64_t key_of_tile, float scale, int64_t dim) {
+    typedef Product<typename Compute::Word> Product;
+    constexpr int64_t kN = kBackwardBlockN, kNumbers = Compute::kNumbers;
+    float* dk = scratch.dk + key_of_tile * sizes.ldb;
+    float* dv = scratch.dv + key_of_tile * sizes.ldb;
     const int64_t first = (view.first_query - run.first_query) / kNumbers * kNumbers, last = rows_of<Compute>(run);
     for (int64_t at = view.first_query < run.last_query ? first : last; at < last;) {
         const int64_t query = run.first_query + at, row = row_of_run + at;
-        const bool is_whole = view.keys_seen(query) == view.size;
-        const int64_t rows = smaller(is_whole ? kBackwardRows : kBackwardDiagonalRows, last - at);
-        const int64_t keys = view.keys_seen(query + rows - 1);
-        const Word* queries = scratch.queries + row * sizes.left_stride;
-        const Word* grads = scratch.grads + row * sizes.left_stride;
-        multiply<Compute, false>(rows, keys,
-                                 Product<Word>{queries, sizes.left_stride, scratch.keys_transposed, kTile,
-                                               scratch.weights, kTile, sizes.steps, false});
-        multiply<Compute, false>(rows, keys,
-                                 Product<Word>{grads, sizes.left_stride, scratch.values_transposed, kTile,
-                                               scratch.grad_weights, kTile, sizes.steps, false});
-        for (int64_t i = 0; i < rows; i += kNumbers) {
+        const int64_t block_m = view.is_unmasked_from(query) ? kBackwardBlockM : kBackwardMaskedBlockM;
+        const int64_t m = min(block_m, last - at);
+        const int64_t n = view.keys_seen(query + m - 1);
+        matmul<Compute, false>(m, n,
+                               Product{scratch.q_a + row * sizes.lda, sizes.lda, scratch.keys_transposed, kN,
+                                       scratch.p, kN, sizes.words, false});
+        matmul<Compute, false>(m, n,
+                               Product{scratch.dout_a + row * sizes.lda, sizes.lda, scratch.values_transposed, kN,
+                                       scratch.ds, kN, sizes.words, false});
+        for (int64_t i = 0; i < m; i += kNumbers) {
             int64_t keys_seen[kNumbers];
             for (int j = 0; j < kNumbers; j++) keys_seen[j] = view.keys_seen(query + i + j);
-            differentiate(scratch, i, row + i, keys_seen, keys, scale);
+            softmax_backward(scratch, i, row + i, keys_seen, n, scale);
         }
-        const int64_t steps = sizes.steps_over(rows), step = row / kNumbers;
-        multiply<Compute, true>(keys, dim,
-                                Product<Word>{scratch.weights_columns, kTile, scratch.grad_steps + step * sizes.stride,
-                                              sizes.stride, grad_v, sizes.stride, steps, true});
-        multiply<Compute, true>(keys, dim,
-                                Product<Word>{scratch.grad_columns, kTile, scratch.query_steps + step * sizes.stride,
-                                              sizes.stride, grad_k, sizes.stride, steps, true});
-        multiply<Compute, false>(rows, dim,
-                                 Product<Word>{scratch.grad_rows, kTile / kNumbers, scratch.keys, sizes.stride,
-                                               scratch.grad_q + row * sizes.stride, sizes.stride,
-                                               sizes.steps_over(keys), true});
-        at += rows;
+        const int64_t k = sizes.k_over(m), word = row / kNumbers;
+        matmul<Compute, true>(n, dim,
+                              Product{scratch.p_over_rows, kN, scratch.dout_b + word * sizes.ldb, sizes.ldb, dv,
+                                      sizes.ldb, k, true});
+        matmul<Compute, true>(n, dim,
+                              Product{scratch.ds_over_rows, kN, scratch.q_b + word * sizes.ldb, sizes.ldb, dk,
+                                      sizes.ldb, k, true});
+        matmul<Compute, false>(m, dim,
+                               Product{scratch.ds_over_keys, kN / kNumbers, scratch.keys, sizes.ldb,
+                                       scratch.dq + row * sizes.ldb, sizes.ldb, sizes.k_over(n), true});
+        at += m;
     }
 }
 
-// q and dO of a run, and what its rows know beside them.
+// q, dO, LSE and delta of a run's rows.
 template <class Compute, class Element>
-void pack_run(const lynx::Problem& problem, const BackwardScratch<Compute>& scratch, const Sizes<Compute>& sizes,
-              const lynx::Run& run, int64_t first_row, int64_t head) {
+void pack_run(const Problem& problem, const BackwardScratch<Compute>& scratch, const Sizes<Compute>& sizes,
+              const Run& run, int64_t first_row, int64_t head) {
     const int64_t queries = run.last_query - run.first_query, dim = problem.head_dim;
-    auto pack = [&](const lynx::Matrix& matrix, typename Compute::Word* left, typename Compute::Word* right) {
+    auto pack = [&](const Matrix& matrix, typename Compute::Word* a, typename Compute::Word* b) {
         const Rows<Element> rows = {head_of<Element>(matrix, run.first_query, head), matrix.row_stride, queries, dim};
-        pack_left<Compute>(rows, left + first_row * sizes.left_stride, sizes.left_stride);
+        pack_a<Compute>(rows, a + first_row * sizes.lda, sizes.lda);
         if constexpr (Compute::kNumbers > 1) {
-            pack_right<Compute>(rows, right + first_row / Compute::kNumbers * sizes.stride, sizes.stride);
+            pack_b<Compute>(rows, b + first_row / Compute::kNumbers * sizes.ldb, sizes.ldb);
             for (int64_t row = queries; row < rows_of<Compute>(run); row++)
-                memset(left + (first_row + row) * sizes.left_stride, 0, sizes.left_stride * sizeof *left);
+                memset(a + (first_row + row) * sizes.lda, 0, sizes.lda * sizeof *a);
         }
     };
-    pack(problem.q, scratch.queries, scratch.query_steps);
-    pack(problem.grad, scratch.grads, scratch.grad_steps);
+    pack(problem.q, scratch.q_a, scratch.q_b);
+    pack(problem.dout, scratch.dout_a, scratch.dout_b);
     for (int64_t row = 0; row < rows_of<Compute>(run); row++) {
-        float lse = 0, delta = 0;  // of a row that only fills up a word: what it gives is multiplied by zeros
+        float lse = 0, delta = 0;  // of a row that only fills up a word: it is multiplied by zeros
         if (row < queries) {
             const int64_t query = run.first_query + row, at = query * problem.num_heads + head;
-            const Element* grad = head_of<Element>(problem.grad, query, head);
+            const Element* dout = head_of<Element>(problem.dout, query, head);
             const Element* out = head_of<Element>(problem.out, query, head);
             Floats sum = {};
             for (int64_t column = 0; column < dim; column += kWidth)
-                sum += load_first(grad + column, dim - column) * load_first(out + column, dim - column);
+                sum += load_first(dout + column, dim - column) * load_first(out + column, dim - column);
             lse = problem.lse[at];
-            delta = sum_of_lanes(sum) - (problem.grad_lse == nullptr ? 0 : problem.grad_lse[at]);
+            delta = sum_of_lanes(sum) - (problem.dlse == nullptr ? 0 : problem.dlse[at]);
         }
         scratch.lse[first_row + row] = lse;
         scratch.delta[first_row + row] = delta;
     }
 }
 
-// factor * sums (count, dim), into consecutive rows of a gradient.
+// Writes factor * sums (count, dim) into consecutive rows of a gradient.
 template <class Element>
 void write(Element* to, int64_t row_stride, const float* sums, int64_t stride, int64_t count, int64_t dim,
            float factor) {
@@ -196,56 +202,55 @@ void write(Element* to, int64_t row_stride, const float* sums, int64_t stride, i
 }
 
 template <class Compute, class Element>
-void backward(const lynx::Problem& problem, const lynx::Unit& unit, int64_t kv_head, void* block) {
+void backward_task(const Problem& problem, const Task& task, int64_t kv_head, void* block) {
     const int64_t dim = problem.head_dim, group_heads = problem.num_heads / problem.num_kv_heads;
-    const int64_t rows = rows_of<Compute>(problem, unit);
-    const int64_t first_key = problem.tiles[unit.first_tile].begin;
-    const int64_t num_keys = problem.tiles[unit.last_tile - 1].end - first_key;
+    const int64_t rows = rows_of<Compute>(problem, task);
+    const int64_t first_key = problem.tiles[task.first_tile].begin;
+    const int64_t num_keys = problem.tiles[task.last_tile - 1].end - first_key;
     const Sizes<Compute> sizes(dim);
     const BackwardScratch<Compute> scratch(block, rows, num_keys, sizes);
-    memset(scratch.grad_k, 0, num_keys * sizes.stride * sizeof(float));
-    memset(scratch.grad_v, 0, num_keys * sizes.stride * sizeof(float));
+    memset(scratch.dk, 0, num_keys * sizes.ldb * sizeof(float));
+    memset(scratch.dv, 0, num_keys * sizes.ldb * sizeof(float));
 
     for (int64_t head = kv_head * group_heads; head < (kv_head + 1) * group_heads; head++) {
-        memset(scratch.grad_q, 0, rows * sizes.stride * sizeof(float));
-        for (int64_t i = unit.first_run, row = 0; i < unit.last_run; row += rows_of<Compute>(problem.runs[i++]))
-            pack_run<Compute, Element>(problem, scratch, sizes, problem.runs[i], row, head);
-        for (int64_t t = unit.first_tile; t < unit.last_tile; t++) {
-            const lynx::Tile& tile = problem.tiles[t];
-            const Rows<Element> k = {head_of<Element>(problem.k, tile.begin, kv_head), problem.k.row_stride,
-                                     tile.end - tile.begin, dim};
-            const Rows<Element> v = {head_of<Element>(problem.v, tile.begin, kv_head), problem.v.row_stride,
-                                     tile.end - tile.begin, dim};
-            pack_transposed<Compute>(k, scratch.keys_transposed, lynx::kBackwardTile);
-            pack_transposed<Compute>(v, scratch.values_transposed, lynx::kBackwardTile);
-            pack_right<Compute>(k, scratch.keys, sizes.stride);
-            for (int64_t i = unit.first_run, row = 0; i < unit.last_run; row += rows_of<Compute>(problem.runs[i++]))
-                differentiate_tile(scratch, sizes, problem.runs[i], view_of(problem.runs[i], tile), row,
-                                   tile.begin - first_key, problem.scale, dim);
+        memset(scratch.dq, 0, rows * sizes.ldb * sizeof(float));
+        for_runs<Compute>(problem, task, [&](const Run& run, int64_t row) {
+            pack_run<Compute, Element>(problem, scratch, sizes, run, row, head);
+        });
+        for (int64_t t = task.first_tile; t < task.last_tile; t++) {
+            const Tile& tile = problem.tiles[t];
+            const Rows<Element> k = rows_of_tile<Element>(problem.k, tile, kv_head, dim);
+            const Rows<Element> v = rows_of_tile<Element>(problem.v, tile, kv_head, dim);
+            pack_b_transposed<Compute>(k, scratch.keys_transposed, kBackwardBlockN);
+            pack_b_transposed<Compute>(v, scratch.values_transposed, kBackwardBlockN);
+            pack_b<Compute>(k, scratch.keys, sizes.ldb);
+            for_runs<Compute>(problem, task, [&](const Run& run, int64_t row) {
+                backward_tile(scratch, sizes, run, view_of(run, tile), row, tile.begin - first_key, problem.scale, dim);
+            });
         }
-        for (int64_t i = unit.first_run, row = 0; i < unit.last_run; row += rows_of<Compute>(problem.runs[i++])) {
-            const int64_t query = problem.runs[i].first_query, count = problem.runs[i].last_query - query;
-            const float* sums = scratch.grad_q + row * sizes.stride;
-            if (unit.is_split) {
+        for_runs<Compute>(problem, task, [&](const Run& run, int64_t row) {
+            const int64_t query = run.first_query, count = run.last_query - query;
+            const float* dq = scratch.dq + row * sizes.ldb;
+            if (task.is_split) {
                 const int64_t row_stride = problem.num_heads * dim;
-                float* part = problem.partial_grad_q + (unit.part * problem.num_queries + query) * row_stride;
-                write(part + head * dim, row_stride, sums, sizes.stride, count, dim, problem.scale);
+                float* split = problem.dq_splits + (task.split * problem.num_queries + query) * row_stride;
+                write(split + head * dim, row_stride, dq, sizes.ldb, count, dim, problem.scale);
             } else {
-                write(head_of<Element>(problem.grad_q, query, head), problem.grad_q.row_stride, sums, sizes.stride,
-                      count, dim, problem.scale);
+                write(head_of<Element>(problem.dq, query, head), problem.dq.row_stride, dq, sizes.ldb, count, dim,
+                      problem.scale);
             }
-        }
+        });
     }
-    write(head_of<Element>(problem.grad_k, first_key, kv_head), problem.grad_k.row_stride, scratch.grad_k,
-          sizes.stride, num_keys, dim, problem.scale);
-    write(head_of<Element>(problem.grad_v, first_key, kv_head), problem.grad_v.row_stride, scratch.grad_v,
-          sizes.stride, num_keys, dim, 1);
+    write(head_of<Element>(problem.dk, first_key, kv_head), problem.dk.row_stride, scratch.dk, sizes.ldb, num_keys, dim,
+          problem.scale);
+    write(head_of<Element>(problem.dv, first_key, kv_head), problem.dv.row_stride, scratch.dv, sizes.ldb, num_keys, dim,
+          1);
 }
 
 template <class Compute>
-size_t backward_scratch_bytes(const lynx::Problem& problem, const lynx::Unit& unit) {
-    const int64_t num_keys = problem.tiles[unit.last_tile - 1].end - problem.tiles[unit.first_tile].begin;
-    return BackwardScratch<Compute>(nullptr, rows_of<Compute>(problem, unit), num_keys,
+size_t backward_scratch_bytes(const Problem& problem, const Task& task) {
+    const int64_t num_keys = problem.tiles[task.last_tile - 1].end - problem.tiles[task.first_tile].begin;
+    return BackwardScratch<Compute>(nullptr, rows_of<Compute>(problem, task), num_keys,
                                     Sizes<Compute>(problem.head_dim)).bytes;
 }
 

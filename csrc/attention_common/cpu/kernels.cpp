@@ -1,42 +1,48 @@
-// The attention kernels of one instruction set. Compiled once for each, with LYNX_KERNELS the name of the result.
+// The attention kernels of one instruction set. This file is compiled once for each, and LYNX_KERNELS names the result.
 #include "backward.h"
 
 namespace {
 
 #if defined(__AVX512BF16__)
-typedef Pairs BFloat16Compute;
+typedef Bf16Pairs Bf16Compute;
 #else
-typedef Single BFloat16Compute;  // widened when packed
+typedef Fp32 Bf16Compute;  // bf16 is widened when it is packed
 #endif
 
-size_t any_forward_scratch_bytes(const lynx::Problem& problem, const lynx::Unit& unit) {
-    return problem.is_bfloat16 ? forward_scratch_bytes<BFloat16Compute>(problem, unit)
-                               : forward_scratch_bytes<Single>(problem, unit);
+// Calls use(compute, element) with values of the two types, which stand for them.
+template <class Use>
+LYNX_INLINE auto with_types(const Problem& problem, Use use) {
+    return problem.is_bfloat16 ? use(Bf16Compute(), BFloat16()) : use(Fp32(), float());
 }
 
-void any_forward(const lynx::Problem& problem, const lynx::Unit& unit, int64_t kv_head, void* scratch) {
-    if (problem.is_bfloat16)
-        forward<BFloat16Compute, BFloat16>(problem, unit, kv_head, scratch);
-    else
-        forward<Single, float>(problem, unit, kv_head, scratch);
+size_t forward_bytes(const Problem& problem, const Task& task) {
+    return with_types(problem, [&](auto compute, auto) {
+        return forward_scratch_bytes<decltype(compute)>(problem, task);
+    });
 }
 
-size_t any_backward_scratch_bytes(const lynx::Problem& problem, const lynx::Unit& unit) {
-    return problem.is_bfloat16 ? backward_scratch_bytes<BFloat16Compute>(problem, unit)
-                               : backward_scratch_bytes<Single>(problem, unit);
+void forward(const Problem& problem, const Task& task, int64_t kv_head, void* scratch) {
+    with_types(problem, [&](auto compute, auto element) {
+        forward_task<decltype(compute), decltype(element)>(problem, task, kv_head, scratch);
+    });
 }
 
-void any_backward(const lynx::Problem& problem, const lynx::Unit& unit, int64_t kv_head, void* scratch) {
-    if (problem.is_bfloat16)
-        backward<BFloat16Compute, BFloat16>(problem, unit, kv_head, scratch);
-    else
-        backward<Single, float>(problem, unit, kv_head, scratch);
+size_t backward_bytes(const Problem& problem, const Task& task) {
+    return with_types(problem, [&](auto compute, auto) {
+        return backward_scratch_bytes<decltype(compute)>(problem, task);
+    });
+}
+
+void backward(const Problem& problem, const Task& task, int64_t kv_head, void* scratch) {
+    with_types(problem, [&](auto compute, auto element) {
+        backward_task<decltype(compute), decltype(element)>(problem, task, kv_head, scratch);
+    });
 }
 
 }  // namespace
 
-namespace lynx {
+namespace lynx::attention {
 
-extern const Kernels LYNX_KERNELS = {any_forward_scratch_bytes, any_forward, any_backward_scratch_bytes, any_backward};
+extern const Kernels LYNX_KERNELS = {forward_bytes, forward, backward_bytes, backward};
 
-}  // namespace lynx
+}  // namespace lynx::attention

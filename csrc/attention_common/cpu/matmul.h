@@ -1,98 +1,97 @@
-// The one matrix product under all of attention: out (+)= left * right, on packed operands.
+// The matrix product of attention: c (+)= a b, on packed operands.
 //
-// Operands are made of 32-bit words. With `Single` a word is one fp32 number and a step of the product; with `Pairs` it
-// is two bf16 numbers, and a step multiplies and adds both (AVX512_BF16's dot product).
+// Operands are made of 32-bit words. With `Fp32` a word is one fp32 number, and a step along K multiplies one number. With
+// `Bf16Pairs` a word is two bf16 numbers, and a step multiplies and adds both (the dot product of AVX512_BF16).
 #pragma once
 
 #include "common/vector.h"
 
 namespace {
 
-struct Single {
+struct Fp32 {
     typedef float Word;
-    static constexpr int64_t kNumbers = 1;  // a word
-    // Steps that are summed up in one chain. A chain of a whole tile, 128, loses 5 last places of the output.
+    static constexpr int64_t kNumbers = 1;  // of a word
+    // Steps that are summed in one chain. A chain of a whole tile, 128 steps, costs 5 ulp of the output.
     static constexpr int64_t kChain = 32;
-    static LYNX_INLINE void multiply_add(Floats& sum, Word left, Words right) { sum += left * (Floats)right; }
+    static LYNX_INLINE void multiply_add(Floats& sum, Word a, Words b) { sum += a * (Floats)b; }
 };
 
 #if defined(__AVX512BF16__)
-struct Pairs {
+struct Bf16Pairs {
     typedef uint32_t Word;
     static constexpr int64_t kNumbers = 2;
     static constexpr int64_t kChain = 64;
-    static LYNX_INLINE void multiply_add(Floats& sum, Word left, Words right) {
-        sum = (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)left), (__m512bh)right);
+    static LYNX_INLINE void multiply_add(Floats& sum, Word a, Words b) {
+        sum = (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)b);
     }
 };
 #endif
 
-// out (rows, columns) fp32, left (rows, steps) or, if transposed, (steps, rows); right (steps, columns).
+// a (M, K), or (K, M) if it is transposed; b (K, N); c (M, N) in fp32. K counts words.
 template <class Word>
 struct Product {
-    const Word* left;
-    int64_t left_stride;
-    const Word* right;
-    int64_t right_stride;
-    float* out;
-    int64_t out_stride;
-    int64_t steps;
+    const Word* a;
+    int64_t lda;
+    const Word* b;
+    int64_t ldb;
+    float* c;
+    int64_t ldc;
+    int64_t k;
     bool accumulate;  // else overwrite
 };
 
-template <class Compute, bool kLeftIsTransposed, int kRows, int kVectors>
-void multiply_tile(const Product<typename Compute::Word>& product) {
-    const auto [left, left_stride, right, right_stride, out, out_stride, steps, accumulate] = product;
-    for (int64_t begin = 0; begin == 0 || begin < steps; begin += Compute::kChain) {
-        const int64_t end = steps < begin + Compute::kChain ? steps : begin + Compute::kChain;
-        Floats sums[kRows][kVectors] = {};
+template <class Compute, bool kTransposed, int kM, int kVectors>
+void matmul_tile(const Product<typename Compute::Word>& product) {
+    const auto [a, lda, b, ldb, c, ldc, k, accumulate] = product;
+    for (int64_t begin = 0; begin == 0 || begin < k; begin += Compute::kChain) {
+        const int64_t end = min(k, begin + Compute::kChain);
+        Floats sums[kM][kVectors] = {};
         for (int64_t step = begin; step < end; step++) {
             Words columns[kVectors];
-            for (int i = 0; i < kVectors; i++)
-                columns[i] = load_vector<Words>(right + step * right_stride + i * kWidth);
-            for (int row = 0; row < kRows; row++) {
-                auto word = kLeftIsTransposed ? left[step * left_stride + row] : left[row * left_stride + step];
+            for (int i = 0; i < kVectors; i++) columns[i] = load_vector<Words>(b + step * ldb + i * kWidth);
+            for (int row = 0; row < kM; row++) {
+                auto word = kTransposed ? a[step * lda + row] : a[row * lda + step];
                 for (int i = 0; i < kVectors; i++) Compute::multiply_add(sums[row][i], word, columns[i]);
             }
         }
-        for (int row = 0; row < kRows; row++)
+        for (int row = 0; row < kM; row++)
             for (int i = 0; i < kVectors; i++) {
-                float* to = out + row * out_stride + i * kWidth;
+                float* to = c + row * ldc + i * kWidth;
                 store(to, accumulate || begin > 0 ? load(to) + sums[row][i] : sums[row][i]);
             }
     }
 }
 
-template <class Compute, bool kLeftIsTransposed, int kRows>
-void multiply_rows(const Product<typename Compute::Word>& product, int64_t vectors) {
+template <class Compute, bool kTransposed, int kM>
+void matmul_rows(const Product<typename Compute::Word>& product, int64_t vectors) {
     static_assert(kTileVectors == 4 || kTileVectors == 2, "the cases below");
     switch (vectors) {
-        case 1: return multiply_tile<Compute, kLeftIsTransposed, kRows, 1>(product);
-        case 2: return multiply_tile<Compute, kLeftIsTransposed, kRows, 2>(product);
-        case 3: return multiply_tile<Compute, kLeftIsTransposed, kRows, kTileVectors == 4 ? 3 : 1>(product);
-        default: return multiply_tile<Compute, kLeftIsTransposed, kRows, kTileVectors>(product);
+        case 1: return matmul_tile<Compute, kTransposed, kM, 1>(product);
+        case 2: return matmul_tile<Compute, kTransposed, kM, 2>(product);
+        case 3: return matmul_tile<Compute, kTransposed, kM, kTileVectors == 4 ? 3 : 1>(product);
+        default: return matmul_tile<Compute, kTransposed, kM, kTileVectors>(product);
     }
 }
 
-// `columns` is rounded up to whole vectors: the operands must reach that far.
-template <class Compute, bool kLeftIsTransposed>
-void multiply(int64_t rows, int64_t columns, const Product<typename Compute::Word>& product) {
-    const int64_t vectors = (columns + kWidth - 1) / kWidth;
-    for (int64_t vector = 0; vector < vectors; vector += kTileVectors) {  // outside: its part of `right` stays in L1
-        for (int64_t row = 0; row < rows; row += kTileRows) {
-            Product<typename Compute::Word> part = product;
-            part.left += kLeftIsTransposed ? row : row * product.left_stride;
-            part.right += vector * kWidth;
-            part.out += row * product.out_stride + vector * kWidth;
-            const int64_t some_vectors = vectors - vector < kTileVectors ? vectors - vector : kTileVectors;
+// N is rounded up to whole vectors, so b and c must reach that far.
+template <class Compute, bool kTransposed>
+void matmul(int64_t m, int64_t n, const Product<typename Compute::Word>& product) {
+    const int64_t vectors = divide_up(n, kWidth);
+    for (int64_t vector = 0; vector < vectors; vector += kTileVectors) {  // the outer loop: its part of b stays in L1
+        for (int64_t row = 0; row < m; row += kTileRows) {
+            Product<typename Compute::Word> tile = product;
+            tile.a += kTransposed ? row : row * product.lda;
+            tile.b += vector * kWidth;
+            tile.c += row * product.ldc + vector * kWidth;
+            const int64_t tile_vectors = min(vectors - vector, kTileVectors);
             static_assert(kTileRows == 6, "the cases below");
-            switch (rows - row) {
-                case 1: multiply_rows<Compute, kLeftIsTransposed, 1>(part, some_vectors); break;
-                case 2: multiply_rows<Compute, kLeftIsTransposed, 2>(part, some_vectors); break;
-                case 3: multiply_rows<Compute, kLeftIsTransposed, 3>(part, some_vectors); break;
-                case 4: multiply_rows<Compute, kLeftIsTransposed, 4>(part, some_vectors); break;
-                case 5: multiply_rows<Compute, kLeftIsTransposed, 5>(part, some_vectors); break;
-                default: multiply_rows<Compute, kLeftIsTransposed, 6>(part, some_vectors);
+            switch (m - row) {
+                case 1: matmul_rows<Compute, kTransposed, 1>(tile, tile_vectors); break;
+                case 2: matmul_rows<Compute, kTransposed, 2>(tile, tile_vectors); break;
+                case 3: matmul_rows<Compute, kTransposed, 3>(tile, tile_vectors); break;
+                case 4: matmul_rows<Compute, kTransposed, 4>(tile, tile_vectors); break;
+                case 5: matmul_rows<Compute, kTransposed, 5>(tile, tile_vectors); break;
+                default: matmul_rows<Compute, kTransposed, 6>(tile, tile_vectors);
             }
         }
     }

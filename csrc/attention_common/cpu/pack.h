@@ -1,8 +1,8 @@
-// Rows of q, k, v and of the gradient, (rows, head_dim) with any row stride, as operands of matmul.h's product. What is
-// behind head_dim, and behind the last row, is 0.
+// Rows of q, k, v and dout, (rows, head_dim) with any row stride, as packed operands of matmul.h. Zeros fill up what is
+// behind head_dim and behind the last row.
 #pragma once
 
-#include "common/cutter.h"
+#include "common/workspace.h"
 #include "matmul.h"
 
 namespace {
@@ -14,12 +14,12 @@ struct Rows {
     int64_t count;
     int64_t dim;
 
-    // Up to `most` of the rows from `row` on.
-    LYNX_INLINE Rows part(int64_t row, int64_t most) const {
-        return {first + row * stride, stride, smaller(most, count - row), dim};
+    // The rows from `row` on, at most `limit` of them.
+    LYNX_INLINE Rows slice(int64_t row, int64_t limit) const {
+        return {first + row * stride, stride, min(limit, count - row), dim};
     }
 
-    // kWidth words of `row` from `word` on; all of them are there.
+    // kWidth words of `row` from `word` on, all of which exist.
     template <class Compute>
     LYNX_INLINE Words whole_words(int64_t row, int64_t word) const {
         const Element* from = first + row * stride + word * Compute::kNumbers;
@@ -29,7 +29,7 @@ struct Rows {
             return load_vector<Words>(from);
     }
 
-    // Likewise where some may not be.
+    // Likewise, but some of them may not exist.
     template <class Compute>
     LYNX_INLINE Words words(int64_t row, int64_t word) const {
         if (row >= count) return Words{};
@@ -51,46 +51,46 @@ struct Rows {
     }
 };
 
-// The left operand: a row's words along head_dim. `stride` >= the words of a row, rounded up to vectors.
+// As operand a, (rows, words along head_dim). `lda` is at least the words of a row, rounded up to vectors.
 template <class Compute, class Element>
-void pack_left(const Rows<Element>& rows, typename Compute::Word* out, int64_t stride) {
+void pack_a(const Rows<Element>& rows, typename Compute::Word* out, int64_t lda) {
     for (int64_t row = 0; row < rows.count; row++)
         for (int64_t word = 0; word * Compute::kNumbers < rows.dim; word += kWidth)
-            store_vector(out + row * stride + word, rows.template words<Compute>(row, word));
+            store_vector(out + row * lda + word, rows.template words<Compute>(row, word));
 }
 
-// The right operand whose steps are rows: word (step, column). `stride` >= head_dim, rounded up to vectors.
+// As operand b of a product over rows, (words over rows, head_dim). `ldb` is at least head_dim, rounded up to vectors.
 template <class Compute, class Element>
-void pack_right(const Rows<Element>& rows, typename Compute::Word* out, int64_t stride) {
+void pack_b(const Rows<Element>& rows, typename Compute::Word* out, int64_t ldb) {
     if constexpr (Compute::kNumbers == 1) {
-        pack_left<Compute>(rows, out, stride);
+        pack_a<Compute>(rows, out, ldb);
     } else {
         for (int64_t row = 0; row < rows.count; row += 2)
             for (int64_t column = 0; column < rows.dim; column += kWidth) {
-                // bf16 numbers in the upper halves: nothing is rounded
+                // bf16 stands in the upper halves, so nothing is rounded.
                 Words even = (Words)rows.numbers(row, column), odd = (Words)rows.numbers(row + 1, column);
-                store_vector(out + row / 2 * stride + column, even >> 16 | odd);
+                store_vector(out + row / 2 * ldb + column, even >> 16 | odd);
             }
     }
 }
 
-// The right operand whose steps run along head_dim: word (step, row). `stride` >= the rows, rounded up to vectors.
+// As operand b of a product over head_dim, (words along head_dim, rows). `ldb` is at least the rows, rounded up to vectors.
 template <class Compute, class Element>
-void pack_transposed(const Rows<Element>& rows, typename Compute::Word* out, int64_t stride) {
-    const int64_t words = (rows.dim + Compute::kNumbers - 1) / Compute::kNumbers;
+void pack_b_transposed(const Rows<Element>& rows, typename Compute::Word* out, int64_t ldb) {
+    const int64_t words = divide_up(rows.dim, Compute::kNumbers);
     for (int64_t word = 0; word < words; word += kWidth)
         for (int64_t row = 0; row < rows.count; row += kWidth) {
             Words block[kWidth];
-            if (row + kWidth <= rows.count && (word + kWidth) * Compute::kNumbers <= rows.dim) {  // the most: quickly
+            if (row + kWidth <= rows.count && (word + kWidth) * Compute::kNumbers <= rows.dim) {
                 for (int i = 0; i < kWidth; i++) block[i] = rows.template whole_words<Compute>(row + i, word);
                 transpose(block);
-                for (int i = 0; i < kWidth; i++) store_vector(out + (word + i) * stride + row, block[i]);
+                for (int i = 0; i < kWidth; i++) store_vector(out + (word + i) * ldb + row, block[i]);
                 continue;
             }
             for (int i = 0; i < kWidth; i++) block[i] = rows.template words<Compute>(row + i, word);
             transpose(block);
-            for (int i = 0; i < smaller(kWidth, words - word); i++)
-                store_vector(out + (word + i) * stride + row, block[i]);
+            for (int i = 0; i < min(kWidth, words - word); i++)
+                store_vector(out + (word + i) * ldb + row, block[i]);
         }
 }
 

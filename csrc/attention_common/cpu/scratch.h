@@ -1,31 +1,40 @@
-// What the working memory of a unit is cut into.
+// The sizes of packed operands in the scratch memory of a task.
 #pragma once
 
-#include "common/cutter.h"
+#include "common/workspace.h"
 #include "pack.h"
+#include "problem.h"
 
 namespace {
 
-// The sizes that operands of one problem have, in words and in fp32 numbers.
+// Of operands of one head dimension, in words of Compute; strides of sums in fp32 numbers.
 template <class Compute>
 struct Sizes {
-    int64_t steps;        // words along head_dim
-    int64_t left_stride;  // of a left operand's row
-    int64_t stride;       // of a right operand's step over rows, and of a row of sums
+    int64_t words;  // along head_dim
+    int64_t lda;    // of rows of q, k, v and dout as operand a
+    int64_t ldb;    // of them as operand b, and of rows of sums
 
-    // A cache line more than a power of two, or rows 256 bytes or more apart would share few sets of the L1 cache.
+    // A cache line is added to strides that are powers of two: rows 256 bytes or more apart would share few sets of the L1
+    // cache.
     explicit Sizes(int64_t dim)
-        : steps((dim + Compute::kNumbers - 1) / Compute::kNumbers),
-          left_stride(round_up(steps, kWidth) + (steps % 64 == 0 ? 16 : 0)),
-          stride(round_up(dim, kWidth) + (dim % 64 == 0 ? 16 : 0)) {}
+        : words(divide_up(dim, Compute::kNumbers)),
+          lda(round_up(words, kWidth) + (words % 64 == 0 ? 16 : 0)),
+          ldb(round_up(dim, kWidth) + (dim % 64 == 0 ? 16 : 0)) {}
 
-    // Steps of a product over this many rows.
-    static int64_t steps_over(int64_t rows) { return (rows + Compute::kNumbers - 1) / Compute::kNumbers; }
+    // K of a product over this many rows.
+    static int64_t k_over(int64_t rows) { return divide_up(rows, Compute::kNumbers); }
 };
 
 template <class Element>
-Element* head_of(const lynx::Matrix& matrix, int64_t row, int64_t head) {
+Element* head_of(const lynx::attention::Matrix& matrix, int64_t row, int64_t head) {
     return static_cast<Element*>(matrix.data) + row * matrix.row_stride + head * matrix.head_stride;
+}
+
+// The keys or values of a tile, of one key head.
+template <class Element>
+Rows<Element> rows_of_tile(const lynx::attention::Matrix& matrix, const lynx::attention::Tile& tile, int64_t kv_head,
+                           int64_t dim) {
+    return {head_of<Element>(matrix, tile.begin, kv_head), matrix.row_stride, tile.end - tile.begin, dim};
 }
 
 }  // namespace

@@ -9,7 +9,9 @@ namespace py = pybind11;
 namespace lynx {
 namespace {
 
-// (address, dtype as a number of lynx::Dtype, rows, row stride in elements).
+using namespace embeddings;
+
+// (address, dtype as a number of lynx::Dtype, rows, row stride in elements)
 using RowsView = std::tuple<uintptr_t, int, int64_t, int64_t>;
 
 Rows rows(const RowsView& view) {
@@ -27,7 +29,7 @@ void bind_embeddings(py::module_& module) {
         pack_embeddings({pointer<int64_t>(token_ids), pointer<int32_t>(vision_index), num_rows}, rows(embedding),
                         rows(vision), rows(out), width, threads);
     });
-    // `of_table`: the gradient of the table, else of the vision rows.
+    // The gradient of the table if `of_table`, else of the vision rows.
     module.def("sum_gradients", [](uintptr_t token_ids, uintptr_t vision_index, int64_t num_rows, bool of_table,
                                    const RowsView& grad, const RowsView& out, int64_t width, int threads) {
         py::gil_scoped_release release;

@@ -8,17 +8,14 @@
 
 #include "common/threads.h"
 
-namespace lynx {
+namespace lynx::embeddings {
 namespace {
 
-// Starting a second thread takes some microseconds, in which one thread moves about as much.
-constexpr int64_t kBytesOfAThread = 64 << 10;
-
-// Which row of the source each row is of, or -1 where it is of the other source.
+// The row of the source that is copied to `row`, or -1 if it comes from the other source.
 int64_t index_of(const Sources& sources, Source source, int64_t row) {
-    const int64_t picture = sources.vision_index[row];
-    if (source == Source::kVision) return picture >= 0 ? picture : -1;
-    return picture >= 0 ? -1 : sources.token_ids[row];
+    const int64_t vision_row = sources.vision_index[row];
+    if (source == Source::kVision) return vision_row >= 0 ? vision_row : -1;
+    return vision_row >= 0 ? -1 : sources.token_ids[row];
 }
 
 void check(const Sources& sources, Source source, int64_t size) {
@@ -31,10 +28,6 @@ void check(const Sources& sources, Source source, int64_t size) {
                                     std::to_string(row) + "] is " + std::to_string(index) + ", outside [0, " +
                                     std::to_string(size) + ")");
     }
-}
-
-int threads_for(int64_t bytes, int threads) {
-    return static_cast<int>(std::min<int64_t>(usable_threads(threads), 1 + bytes / kBytesOfAThread));
 }
 
 template <class Element>
@@ -51,7 +44,7 @@ void copy(const From* from, To* to, int64_t width) {
     }
 }
 
-// The rows of each row of a source, in their order: those of i are rows[starts[i]] to rows[starts[i + 1] - 1].
+// Where each row of a source was copied to: row i to rows[starts[i]] ... rows[starts[i + 1] - 1], which ascend.
 struct Uses {
     std::vector<int64_t> starts, rows;
 
@@ -91,18 +84,18 @@ void pack_embeddings(const Sources& sources, const Rows& embedding, const Rows& 
                      int threads) {
     check(sources, Source::kTable, embedding.count);
     check(sources, Source::kVision, vision.count);
-    if (width == 0) return;  // addresses may be null
+    if (width == 0) return;  // data may be null
     with_type(embedding.dtype, [&](auto table_type) {
         with_type(vision.dtype, [&](auto vision_type) {
             using Table = decltype(table_type);
             using Vision = decltype(vision_type);
-            const int count = threads_for(sources.num_rows * width * sizeof(Table), threads);
+            const int count = threads_for_bytes(sources.num_rows * width * sizeof(Table), threads);
 #pragma omp parallel for num_threads(count) schedule(static)
             for (int64_t row = 0; row < sources.num_rows; row++) {
                 Table* to = row_of<Table>(out, row);
-                const int64_t picture = sources.vision_index[row];
-                if (picture >= 0)
-                    copy(row_of<Vision>(vision, picture), to, width);
+                const int64_t vision_row = sources.vision_index[row];
+                if (vision_row >= 0)
+                    copy(row_of<Vision>(vision, vision_row), to, width);
                 else
                     copy(row_of<Table>(embedding, sources.token_ids[row]), to, width);
             }
@@ -119,8 +112,8 @@ void sum_gradients(const Sources& sources, Source source, const Rows& grad, cons
         with_type(out.dtype, [&](auto out_type) {
             using From = decltype(grad_type);
             using To = decltype(out_type);
-            const int count = threads_for((sources.num_rows + out.count) * width * sizeof(To), threads);
-            // Sixteen at a time: rows of a table are used very unevenly.
+            const int count = threads_for_bytes((sources.num_rows + out.count) * width * sizeof(To), threads);
+            // Sixteen rows at a time, because rows of a table are used very unevenly.
 #pragma omp parallel for num_threads(count) schedule(dynamic, 16)
             for (int64_t i = 0; i < out.count; i++)
                 sum<To, From>(uses.rows.data() + uses.starts[i], uses.rows.data() + uses.starts[i + 1], grad,
@@ -129,4 +122,4 @@ void sum_gradients(const Sources& sources, Source source, const Rows& grad, cons
     });
 }
 
-}  // namespace lynx
+}  // namespace lynx::embeddings

@@ -1,8 +1,9 @@
-// pack_embeddings for torch, on a GPU. Python has checked shapes, dtypes and devices; the device checks indices.
+// architectures: sm_80 sm_90 sm_100
+// pack_embeddings, as an operator of torch on a GPU. Python has checked shapes, dtypes and devices. The kernels check indices.
 #include "common/torch_library.h"
 #include "launches.h"
 
-namespace lynx {
+namespace lynx::embeddings {
 namespace {
 
 Rows rows_of(const Tensor& tensor) { return {tensor.data_ptr(), dtype_of(tensor), tensor.size(0), tensor.stride(0)}; }
@@ -27,7 +28,7 @@ Tensor pack_embeddings_backward(const Tensor& grad, const Tensor& vision_index, 
 }
 
 }  // namespace
-}  // namespace lynx
+}  // namespace lynx::embeddings
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lynx_kernels_cuda, library) {
     library.def(
@@ -37,6 +38,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lynx_kernels_cuda, library) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lynx_kernels_cuda, CUDA, library) {
-    library.impl("pack_embeddings", TORCH_BOX(&lynx::pack_embeddings));
-    library.impl("pack_embeddings_backward", TORCH_BOX(&lynx::pack_embeddings_backward));
+    library.impl("pack_embeddings", TORCH_BOX(&lynx::embeddings::pack_embeddings));
+    library.impl("pack_embeddings_backward", TORCH_BOX(&lynx::embeddings::pack_embeddings_backward));
 }

@@ -11,8 +11,7 @@ namespace py = pybind11;
 namespace lynx {
 namespace {
 
-// Of a frame (address, row stride, column stride, channel stride), and (top, left, height, width) of what a box cuts
-// out.
+// A frame is (address, row stride, column stride, channel stride), a box (top, left, height, width).
 using FrameView = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
 using Box = std::tuple<int64_t, int64_t, int64_t, int64_t>;
 
@@ -31,7 +30,7 @@ void bind_frames(py::module_& module) {
         .value("float32", Dtype::kFloat)
         .value("float16", Dtype::kHalf)
         .value("bfloat16", Dtype::kBFloat16);
-    // `levels` (3, 256) and `out` are of `dtype`; boxes lie inside their frames.
+    // `levels` (3, 256) and `out` have `dtype`. Boxes lie inside their frames.
     module.def("pack_frames",
                [](const std::vector<FrameView>& views, const std::vector<Box>& boxes, const std::vector<bool>& flips,
                   int64_t size, int64_t patch_size, bool is_exact, bool rounds_down, Dtype dtype, uintptr_t levels,

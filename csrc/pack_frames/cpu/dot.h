@@ -1,7 +1,7 @@
-// Sums of bytes times 22-bit weights, exact, in every 32-bit lane of a vector and for four bytes at a time.
+// Exact sums of bytes times 22-bit weights, in every 32-bit lane of a vector, four bytes at a time.
 //
-// Instructions that multiply and add up within a lane take 8- or 16-bit numbers, so weights are cut into digits, and a
-// sum for each digit is kept. Digits are signed and balanced. All sums are modulo 2^32, and the total fits 32 bits.
+// The instructions that multiply and add within a lane take 8-bit or 16-bit numbers. So weights are cut into signed, balanced
+// digits, and each digit has a sum of its own. All sums are modulo 2^32, and the total fits into 32 bits.
 #pragma once
 
 #include "common/vector.h"
@@ -11,7 +11,7 @@ namespace {
 
 #if defined(__AVX512VNNI__)
 
-// Three digits of 8 bits; one instruction multiplies four bytes by four of them and adds up.
+// Three digits of 8 bits. One instruction multiplies four bytes by four digits and adds the products.
 constexpr int kWeightWords = 3, kSums = 3;
 
 void pack_weights(const int32_t* four, uint32_t* words) {
@@ -35,8 +35,8 @@ LYNX_INLINE Words total(const Words (&sums)[kSums]) { return sums[0] + (sums[1] 
 
 #elif defined(__AVX2__)
 
-// Two digits of 12 bits; one instruction multiplies two 16-bit numbers by two of them and adds up. The bytes 0 and 2 of
-// a lane are one pair of such numbers, 1 and 3 the other.
+// Two digits of 12 bits. One instruction multiplies two 16-bit numbers by two digits and adds the products. The bytes 0 and 2
+// of a lane are one pair of such numbers, the bytes 1 and 3 the other.
 constexpr int kWeightWords = 4, kSums = 2;
 
 void pack_weights(const int32_t* four, uint32_t* words) {
@@ -91,7 +91,7 @@ LYNX_INLINE void broadcast_weights(Words (&weights)[kWeightWords], const uint32_
     for (int i = 0; i < kWeightWords; i++) weights[i] = broadcast_word(from[i]);
 }
 
-// What byte_of says, in every lane.
+// byte_of, in every lane.
 LYNX_INLINE Bytes bytes_of(const Words (&sums)[kSums]) {
     using lynx::frames::kWeightBits;
     return to_bytes((Ints)(total(sums) + (1u << (kWeightBits - 1))) >> kWeightBits);

@@ -6,25 +6,15 @@
 #include <vector>
 
 #include "common/instruction_sets.h"
+#include "common/integers.h"
 #include "common/threads.h"
 #include "pack_frames/filter.h"
 
 namespace lynx::frames {
 
-#define X(constant, name) extern const Kernels frames_##name;
-LYNX_INSTRUCTION_SETS
-#undef X
+LYNX_CHOOSE_KERNELS(Kernels, pack_frames)
 
 namespace {
-
-const Kernels& best_kernels() {
-    static const Kernels* const all[] = {
-#define X(constant, name) &frames_##name,
-        LYNX_INSTRUCTION_SETS
-#undef X
-    };
-    return *all[static_cast<int>(instruction_set())];
-}
 
 // A Filter and its memory.
 class OwnedFilter {
@@ -33,11 +23,11 @@ class OwnedFilter {
         : side_(side),
           is_mirrored_(is_mirrored),
           kernels_(kernels),
-          // A window that starts anywhere in its first group.
-          most_groups_((most_inputs(side) + 3 + 3) / 4),
+          // A window may start anywhere in its first group.
+          max_groups_(divide_up(max_inputs(side) + 3, 4)),
           first_(side.count),
           last_(side.count),
-          words_(side.count * most_groups_ * kernels.weight_words) {}
+          words_(side.count * max_groups_ * kernels.weight_words) {}
 
     void fill() {
         for (int64_t output = 0; output < side_.count; output++) {
@@ -45,7 +35,7 @@ class OwnedFilter {
             const int64_t end = window.first + window.count;
             first_[output] = window.first / 4;
             last_[output] = (end + 3) / 4;
-            uint32_t* words = &words_[output * most_groups_ * kernels_.weight_words];
+            uint32_t* words = &words_[output * max_groups_ * kernels_.weight_words];
             for (int64_t group = first_[output]; group < last_[output]; group++) {
                 int32_t four[4] = {};
                 for (int64_t i = std::max(4 * group, window.first); i < std::min(4 * group + 4, end); i++)
@@ -58,8 +48,8 @@ class OwnedFilter {
 
     Filter filter() const {
         const auto ends = std::minmax(first_.front(), first_.back());
-        return {side_.count,   ends.first,   std::max(last_.front(), last_.back()),
-                most_groups_,  first_.data(), last_.data(),
+        return {side_.count,  ends.first,    std::max(last_.front(), last_.back()),
+                max_groups_,  first_.data(), last_.data(),
                 words_.data()};
     }
 
@@ -67,12 +57,12 @@ class OwnedFilter {
     Side side_;
     bool is_mirrored_;
     const Kernels& kernels_;
-    int64_t most_groups_;
+    int64_t max_groups_;
     std::vector<int32_t> first_, last_;
     std::vector<uint32_t> words_;
 };
 
-// Every filter that frames need, once: those of a video are all the same.
+// Every filter that frames need, once. All frames of a video need the same ones.
 class Filters {
    public:
     explicit Filters(const Kernels& kernels) : kernels_(kernels) {}
@@ -85,7 +75,7 @@ class Filters {
     }
 
     std::vector<Filter> fill(int threads) {
-        share_out(filters_.size(), threads, 0, [&](int64_t i, void*) { filters_[i].fill(); });
+        parallel_for(filters_.size(), threads, 0, [&](int64_t i, void*) { filters_[i].fill(); });
         std::vector<Filter> filled;
         for (const OwnedFilter& each : filters_) filled.push_back(each.filter());
         return filled;
@@ -99,11 +89,11 @@ class Filters {
 
 bool keeps_size(const Side& side) { return side.length == side.resized; }
 
-// Rows where units of one frame begin and end. Neighbours filter the rows between them twice, so a frame is cut only
-// where there are fewer than two for each thread.
-std::vector<int64_t> unit_rows(const Problem& problem, int threads) {
+// The rows where the tasks of one frame begin and end. Neighbouring tasks both filter the rows between them, so frames are cut
+// only if there are fewer than two of them for each thread.
+std::vector<int64_t> task_rows(const Problem& problem, int threads) {
     const int64_t wanted =
-        threads == 1 ? 1 : (2 * threads + problem.num_frames - 1) / std::max<int64_t>(problem.num_frames, 1);
+        threads == 1 ? 1 : divide_up(2 * threads, std::max<int64_t>(problem.num_frames, 1));
     std::vector<int64_t> rows = {0};
     for (int64_t row = 0; row < problem.size;) {
         row = strip_end(row, problem.patch_size);
@@ -115,14 +105,14 @@ std::vector<int64_t> unit_rows(const Problem& problem, int threads) {
 }  // namespace
 
 void pack_frames(const Problem& problem, int threads) {
-    const Kernels& kernels = best_kernels();
+    const Kernels& run = kernels();
     threads = usable_threads(threads);
     struct Sides {
         Side rows, columns;
-        int64_t row_filter, column_filter;  // -1 where pixels are copied
+        int64_t row_filter, column_filter;  // -1 if pixels are only copied
     };
     std::vector<Sides> all_sides;
-    Filters filters(kernels);
+    Filters filters(run);
     for (int64_t i = 0; i < problem.num_frames; i++) {
         const Frame& frame = problem.frames[i];
         const int64_t short_side = std::min(frame.height, frame.width);
@@ -138,14 +128,14 @@ void pack_frames(const Problem& problem, int threads) {
     }
     const std::vector<Filter> filled = filters.fill(threads);
 
-    const std::vector<int64_t> rows = unit_rows(problem, threads);
-    std::vector<Unit> units;
+    const std::vector<int64_t> rows = task_rows(problem, threads);
+    std::vector<Task> tasks;
     size_t scratch_bytes = 0;
     for (int64_t i = 0; i < problem.num_frames; i++) {
         const Sides& sides = all_sides[i];
         const bool is_copied = sides.row_filter < 0;
         for (size_t j = 0; j + 1 < rows.size(); j++) {
-            const Unit unit = {&problem.frames[i],
+            const Task task = {&problem.frames[i],
                                is_copied ? nullptr : &filled[sides.row_filter],
                                is_copied ? nullptr : &filled[sides.column_filter],
                                sides.rows.start,
@@ -153,13 +143,13 @@ void pack_frames(const Problem& problem, int threads) {
                                rows[j],
                                rows[j + 1],
                                i * 3 * problem.size * problem.size};
-            scratch_bytes = std::max(scratch_bytes, kernels.scratch_bytes(problem, unit));
-            units.push_back(unit);
+            scratch_bytes = std::max(scratch_bytes, run.scratch_bytes(problem, task));
+            tasks.push_back(task);
         }
     }
-    const bool computes_levels = kernels.computes_levels(problem);
-    share_out(units.size(), threads, scratch_bytes, [&](int64_t i, void* scratch) {
-        kernels.run(problem, units[i], computes_levels, scratch);
+    const bool computes_levels = run.computes_levels(problem);
+    parallel_for(tasks.size(), threads, scratch_bytes, [&](int64_t i, void* scratch) {
+        run.run(problem, tasks[i], computes_levels, scratch);
     });
 }
 

@@ -1,7 +1,7 @@
-// Frames to normalised patches, on several threads.
+// From frames to normalised patches, on several threads.
 #pragma once
 
-#include "pack_frames/problem.h"
+#include "problem.h"
 
 namespace lynx::frames {
 

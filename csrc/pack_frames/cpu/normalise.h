@@ -1,8 +1,8 @@
-// From bytes to normalised numbers: looked up in a table, or computed by vectors where that gives the very same.
+// From bytes to normalised numbers: looked up in a table, or computed by vector code where that gives exactly the same.
 #pragma once
 
 #include "common/vector.h"
-#include "pack_frames/problem.h"
+#include "problem.h"
 
 namespace {
 
@@ -17,7 +17,7 @@ LYNX_INLINE Floats fused(Floats a, Floats b, Floats c) {
 #endif
 }
 
-// A number in two parts, the second what rounding left of the first: twice the precision.
+// A number as the sum of two, which doubles the precision: `low` is the rounding error of `high`.
 struct Double {
     float high, low;
 
@@ -26,14 +26,14 @@ struct Double {
 
 LYNX_INLINE Floats product(Floats x, Double y) { return fused(x, broadcast(y.high), x * y.low); }
 
-// (byte / 255 - mean) / std with products in place of divisions, which would take three times as long. With a divisor's
-// reciprocal in two parts a quotient is off by some 2^-49 of itself before it is rounded, and rounds as the exact one
-// does. Not so where numbers are subnormal: computes_levels compares all 768 levels.
+// (byte / 255 - mean) / std by products, since divisions would take three times as long. With the reciprocal of the divisor in
+// double precision, a quotient has a relative error of about 2^-49 before it is rounded, and rounds as the exact quotient
+// does. Subnormal numbers are the exception, so computes_levels compares all 768 levels.
 class Computed {
    public:
     LYNX_INLINE Computed(float mean, float std) : mean_(mean), inverse_(1.0 / std) {}
 
-    // `count` is at least a vector's; the last vector overlaps the one before.
+    // `count` is at least kWidth. The last vector overlaps the one before it.
     template <class Element>
     LYNX_INLINE void operator()(const uint8_t* bytes, int64_t count, Element* to) const {
         int64_t i = 0;

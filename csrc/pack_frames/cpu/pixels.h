@@ -1,23 +1,22 @@
-// Bytes from a frame's rows to planes, one for each channel, and from the planes of a strip to patches.
+// Moves bytes from the rows of a frame to planes, one for each channel, and from the planes of a strip to patches.
 #pragma once
 
 #include "common/vector.h"
-#include "pack_frames/filter.h"
-#include "pack_frames/problem.h"
+#include "problem.h"
 
 namespace {
 
 constexpr int kChunk = 16;  // bytes moved at a time, whatever the instruction set
 typedef uint8_t Chunk __attribute__((vector_size(kChunk)));
 
-// Every third of 48 bytes, from `kFirst` on.
+// Every third one of 48 bytes, from number kFirst on.
 template <int kFirst, int... kLanes>
 LYNX_INLINE Chunk every_third(Chunk a, Chunk b, Chunk c, Lanes<kLanes...>) {
     const Chunk from_two = __builtin_shufflevector(a, b, (3 * kLanes + kFirst < 32 ? 3 * kLanes + kFirst : 0)...);
     return __builtin_shufflevector(from_two, c, (3 * kLanes + kFirst < 32 ? kLanes : 3 * kLanes + kFirst - 16)...);
 }
 
-// The next row is asked for meanwhile: it is not where a processor expects it after the crop's last column.
+// The next row is prefetched, because behind the last column of a crop the CPU does not expect it where it is.
 LYNX_INLINE void split_channels(const uint8_t* from, int64_t count, int64_t row_stride,
                                 uint8_t* const (&planes)[3]) {
     typedef MakeLanes<kChunk>::Type All;
@@ -35,7 +34,7 @@ LYNX_INLINE void split_channels(const uint8_t* from, int64_t count, int64_t row_
         for (int channel = 0; channel < 3; channel++) planes[channel][i] = from[3 * i + channel];
 }
 
-// `count` pixels of a row from `column` on; nothing else is read or written.
+// Reads `count` pixels of a row, from `column` on, and nothing else.
 void read_row(const lynx::frames::Frame& frame, int64_t row, int64_t column, int64_t count,
               uint8_t* const (&planes)[3]) {
     const uint8_t* from = frame.data + row * frame.row_stride + column * frame.column_stride;
@@ -62,8 +61,8 @@ void mirror(const uint8_t* from, int64_t count, uint8_t* to) {
     for (; i < count; i++) to[count - 1 - i] = from[i];
 }
 
-// Rows of a strip, (rows, 3, stride), cut into patches, (patches, 3, rows, patch_size). Both have kChunk bytes to spare
-// at the end: whole chunks are moved, and what one writes too much the next one overwrites.
+// Cuts the rows of a strip, (rows, 3, stride), into patches, (patches, 3, rows, patch_size). Whole chunks are moved. What a
+// chunk writes behind its patch's row, the next one overwrites. So both need kChunk more bytes at the end.
 void cut_patches(const uint8_t* strip, int64_t rows, int64_t stride, int64_t size, int64_t patch_size, uint8_t* to) {
     for (int64_t column = 0; column < size; column += patch_size)
         for (int channel = 0; channel < 3; channel++)

@@ -1,14 +1,14 @@
-// Both passes of resizing over rolling rows: blocks of kWidth input rows are filtered horizontally, a lane for each row,
-// and kept as bytes in a ring, from which every output row is filtered vertically, a lane for each column.
+// Both passes of resizing, over rolling rows. The horizontal pass filters blocks of kWidth input rows, one row a lane, and
+// keeps the bytes in a ring. From the ring the vertical pass filters every output row, one column a lane.
 //
-// Products take four bytes of a lane at a time (dot.h): four neighbours in a row in the horizontal pass, four neighbours
-// in a column in the vertical one. So the ring holds words of four rows.
+// Products take four bytes of a lane at a time (dot.h): four neighbours of a row in the horizontal pass, four neighbours of a
+// column in the vertical one. So the ring holds words of four rows.
 #pragma once
 
-#include "common/cutter.h"
+#include "common/workspace.h"
 #include "dot.h"
 #include "pixels.h"
-#include "pack_frames/problem.h"
+#include "problem.h"
 
 namespace {
 
@@ -20,24 +20,24 @@ constexpr int kColumnVectors = 2;
 #endif
 
 struct ResizeScratch {
-    int64_t columns;      // inputs that a row is read for, rounded up to vectors of groups
+    int64_t columns;      // inputs of a row that are read, rounded up to vectors of groups
     int64_t stride;       // of an output row of one channel
     int64_t ring_groups;  // of four rows, whole blocks
     uint8_t* planes;      // (kWidth, 3, columns): a block's rows
-    Words* block;         // (3, columns / 4): lane by lane a row's group of four columns
+    Words* block;         // (3, columns / 4): a row's group of four columns in each lane
     uint8_t* filtered;    // (3, stride, kWidth): a block after the horizontal pass
     uint32_t* ring;       // (ring_groups, 3, stride) words of four rows
-    const uint32_t** lines;  // (row_filter->most_groups,): those of the ring that an output row needs
+    const uint32_t** lines;  // (row_filter->max_groups,): the lines of the ring that an output row needs
 
-    ResizeScratch(Cutter& cutter, const lynx::frames::Unit& unit, int64_t stride)
-        : columns(round_up(4 * (unit.column_filter->end - unit.column_filter->begin), 4 * kWidth)),
+    ResizeScratch(Workspace& workspace, const lynx::frames::Task& task, int64_t stride)
+        : columns(round_up(4 * (task.column_filter->end - task.column_filter->begin), 4 * kWidth)),
           stride(stride),
-          ring_groups(round_up(unit.row_filter->most_groups + kBlockGroups - 1, kBlockGroups)) {
-        planes = cutter.take<uint8_t>(kWidth * 3 * columns);
-        block = cutter.take<Words>(3 * columns / 4);
-        filtered = cutter.take<uint8_t>(3 * stride * kWidth);
-        ring = cutter.take<uint32_t>(ring_groups * 3 * stride);
-        lines = cutter.take<const uint32_t*>(unit.row_filter->most_groups);
+          ring_groups(round_up(task.row_filter->max_groups + kBlockGroups - 1, kBlockGroups)) {
+        planes = workspace.take<uint8_t>(kWidth * 3 * columns);
+        block = workspace.take<Words>(3 * columns / 4);
+        filtered = workspace.take<uint8_t>(3 * stride * kWidth);
+        ring = workspace.take<uint32_t>(ring_groups * 3 * stride);
+        lines = workspace.take<const uint32_t*>(task.row_filter->max_groups);
     }
 
     uint32_t* line(int64_t group, int channel) const { return ring + (group % ring_groups * 3 + channel) * stride; }
@@ -45,20 +45,20 @@ struct ResizeScratch {
 
 class Resizer {
    public:
-    Resizer(const lynx::frames::Unit& unit, const ResizeScratch& scratch)
-        : frame_(*unit.frame),
-          row_filter_(*unit.row_filter),
-          column_filter_(*unit.column_filter),
+    Resizer(const lynx::frames::Task& task, const ResizeScratch& scratch)
+        : frame_(*task.frame),
+          row_filter_(*task.row_filter),
+          column_filter_(*task.column_filter),
           scratch_(scratch),
-          first_group_(row_filter_.first[unit.first_row]),
+          first_group_(row_filter_.first[task.first_row]),
           next_group_(first_group_) {}
 
-    // Rows must be asked for from top to bottom. `to` is (3, stride).
+    // Makes one output row, (3, stride). Call it for the rows from top to bottom.
     void row(int64_t row, uint8_t* to) {
         const int64_t first = row_filter_.first[row], count = row_filter_.last[row] - first;
         while (next_group_ < first + count) next_block();
         for (int64_t i = 0; i < count; i++) scratch_.lines[i] = scratch_.line(first + i - first_group_, 0);
-        const uint32_t* weights = row_filter_.words + row * row_filter_.most_groups * kWeightWords;
+        const uint32_t* weights = row_filter_.words + row * row_filter_.max_groups * kWeightWords;
         const int64_t width = 3 * scratch_.stride;
         int64_t column = 0;
         for (; column + kColumnVectors * kWidth <= width; column += kColumnVectors * kWidth)
@@ -80,12 +80,12 @@ class Resizer {
         for (int j = 0; j < kVectors; j++) store_vector(to + column + j * kWidth, bytes_of(sums[j]));
     }
 
-    // The next kWidth rows through the horizontal pass into the ring. Lanes of rows below the crop are not filled: such
-    // rows weigh 0 in the vertical pass.
+    // Takes the next kWidth rows through the horizontal pass into the ring. Rows below the crop are left uninitialised, because
+    // their weight in the vertical pass is 0.
     void next_block() {
         const int64_t plane = scratch_.columns, first_column = 4 * column_filter_.begin;
-        const int64_t columns = smaller(4 * column_filter_.end, frame_.width) - first_column;
-        const int64_t rows = smaller(frame_.height - 4 * next_group_, kWidth);
+        const int64_t columns = min(4 * column_filter_.end, frame_.width) - first_column;
+        const int64_t rows = min(frame_.height - 4 * next_group_, kWidth);
         for (int64_t lane = 0; lane < rows; lane++) {
             uint8_t* to = scratch_.planes + lane * 3 * plane;
             read_row(frame_, 4 * next_group_ + lane, first_column, columns, {to, to + plane, to + 2 * plane});
@@ -109,7 +109,8 @@ class Resizer {
         next_group_ += kBlockGroups;
     }
 
-    // Copies of members, here and above: bytes may be stored anywhere, so members would be loaded again after each.
+    // Members are copied to local variables, here and above. Stores of bytes may alias them, so the compiler would load them
+    // again after each store.
     void filter_block() const {
         const lynx::frames::Filter filter = column_filter_;
         const int64_t plane = scratch_.columns / 4, filtered_plane = scratch_.stride * kWidth;
@@ -129,7 +130,7 @@ class Resizer {
             }
             for (int channel = 0; channel < 3; channel++)
                 store_vector(to + channel * filtered_plane, bytes_of(sums[channel]));
-            weights += filter.most_groups * kWeightWords;
+            weights += filter.max_groups * kWeightWords;
         }
     }
 
@@ -137,8 +138,8 @@ class Resizer {
     const lynx::frames::Filter& row_filter_;
     const lynx::frames::Filter& column_filter_;
     const ResizeScratch& scratch_;
-    const int64_t first_group_;  // of the unit: the ring starts with it
-    int64_t next_group_;         // the first that is not in the ring yet
+    const int64_t first_group_;  // of the task: the ring starts with it
+    int64_t next_group_;         // the first one that is not in the ring yet
 };
 
 }  // namespace

@@ -1,14 +1,15 @@
-// pack_frames for torch, on a GPU. Python has checked shapes, boxes and devices.
+// architectures: sm_80 sm_90 sm_100
+// pack_frames, as an operator of torch on a GPU. Python has checked shapes, boxes and devices.
 #include "common/torch_library.h"
 #include "launches.h"
 
-namespace lynx {
+namespace lynx::frames {
 namespace {
 
-void pack_frames(const std::vector<Tensor>& frames, const Tensor& out, const Tensor& levels,
-                 const std::vector<int64_t>& boxes, const std::vector<int64_t>& flips, int64_t size,
+void pack(const std::vector<Tensor>& frames, const Tensor& out, const Tensor& levels,
+          const std::vector<int64_t>& boxes, const std::vector<int64_t>& flips, int64_t size,
                  int64_t patch_size, bool is_exact, bool rounds_down) {
-    frames::Call call = {{},
+    Call call = {{},
                          size,
                          patch_size,
                          is_exact,
@@ -24,14 +25,14 @@ void pack_frames(const std::vector<Tensor>& frames, const Tensor& out, const Ten
                                frame.stride(1), frame.stride(2), box[2], box[3], flips[i] != 0});
     }
     Tensor filters;  // torch keeps its memory until the kernels on this stream are done
-    frames::pack_frames(call, OnDevice(out), [&](int64_t count) {
+    pack_frames(call, OnDevice(out), [&](int64_t count) {
         filters = torch::stable::new_empty(out, {count}, torch::headeronly::ScalarType::Int);
         return static_cast<int32_t*>(filters.mutable_data_ptr());
     });
 }
 
 }  // namespace
-}  // namespace lynx
+}  // namespace lynx::frames
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lynx_kernels_cuda, library) {
     library.def(
@@ -40,5 +41,5 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lynx_kernels_cuda, library) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lynx_kernels_cuda, CUDA, library) {
-    library.impl("pack_frames", TORCH_BOX(&lynx::pack_frames));
+    library.impl("pack_frames", TORCH_BOX(&lynx::frames::pack));
 }

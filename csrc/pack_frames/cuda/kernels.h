@@ -1,37 +1,37 @@
-// pack_frames as CUDA kernels: one for frames that keep their size, and two for others, filters first.
+// pack_frames as CUDA kernels: one for frames that keep their size; for the others one that computes filters and one that
+// resizes.
 //
-// Outputs are looked up in a table of levels, so a kernel only moves elements, of 2, 4 or 8 bytes, whatever they are.
+// Outputs are looked up in a table of levels. So a kernel only moves elements of 2, 4 or 8 bytes, whatever their dtype is.
 #pragma once
 
 #include <cstdint>
 
+#include "common/loads.h"
 #include "common/phases.h"
 #include "pack_frames/filter.h"
-#include "pack_frames/problem.h"
+#include "pack_frames/frame.h"
 
 namespace lynx::frames {
 
-// Frames and filters come with the launch, whose arguments may take 4 KB: more of them take more launches.
+// Frames and filters are arguments of the launch, which may have 4 KB. More of them take more launches.
 constexpr int kFramesOfALaunch = 32, kFiltersOfALaunch = 48;
 
-// The filter of a Side, and where in memory it stands, from `offset` on: of each output the first input and the number
-// of inputs, (2, outputs), then the weights (most inputs, outputs).
+// The filter of a Side, and where it stands in memory, from `offset` on: the first input and the number of inputs of each
+// output, (2, outputs), then the weights, (max inputs, outputs).
 struct FilterPlace {
     int64_t length, resized, start, offset;
 };
 
-struct FillFilters {
-    static constexpr int kThreads = 128, kPhases = 1;
+LYNX_GLOBAL(pack_frames_fwd_filters_kernel)
+struct FillFilters : OnePhase {
+    LYNX_RUN_BY(pack_frames_fwd_filters_kernel, FillFilters)
+    static constexpr int kThreads = 128;
 
     struct Args {
         FilterPlace places[kFiltersOfALaunch];
         int32_t* filters;
         int size, blocks_of_a_filter;
     };
-    using Shared = Nothing;
-    using Registers = Nothing;
-
-    LYNX_PORTABLE static int rounds(const Args&, int) { return 1; }
 
     template <int kPhase>
     LYNX_PORTABLE static void phase(const Args& args, const Place& place, Shared&, Registers&) {
@@ -47,7 +47,7 @@ struct FillFilters {
     }
 };
 
-// Where an output of a frame comes from.
+// The pixel of the square that an output is.
 struct Pixel {
     int channel, row, column;
 };
@@ -60,11 +60,13 @@ LYNX_PORTABLE Pixel pixel_at(int offset, int size, int patch_size) {
             patch % patches * patch_size + offset % patch_size};
 }
 
-// Frames of which every pixel of the square is one of theirs: `frames` start at the square's first, mirrored ones run
-// backwards. A thread writes kItems neighbours, 16 bytes where frames start at multiples of them.
+// Frames that keep their size, so that pixels are only copied. `frames` start at the first pixel of the square; mirrored ones
+// run backwards. A thread writes kItems neighbouring elements: 16 bytes, or one element if outputs are not aligned.
+LYNX_GLOBAL(pack_frames_fwd_copy_kernel)
 template <class Element, int kItems>
-struct CopyFrames {
-    static constexpr int kThreads = 256, kPhases = 1, kOutputs = kThreads * kItems;  // of a block
+struct CopyFrames : OnePhase {
+    LYNX_RUN_BY(pack_frames_fwd_copy_kernel, CopyFrames)
+    static constexpr int kThreads = 256, kOutputs = kThreads * kItems;  // of a block
 
     struct Args {
         Frame frames[kFramesOfALaunch];
@@ -72,49 +74,42 @@ struct CopyFrames {
         Element* out;           // (frames, 3 * size * size)
         int size, patch_size, blocks_of_a_frame;
     };
-    using Shared = Nothing;
-    using Registers = Nothing;
-
-    LYNX_PORTABLE static int rounds(const Args&, int) { return 1; }
 
     template <int kPhase>
     LYNX_PORTABLE static void phase(const Args& args, const Place& place, Shared&, Registers&) {
-        struct alignas(kItems * sizeof(Element)) Pack {
-            Element items[kItems];
-        };
         const int frame_number = place.block / args.blocks_of_a_frame, outputs = 3 * args.size * args.size;
         const int first = place.block % args.blocks_of_a_frame * kOutputs + place.thread * kItems;
         if (first >= outputs) return;
         const Frame& frame = args.frames[frame_number];
         Pixel pixel = pixel_at(first, args.size, args.patch_size);
         int columns_left = args.patch_size - first % args.patch_size;
-        Pack pack;
-#if defined(__CUDACC__)
-#pragma unroll
-#endif
+        AlignedVector<Element, kItems> vector;
+        LYNX_UNROLL
         for (int i = 0; i < kItems; i++) {
             const uint8_t byte = frame.data[pixel.row * frame.row_stride + pixel.column * frame.column_stride +
                                             pixel.channel * frame.channel_stride];
-            pack.items[i] = args.levels[256 * pixel.channel + byte];
+            vector.items[i] = args.levels[256 * pixel.channel + byte];
             pixel.column++;
             if (--columns_left == 0) {
                 columns_left = args.patch_size;
                 pixel = pixel_at(first + i + 1, args.size, args.patch_size);
             }
         }
-        *reinterpret_cast<Pack*>(args.out + static_cast<int64_t>(frame_number) * outputs + first) = pack;
+        store(args.out + static_cast<int64_t>(frame_number) * outputs + first, vector);
     }
 };
 
-// Frames that are resized. A block has a tile of the square and goes through the rows it needs, kInputs a round: first
-// they are made as wide as the square, and rounded to bytes, then each output adds its share of them. All sums are of
-// whole numbers, so their order changes nothing.
+// Frames that are resized. A block has a tile of the square and goes through the input rows that it needs, kInputs of them a
+// round. First these rows are resized to the width of the square, and rounded to bytes. Then each output adds its share of
+// them. The order of the sums changes nothing, because they are sums of integers.
+LYNX_GLOBAL(pack_frames_fwd_resize_kernel)
 template <class Element>
 struct ResizeFrames {
+    LYNX_RUN_BY(pack_frames_fwd_resize_kernel, ResizeFrames)
     static constexpr int kThreads = 256, kPhases = 2;
     static constexpr int kRows = 16, kColumns = 32, kInputs = 16;  // a warp has 32 columns of a row and a channel
     static constexpr int kSums = kRows * 3 * kColumns / kThreads;
-    static_assert(kInputs == kRows, "both phases deal out their pixels alike");
+    static_assert(kInputs == kRows, "both phases distribute their pixels in the same way");
 
     struct Job {
         Frame frame;
@@ -144,9 +139,7 @@ struct ResizeFrames {
         const int32_t* row_filter = args.filters + job.row_filter;
         const int first = first_input(args, place.block) + place.round * kInputs;  // of this round
         const int end = last_input(args, place.block);
-#if defined(__CUDACC__)
-#pragma unroll
-#endif
+        LYNX_UNROLL
         for (int i = 0; i < kSums; i++) {
             const int number = i * kThreads + place.thread, in_tile = number % kColumns;
             const int column = place.block % args.tiles_of_a_row * kColumns + in_tile;
@@ -177,7 +170,7 @@ struct ResizeFrames {
         return args.filters[args.jobs[block / args.tiles_of_a_frame].row_filter + first_row(args, block)];
     }
 
-    // Behind the last input of the tile's last row: no window ends behind a later row's.
+    // Behind the last input of the tile's last row. The windows of later rows do not end earlier.
     LYNX_PORTABLE static int last_input(const Args& args, int block) {
         const int behind = first_row(args, block) + kRows, last = (behind < args.size ? behind : args.size) - 1;
         const int32_t* filter = args.filters + args.jobs[block / args.tiles_of_a_frame].row_filter;

@@ -1,15 +1,16 @@
-// Which kernels a call of pack_frames takes, for whoever runs them: `run(Kernel(), args, blocks)`.
+// Which kernels a call of pack_frames launches. The caller runs each by `run(Kernel(), args, blocks)`.
 #pragma once
 
 #include <algorithm>
 #include <stdexcept>
 #include <vector>
 
+#include "common/integers.h"
 #include "kernels.h"
 
 namespace lynx::frames {
 
-// What a call is. `frames` are cut to their boxes; elements of `levels` and `out` have `element_size` bytes.
+// `frames` are cut to their boxes. Elements of `levels` and `out` have `element_size` bytes.
 struct Call {
     std::vector<Frame> frames;
     int64_t size, patch_size;
@@ -26,9 +27,9 @@ class Filters {
 
     int64_t offset_of(const Side& side) {
         for (const FilterPlace& each : places_)
-            if (each.length == side.length && each.resized == side.resized) return each.offset;  // then starts agree
+            if (each.length == side.length && each.resized == side.resized) return each.offset;  // then the starts are equal too
         places_.push_back({side.length, side.resized, side.start, length_});
-        length_ += (2 + most_inputs(side)) * size_;
+        length_ += (2 + max_inputs(side)) * size_;
         return places_.back().offset;
     }
 
@@ -39,7 +40,7 @@ class Filters {
         FillFilters::Args args = {};
         args.filters = filters;
         args.size = static_cast<int>(size_);
-        args.blocks_of_a_filter = static_cast<int>((size_ + FillFilters::kThreads - 1) / FillFilters::kThreads);
+        args.blocks_of_a_filter = static_cast<int>(divide_up(size_, FillFilters::kThreads));
         for (size_t first = 0; first < places_.size(); first += kFiltersOfALaunch) {
             const int count = static_cast<int>(std::min<size_t>(kFiltersOfALaunch, places_.size() - first));
             std::copy_n(places_.begin() + first, count, args.places);
@@ -61,11 +62,11 @@ void copy_frames(const Call& call, const Frame* frames, int count, Element* out,
     args.out = out;
     args.size = static_cast<int>(call.size);
     args.patch_size = static_cast<int>(call.patch_size);
-    args.blocks_of_a_frame = (3 * args.size * args.size + Kernel::kOutputs - 1) / Kernel::kOutputs;
+    args.blocks_of_a_frame = static_cast<int>(divide_up(3 * args.size * args.size, Kernel::kOutputs));
     run(Kernel(), args, count * args.blocks_of_a_frame);
 }
 
-// Whether the square is a part of the frame as it is; then `frame` starts at its first pixel.
+// Whether the square is a part of the frame without resizing. If so, moves the start of `frame` to its first pixel.
 inline bool starts_at_square(Frame& frame, const Side& rows, const Side& columns) {
     if (rows.resized != rows.length || columns.resized != columns.length) return false;
     const int64_t column = frame.is_flipped ? columns.start + columns.count - 1 : columns.start;
@@ -74,7 +75,7 @@ inline bool starts_at_square(Frame& frame, const Side& rows, const Side& columns
     return true;
 }
 
-// Neighbours in `call.frames` that are treated alike go together, at most kFramesOfALaunch.
+// Consecutive frames that take the same kernel are launched together, at most kFramesOfALaunch of them.
 template <class Element, class Run, class Allocate>
 void pack_frames_of(const Call& call, Run& run, Allocate allocate) {
     using Resize = ResizeFrames<Element>;
@@ -102,9 +103,9 @@ void pack_frames_of(const Call& call, Run& run, Allocate allocate) {
     args.levels = static_cast<const Element*>(call.levels);
     args.size = static_cast<int>(call.size);
     args.patch_size = static_cast<int>(call.patch_size);
-    args.tiles_of_a_row = (args.size + Resize::kColumns - 1) / Resize::kColumns;
-    args.tiles_of_a_frame = args.tiles_of_a_row * ((args.size + Resize::kRows - 1) / Resize::kRows);
-    const bool packs = reinterpret_cast<uintptr_t>(call.out) % 16 == 0 && outputs % kItems == 0;
+    args.tiles_of_a_row = static_cast<int>(divide_up(args.size, Resize::kColumns));
+    args.tiles_of_a_frame = args.tiles_of_a_row * static_cast<int>(divide_up(args.size, Resize::kRows));
+    const bool is_aligned = reinterpret_cast<uintptr_t>(call.out) % 16 == 0 && outputs % kItems == 0;
     for (size_t first = 0, end; first < jobs.size(); first = end) {
         end = first + 1;
         while (end < jobs.size() && end < first + kFramesOfALaunch && copies[end] == copies[first]) end++;
@@ -113,7 +114,7 @@ void pack_frames_of(const Call& call, Run& run, Allocate allocate) {
         if (copies[first]) {
             Frame frames[kFramesOfALaunch];
             for (int i = 0; i < count; i++) frames[i] = jobs[first + i].frame;
-            if (packs)
+            if (is_aligned)
                 copy_frames<Element, kItems>(call, frames, count, out, run);
             else
                 copy_frames<Element, 1>(call, frames, count, out, run);
@@ -125,10 +126,10 @@ void pack_frames_of(const Call& call, Run& run, Allocate allocate) {
     }
 }
 
-// `allocate(count)` gives memory for so many int32, for as long as the kernels run.
+// `allocate(count)` gives memory for so many int32, which lasts as long as the kernels run.
 template <class Run, class Allocate>
 void pack_frames(const Call& call, Run run, Allocate allocate) {
-    // Offsets inside a launch are counted in ints.
+    // The kernels count offsets inside a launch in ints.
     if (3 * call.size * call.size > INT32_MAX / kFramesOfALaunch)
         throw std::invalid_argument("pack_frames: the CUDA kernels take sizes up to 4729");
     if (call.element_size == 2)

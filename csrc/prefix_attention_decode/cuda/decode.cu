@@ -1,56 +1,56 @@
-// prefix_attention_decode for torch, on a GPU. Python has checked shapes, dtypes, strides and devices; the device checks
-// indices.
+// architectures: sm_80 sm_90 sm_100
+// prefix_attention_decode, as an operator of torch on a GPU. Python has checked shapes, dtypes, strides and devices. The
+// kernels check indices.
 #include <tuple>
 
 #include "common/torch_library.h"
 #include "launches.h"
 
-namespace lynx {
+namespace lynx::decode {
 namespace {
 
-decode::Indices indices_of(const Tensor& tensor) {
+Indices indices_of(const Tensor& tensor) {
     return {tensor.const_data_ptr(), tensor.scalar_type() == torch::headeronly::ScalarType::Long};
 }
 
-decode::Cache cache_of(const Tensor& tensor) {
+Cache cache_of(const Tensor& tensor) {
     return {tensor.const_data_ptr(), {tensor.stride(0), tensor.stride(1), tensor.stride(2)}};
 }
 
-std::tuple<Tensor, Tensor> attention_decode(const Tensor& q, const Tensor& root_k, const Tensor& root_v,
-                                            const Tensor& branch_k, const Tensor& branch_v,
-                                            const Tensor& branch_to_root, const Tensor& root_lengths,
-                                            const Tensor& branch_lengths, double scale) {
-    using decode::narrow_size;
+std::tuple<Tensor, Tensor> prefix_attention_decode(const Tensor& q, const Tensor& root_k, const Tensor& root_v,
+                                                   const Tensor& branch_k, const Tensor& branch_v,
+                                                   const Tensor& branch_to_root, const Tensor& root_lengths,
+                                                   const Tensor& branch_lengths, double scale) {
     using torch::headeronly::ScalarType;
     Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), q.size(3)});
     Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
-    decode::Problem problem = {};
-    problem.q = values_of(q.const_data_ptr(), dtype_of(q));  // 16 bytes divide rows of D
+    Problem problem = {};
+    problem.q = values_of(q.const_data_ptr(), dtype_of(q));  // rows of D are multiples of 16 bytes
     problem.root_k = cache_of(root_k), problem.root_v = cache_of(root_v);
     problem.branch_k = cache_of(branch_k), problem.branch_v = cache_of(branch_v);
     problem.branch_to_root = indices_of(branch_to_root);
     problem.root_lengths = indices_of(root_lengths), problem.branch_lengths = indices_of(branch_lengths);
-    problem.branches = narrow_size("the number of branches", q.size(0));
-    problem.queries = narrow_size("the number of queries", q.size(1));
-    problem.heads = narrow_size("the number of heads", q.size(2));
-    problem.dim = narrow_size("the head dimension", q.size(3));
-    problem.roots = narrow_size("the number of roots", root_k.size(0));
-    problem.root_capacity = narrow_size("the room for a root's keys", root_k.size(1));
-    problem.kv_heads = narrow_size("the number of key heads", root_k.size(2));
-    problem.branch_capacity = narrow_size("the room for a branch's keys", branch_k.size(1));
+    problem.branches = checked_size("the number of branches", q.size(0));
+    problem.queries = checked_size("the number of queries", q.size(1));
+    problem.heads = checked_size("the number of heads", q.size(2));
+    problem.dim = checked_size("the head dimension", q.size(3));
+    problem.roots = checked_size("the number of roots", root_k.size(0));
+    problem.root_capacity = checked_size("the room for a root's keys", root_k.size(1));
+    problem.kv_heads = checked_size("the number of key heads", root_k.size(2));
+    problem.branch_capacity = checked_size("the room for a branch's keys", branch_k.size(1));
     const OnDevice run(q);
     Tensor memory;  // torch keeps it until the kernels on this stream are done
-    decode::attend({problem, dtype_of(root_k), scale, out.mutable_data_ptr(),
-                    static_cast<float*>(lse.mutable_data_ptr()), run.multiprocessors()},
-                   run, [&](int64_t count) {
-                       memory = torch::stable::new_empty(q, {count}, ScalarType::Float);
-                       return static_cast<float*>(memory.mutable_data_ptr());
-                   });
+    forward({problem, dtype_of(root_k), scale, out.mutable_data_ptr(),
+             static_cast<float*>(lse.mutable_data_ptr()), run.multiprocessors()},
+            run, [&](int64_t count) {
+                memory = torch::stable::new_empty(q, {count}, ScalarType::Float);
+                return static_cast<float*>(memory.mutable_data_ptr());
+            });
     return {out, lse};
 }
 
 }  // namespace
-}  // namespace lynx
+}  // namespace lynx::decode
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lynx_kernels_cuda, library) {
     library.def(
@@ -59,5 +59,5 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lynx_kernels_cuda, library) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lynx_kernels_cuda, CUDA, library) {
-    library.impl("prefix_attention_decode", TORCH_BOX(&lynx::attention_decode));
+    library.impl("prefix_attention_decode", TORCH_BOX(&lynx::decode::prefix_attention_decode));
 }

@@ -1,4 +1,4 @@
-// Neighbouring numbers that are moved at once, in accesses of up to 16 bytes, and numbers whose type is known only when
+// Loads and stores of several neighbouring numbers at once, up to 16 bytes, and of numbers whose dtype is known only when
 // the kernel runs.
 #pragma once
 
@@ -10,27 +10,26 @@
 namespace lynx {
 
 template <class Element, int kItems>
-struct alignas(kItems * sizeof(Element) < 16 ? kItems * sizeof(Element) : 16) Pack {
+struct alignas(kItems * sizeof(Element) < 16 ? kItems * sizeof(Element) : 16) AlignedVector {
     Element items[kItems];
 };
 
 template <class Element, int kItems>
-LYNX_PORTABLE Pack<Element, kItems> load(const Element* from) {
-    return *reinterpret_cast<const Pack<Element, kItems>*>(from);
+LYNX_PORTABLE AlignedVector<Element, kItems> load(const Element* from) {
+    return *reinterpret_cast<const AlignedVector<Element, kItems>*>(from);
 }
 
 template <class Element, int kItems>
-LYNX_PORTABLE void store(Element* to, const Pack<Element, kItems>& pack) {
-    *reinterpret_cast<Pack<Element, kItems>*>(to) = pack;
+LYNX_PORTABLE void store(Element* to, const AlignedVector<Element, kItems>& vector) {
+    *reinterpret_cast<AlignedVector<Element, kItems>*>(to) = vector;
 }
 
-// 16 bytes of numbers as they came, in four registers: as numbers of 16 bits the compiler gives each a register.
-struct alignas(16) Words {
+// 16 bytes of numbers, not yet converted, in four registers. The compiler would give every 16-bit number a register.
+struct alignas(16) Bytes16 {
     uint32_t words[4];
 };
 
-// As widen, by the GPU's own instruction where it has one: one for the seven that the bits of Half take. What is not a number
-// stays none, with other bits.
+// As widen, but fp16 by the GPU's own instruction, which replaces seven. NaN stays NaN, with other bits.
 template <class Element>
 LYNX_PORTABLE float widen_number(Element value) {
 #if defined(__CUDA_ARCH__)
@@ -44,84 +43,84 @@ LYNX_PORTABLE float widen_number(Element value) {
 }
 
 template <class Element>
-LYNX_PORTABLE float item_of(const Words& words, int item) {
+LYNX_PORTABLE float item_of(const Bytes16& bytes, int item) {
     if constexpr (sizeof(Element) == 4)
-        return float_of(words.words[item]);
+        return float_of(bytes.words[item]);
     else
-        return widen_number(Element{static_cast<uint16_t>(words.words[item / 2] >> (16 * (item % 2)))});
+        return widen_number(Element{static_cast<uint16_t>(bytes.words[item / 2] >> (16 * (item % 2)))});
 }
 
-// From a multiple of 16 bytes.
+// `from` is a multiple of 16 bytes.
 template <class Element>
-LYNX_PORTABLE Words load_words(const Element* from) {
-    return *reinterpret_cast<const Words*>(from);
+LYNX_PORTABLE Bytes16 load16(const Element* from) {
+    return *reinterpret_cast<const Bytes16*>(from);
 }
 
-// One by one, the first `count` of them; zeros behind.
+// The first `count` numbers, loaded one by one. The rest are zeros.
 template <class Element>
-LYNX_PORTABLE Words gather_words(const Element* from, int count) {
-    Words words = {};
+LYNX_PORTABLE Bytes16 load16_partial(const Element* from, int count) {
+    Bytes16 bytes = {};
     LYNX_UNROLL
     for (int i = 0; i < 16 / static_cast<int>(sizeof(Element)); i++) {
         if (i >= count) continue;
         if constexpr (sizeof(Element) == 4)
-            words.words[i] = bits_of(from[i]);
+            bytes.words[i] = bits_of(from[i]);
         else
-            words.words[i / 2] |= static_cast<uint32_t>(from[i].bits) << (16 * (i % 2));
+            bytes.words[i / 2] |= static_cast<uint32_t>(from[i].bits) << (16 * (i % 2));
     }
-    return words;
+    return bytes;
 }
 
-// Those that nobody writes meanwhile and this block reads once, so that they leave the first cache to others; zeros where
-// `is_there` is false. The load stays where it stands, in front of a barrier if it does; what it brings is waited for
-// where it is used.
+// A streaming load: of numbers that no thread writes meanwhile and that this block reads once, so that they do not displace
+// others from the L1 cache. Zeros if `is_valid` is false. The compiler does not move the load. If it stands in front of a
+// barrier, it is issued there, and waited for where its result is used.
 template <class Element>
-LYNX_PORTABLE Words load_words_once(const Element* from, bool is_there) {
-    Words words = {};
+LYNX_PORTABLE Bytes16 load16_streaming(const Element* from, bool is_valid) {
+    Bytes16 bytes = {};
 #if defined(__CUDA_ARCH__)
     asm volatile(
         "{\n"
-        ".reg .pred is_there;\n"
-        "setp.ne.u32 is_there, %5, 0;\n"
+        ".reg .pred is_valid;\n"
+        "setp.ne.u32 is_valid, %5, 0;\n"
         "mov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
-        "@is_there ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+        "@is_valid ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n"
         "}"
-        : "=&r"(words.words[0]), "=&r"(words.words[1]), "=&r"(words.words[2]), "=&r"(words.words[3])
-        : "l"(from), "r"(static_cast<unsigned>(is_there)));
+        : "=&r"(bytes.words[0]), "=&r"(bytes.words[1]), "=&r"(bytes.words[2]), "=&r"(bytes.words[3])
+        : "l"(from), "r"(static_cast<unsigned>(is_valid)));
 #else
-    if (is_there) words = load_words(from);
+    if (is_valid) bytes = load16(from);
 #endif
-    return words;
+    return bytes;
 }
 
-// Numbers side by side, or rows of them; no data where an argument is absent.
+// Contiguous numbers, or rows of them. `data` is null if the argument is absent.
 struct Values {
     const void* data;
     Dtype dtype;
-    bool takes_packs;  // whether rows start at multiples of 16 bytes
+    bool is_aligned;  // whether every row starts at a multiple of 16 bytes
 };
 
-// Of one dtype, side by side in rows that follow each other `stride` elements apart.
+// `stride` is that of rows, in elements.
 inline Values values_of(const void* data, Dtype dtype, int64_t stride = 0) {
     const int64_t bytes = dtype == Dtype::kFloat ? 4 : 2;
     return {data, dtype, reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * bytes % 16 == 0};
 }
 
-// Some of them as memory holds them. Apart from widening, so that several loads are on their way before one is used.
+// Some of them, not yet converted. Loading and converting are separate, so that several loads can be in flight.
 template <int kItems>
 struct alignas(16) Raw {
-    uint32_t words[kItems];  // 16-bit ones fill the first half
+    uint32_t words[kItems];  // 16-bit numbers fill the first half
 };
 
-// Those from `first` on of which there are `count`; behind them zeros. `first` is a multiple of kItems in its row.
+// kItems values from `first` on, of which `count` exist. The rest are zeros. `first` is a multiple of kItems in its row.
 template <int kItems>
 LYNX_PORTABLE Raw<kItems> fetch(const Values& values, int64_t first, int count) {
     Raw<kItems> raw = {};
     if (values.dtype == Dtype::kFloat) {
         const uint32_t* from = static_cast<const uint32_t*>(values.data) + first;
-        if (values.takes_packs && count >= kItems) {
-            const auto pack = load<uint32_t, kItems>(from);
-            memcpy(raw.words, pack.items, sizeof pack);
+        if (values.is_aligned && count >= kItems) {
+            const auto vector = load<uint32_t, kItems>(from);
+            memcpy(raw.words, vector.items, sizeof vector);
         } else {
             LYNX_UNROLL
             for (int i = 0; i < kItems; i++)
@@ -129,9 +128,9 @@ LYNX_PORTABLE Raw<kItems> fetch(const Values& values, int64_t first, int count) 
         }
     } else {
         const uint16_t* from = static_cast<const uint16_t*>(values.data) + first;
-        if (values.takes_packs && count >= kItems) {
-            const auto pack = load<uint16_t, kItems>(from);
-            memcpy(raw.words, pack.items, sizeof pack);
+        if (values.is_aligned && count >= kItems) {
+            const auto vector = load<uint16_t, kItems>(from);
+            memcpy(raw.words, vector.items, sizeof vector);
         } else {
             LYNX_UNROLL
             for (int i = 0; i < kItems; i++)
@@ -158,11 +157,11 @@ LYNX_PORTABLE void widen(const Raw<kItems>& raw, Dtype dtype, float (&to)[kItems
         case Dtype::kFloat: return widen_as<float>(raw, to);
         case Dtype::kHalf: return widen_as<Half>(raw, to);
         case Dtype::kBFloat16: return widen_as<BFloat16>(raw, to);
-        case Dtype::kDouble: return;  // refused before any launch
+        case Dtype::kDouble: return;  // rejected before any launch
     }
 }
 
-// One number, or 0 where the argument is absent.
+// One number, or 0 if the argument is absent.
 struct RawNumber {
     uint32_t bits;
 };
@@ -180,12 +179,12 @@ LYNX_PORTABLE float widen(RawNumber number, Dtype dtype) {
                                    : widen(BFloat16{half});
 }
 
-LYNX_PORTABLE void put(void* to, Dtype dtype, int64_t index, float value) {
+LYNX_PORTABLE void store_one(void* to, Dtype dtype, int64_t index, float value) {
     switch (dtype) {
         case Dtype::kFloat: narrow(value, static_cast<float*>(to)[index]); return;
         case Dtype::kHalf: narrow(value, static_cast<Half*>(to)[index]); return;
         case Dtype::kBFloat16: narrow(value, static_cast<BFloat16*>(to)[index]); return;
-        case Dtype::kDouble: return;  // refused before any launch
+        case Dtype::kDouble: return;  // rejected before any launch
     }
 }
 

@@ -1,12 +1,12 @@
-// The CUDA kernels of the adapter on the CPU: `few_driver <numbers>`, or `few_driver shape <numbers>` for how they would
-// be launched.
+// The CUDA kernels of the adapter on the CPU: `adapter_driver <numbers>`, or `adapter_driver shape <numbers>` for how they
+// would be launched.
 #include "adapter/cuda/launches.h"
 #include "driver.h"
 #include "on_host.h"
 
 namespace {
 
-// A tensor as `<name>_dtype` (-1 where it is absent), `<name>_offset` (bytes behind a multiple of 16) and, of rows,
+// A tensor as `<name>_dtype` (-1 if it is absent), `<name>_offset` (bytes behind a multiple of 16) and, if it has rows,
 // `<name>_stride` describe it.
 struct Argument {
     Argument(const Numbers& numbers, const std::string& name, int64_t rows, int64_t columns, bool has_stride = false)
@@ -24,7 +24,7 @@ struct Argument {
         return lynx::values_of(buffer.data(), type(), distance);
     }
 
-    lynx::few::Matrix matrix(int64_t rows, int64_t columns) const {
+    lynx::adapter::Matrix matrix(int64_t rows, int64_t columns) const {
         return {buffer.data(), type(), rows, columns, stride};
     }
 
@@ -43,8 +43,8 @@ void run(const Numbers& numbers) {
     const int64_t statistics = norm_weight.dtype < 0 ? 0 : tokens;
     const Buffer out(tokens * width * kSizes[x.dtype]), mean(statistics * sizeof(float)), rstd(statistics * sizeof(float));
     const Buffer preactivation(tokens * bottleneck * kSizes[down.dtype]), activated(tokens * bottleneck * kSizes[down.dtype]);
-    lynx::few::adapt({tokens, width, bottleneck, *static_cast<float*>(eps.data()),
-                      static_cast<lynx::Activation>(numbers["activation"]), x.values(x.stride), x.stride,
+    lynx::adapter::forward({tokens, width, bottleneck, *static_cast<float*>(eps.data()),
+                      static_cast<lynx::adapter::Activation>(numbers["activation"]), x.values(x.stride), x.stride,
                       norm_weight.values(), norm_bias.values(), down.matrix(bottleneck, width), down_bias.values(),
                       up.matrix(width, bottleneck), up_bias.values(), scale.values(), static_cast<float*>(mean.data()),
                       static_cast<float*>(rstd.data()), preactivation.data(), activated.data(), out.data(),
@@ -53,31 +53,26 @@ void run(const Numbers& numbers) {
     out.write(), mean.write(), rstd.write(), preactivation.write();
 }
 
-// Of each launch the numbers of Product and of blocks, whatever memory holds.
+// Prints the numbers of each launch: its blocks, its Product and the sizes of its tiles.
 struct Show {
     template <class Kernel>
     void operator()(Kernel, const typename Kernel::Args& args, int blocks) {
-        const lynx::few::Product& product = args.product;
-        printf("%d %d %d %d %d %d %d %d\n", blocks, product.row_blocks, product.token_tiles, product.strips,
-               product.strip_rows, product.chunks, Kernel::Multiply::kTokens, Kernel::Multiply::kChunk);
+        const lynx::adapter::Product& product = args.product;
+        printf("%d %d %d %d %d %d %d %d\n", blocks, product.grid_n, product.grid_m, product.n_tiles,
+               product.tile_n, product.k_tiles, Kernel::Matmul::kBlockM, Kernel::Matmul::kBlockK);
     }
 };
 
 void show(const Numbers& numbers) {
-    lynx::few::Call call = {};
+    lynx::adapter::Call call = {};
     call.tokens = numbers["tokens"], call.width = numbers["width"], call.bottleneck = numbers["bottleneck"];
     call.multiprocessors = static_cast<int>(numbers["multiprocessors"]);
     const auto dtype = static_cast<lynx::Dtype>(numbers["down_dtype"]);
     call.down = {nullptr, dtype, call.bottleneck, call.width, call.width};
     call.up = {nullptr, dtype, call.width, call.bottleneck, call.bottleneck};
-    lynx::few::adapt(call, Show());
+    lynx::adapter::forward(call, Show());
 }
 
 }  // namespace
 
-int main(int count, char** words) {
-    const bool shows = count > 1 && std::string(words[1]) == "shape";
-    const Numbers numbers(count - (shows ? 2 : 1), words + (shows ? 2 : 1));
-    shows ? show(numbers) : run(numbers);
-    return 0;
-}
+int main(int count, char** words) { return run_or_show(count, words, run, show); }

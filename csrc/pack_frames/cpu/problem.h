@@ -1,0 +1,67 @@
+// What a call of pack_frames is, for the kernels and their callers. Plain data, pointers and sizes.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "pack_frames/frame.h"
+
+namespace lynx::frames {
+
+struct Problem {
+    const Frame* frames;
+    int64_t num_frames;
+    int64_t size, patch_size;    // patch_size divides size, and equals it for whole images
+    bool is_exact, rounds_down;  // as square_side takes them
+    Dtype dtype;
+    const void* levels;     // (3, 256) of that dtype: what each byte of each channel becomes
+    float mean[3], std[3];  // what the levels were computed with: (byte / 255 - mean) / std, every step rounded to fp32
+    void* out;              // (num_frames, 3 * size * size) of that dtype
+};
+
+// The weights of one side, in the form that the instruction set needs. Inputs come in groups of four, counted from the edge
+// of the crop. Inputs outside an output's window, or outside the crop, have the weight 0.
+struct Filter {
+    int64_t count;          // of outputs
+    int64_t begin, end;     // groups that any output needs
+    int64_t max_groups;     // of one output
+    const int32_t* first;   // (count,): an output's first group
+    const int32_t* last;    // (count,): behind its last one
+    const uint32_t* words;  // (count, max_groups, Kernels::weight_words)
+};
+
+// What one thread does at a time: some rows of one frame's square. Both filters are null if pixels are only copied.
+struct Task {
+    const Frame* frame;
+    const Filter* row_filter;     // of the crop's rows
+    const Filter* column_filter;  // of its columns, mirrored for a flipped frame
+    int64_t top, left;            // of what is copied, in the crop
+    int64_t first_row, last_row;  // of the square; a strip starts and ends there
+    int64_t out_offset;           // of the frame, in elements
+};
+
+// The kernels of one instruction set.
+struct Kernels {
+    int64_t weight_words;  // of four weights
+    void (*pack_weights)(const int32_t* four, uint32_t* words);
+    // Whether vector code computes all levels exactly. Else they are looked up.
+    bool (*computes_levels)(const Problem&);
+    size_t (*scratch_bytes)(const Problem&, const Task&);
+    void (*run)(const Problem&, const Task&, bool computes_levels, void* scratch);  // scratch is 64-byte aligned
+};
+
+// Rows are finished in strips, so that everything between the passes and the output stays in the L1 or L2 cache. No strip
+// crosses from one row of patches to the next.
+constexpr int64_t kStripRows = 32;
+
+namespace {  // unnamed: filter.h says why
+
+inline int64_t strip_end(int64_t row, int64_t patch_size) {
+    const int64_t next_patches = (row / patch_size + 1) * patch_size;
+    return next_patches < row + kStripRows ? next_patches : row + kStripRows;
+}
+
+}  // namespace
+
+}  // namespace lynx::frames
