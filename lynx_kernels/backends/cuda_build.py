@@ -150,7 +150,7 @@ def _ninja_file(tools: Tools) -> str:
         "rule compile",
         f"  command = {nvcc} {' '.join(_FLAGS)} $code -I{csrc} -isystem {include} -c $in -o $out",
         "rule link",
-        f"  command = {nvcc} -shared --cudart=static $in -o $out -L{libraries} "
+        f"  command = {nvcc} -shared --no-device-link --cudart=static $in -o $out -L{libraries} "
         "-Xlinker=--no-as-needed -ltorch_cpu -ltorch -ldl",
     ]
     objects = []

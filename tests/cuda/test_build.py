@@ -1,26 +1,23 @@
-"""Building the CUDA kernels, with a program in the place of nvcc: what is missing, what fails, who builds."""
+"""Building the CUDA kernels, with a program in the place of nvcc: when it happens, for which GPUs, and what can fail."""
 
-import functools
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
 
-from lynx_kernels.backends import cuda as cuda_backend
 from lynx_kernels.backends import cuda_build
-from lynx_kernels.backends.cuda_build import NAME, SOURCES, BuildError, MissingToolError, cached, find_tools
+from lynx_kernels.backends.cuda_build import NAME, BuildError, MissingToolError, cached, find_tools
 
 ROOT = Path(__file__).parents[2]
-# Notes every compilation in $CALLS, and writes what it was asked for, slowly.
+# Notes every compilation and its flags in $CALLS, and writes something, slowly.
 WORKING = """#!/bin/sh
 [ "$1" = --version ] && echo 1.0 && exit
+echo "$@" >> "$CALLS"
 while [ "$1" != -o ]; do shift; done
-echo "$2" >> "$CALLS"
 sleep 0.2
 echo library > "$2"
 """
@@ -41,8 +38,6 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setenv("LYNX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
     monkeypatch.delenv("LYNX_CUDA", raising=False)
-    monkeypatch.setattr(cuda_backend, "_PACKAGE", tmp_path)
-    monkeypatch.setattr(cuda_backend, "_load", functools.cache(cuda_backend._load.__wrapped__))
     return tmp_path
 
 
@@ -50,6 +45,15 @@ def install_nvcc(home, script):
     program = home / "bin/nvcc"
     program.write_text(script)
     program.chmod(0o755)
+
+
+def calls(home):
+    """What nvcc was called with, a call a line."""
+    return Path(home, "calls").read_text().splitlines() if Path(home, "calls").exists() else []
+
+
+def copied_csrc(home):
+    return Path(shutil.copytree(cuda_build.find_csrc(), home / "copy/csrc"))
 
 
 def programs_without(name, tmp_path, monkeypatch):
@@ -68,15 +72,12 @@ def test_without_nvcc(home, monkeypatch):
     programs_without("nvcc", home, monkeypatch)
     with pytest.raises(MissingToolError, match=f"there is no nvcc in {home}.* install the CUDA toolkit"):
         find_tools()
-    assert cuda_backend.library_missing_reason().startswith(
-        "the CUDA kernels are not built, and cannot be here: there is no nvcc"
-    )
 
 
 def test_without_ninja(home, monkeypatch):
     install_nvcc(home, WORKING)
     programs_without("ninja", home, monkeypatch)
-    with pytest.raises(MissingToolError, match="there is no ninja on PATH: pip install ninja"):
+    with pytest.raises(MissingToolError, match="there is no ninja on PATH: run pip install ninja"):
         find_tools()
 
 
@@ -84,25 +85,20 @@ def test_without_torch_or_sources(home, monkeypatch):
     install_nvcc(home, WORKING)
     monkeypatch.setattr(cuda_build, "__file__", str(home / "lynx_kernels/backends/cuda_build.py"))
     with pytest.raises(MissingToolError, match="there is no folder csrc in"):
-        cuda_build.find_sources()
+        cuda_build.find_csrc()
     monkeypatch.setattr(cuda_build.importlib.util, "find_spec", lambda name: None)
     if shutil.which("ninja"):
-        with pytest.raises(MissingToolError, match="torch cannot be imported"):
+        with pytest.raises(MissingToolError, match="there is no torch: install it first"):
             find_tools()
 
 
 @needs_ninja
 def test_a_compiler_that_fails(home):
-    """The error has what the compiler said; asked through the dispatcher, it is a warning and the reason."""
+    """The error has what the compiler said, and nothing is left behind."""
     install_nvcc(home, FAILING)
     with pytest.raises(BuildError, match=r"(?s)ninja.* failed with exit status.*rows.h\(7\): error: expected a ;"):
         cached(find_tools())
-    with pytest.warns(UserWarning, match="Other implementations run in their place"):
-        why = cuda_backend.library_missing_reason()
-    assert why.startswith("the CUDA kernels cannot be built:")
-    assert "expected a ;" in why
-    assert cuda_backend.library_missing_reason() == why  # tried once, and warned of once
-    assert not list((home / "cache").rglob("*.so")) + list((home / "cache").rglob("*.o"))
+    assert not [*Path(home, "cache").rglob("*.so"), *Path(home, "cache").rglob("*.o")]
 
 
 @needs_ninja
@@ -114,23 +110,23 @@ def test_built_once_by_several_processes(home):
     paths = {Path(out.strip()) for out, _ in results}
     assert paths == {cached(find_tools())}
     assert paths.pop().read_text() == "library\n"
-    assert sorted(Path(home, "calls").read_text().split()) == sorted(
-        [NAME, *(f"{Path(source).stem}.o" for source in SOURCES)]
-    )
+    csrc = cuda_build.find_csrc()
+    assert len(calls(home)) == len(cuda_build.sources(csrc)) + 1  # and a link
     assert sum("building the CUDA kernels with" in error for _, error in results) == 1
 
 
 @needs_ninja
-def test_sources_and_compiler_are_part_of_the_key(home, tmp_path):
+def test_sources_and_compiler_are_part_of_the_key(home):
+    """Where the sources lie is not."""
     install_nvcc(home, WORKING)
     tools = find_tools()
+    copy = replace(tools, csrc=copied_csrc(home))
     first = cached(tools)
-    csrc = Path(shutil.copytree(tools.csrc, tmp_path / "other/csrc"))
-    (csrc / "common/numbers.h").write_text("// changed")
-    others = {cached(SimpleNamespace(**{**vars(tools), "csrc": csrc}))}
+    assert cached(copy) == first
+    (copy.csrc / "common/numbers.h").write_text("// changed")
+    second = cached(copy)
     install_nvcc(home, WORKING.replace("1.0", "1.1"))
-    others.add(cached(tools))
-    assert len({first, *others}) == 3
+    assert len({first, second, cached(tools)}) == 3
 
 
 @needs_ninja
@@ -138,62 +134,89 @@ def test_a_folder_that_cannot_be_written_to(home, monkeypatch):
     install_nvcc(home, WORKING)
     Path(home, "file").write_text("")
     monkeypatch.setenv("LYNX_CACHE", str(home / "file"))
-    with pytest.raises(BuildError, match=r"cannot be written to .*: name another folder in LYNX_CACHE"):
+    with pytest.raises(BuildError, match=r"cannot be written to .*: set LYNX_CACHE to another folder"):
         cached(find_tools())
 
 
-def test_building_can_be_forbidden(home, monkeypatch):
+@needs_ninja
+def test_files_are_compiled_for_the_architectures_they_name(home):
+    """A file of one operation has the name of another's, and an architecture of its own."""
     install_nvcc(home, WORKING)
-    monkeypatch.setenv("LYNX_CUDA", "0")
-    assert (
-        cuda_backend.library_missing_reason()
-        == "the CUDA kernels are not built, and LYNX_CUDA=0 forbids to build them on first use"
-    )
-    assert not Path(home, "calls").exists()
+    csrc = copied_csrc(home)
+    added = csrc / "new_operation/cuda/small_m.cu"
+    added.parent.mkdir(parents=True)
+    added.write_text("// architectures: sm_90\n")
+    cuda_build.build(home / NAME, replace(find_tools(), csrc=csrc))
+    *compiled, link = calls(home)
+    codes = {
+        call.split()[call.split().index("-c") + 1]: [word for word in call.split() if word.startswith("-gencode")]
+        for call in compiled
+    }
+    assert codes.pop(str(added)) == ["-gencode=arch=compute_90a,code=sm_90a"]
+    everything = ["80,code=sm_80", "80,code=compute_80", "90a,code=sm_90a", "100a,code=sm_100a"]
+    assert set(codes) == {str(path) for path in csrc.rglob("*.cu") if path != added}
+    assert all(code == [f"-gencode=arch=compute_{each}" for each in everything] for code in codes.values())
+    assert {"new_operation_cuda_small_m.o", "adapter_cuda_small_m.o"} <= set(link.split())
 
 
-def test_a_library_in_the_package_comes_first(home):
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("#pragma once", "does not name its architectures: write `// architectures: ` and some of sm_80, sm_90, sm_100"),
+        ("", "does not name its architectures"),
+        ("// architectures:", "names no architecture"),
+        ("// architectures: sm_80 sm_70", "names an unknown architecture, sm_70: write"),
+        ("// architectures: sm_80, sm_90", "names an unknown architecture, sm_80,: write"),
+    ],
+)
+def test_files_without_known_architectures(line, message, home):
     install_nvcc(home, WORKING)
-    (home / "_cuda.abi3.so").write_text("no library")
-    with pytest.warns(UserWarning, match="cannot be loaded"):
-        assert str(home / "_cuda.abi3.so") in cuda_backend.library_missing_reason()
-    assert not Path(home, "calls").exists()
+    csrc = copied_csrc(home)
+    source = csrc / "pack_frames/cuda/frames.cu"
+    source.write_text(f"{line}\n{source.read_text()}" if line else "")
+    with pytest.raises(BuildError, match=f"the first line of {source} {message}"):
+        cuda_build.architectures(source)
+    if shutil.which("ninja"):
+        with pytest.raises(BuildError, match=f"the first line of {source}"):
+            cuda_build.build(home / NAME, replace(find_tools(), csrc=csrc))
+    assert not calls(home)
 
 
-def test_refusals(home, monkeypatch):
-    tensor = SimpleNamespace(device=torch.device("cuda", 0))
-    monkeypatch.setattr(cuda_backend, "_load", lambda: "not built")
-    assert cuda_backend.unsupported_reason(torch.ones(1)) == "CUDA kernels need a GPU, and the tensors are on cpu"
-    monkeypatch.setattr(torch.version, "cuda", None)
-    assert "not built for any" in cuda_backend.unsupported_reason(tensor)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert "compute capability 8.0" in cuda_backend.unsupported_reason(tensor)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert cuda_backend.unsupported_reason(tensor) == "not built"
-    monkeypatch.setattr(cuda_backend, "_load", lambda: None)
-    assert cuda_backend.unsupported_reason(tensor) is None
+def run_python(code, **environment):
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("why", [None, "not built"])
-def test_compiled_functions_may_ask(why, home, monkeypatch):
-    """Whatever loading takes, torch.compile does not trace it."""
+@needs_ninja
+def test_importing_builds_only_when_it_is_asked_to(home):
+    """Whatever the tools: not without LYNX_CUDA=1, and with it once."""
+    install_nvcc(home, WORKING)
+    code = "import lynx_kernels.backends.cuda as cuda; print(cuda.MISSING)"
+    for environment in ({}, {"LYNX_CUDA": "0"}):
+        result = run_python(code, **environment)
+        assert "LYNX_CUDA=1" in result.stdout, result.stderr
+        assert not calls(home)
+    for _ in range(2):
+        result = run_python(code, LYNX_CUDA="1")
+        assert "cannot be loaded" in result.stdout, result.stderr  # what the program writes is no library
+        assert len(calls(home)) == len(cuda_build.sources(cuda_build.find_csrc())) + 1
 
-    def load():
-        subprocess.run(["true"], check=True)
-        return why
 
-    monkeypatch.setattr(cuda_backend, "_load", load)
-    torch._dynamo.reset()
-    compiled = torch.compile(
-        lambda x: x + (cuda_backend.library_missing_reason() is None), backend="eager", fullgraph=True
-    )
-    assert compiled(torch.zeros(())) == (why is None)
+@needs_ninja
+def test_importing_says_why_a_build_failed(home):
+    install_nvcc(home, FAILING)
+    result = run_python("import lynx_kernels", LYNX_CUDA="1")
+    assert result.returncode != 0
+    assert "expected a ;" in result.stderr
 
 
-def test_every_source_is_compiled():
-    csrc = cuda_build.find_sources()
-    assert {str(path.relative_to(csrc)) for path in csrc.rglob("*.cu")} == set(SOURCES)
+def test_collecting_these_tests_builds_nothing(home):
+    install_nvcc(home, WORKING)
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "tests/cuda"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "test_library" in result.stdout
+    assert not calls(home)
 
 
 def run_setup(*arguments, **environment):

@@ -216,7 +216,7 @@ def test_tables_that_do_not_fit_are_refused():
     for table, column, value in ((packed, 3, 9), (packed, 1, -1), (packed, 2, 9)):
         broken = table.clone()
         broken[1, column] = value
-        with pytest.raises(ValueError, match="row 1 of the layout's segments is no segment"):
+        with pytest.raises(ValueError, match="row 1 of the layout's segments is not a segment"):
             operators.prefix_attention(q, q, q, broken, True, 1.0, "cpu")
     broken = spans.segments.clone()
     broken[0, 2] = 6
