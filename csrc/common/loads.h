@@ -1,5 +1,5 @@
-// Loads and stores of several neighbouring numbers at once, up to 16 bytes, and of numbers whose dtype is known only when
-// the kernel runs.
+// Loads and stores of several neighbouring numbers at once, up to 16 bytes, and of numbers whose dtype is known only
+// when the kernel runs.
 #pragma once
 
 #include <type_traits>
@@ -71,9 +71,9 @@ LYNX_PORTABLE Bytes16 load16_partial(const Element* from, int count) {
     return bytes;
 }
 
-// A streaming load: of numbers that no thread writes meanwhile and that this block reads once, so that they do not displace
-// others from the L1 cache. Zeros if `is_valid` is false. The compiler does not move the load. If it stands in front of a
-// barrier, it is issued there, and waited for where its result is used.
+// A streaming load: of numbers that no thread writes meanwhile and that this block reads once, so that they do not
+// displace others from the L1 cache. Zeros if `is_valid` is false. The compiler does not move the load. If it stands in
+// front of a barrier, it is issued there, and waited for where its result is used.
 template <class Element>
 LYNX_PORTABLE Bytes16 load16_streaming(const Element* from, bool is_valid) {
     Bytes16 bytes = {};
@@ -112,7 +112,8 @@ struct alignas(16) Raw {
     uint32_t words[kItems];  // 16-bit numbers fill the first half
 };
 
-// kItems values from `first` on, of which `count` exist. The rest are zeros. `first` is a multiple of kItems in its row.
+// kItems values from `first` on, of which `count` exist. The rest are zeros. `first` is a multiple of kItems in its
+// row.
 template <int kItems>
 LYNX_PORTABLE Raw<kItems> fetch(const Values& values, int64_t first, int count) {
     Raw<kItems> raw = {};

@@ -14,8 +14,8 @@ struct Free {
 
 using Memory = std::unique_ptr<char, Free>;
 
-// `bytes` uninitialised bytes, 64-byte aligned. Throws std::bad_alloc. So call it before the threads start: no exception
-// may leave a thread.
+// `bytes` uninitialised bytes, 64-byte aligned. Throws std::bad_alloc. So call it before the threads start: no
+// exception may leave a thread.
 inline Memory allocate(size_t bytes) {
     Memory memory(static_cast<char*>(aligned_alloc(64, (bytes + 64) / 64 * 64)));
     if (memory == nullptr) throw std::bad_alloc();

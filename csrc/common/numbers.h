@@ -49,8 +49,8 @@ LYNX_PORTABLE float widen(BFloat16 value) { return float_of(static_cast<uint32_t
 
 LYNX_PORTABLE float widen(Half value) {
     const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16, rest = (value.bits & 0x7fffu) << 13;
-    // Exponent and mantissa stand where fp32 has them. An exact product moves the exponent from bias 15 to 127, and turns
-    // subnormal numbers into normal ones.
+    // Exponent and mantissa stand where fp32 has them. An exact product moves the exponent from bias 15 to 127, and
+    // turns subnormal numbers into normal ones.
     const float finite = float_of(rest) * 0x1p112f;
     return float_of((rest >= 0x0f800000 ? rest | 0x7f800000 : bits_of(finite)) | sign);  // else infinity or NaN
 }

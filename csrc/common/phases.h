@@ -13,8 +13,8 @@
 //
 // and the name that a profiler shows, by LYNX_GLOBAL(name) in front of the struct and LYNX_RUN_BY(name, Struct) in it.
 //
-// Threads run in any order between two barriers. So a phase may read of Shared only what an earlier phase wrote, or what
-// its own thread wrote. Phases cannot use what needs all threads of a warp at once (shuffles, tensor cores).
+// Threads run in any order between two barriers. So a phase may read of Shared only what an earlier phase wrote, or
+// what its own thread wrote. Phases cannot use what needs all threads of a warp at once (shuffles, tensor cores).
 #pragma once
 
 #include <type_traits>
@@ -57,8 +57,8 @@ template <class Kernel, int kPhase>
 __device__ __forceinline__ void run_phases(const typename Kernel::Args& args, const Place& place,
                                            typename Kernel::Shared& shared, typename Kernel::Registers& registers) {
     Place here = place;
-    // Where registers are short, every phase computes anew what follows from the thread's number. Kept from phase to phase,
-    // it would take the registers that loads in flight need.
+    // Where registers are short, every phase computes anew what follows from the thread's number. Kept from phase to
+    // phase, it would take the registers that loads in flight need.
     if constexpr (BlocksOf<Kernel>::kValue > 0) asm volatile("" : "+r"(here.thread));
     Kernel::template phase<kPhase>(args, here, shared, registers);
     if constexpr (kPhase + 1 < Kernel::kPhases) {

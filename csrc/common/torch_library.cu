@@ -21,8 +21,8 @@ cudaStream_t current_stream(int device) {
 int multiprocessors_of(int device) {
     int count = 0;
     const cudaError_t error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-    STD_TORCH_CHECK(error == cudaSuccess, "lynx_kernels: the number of multiprocessors of device ", device, " is unknown: ",
-                    cudaGetErrorString(error));
+    STD_TORCH_CHECK(error == cudaSuccess, "lynx_kernels: the number of multiprocessors of device ", device,
+                    " is unknown: ", cudaGetErrorString(error));
     return count;
 }
 
@@ -32,7 +32,8 @@ Dtype dtype_of(const Tensor& tensor) {
         case ScalarType::Float: return Dtype::kFloat;
         case ScalarType::Half: return Dtype::kHalf;
         case ScalarType::BFloat16: return Dtype::kBFloat16;
-        default: STD_TORCH_CHECK(false, "lynx_kernels: the CUDA kernels take fp32, fp16 and bf16, and were given another dtype");
+        default:
+            STD_TORCH_CHECK(false, "lynx_kernels: the CUDA kernels take fp32, fp16 and bf16, and were given another dtype");
     }
 }
 

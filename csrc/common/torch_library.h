@@ -1,4 +1,5 @@
-// What every file of CUDA kernels needs from torch. It is only the stable ABI, so one build works with torch 2.11 and later.
+// What every file of CUDA kernels needs from torch. It is only the stable ABI, so one build works with torch 2.11 and
+// later.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,8 +16,8 @@ namespace lynx {
 
 using torch::stable::Tensor;
 
-// The stream that torch uses on a device. The function is looked up by name at run time: a library that linked to it could
-// not be loaded into a torch without CUDA.
+// The stream that torch uses on a device. The function is looked up by name at run time: a library that linked to it
+// could not be loaded into a torch without CUDA.
 cudaStream_t current_stream(int device);
 
 int multiprocessors_of(int device);

@@ -1,8 +1,8 @@
 // Vectors of 32-bit lanes, as wide as the instruction set that the including file is compiled for.
 //
-// A file that includes this one is compiled once per instruction set. The linker merges functions of the same name, and a
-// CPU without AVX-512 could then get the copy that was compiled for AVX-512. So everything here is in an unnamed namespace,
-// and those files use no templates or inline functions of the standard library that the compiler could emit.
+// A file that includes this one is compiled once per instruction set. The linker merges functions of the same name, and
+// a CPU without AVX-512 could then get the copy that was compiled for AVX-512. So everything here is in an unnamed
+// namespace, and those files use no templates or inline functions of the standard library that the compiler could emit.
 #pragma once
 
 #include <cstddef>
@@ -23,8 +23,8 @@ using lynx::divide_up;
 using lynx::min;
 using lynx::round_up;
 
-// A register tile has kTileRows x kTileVectors sums. With them, a row of the right operand and one broadcast value of the
-// left one fit the 32 registers of AVX-512 (6 * 4 + 4 + 1) and the 16 of AVX2 and SSE (6 * 2 + 2 + 1).
+// A register tile has kTileRows x kTileVectors sums. With them, a row of the right operand and one broadcast value of
+// the left one fit the 32 registers of AVX-512 (6 * 4 + 4 + 1) and the 16 of AVX2 and SSE (6 * 2 + 2 + 1).
 constexpr int kTileRows = 6;
 #if defined(__AVX512F__)
 constexpr int kWidth = 16, kTileVectors = 4;
@@ -106,8 +106,8 @@ LYNX_INLINE void store_first(Element* to, Floats x, int64_t count) {
     memcpy(to, staged, count * sizeof(Element));
 }
 
-// ---- bytes in memory, 32 bits in registers. GCC 12 would convert them lane by lane. The masked intrinsics are used because
-// GCC warns, wrongly, of an uninitialised register in the others.
+// ---- bytes in memory, 32 bits in registers. GCC 12 would convert them lane by lane. The masked intrinsics are used
+// because GCC warns, wrongly, of an uninitialised register in the others.
 
 LYNX_INLINE Ints widen(Bytes bytes) {
 #if defined(__AVX512F__)
@@ -213,7 +213,8 @@ LYNX_INLINE Floats fold_rows(Floats (&rows)[kWidth]) {
     return rows[0];
 }
 
-// The sums of the lanes of kWidth rows, one row a lane. With AVX-512 it is six times as fast as sum_of_lanes of each row.
+// The sums of the lanes of kWidth rows, one row a lane. With AVX-512 it is six times as fast as sum_of_lanes of each
+// row.
 LYNX_INLINE Floats sums_of_rows(const float* from) {
     Floats rows[kWidth];
     for (int row = 0; row < kWidth; row++) rows[row] = load(from + row * kWidth);
@@ -239,8 +240,8 @@ LYNX_INLINE Floats exp(Floats x) {
     return (Floats)((Words)power + ((Words)shifted << 23));
 }
 
-// The natural logarithm of a normal positive x. With x = 2^n m and s = (m - 1) / (m + 1), log m = 2 artanh s. The series
-// of artanh is cut where its terms fall below 2e-9 of the result, for m between sqrt(1/2) and sqrt(2).
+// The natural logarithm of a normal positive x. With x = 2^n m and s = (m - 1) / (m + 1), log m = 2 artanh s. The
+// series of artanh is cut where its terms fall below 2e-9 of the result, for m between sqrt(1/2) and sqrt(2).
 LYNX_INLINE Floats log(Floats x) {
     const uint32_t sqrt_half = 0x3f3504f3;
     Words offset = (Words)x - sqrt_half;

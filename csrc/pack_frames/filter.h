@@ -1,5 +1,5 @@
-// How frames are resized to a square and cut into patches: Pillow's bicubic weights, the start of the centre crop, the order
-// of the pixels. Plain functions of numbers, the same on a CPU and on a GPU.
+// How frames are resized to a square and cut into patches: Pillow's bicubic weights, the start of the centre crop, the
+// order of the pixels. Plain functions of numbers, the same on a CPU and on a GPU.
 //
 // Weights must be Pillow's to the last bit, so no product may be fused with a sum. Compile this for a CPU with
 // -ffp-contract=off. On a GPU `product` prevents it.
@@ -23,14 +23,14 @@ LYNX_PORTABLE double product(double a, double b) {
 #endif
 }
 
-// How one side of a crop becomes one side of the square: its `length` pixels are resized to `resized`, and `count` of them
-// are kept, from `start` on.
+// How one side of a crop becomes one side of the square: its `length` pixels are resized to `resized`, and `count` of
+// them are kept, from `start` on.
 struct Side {
     int64_t length, resized, start, count;
 };
 
-// With `is_exact` the side itself becomes `size`. Else the crop's shorter side does, and the middle of the longer one is kept.
-// If the middle starts between two pixels, it starts at the even one, or with `rounds_down` at the lower one.
+// With `is_exact` the side itself becomes `size`. Else the crop's shorter side does, and the middle of the longer one
+// is kept. If the middle starts between two pixels, it starts at the even one, or with `rounds_down` at the lower one.
 LYNX_PORTABLE Side square_side(int64_t length, int64_t short_side, int64_t size, bool is_exact, bool rounds_down) {
     if (is_exact) return {length, size, 0, size};
     const int64_t resized = (int64_t)((double)(size * length) / (double)short_side);
@@ -89,15 +89,15 @@ LYNX_PORTABLE int32_t weight_of(const Window& window, int64_t i) {
     return (int32_t)(weight < 0.0 ? weight - 0.5 : weight + 0.5);
 }
 
-// The byte of a sum of weights times bytes. Such sums stay below 2^31: the weights of a window sum to 2^22, and their absolute
-// values to less than 1.5 times that.
+// The byte of a sum of weights times bytes. Such sums stay below 2^31: the weights of a window sum to 2^22, and their
+// absolute values to less than 1.5 times that.
 LYNX_PORTABLE uint8_t byte_of(int32_t sum) {
     const int32_t level = (sum + (1 << (kWeightBits - 1))) >> kWeightBits;
     return level < 0 ? 0 : level > 255 ? 255 : (uint8_t)level;
 }
 
-// The place of a pixel of the square among its frame's outputs. Patches follow each other row by row, and a patch is (channel,
-// row, column). If one patch is the whole square, the outputs are (channel, row, column).
+// The place of a pixel of the square among its frame's outputs. Patches follow each other row by row, and a patch is
+// (channel, row, column). If one patch is the whole square, the outputs are (channel, row, column).
 LYNX_PORTABLE int64_t patch_offset(int64_t channel, int64_t row, int64_t column, int64_t size, int64_t patch_size) {
     const int64_t patch = row / patch_size * (size / patch_size) + column / patch_size;
     return ((patch * 3 + channel) * patch_size + row % patch_size) * patch_size + column % patch_size;

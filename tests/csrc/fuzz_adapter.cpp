@@ -1,4 +1,5 @@
-// The adapter with random sizes, dtypes and absent arguments, for the sanitizers. Also checks that every output is written.
+// The adapter with random sizes, dtypes and absent arguments, for the sanitizers. Also checks that every output is
+// written.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>

@@ -1,4 +1,5 @@
-// Attention over random layouts, forward and backward, for the sanitizers. Also checks that the LSE of every row is written.
+// Attention over random layouts, forward and backward, for the sanitizers. Also checks that the LSE of every row is
+// written.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>

@@ -1,5 +1,5 @@
-// Decoding with random sizes, lengths and strides, for the sanitizers. Also checks that every output is written, and is a
-// mean of the values.
+// Decoding with random sizes, lengths and strides, for the sanitizers. Also checks that every output is written, and is
+// a mean of the values.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -16,7 +16,8 @@ namespace {
 using namespace lynx;
 using namespace lynx::decode;
 
-// (entries, rows, heads, dim) of fp32 or bf16 numbers from 0.5 to 2, with rows or heads outside. The memory holds nothing else.
+// (entries, rows, heads, dim) of fp32 or bf16 numbers from 0.5 to 2, with rows or heads outside. The memory holds
+// nothing else.
 struct Tensor {
     std::vector<uint16_t> memory;
     Cache cache;

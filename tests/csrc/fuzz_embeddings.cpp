@@ -1,4 +1,5 @@
-// pack_embeddings with random sizes, strides and dtypes, and some indices out of range, against the simplest implementation.
+// pack_embeddings with random sizes, strides and dtypes, and some indices out of range, against the simplest
+// implementation.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -121,7 +122,8 @@ void fuzz_embeddings(uint64_t seed) {
                                                 : value_at(embedding.rows, indices.token_ids[row], column);
             if (value_at(out.rows, row, column) != rounded(expected, table_dtype)) fail("a row is not a copy");
         }
-    const Table grad_table(random, table_dtype, vocabulary, width), grad_vision(random, vision_dtype, num_vision, width);
+    const Table grad_table(random, table_dtype, vocabulary, width);
+    const Table grad_vision(random, vision_dtype, num_vision, width);
     sum_gradients(sources, Source::kTable, grad.rows, grad_table.rows, width, threads);
     check_sums(sources, Source::kTable, grad.rows, grad_table.rows, width);
     sum_gradients(sources, Source::kVision, grad.rows, grad_vision.rows, width, threads);

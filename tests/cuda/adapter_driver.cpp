@@ -1,5 +1,5 @@
-// The CUDA kernels of the adapter on the CPU: `adapter_driver <numbers>`, or `adapter_driver shape <numbers>` for how they
-// would be launched.
+// The CUDA kernels of the adapter on the CPU: `adapter_driver <numbers>`, or `adapter_driver shape <numbers>` for how
+// they would be launched.
 #include "adapter/cuda/launches.h"
 #include "driver.h"
 #include "on_host.h"
@@ -41,8 +41,10 @@ void run(const Numbers& numbers) {
     const Argument down_bias(numbers, "down_bias", 1, bottleneck), up(numbers, "up", width, bottleneck, true);
     const Argument up_bias(numbers, "up_bias", 1, width), scale(numbers, "scale", 1, 1);
     const int64_t statistics = norm_weight.dtype < 0 ? 0 : tokens;
-    const Buffer out(tokens * width * kSizes[x.dtype]), mean(statistics * sizeof(float)), rstd(statistics * sizeof(float));
-    const Buffer preactivation(tokens * bottleneck * kSizes[down.dtype]), activated(tokens * bottleneck * kSizes[down.dtype]);
+    const int64_t bottleneck_bytes = tokens * bottleneck * kSizes[down.dtype];
+    const Buffer out(tokens * width * kSizes[x.dtype]);
+    const Buffer mean(statistics * sizeof(float)), rstd(statistics * sizeof(float));
+    const Buffer preactivation(bottleneck_bytes), activated(bottleneck_bytes);
     lynx::adapter::forward({tokens, width, bottleneck, *static_cast<float*>(eps.data()),
                       static_cast<lynx::adapter::Activation>(numbers["activation"]), x.values(x.stride), x.stride,
                       norm_weight.values(), norm_bias.values(), down.matrix(bottleneck, width), down_bias.values(),

@@ -43,12 +43,13 @@ void run(const Numbers& numbers) {
     problem.root_lengths = indices("root_lengths", problem.roots);
     problem.branch_lengths = indices("branch_lengths", problem.branches);
     const Buffer out(rows * problem.dim * kSizes[numbers["q_dtype"]]), lse(rows * sizeof(float));
-    lynx::decode::forward({problem, static_cast<lynx::Dtype>(numbers["cache_dtype"]), *static_cast<double*>(scale.data()),
-                          out.data(), static_cast<float*>(lse.data()), static_cast<int>(numbers["multiprocessors"])},
-                         lynx::OnHost(static_cast<unsigned>(numbers["seed"])), [&](int64_t count) {
-                             memory.push_back(std::make_unique<Buffer>(count * sizeof(float)));
-                             return static_cast<float*>(memory.back()->data());
-                         });
+    const lynx::decode::Call call = {problem, static_cast<lynx::Dtype>(numbers["cache_dtype"]),
+                                     *static_cast<double*>(scale.data()), out.data(), static_cast<float*>(lse.data()),
+                                     static_cast<int>(numbers["multiprocessors"])};
+    lynx::decode::forward(call, lynx::OnHost(static_cast<unsigned>(numbers["seed"])), [&](int64_t count) {
+        memory.push_back(std::make_unique<Buffer>(count * sizeof(float)));
+        return static_cast<float*>(memory.back()->data());
+    });
     out.write(), lse.write();
 }
 

@@ -1,6 +1,6 @@
-// What the programs share that run CUDA kernels on the CPU for tests in Python. Numbers are words of the command line, tensors
-// come as bytes on the standard input, results go to the standard output. Every tensor has memory of its own, so that the
-// sanitizers see every access beside it. A call that makes no sense exits with 1 and a message.
+// What the programs share that run CUDA kernels on the CPU for tests in Python. Numbers are words of the command line,
+// tensors come as bytes on the standard input, results go to the standard output. Every tensor has memory of its own,
+// so that the sanitizers see every access beside it. A call that makes no sense exits with 1 and a message.
 #pragma once
 
 #include <cstdint>

@@ -26,7 +26,7 @@ class OnHost {
     void run_block(const typename Kernel::Args& args, int block) {
         // It has memory of its own, of exactly its size, so that the sanitizer sees every access outside.
         auto shared = std::make_unique<typename Kernel::Shared>();
-        memset(static_cast<void*>(shared.get()), 0xff, sizeof *shared);  // NaNs, and bools that are neither true nor false
+        memset(static_cast<void*>(shared.get()), 0xff, sizeof *shared);  // NaNs, and invalid bools
         std::vector<typename Kernel::Registers> registers(Kernel::kThreads);
         const int rounds = Kernel::rounds(args, block);
         for (int round = 0; round == 0 || round < rounds; round++)

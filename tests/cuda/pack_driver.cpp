@@ -13,7 +13,8 @@ struct Matrix {
           count(numbers[name + "_rows"]),
           stride(numbers[name + "_stride"]),
           size(kSizes[static_cast<int>(dtype)]),
-          buffer(count == 0 || width == 0 ? 0 : ((count - 1) * stride + width) * size, numbers[name + "_offset"] * size) {}
+          buffer(count == 0 || width == 0 ? 0 : ((count - 1) * stride + width) * size,
+                 numbers[name + "_offset"] * size) {}
 
     lynx::embeddings::Rows rows() const { return {buffer.data(), dtype, count, stride}; }
 
@@ -28,8 +29,9 @@ void pack_rows(const Numbers& numbers, lynx::OnHost run) {
     const Matrix embedding(numbers, "embedding", width), vision(numbers, "vision", width), out(numbers, "out", width);
     const Buffer token_ids(out.count * sizeof(int64_t)), vision_index(out.count * sizeof(int32_t));
     token_ids.read(), vision_index.read(), embedding.buffer.read(), vision.buffer.read();
-    lynx::embeddings::pack_rows(static_cast<const int64_t*>(token_ids.data()), static_cast<const int32_t*>(vision_index.data()),
-                    embedding.rows(), vision.rows(), out.rows(), width, run);
+    lynx::embeddings::pack_rows(static_cast<const int64_t*>(token_ids.data()),
+                                static_cast<const int32_t*>(vision_index.data()), embedding.rows(), vision.rows(),
+                                out.rows(), width, run);
     out.buffer.write();
 }
 
@@ -39,13 +41,13 @@ void sum_rows(const Numbers& numbers, lynx::OnHost run) {
     const Buffer vision_index(grad.count * sizeof(int32_t)), uses(2 * out.count * sizeof(int32_t));
     vision_index.read(), grad.buffer.read();
     memset(uses.data(), 0, 2 * out.count * sizeof(int32_t));
-    lynx::embeddings::sum_rows(grad.rows(), static_cast<const int32_t*>(vision_index.data()), static_cast<int32_t*>(uses.data()),
-                   out.rows(), width, run);
+    lynx::embeddings::sum_rows(grad.rows(), static_cast<const int32_t*>(vision_index.data()),
+                               static_cast<int32_t*>(uses.data()), out.rows(), width, run);
     out.buffer.write();
 }
 
-// Each frame comes as its strides, height, width and whether it is mirrored, the place of its first pixel in its memory, the
-// size of that memory, and the memory itself: exactly what the box cuts out.
+// Each frame comes as its strides, height, width and whether it is mirrored, the place of its first pixel in its
+// memory, the size of that memory, and the memory itself: exactly what the box cuts out.
 void pack_frames(const Numbers& numbers, lynx::OnHost run) {
     const int64_t size = numbers["size"], element_size = numbers["element_size"];
     const Buffer levels(3 * 256 * element_size);

@@ -1,4 +1,4 @@
-"""The CUDA kernels of the adapter for a few tokens, run on the CPU through the implementation that launches them."""
+"""The CUDA kernels of the adapter for a few tokens, run on a CPU through the implementation that launches them."""
 
 from functools import partial
 
@@ -13,11 +13,11 @@ from tests.lynx_kernels.test_adapter import ACTIVATIONS, FORWARD, OPTIONAL, chec
 
 pytestmark = pytest.mark.usefixtures("on_host")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-TILES = (1, 4, 8)  # tokens that a block takes
+BLOCK_M = (1, 4, 8)  # tokens of a block
 
 
 def kernels(x, *parameters, eps=1e-5, activation="silu"):
-    """As ``adapter``, with all that the operator gives."""
+    """As ``adapter``, with everything that the operator returns."""
     out, *saved = FORWARD(x.reshape(-1, x.shape[-1]), *parameters, eps, activation, "cuda")
     return out.view(x.shape), *saved
 
@@ -30,7 +30,7 @@ def check(*args, absent=(), **options):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 2, 4, 5, 8, 9])
 def test_tokens(tokens, dtype):
-    """One to two tiles of each size, full and not."""
+    """One and two tiles of each size, full or not."""
     check((tokens,), 72, 40, dtype)
 
 
@@ -38,8 +38,8 @@ def test_tokens(tokens, dtype):
 @pytest.mark.parametrize(
     ("tokens", "width", "bottleneck"), [(1, 4104, 24), (3, 2056, 80), (7, 1032, 136), (64, 40, 24)]
 )
-def test_several_chunks_and_strips(tokens, width, bottleneck, dtype):
-    """Rows and columns that end inside a strip and a chunk; the most tokens."""
+def test_several_tiles_of_rows_and_columns(tokens, width, bottleneck, dtype):
+    """Rows and columns that end inside a tile; the most tokens."""
     check((tokens,), width, bottleneck, dtype)
 
 
@@ -52,20 +52,20 @@ def test_widths_that_loads_do_not_divide(tokens, width, bottleneck, dtype):
 
 
 @pytest.mark.parametrize(("width", "bottleneck"), [(64, 33), (33, 64)])
-def test_one_product_in_wide_loads_and_one_not(width, bottleneck):
+def test_one_aligned_product_and_one_not(width, bottleneck):
     check((3,), width, bottleneck, torch.bfloat16)
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 2, 5, 108, 132, 148])
 def test_any_number_of_multiprocessors(multiprocessors, on_host):
-    """Blocks with one row, with some of a strip, with several strips that are not alike."""
+    """Blocks with one row, with a part of a tile, with several tiles of different sizes."""
     on_host.multiprocessors = multiprocessors
     check((4,), 40, 73, torch.float32)
     check((11,), 40, 73, torch.bfloat16)
 
 
 @pytest.mark.parametrize("absent", OPTIONAL)
-@pytest.mark.parametrize("tokens", TILES)
+@pytest.mark.parametrize("tokens", BLOCK_M)
 def test_optional_arguments(tokens, absent):
     check((tokens,), 48, 24, torch.float32, absent=absent)
 
@@ -77,31 +77,31 @@ def test_activations_and_eps(activation, dtype):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations_at_the_ends(activation):
-    """Pre-activations beyond what exp takes, and what is no number."""
+def test_activations_of_extreme_values(activation):
+    """Pre-activations for which exp overflows, and NaN."""
     x = torch.tensor([[200.0, -200.0, 1e30, -1e30, torch.nan, 0.0, 1.0, -1.0]])
     eye, scale = torch.eye(8), torch.tensor(1.0)
     _, _, _, preactivation = kernels(x, None, None, eye[:4], None, eye[:, :4].contiguous(), None, scale)
-    assert torch.equal(preactivation.isnan(), torch.ones(1, 4).bool())  # 0 times what is no number
+    assert torch.equal(preactivation.isnan(), torch.ones(1, 4).bool())  # 0 * NaN
     finite = torch.where(x.isnan(), 0, x)
     out, *_ = kernels(finite, None, None, eye, None, eye, None, scale, activation=activation)
     torch.testing.assert_close(out, finite + ACTIVATIONS[activation](finite))
-    no_numbers = torch.full((8,), torch.nan)
-    out, *_ = kernels(torch.ones(1, 8), None, None, eye, no_numbers, eye, None, scale, activation=activation)
+    nans = torch.full((8,), torch.nan)
+    out, *_ = kernels(torch.ones(1, 8), None, None, eye, nans, eye, None, scale, activation=activation)
     assert out.isnan().all()
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 8])
 @pytest.mark.parametrize(("dtype", "mean"), [*((dtype, 1e3) for dtype in DTYPES), (torch.float32, 1e6)])
 def test_mean_far_above_deviation(dtype, mean, tokens):
-    """Where it is farthest above, the first sum of a row is not exact enough."""
+    """In the last case the first sum of a row is not exact enough."""
     inputs, _ = make((tokens,), 520, 16, dtype)
     inputs[0] = inputs[0] + mean
     check_forward(kernels, inputs)
 
 
 def test_the_activation_is_of_what_backward_reads():
-    """-20.06 in bf16 is -20, and silu of that is 6% more."""
+    """-20.06 in bf16 is -20, whose silu is 6% larger."""
     eye, bias = torch.eye(8, dtype=torch.bfloat16), torch.full((8,), -20.06)
     out, *_, preactivation = kernels(torch.zeros(1, 8), None, None, eye, bias, eye, None, torch.tensor(1.0))
     torch.testing.assert_close(out, ACTIVATIONS["silu"](preactivation.float()), rtol=0.01, atol=0)
@@ -115,7 +115,7 @@ def test_constant_rows():
 
 @pytest.mark.parametrize("width", [40, 77])
 def test_constant_rows_of_large_numbers(width):
-    """0 less their mean, over the root of eps, is infinite: what stands behind a row's end must not be that."""
+    """Normalising a 0 behind the end of such a row would give infinity."""
     x, *parameters = make((3,), width, 8, torch.float32)[0]
     *_, preactivation = kernels(torch.full_like(x, 3e36), *parameters)
     assert torch.equal(preactivation, kernels(torch.zeros_like(x), *parameters)[3])
@@ -130,7 +130,7 @@ def test_autocast(tokens):
 @pytest.mark.parametrize("stream", DTYPES)
 @pytest.mark.parametrize("weights", DTYPES)
 def test_streams_and_weights_of_any_dtypes(stream, weights):
-    """Norms and biases of yet another."""
+    """Norms and biases have a third dtype."""
     (x, *parameters), _ = make((3,), 40, 16, torch.float64)
     norms = DTYPES[(DTYPES.index(weights) + 1) % 3]
     inputs = [x.to(stream), *(each.to(weights if each.dim() == 2 else norms) for each in parameters)]
@@ -143,7 +143,7 @@ def test_streams_and_weights_of_any_dtypes(stream, weights):
 
 @pytest.mark.parametrize("weights", DTYPES)
 def test_sums_are_fp32(weights):
-    """Whatever the weights are: an fp32 stream shows it."""
+    """For weights of every dtype. An fp32 stream shows it."""
     inputs, _ = make((3,), 40, 1032, torch.float32)
     inputs = [each.to(weights) if i in (3, 5) else each for i, each in enumerate(inputs)]
     out, *_, preactivation = kernels(*inputs, activation="relu")
@@ -155,7 +155,7 @@ def test_sums_are_fp32(weights):
 @pytest.mark.parametrize("offset", [1, 2, 4])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_that_do_not_start_at_16_bytes(offset, dtype):
-    """All of them, and each by itself. The sanitizer stops any wide access at another address."""
+    """All arguments, and each by itself. The sanitizer stops wide accesses at other addresses."""
     inputs, _ = make((3,), 40, 16, dtype)
     expected = kernels(*inputs)
     for some in (range(8), *([i] for i in range(8))):
@@ -167,8 +167,8 @@ def test_rows_that_do_not_start_at_16_bytes(offset, dtype):
 @pytest.mark.parametrize(("width", "bottleneck"), [(40, 16), (13, 13)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strides(dtype, width, bottleneck):
-    """Rows further apart than they are wide: by wide loads, to the end and not, and by others; columns that are not
-    side by side."""
+    """Rows further apart than they are wide, by strides that allow wide loads and others; columns that are not
+    contiguous."""
     inputs, _ = make((2, 3), width, bottleneck, dtype)
     expected = kernels(*inputs)
 
@@ -199,8 +199,8 @@ def test_the_order_of_threads_changes_nothing(tokens, on_host):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
-def test_tokens_do_not_meet():
-    """A token alone, and beside others that are no numbers: the same bits, as long as tiles are."""
+def test_tokens_do_not_affect_each_other():
+    """The same bits beside tokens of numbers and of NaNs, in tiles of the same size."""
     inputs, _ = make((7,), 72, 24, torch.float32)
     expected, *_ = kernels(*inputs)
     inputs[0][[0, 2, 3, 4, 5, 6]] = torch.nan
@@ -220,7 +220,7 @@ def test_scales_of_any_shape():
 
 @pytest.mark.parametrize("tokens", [5, 12])
 def test_compiled(tokens):
-    """The choice is traced, for as many tokens as run unasked and for more."""
+    """The choice is traced, for as many tokens as run without being named and for more."""
     inputs, _ = make((tokens,), 16, 8, torch.bfloat16)
     torch._dynamo.reset()
     actual = torch.compile(adapter, backend="aot_eager", fullgraph=True)(*inputs)
@@ -266,7 +266,7 @@ def test_more_tokens_than_plain_products_are_for(dtype, most):
             assert reason(make((9,), 16, 8, dtype)[0]).startswith("beyond 8 tokens")
 
 
-# Tokens, width, bottleneck: of the paper, small, huge, one of everything.
+# Tokens, width, bottleneck: of the paper, small, huge, 1.
 SHAPES = [
     (1, 4096, 2048), (5, 4096, 2048), (8, 1024, 512), (64, 4096, 64), (17, 8192, 28672), (1, 1, 1), (3, 2**20, 8),
 ]  # fmt: skip
@@ -276,30 +276,30 @@ SHAPES = [
 @pytest.mark.parametrize(("tokens", "width", "bottleneck"), SHAPES)
 @pytest.mark.parametrize("dtype", [0, 2])
 def test_launches(tokens, width, bottleneck, dtype, multiprocessors):
-    """Two blocks a multiprocessor where there are as many rows, in one wave; strips and chunks cover everything."""
+    """Two blocks a multiprocessor if there are enough rows, in one wave. Tiles cover everything."""
     given = {"tokens": tokens, "width": width, "bottleneck": bottleneck, "down_dtype": dtype}
-    down, up = launches("few_driver.cpp", **given, multiprocessors=multiprocessors)
-    for (blocks, row_blocks, tiles, strips, strip_rows, chunks, tile, chunk), rows, columns in (
+    down, up = launches("adapter_driver.cpp", **given, multiprocessors=multiprocessors)
+    for (blocks, grid_n, grid_m, n_tiles, tile_n, k_tiles, block_m, block_k), rows, columns in (
         (down, bottleneck, width),
         (up, width, bottleneck),
     ):
-        assert blocks == row_blocks * tiles
-        assert tiles == -(-tokens // tile)
-        assert row_blocks == min(max(1, 2 * multiprocessors // tiles), rows)
-        most = -(-rows // row_blocks)
-        assert strip_rows <= 8
-        assert (strips - 1) * strip_rows < most <= strips * strip_rows
-        assert strips == -(-most // 8)
-        assert (chunks - 1) * chunk < columns <= chunks * chunk
+        assert blocks == grid_n * grid_m
+        assert grid_m == -(-tokens // block_m)
+        assert grid_n == min(max(1, 2 * multiprocessors // grid_m), rows)
+        most = -(-rows // grid_n)
+        assert tile_n <= 8
+        assert (n_tiles - 1) * tile_n < most <= n_tiles * tile_n
+        assert n_tiles == -(-most // 8)
+        assert (k_tiles - 1) * block_k < columns <= k_tiles * block_k
 
 
 def test_blocks_of_the_paper_occupy_an_h200():
     (down, *_), (up, *_) = launches(
-        "few_driver.cpp", tokens=5, width=4096, bottleneck=2048, down_dtype=2, multiprocessors=132
+        "adapter_driver.cpp", tokens=5, width=4096, bottleneck=2048, down_dtype=2, multiprocessors=132
     )
     assert down == up == 2 * 132
 
 
 def test_sizes_that_do_not_fit():
     with pytest.raises(RuntimeError, match="a side of a weight is 1073741824, and the CUDA kernels take less than"):
-        launches("few_driver.cpp", tokens=1, width=2**30, bottleneck=8, down_dtype=2, multiprocessors=132)
+        launches("adapter_driver.cpp", tokens=1, width=2**30, bottleneck=8, down_dtype=2, multiprocessors=132)

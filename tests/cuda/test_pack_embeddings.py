@@ -1,4 +1,4 @@
-"""The CUDA kernels of pack_embeddings, run on the CPU through the implementation that launches them."""
+"""The CUDA kernels of pack_embeddings, run on a CPU through the implementation that launches them."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ kernels = calls("cuda")
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize(("rows", "width"), [(0, 8), (1, 8), (37, 5), (37, 16), (20, 513), (9, 4104)])
 def test_sizes(rows, width, dtype):
-    """Widths that packs of 16 bytes divide and that they do not; rows of several blocks, the last one ragged."""
+    """Widths that are multiples of 16 bytes and others; rows of several blocks, the last of which is not full."""
     inputs, grad = make(rows, width=width, dtype=dtype)
     check_equal(kernels, inputs, grad)
 
@@ -34,8 +34,8 @@ def test_mixed_dtypes(width):
     check_mixed(kernels, *make(width=width))
 
 
-def test_rows_that_end_inside_a_pack_of_the_other_dtype():
-    """12 columns: three packs of fp32, one and a half of bf16. All rows start at multiples of 16 bytes."""
+def test_rows_that_end_inside_16_bytes_of_the_other_dtype():
+    """12 columns are three times 16 bytes of fp32 and one and a half of bf16. All rows start at multiples of 16 bytes."""
     (token_ids, embedding, vision, vision_index), grad = make(width=16)
     inputs = token_ids, embedding[:, :12].float().contiguous(), vision.bfloat16()[:, :12], vision_index
     check_equal(kernels, inputs, grad[:, :12])
@@ -54,17 +54,17 @@ def test_conversions():
 @pytest.mark.parametrize("offset", [1, 2, 4])
 @pytest.mark.parametrize("dtype", NARROW)
 def test_rows_that_do_not_start_at_16_bytes(offset, dtype, on_host):
-    """The sanitizer stops any wide access at another address."""
+    """The sanitizer stops wide accesses at other addresses."""
     on_host.offset = offset
     check_equal(kernels, *make(width=16, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", NARROW)
 def test_strides(dtype):
-    """Rows further apart than they are wide: by packs, and not."""
+    """Rows further apart than they are wide, by multiples of 16 bytes and not."""
     (token_ids, embedding, vision, vision_index), grad = make(width=32, dtype=dtype)
     check_permuted(kernels, (token_ids, embedding, vision, vision_index), grad)
-    grad = grad.to(dtype)  # or its slices would be copied
+    grad = grad.to(dtype)  # or its slices would be converted, which copies them
     for columns in (slice(0, 16), slice(3, 19), slice(0, 15)):
         check_equal(kernels, (token_ids, embedding[:, columns], vision[:, columns], vision_index), grad[:, columns])
     odd = torch.cat([embedding, embedding[:, :1]], 1)[:, :16]  # aligned rows, but no two of them
@@ -73,7 +73,7 @@ def test_strides(dtype):
 
 @pytest.mark.parametrize("distance", [1, 127, 128, 129, 300])
 def test_uses_of_a_vision_row(distance):
-    """Two and three that far apart: in one round of a block, at the end of one, in several."""
+    """Two and three uses that far apart: in one round of a block, at the end of one, in several."""
     rows = 2 * distance + 5
     vision_index = torch.full((rows,), -1, dtype=torch.int32)
     vision_index[[1, 1 + distance, 1 + 2 * distance]] = 2
@@ -104,14 +104,14 @@ def test_no_vision_no_text_no_width():
 def test_indices_out_of_range(on_host):
     """As on a GPU, the kernel asserts."""
     (token_ids, embedding, vision, vision_index), grad = make(width=8, dtype=torch.float32)
-    text, picture = int((vision_index < 0).nonzero()[0]), int((vision_index >= 0).nonzero()[0])
+    text, vision_row = int((vision_index < 0).nonzero()[0]), int((vision_index >= 0).nonzero()[0])
     for wrong in (-1, 11):
         ids = token_ids.clone()
         ids[text] = wrong
         with pytest.raises(KernelError, match="a token id is out of range"):
             kernels(ids, embedding, vision, vision_index)
     index = vision_index.clone()
-    index[picture] = 7
+    index[vision_row] = 7
     with pytest.raises(KernelError, match="a vision_index is out of range"):
         kernels(token_ids, embedding, vision, index)
     with pytest.raises(KernelError, match="a vision_index is out of range"):

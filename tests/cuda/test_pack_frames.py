@@ -1,6 +1,6 @@
-"""The CUDA kernels of pack_frames, run on the CPU: bit for bit what the reference gives.
+"""The CUDA kernels of pack_frames, run on a CPU: bit for bit what the reference gives.
 
-The driver is given of every frame what its box cuts out and not a byte more, so what is read beside it shows.
+Of every frame the driver gets exactly what its box cuts out, so that the sanitizer sees every access beside it.
 """
 
 import numpy as np
@@ -34,7 +34,7 @@ def test_dtypes_and_outputs(output, dtype):
 
 @pytest.mark.parametrize("resize", ["short_side", "exact"])
 def test_many_shapes(resize):
-    """Up and down, single pixels, ten times as long as wide; more frames and filters than a launch takes."""
+    """Enlarged and reduced ones, single pixels, ten times as long as wide; more frames and filters than a launch takes."""
     generator = np.random.default_rng(1)
     frames = [random_frame(generator, *shape, harsh=True) for shape in random_shapes(generator, 70)]
     check(frames, size=10, patch_size=5, resize=resize)
@@ -48,13 +48,13 @@ def test_equals_pillow():
 
 @pytest.mark.parametrize(("size", "patch_size"), [(1, 1), (7, 7), (16, 16), (17, 1), (33, 11), (70, 14)])
 def test_sizes(size, patch_size):
-    """Tiles of 16 rows and 32 columns, whole and not; copies in packs and one by one."""
+    """Full and partial tiles of 16 rows and 32 columns; copies of 16 bytes at once and of one element."""
     check(some_frames(3, ((60, 80), (size, size), (size, size + 9))), size=size, patch_size=patch_size)
 
 
 @pytest.mark.parametrize("rounding", ["round", "floor"])
 def test_boxes_and_flips(rounding):
-    """Some leave pictures of the square's own size, some do not; with crops whose middle lies between two pixels."""
+    """Some boxes have the square's own size, some do not; some crops have their middle between two pixels."""
     frames = some_frames(4, ((60, 80), (50, 40), (30, 41), (31, 24), (27, 45)))
     boxes = [(3, 5, 40, 60), (7, 9, 24, 24), (1, 2, 24, 39), (0, 0, 31, 24), (1, 1, 25, 39)]
     for flip in ([True] * 5, [False] * 5, [True, False, True, False, True]):

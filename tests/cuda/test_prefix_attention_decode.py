@@ -1,4 +1,4 @@
-"""The CUDA kernels of prefix_attention_decode, run on the CPU through the implementation that launches them."""
+"""The CUDA kernels of prefix_attention_decode, run on a CPU through the implementation that launches them."""
 
 from functools import partial
 
@@ -18,11 +18,11 @@ from tests.lynx_kernels.helpers import permuted, shifted
 
 pytestmark = pytest.mark.usefixtures("on_host")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-# Roots with several branches, one and none, of several chunks of keys and without any; the branches in no order.
-SEVERAL_CHUNKS = [2, 0, 0, 1, 2, 0], [137, 0, 50, 5], [5, 40, 133, 17, 16, 18]
+# Roots with several branches, one and none, with several tiles of keys and with none. The branches are in no order.
+SEVERAL_TILES = [2, 0, 0, 1, 2, 0], [137, 0, 50, 5], [5, 40, 133, 17, 16, 18]
 
 
-def case_of(queries, batch=SEVERAL_CHUNKS, *shape, **options):
+def case_of(queries, batch=SEVERAL_TILES, *shape, **options):
     return cache_case(queries, batch, *shape, impl="cuda", **options)
 
 
@@ -34,7 +34,7 @@ def check(*args, **options):
 @pytest.mark.parametrize("dim", [8, 64, 72, 128])
 @pytest.mark.parametrize("queries", [1, 3])
 def test_head_dims(queries, dim, dtype):
-    """All lanes of either width, and some of them."""
+    """Head dimensions that use all lanes of a kernel, and some of them."""
     check(queries, dim=dim, dtype=dtype)
 
 
@@ -52,15 +52,15 @@ def test_head_dims(queries, dim, dtype):
 )
 @pytest.mark.parametrize("multiprocessors", [1, 40])
 def test_tiles_of_rows(queries, heads, kv_heads, batch, multiprocessors, on_host):
-    """In one part and in as many as there are chunks."""
+    """In one split and in as many as there are tiles of keys."""
     on_host.multiprocessors = multiprocessors
     check(queries, batch, heads, kv_heads)
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 2, 3, 7, 132])
 @pytest.mark.parametrize("dim", [64, 128])
-def test_parts(dim, multiprocessors, on_host):
-    """Parts of several chunks, of one, and without any, where others are longer."""
+def test_splits(dim, multiprocessors, on_host):
+    """Splits of several tiles, of one, and of none because other segments are longer."""
     on_host.multiprocessors = multiprocessors
     check(2, ([0, 1, 0], [300, 10], [5, 150, 2]), dim=dim, dtype=torch.bfloat16)
 
@@ -70,8 +70,8 @@ def test_scales(scale):
     check(2, heads=4, kv_heads=2, dim=16, scale=scale, index_dtype=torch.int64)
 
 
-def test_scores_that_exp_does_not_take():
-    """Larger ones in later chunks, and in later parts, and much smaller ones; and none that is not."""
+def test_scores_for_which_exp_overflows():
+    """Larger ones in later tiles and splits, and much smaller ones; then only very negative ones."""
     case = case_of(1, ([0], [200], [40]), dim=8)
     case.inputs[0] *= 100
     case.inputs[1][0, :100] *= -5
@@ -84,14 +84,14 @@ def test_scores_that_exp_does_not_take():
 
 @pytest.mark.parametrize("queries", [2, 5, 40])
 def test_newest_keys_are_seen_by_their_own_query_on(queries):
-    """As many keys as queries, and few more: where some queries see nothing of a chunk or a part."""
+    """As many keys as queries, and a few more, so that some queries see nothing of a tile or a split."""
     check(queries, ([0, 0, 1], [0, 3], [queries, queries + 1, queries + 33]), dim=8, heads=1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("narrow", DTYPES)
 def test_queries_of_another_dtype(dtype, narrow):
-    """Nothing is rounded but the output; chunks of wider caches are shorter."""
+    """Only the output is rounded. Tiles of wider caches have fewer keys."""
     case = case_of(2, ([0, 1, 0], [20, 3], [5, 2, 19]), dim=16, dtype=dtype)
     q = case.inputs[0].to(narrow)
     out, lse = case.operation(q, *case.inputs[1:])
@@ -102,8 +102,9 @@ def test_queries_of_another_dtype(dtype, narrow):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strides(dtype):
-    """Caches with the heads outside, as transformers keeps them, and others; keys and values that lie differently; rows
-    that do not start at 16 bytes: the same numbers. The sanitizer stops any wide access at another address."""
+    """The same numbers for caches with the heads outside, as transformers keeps them, for other strides, for keys and
+    values of different strides, and for rows that do not start at 16 bytes. The sanitizer stops wide accesses at other
+    addresses."""
     case = case_of(2, ([0, 1, 0], [20, 3], [5, 2, 19]), kv_heads=2, dim=16, dtype=dtype)
     expected = case.operation(*case.inputs)
     q, *caches = case.inputs
@@ -146,8 +147,8 @@ def test_strides_of_indices():
         (3, (3, 16, 1), [(3, 1, 2), (3, 1, 3)]),  # a key that the last query alone sees
     ],
 )
-def test_rows_do_not_meet(position, place, rows):
-    """What is no number stays with those that see it."""
+def test_rows_do_not_affect_each_other(position, place, rows):
+    """NaN reaches only the rows that see it."""
     case = case_of(2, heads=4, kv_heads=2)
     expected, expected_lse = case.operation(*case.inputs)
     for row in rows:
@@ -159,7 +160,7 @@ def test_rows_do_not_meet(position, place, rows):
 
 
 def test_scores_of_minus_infinity():
-    """As of a query that sees no key."""
+    """They give what a query that sees no key gets."""
     case = case_of(1, ([0], [40], [3]), dim=8)
     case.inputs[0].abs_()
     for keys in (case.inputs[1], case.inputs[3]):
@@ -221,7 +222,7 @@ def test_compiled():
         assert torch.equal(ours, theirs)
 
 
-def reason(inputs, indices=SEVERAL_CHUNKS):
+def reason(inputs, indices=SEVERAL_TILES):
     return explain(prefix_attention_decode, *inputs, *map(torch.tensor, indices)).reasons.get("cuda")
 
 
@@ -266,7 +267,7 @@ def test_autocast():
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
-# Branches, queries, heads, key heads, head_dim, roots, room of a root, room of a branch.
+# Branches, queries, heads, key heads, head_dim, roots, keys that a root and a branch have room for.
 SHAPES = [
     (5, 1, 32, 32, 128, 1, 577, 128), (1, 1, 32, 8, 128, 1, 576, 512), (80, 1, 32, 32, 128, 16, 577, 128),
     (8, 1, 32, 32, 128, 1, 577, 64), (1, 1, 1, 1, 8, 1, 0, 1), (320, 4, 64, 8, 64, 64, 2**17, 4096),
@@ -279,34 +280,34 @@ NAMES = ("branches", "queries", "heads", "kv_heads", "dim", "roots", "root_capac
 @pytest.mark.parametrize("dtype", [0, 2])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_launches(shape, dtype, multiprocessors):
-    """Rows have places, keys have parts, and neither kind of parts takes more blocks than fit, but for one part."""
-    branches, queries, heads, kv_heads, _, roots, root_room, branch_room = shape
-    [[blocks, tile, slots, row_tiles, root_parts, branch_parts, chunk]] = launches(
+    """Every row has a place and every key a split. More than one split is made only while all blocks fit on the GPU."""
+    branches, queries, heads, kv_heads, _, roots, root_capacity, branch_capacity = shape
+    [[blocks, block_m, tile_branches, m_tiles, root_splits, branch_splits, block_n]] = launches(
         "decode_driver.cpp", **dict(zip(NAMES, shape, strict=True)), cache_dtype=dtype, multiprocessors=multiprocessors
     )
     rows = queries * heads // kv_heads
-    assert slots * rows <= tile or slots == 1
-    assert row_tiles == -(-rows // tile)
-    assert blocks == branches * row_tiles * kv_heads * (root_parts + branch_parts)
-    fitting = (3 if tile == 8 else 4) * multiprocessors
-    on_roots = min(branches, max(roots, -(-branches // slots))) * row_tiles * kv_heads
-    for parts, room, working in (
-        (root_parts, root_room, on_roots),
-        (branch_parts, branch_room, branches * row_tiles * kv_heads),
+    assert tile_branches * rows <= block_m or tile_branches == 1
+    assert m_tiles == -(-rows // block_m)
+    assert blocks == branches * m_tiles * kv_heads * (root_splits + branch_splits)
+    fitting = (3 if block_m == 8 else 4) * multiprocessors
+    on_roots = min(branches, max(roots, -(-branches // tile_branches))) * m_tiles * kv_heads
+    for splits, capacity, working in (
+        (root_splits, root_capacity, on_roots),
+        (branch_splits, branch_capacity, branches * m_tiles * kv_heads),
     ):
-        assert (parts == 0) == (room == 0)
-        chunks = -(-room // chunk)
-        assert parts <= 1 or (parts - 1) * -(-chunks // parts) < chunks  # the last one has some, too
-        assert parts <= 1 or parts * working <= fitting
+        assert (splits == 0) == (capacity == 0)
+        tiles = -(-capacity // block_n)
+        assert splits <= 1 or (splits - 1) * -(-tiles // splits) < tiles  # the last one has a tile, too
+        assert splits <= 1 or splits * working <= fitting
 
 
 def test_blocks_of_beams_occupy_an_h200():
-    """Five beams of one picture of 576 tokens: the root alone has two blocks a multiprocessor."""
-    [[_, tile, slots, _, root_parts, _, _]] = launches(
+    """Five beams of one image of 576 tokens: the root alone has two blocks a multiprocessor."""
+    [[_, block_m, tile_branches, _, root_splits, _, _]] = launches(
         "decode_driver.cpp", **dict(zip(NAMES, SHAPES[0], strict=True)), cache_dtype=2, multiprocessors=132
     )
-    assert (tile, slots) == (8, 8)
-    assert 32 * root_parts >= 2 * 132
+    assert (block_m, tile_branches) == (8, 8)
+    assert 32 * root_splits >= 2 * 132
 
 
 def test_sizes_that_do_not_fit():

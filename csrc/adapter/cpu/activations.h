@@ -9,8 +9,8 @@ namespace {
 // x / (1 + e^-y), which is silu for y = x. Below y = -80 the result is 0 in every dtype.
 LYNX_INLINE Floats logistic(Floats x, Floats y) { return x / (1.0f + exp(-maximum(broadcast(-80.0f), y))); }
 
-// x Phi(x) = max(x, 0) - |x| Q(|x|) with Q(a) = 1 - Phi(a). In this form nothing cancels for negative x.
-// Q(a) = e^(-a^2/2) t P(t) with t = 1 / (1 + 0.3 a). P is the polynomial of degree 7 of the smallest maximal relative error
+// x Phi(x) = max(x, 0) - |x| Q(|x|) with Q(a) = 1 - Phi(a). In this form nothing cancels for negative x. Q(a) =
+// e^(-a^2/2) t P(t) with t = 1 / (1 + 0.3 a). P is the polynomial of degree 7 of the smallest maximal relative error
 // for 0 <= a <= 13: 1.1e-7.
 LYNX_INLINE Floats gelu(Floats x) {
     const Floats magnitude = maximum(x, -x);

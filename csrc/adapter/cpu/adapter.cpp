@@ -63,7 +63,8 @@ void norm_backward(LayerNorm norm, float* weight_grad, float* bias_grad, int thr
         if (total == nullptr) continue;
         std::fill(total, total + width, 0.0f);
         for (int64_t block = 0; block < blocks; block++)
-            for (int64_t column = 0; column < width; column++) total[column] += sums[(2 * block + which) * width + column];
+            for (int64_t column = 0; column < width; column++)
+                total[column] += sums[(2 * block + which) * width + column];
     }
 }
 

@@ -1,5 +1,5 @@
-// The adapter's forward for a few tokens, on several threads; it reads each weight once. And the passes of its backward over
-// the LayerNorm, for any number of tokens.
+// The adapter's forward for a few tokens, on several threads; it reads each weight once. And the passes of its backward
+// over the LayerNorm, for any number of tokens.
 #pragma once
 
 #include "problem.h"

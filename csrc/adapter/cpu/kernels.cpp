@@ -13,7 +13,8 @@ typedef Fp32<BFloat16> Bf16Compute;
 #endif
 typedef Fp32<float> Fp32Compute;
 
-// Calls function(column, x, columns) for every vector of a token's row. Its first `columns` numbers exist, the rest are 0.
+// Calls function(column, x, columns) for every vector of a token's row. Its first `columns` numbers exist, the rest are
+// 0.
 template <class Function>
 LYNX_INLINE void for_row(const Problem& problem, int64_t token, Function function) {
     for (int64_t column = 0; column < problem.width; column += kWidth)

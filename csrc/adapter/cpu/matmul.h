@@ -1,5 +1,5 @@
-// c (M, N) = a (M, K) times the transpose of the weights (N, K), for few tokens M. Every number of c is the inner product of
-// two rows in memory, summed in the lanes of a vector.
+// c (M, N) = a (M, K) times the transpose of the weights (N, K), for few tokens M. Every number of c is the inner
+// product of two rows in memory, summed in the lanes of a vector.
 #pragma once
 
 #include "common/vector.h"
@@ -9,8 +9,8 @@ namespace {
 
 using namespace lynx::adapter;
 
-// A register tile of kTileN rows of weights and up to kTileM tokens. With AVX-512, 24 sums, 4 rows and a token fit the 32
-// registers; with AVX2 and SSE, 8 sums, 4 rows and a token fit the 16.
+// A register tile of kTileN rows of weights and up to kTileM tokens. With AVX-512, 24 sums, 4 rows and a token fit the
+// 32 registers; with AVX2 and SSE, 8 sums, 4 rows and a token fit the 16.
 constexpr int kTileN = 4, kTileM = kWidth == 16 ? 6 : 2;
 
 // Weights of any dtype become fp32 in registers.
@@ -109,8 +109,8 @@ LYNX_INLINE void matmul_tokens(int64_t tokens, const Product<Compute>& product, 
     matmul_tile<Compute, kM>(product, token, row, lanes, prefetcher);
 }
 
-// Calls finish(token, column, sums, columns) for every vector of a token's columns. The first `columns` of them exist. The
-// memory from `next` to `next_end` is prefetched.
+// Calls finish(token, column, sums, columns) for every vector of a token's columns. The first `columns` of them exist.
+// The memory from `next` to `next_end` is prefetched.
 template <class Compute, class Finish>
 LYNX_INLINE void matmul_block(const Product<Compute>& product, int64_t block, const char* next, const char* next_end,
                               Finish finish) {

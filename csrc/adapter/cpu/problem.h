@@ -41,7 +41,8 @@ struct LayerNorm {
     Numbers normalized_grad;     // (tokens, width)
     Numbers grad;                // (tokens, width), of the path around the LayerNorm
     Numbers x_grad;              // (tokens, width), or null
-    float* sums;  // (blocks, 2, width), zeros to which each block adds its share of the gradients of weight and bias, or null
+    float* sums;                 // (blocks, 2, width), or null: zeros, to which a block adds its share of the gradients of
+                                 // weight and bias
 };
 
 constexpr int64_t kSummedTokens = 256;  // of a block

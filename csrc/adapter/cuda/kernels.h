@@ -21,8 +21,8 @@ LYNX_PORTABLE float activate(Activation activation, float x) {
     return x;
 }
 
-// preactivation = LayerNorm(x) Wd^T + bd in the type of the weights, and its activation. Every block computes mean and rstd
-// of its tokens, in two passes as the definition does, while its first weights are in flight.
+// preactivation = LayerNorm(x) Wd^T + bd in the type of the weights, and its activation. Every block computes mean and
+// rstd of its tokens, in two passes as the definition does, while its first weights are in flight.
 LYNX_GLOBAL(adapter_fwd_small_m_down_kernel)
 template <class Weight, int kM, bool kIsAligned>
 struct SmallMDown {
@@ -160,7 +160,8 @@ struct SmallMDown {
         args.rstd[first_token + token] = rstd;
     }
 
-    LYNX_PORTABLE static void load_input(const Args& args, const typename Matmul::Work& work, int thread, Shared& shared) {
+    LYNX_PORTABLE static void load_input(const Args& args, const typename Matmul::Work& work, int thread,
+                                         Shared& shared) {
         const int columns = args.product.k;
         float norm_weight[kItems], norm_bias[kItems];
         LYNX_UNROLL_BY(1)  // unrolling would need registers that hold weights
@@ -247,7 +248,8 @@ struct SmallMUp {
     }
 
    private:
-    LYNX_PORTABLE static void load_input(const Args& args, const typename Matmul::Work& work, int thread, Shared& shared) {
+    LYNX_PORTABLE static void load_input(const Args& args, const typename Matmul::Work& work, int thread,
+                                         Shared& shared) {
         Bytes16 words[Matmul::kInputsOfAThread];
         LYNX_UNROLL
         for (int i = 0; i < Matmul::kInputsOfAThread; i++) {

@@ -1,8 +1,8 @@
 // The product of a few tokens with a weight whose rows are contiguous, for the two CUDA kernels of the adapter.
 //
-// Reading the weight bounds the time. So a block gets some of its rows, and reads them once for up to kBlockM tokens. A load
-// has 16 bytes, and each thread has several loads in flight while it multiplies others. Two blocks on a multiprocessor hide
-// each other's barriers.
+// Reading the weight bounds the time. So a block gets some of its rows, and reads them once for up to kBlockM tokens. A
+// load has 16 bytes, and each thread has several loads in flight while it multiplies others. Two blocks on a
+// multiprocessor hide each other's barriers.
 #pragma once
 
 #include "common/loads.h"
@@ -12,8 +12,8 @@ namespace lynx::adapter {
 
 // (M, N) = values (M, K) times the transpose of the weight (N, K). M are the tokens.
 //
-// grid_n blocks share the rows of the weight evenly, for each of the grid_m tiles of tokens. A block goes through its rows
-// in n_tiles tiles of tile_n rows, and through K in k_tiles tiles: a round is one K tile of one N tile.
+// grid_n blocks share the rows of the weight evenly, for each of the grid_m tiles of tokens. A block goes through its
+// rows in n_tiles tiles of tile_n rows, and through K in k_tiles tiles: a round is one K tile of one N tile.
 struct Product {
     const void* weight;     // (N, K)
     int64_t weight_stride;  // of rows, in elements
@@ -23,8 +23,8 @@ struct Product {
     int k_tiles;
 };
 
-// How both kernels multiply. kLanes threads share a row of the weight, and each of kGroups groups of them has rows of its own.
-// With kIsAligned every row of the weight starts and ends at a multiple of 16 bytes.
+// How both kernels multiply. kLanes threads share a row of the weight, and each of kGroups groups of them has rows of
+// its own. With kIsAligned every row of the weight starts and ends at a multiple of 16 bytes.
 template <class Weight, int kM, bool kIsAligned>
 struct SmallMMatmul {
     static constexpr int kBlockM = kM;
@@ -33,9 +33,9 @@ struct SmallMMatmul {
     static constexpr int kItems = 16 / sizeof(Weight);  // of a load
     static constexpr int kThreadRows = 4;  // of a thread: each value from shared memory serves 4 products
     static constexpr int kBlockN = kThreadRows * kGroups;
-    // A thread has kPasses * kThreadRows loads in flight. An H200 moves 36 bytes/ns to a multiprocessor, so 29 KB in the
-    // 0.8 us that a load takes (an estimate). Two blocks have 64 KB in flight with two passes and 32 KB with one. Of 8 tokens,
-    // the values for two passes would not fit into the 48 KB of a block.
+    // A thread has kPasses * kThreadRows loads in flight. An H200 moves 36 bytes/ns to a multiprocessor, so 29 KB in
+    // the 0.8 us that a load takes (an estimate). Two blocks have 64 KB in flight with two passes and 32 KB with one.
+    // Of 8 tokens, the values for two passes would not fit into the 48 KB of a block.
     static constexpr int kPasses = kBlockM <= 4 ? 2 : 1;
     static constexpr int kBlockK = kPasses * kLanes * kItems;
     static constexpr int kQuads = kItems / 4;
@@ -48,8 +48,8 @@ struct SmallMMatmul {
         Bytes16 weights[kPasses][kThreadRows];  // of this round until they are multiplied, then of the next one
         float sums[kThreadRows][kBlockM];
     };
-    // First the values of the K tile, (token, pass, quad, lane, 4): neighbouring lanes read neighbouring 16 bytes. After the
-    // last K tile the partial sums of the lanes, (kOutputs, kPartialStride).
+    // First the values of the K tile, (token, pass, quad, lane, 4): neighbouring lanes read neighbouring 16 bytes.
+    // After the last K tile the partial sums of the lanes, (kOutputs, kPartialStride).
     struct alignas(16) Shared {
         float floats[kFloats];
     };
@@ -99,8 +99,8 @@ struct SmallMMatmul {
         }
     }
 
-    // A thread loads values for kInputsOfAThread pairs of a pass and a token. With the numbers above every thread has as many
-    // pairs, and checking whether a pair exists is not necessary. But without the check nvcc 13.0 spills.
+    // A thread loads values for kInputsOfAThread pairs of a pass and a token. With the numbers above every thread has
+    // as many pairs, and checking whether a pair exists is not necessary. But without the check nvcc 13.0 spills.
     static constexpr int kInputsOfAThread = (kPasses * kBlockM + kGroups - 1) / kGroups;
 
     LYNX_PORTABLE static int pair_of(int thread, int input) { return thread / kLanes + input * kGroups; }
@@ -123,8 +123,8 @@ struct SmallMMatmul {
         return (((token * kPasses + pass) * kQuads + quad) * kLanes + lane) * 4;
     }
 
-    // As soon as the weights of a pass have left their registers, those of the next round are loaded into them. Tokens that do
-    // not exist have uninitialised values, and nobody reads their sums.
+    // As soon as the weights of a pass have left their registers, those of the next round are loaded into them. Tokens
+    // that do not exist have uninitialised values, and nobody reads their sums.
     LYNX_PORTABLE static void matmul(const Product& product, const Place& place, const Shared& shared,
                                      Registers& registers) {
         const bool has_next = place.round + 1 < rounds(product);  // not necessary, but without it nvcc 13.0 spills

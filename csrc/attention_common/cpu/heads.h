@@ -8,8 +8,8 @@
 
 namespace lynx {
 
-// Calls body(task, first_head, last_head, scratch) until every task was done for every key head. If there are many tasks, a
-// thread takes several heads of a task in a row, because each head prefetches what the next one reads.
+// Calls body(task, first_head, last_head, scratch) until every task was done for every key head. If there are many
+// tasks, a thread takes several heads of a task in a row, because each head prefetches what the next one reads.
 template <class Body>
 void parallel_for_heads(int64_t tasks, int64_t kv_heads, int threads, size_t scratch_bytes, Body body) {
     const int64_t in_a_row = std::clamp<int64_t>(tasks * kv_heads / (8 * usable_threads(threads)), 1, kv_heads);

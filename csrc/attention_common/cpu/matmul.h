@@ -1,7 +1,7 @@
 // The matrix product of attention: c (+)= a b, on packed operands.
 //
-// Operands are made of 32-bit words. With `Fp32` a word is one fp32 number, and a step along K multiplies one number. With
-// `Bf16Pairs` a word is two bf16 numbers, and a step multiplies and adds both (the dot product of AVX512_BF16).
+// Operands are made of 32-bit words. With `Fp32` a word is one fp32 number, and a step along K multiplies one number.
+// With `Bf16Pairs` a word is two bf16 numbers, and a step multiplies and adds both (the dot product of AVX512_BF16).
 #pragma once
 
 #include "common/vector.h"

@@ -1,8 +1,8 @@
 // The online softmax: from scores to the weights of the values, one key tile after another.
 //
-// The running maximum of a row is not exact. It is raised only where a score exceeds it by more than 6, and what was summed
-// is scaled down then. So weights reach e^6 at most, which costs no precision, and after its first tile hardly any row needs
-// the maximum across lanes.
+// The running maximum of a row is not exact. It is raised only where a score exceeds it by more than 6, and what was
+// summed is scaled down then. So weights reach e^6 at most, which costs no precision, and after its first tile hardly
+// any row needs the maximum across lanes.
 #pragma once
 
 #include "matmul.h"
@@ -11,8 +11,9 @@ namespace {
 
 constexpr float kSlack = 6;
 
-// Turns the scores of one row into weights `p`, of which row_sum gets the sum. If row_max is raised, `acc`, the row's sum of
-// values so far, is scaled. The row sees `keys_seen` keys; the weights of the others, up to `keys_computed`, become 0.
+// Turns the scores of one row into weights `p`, of which row_sum gets the sum. If row_max is raised, `acc`, the row's
+// sum of values so far, is scaled. The row sees `keys_seen` keys; the weights of the others, up to `keys_computed`,
+// become 0.
 template <class Compute>
 LYNX_INLINE void online_softmax(const float* scores, typename Compute::Word* p, int64_t keys_seen,
                                 int64_t keys_computed, float scale, float& row_max, float* row_sum, float* acc,

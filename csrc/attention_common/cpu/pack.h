@@ -74,7 +74,8 @@ void pack_b(const Rows<Element>& rows, typename Compute::Word* out, int64_t ldb)
     }
 }
 
-// As operand b of a product over head_dim, (words along head_dim, rows). `ldb` is at least the rows, rounded up to vectors.
+// As operand b of a product over head_dim, (words along head_dim, rows). `ldb` is at least the rows, rounded up to
+// vectors.
 template <class Compute, class Element>
 void pack_b_transposed(const Rows<Element>& rows, typename Compute::Word* out, int64_t ldb) {
     const int64_t words = divide_up(rows.dim, Compute::kNumbers);

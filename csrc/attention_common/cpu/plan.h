@@ -7,8 +7,8 @@
 
 namespace lynx::attention {
 
-// Runs and the keys they see. No run of another group sees these keys. Tiles must end at `cuts`: they go from the group's
-// first key to behind its last one, and are fewer than two if it has no keys.
+// Runs and the keys they see. No run of another group sees these keys. Tiles must end at `cuts`: they go from the
+// group's first key to behind its last one, and are fewer than two if it has no keys.
 struct Group {
     std::vector<Run> runs;
     std::vector<int64_t> cuts;
@@ -20,7 +20,8 @@ struct Layout {
     std::vector<Group> groups;
 };
 
-// `table` is PackedLayout.segments, (rows, 4). Throws std::invalid_argument if it does not describe `num_tokens` tokens.
+// `table` is PackedLayout.segments, (rows, 4). Throws std::invalid_argument if it does not describe `num_tokens`
+// tokens.
 Layout read_packed_layout(const int32_t* table, int64_t rows, int64_t num_tokens, bool root_is_causal);
 
 // Likewise. `table` is SpanLayout.segments, (rows, 3).
@@ -37,8 +38,8 @@ struct Plan {
 // A group of many queries becomes several tasks. Each reads all keys that its queries see.
 Plan plan_forward(const Layout& layout, int64_t heads_per_kv_head);
 
-// A group of many keys becomes several tasks. Each reads all queries that see its keys. Queries that see nothing and keys
-// that nothing sees are in no task: their gradients are 0.
+// A group of many keys becomes several tasks. Each reads all queries that see its keys. Queries that see nothing and
+// keys that nothing sees are in no task: their gradients are 0.
 Plan plan_backward(const Layout& layout);
 
 }  // namespace lynx::attention

@@ -14,8 +14,8 @@ struct Run {
     int64_t own_begin, own_end, full_end;
 };
 
-// Consecutive keys. No tile crosses the end of a range that a run sees. So a run sees all of a tile, none of it, or the part
-// that its causal rule says.
+// Consecutive keys. No tile crosses the end of a range that a run sees. So a run sees all of a tile, none of it, or the
+// part that its causal rule says.
 struct Tile {
     int64_t begin, end;
 };

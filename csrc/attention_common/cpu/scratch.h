@@ -14,8 +14,8 @@ struct Sizes {
     int64_t lda;    // of rows of q, k, v and dout as operand a
     int64_t ldb;    // of them as operand b, and of rows of sums
 
-    // A cache line is added to strides that are powers of two: rows 256 bytes or more apart would share few sets of the L1
-    // cache.
+    // A cache line is added to strides that are powers of two: rows 256 bytes or more apart would share few sets of the
+    // L1 cache.
     explicit Sizes(int64_t dim)
         : words(divide_up(dim, Compute::kNumbers)),
           lda(round_up(words, kWidth) + (words % 64 == 0 ? 16 : 0)),

@@ -18,8 +18,8 @@ enum class Source { kTable, kVision };
 void pack_embeddings(const Sources& sources, const Rows& embedding, const Rows& vision, const Rows& out, int64_t width,
                      int threads);
 
-// The gradient of the table or of the vision rows. A row of `out` is the sum of the rows of `grad` that it was copied to, in
-// fp32 and in their order, or 0 if it was not copied.
+// The gradient of the table or of the vision rows. A row of `out` is the sum of the rows of `grad` that it was copied
+// to, in fp32 and in their order, or 0 if it was not copied.
 void sum_gradients(const Sources& sources, Source source, const Rows& grad, const Rows& out, int64_t width,
                    int threads);
 

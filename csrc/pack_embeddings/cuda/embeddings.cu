@@ -1,5 +1,6 @@
 // architectures: sm_80 sm_90 sm_100
-// pack_embeddings, as an operator of torch on a GPU. Python has checked shapes, dtypes and devices. The kernels check indices.
+// pack_embeddings, as an operator of torch on a GPU. Python has checked shapes, dtypes and devices. The kernels check
+// indices.
 #include "common/torch_library.h"
 #include "launches.h"
 

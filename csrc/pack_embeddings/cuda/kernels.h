@@ -1,7 +1,7 @@
 // pack_embeddings as CUDA kernels. Shapes: T rows, V rows of the table, M vision rows, width d.
 //
-// A thread moves kItems neighbouring numbers of a row at once, in loads and stores of 16 bytes. Where rows do not start and end
-// at multiples of 16 bytes, kItems is 1.
+// A thread moves kItems neighbouring numbers of a row at once, in loads and stores of 16 bytes. Where rows do not start
+// and end at multiples of 16 bytes, kItems is 1.
 #pragma once
 
 #include <cassert>
@@ -83,8 +83,8 @@ struct PackRows : OnePhase {
     }
 };
 
-// The first and the last row that each vision row was copied to, as T - first and last + 1. An unused vision row keeps 0. The
-// order of the atomics changes nothing, because these are integers.
+// The first and the last row that each vision row was copied to, as T - first and last + 1. An unused vision row keeps
+// 0. The order of the atomics changes nothing, because these are integers.
 LYNX_GLOBAL(pack_embeddings_bwd_find_uses_kernel)
 struct FindUses : OnePhase {
     LYNX_RUN_BY(pack_embeddings_bwd_find_uses_kernel, FindUses)
@@ -110,8 +110,8 @@ struct FindUses : OnePhase {
 
 // grad_vision[m] = the sum of grad[t] over the rows t with vision_index[t] = m, in fp32 and in the order of t.
 //
-// A block has some columns of one vision row. It goes through the rows from the first use to the last, kThreads rows a round.
-// The threads find which of these rows are uses, then each adds its own columns of them.
+// A block has some columns of one vision row. It goes through the rows from the first use to the last, kThreads rows a
+// round. The threads find which of these rows are uses, then each adds its own columns of them.
 LYNX_GLOBAL(pack_embeddings_bwd_sum_kernel)
 template <class Table, class Vision, int kVectorItems>
 struct SumRows {

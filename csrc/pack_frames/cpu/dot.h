@@ -1,7 +1,7 @@
 // Exact sums of bytes times 22-bit weights, in every 32-bit lane of a vector, four bytes at a time.
 //
-// The instructions that multiply and add within a lane take 8-bit or 16-bit numbers. So weights are cut into signed, balanced
-// digits, and each digit has a sum of its own. All sums are modulo 2^32, and the total fits into 32 bits.
+// The instructions that multiply and add within a lane take 8-bit or 16-bit numbers. So weights are cut into signed,
+// balanced digits, and each digit has a sum of its own. All sums are modulo 2^32, and the total fits into 32 bits.
 #pragma once
 
 #include "common/vector.h"
@@ -35,8 +35,8 @@ LYNX_INLINE Words total(const Words (&sums)[kSums]) { return sums[0] + (sums[1] 
 
 #elif defined(__AVX2__)
 
-// Two digits of 12 bits. One instruction multiplies two 16-bit numbers by two digits and adds the products. The bytes 0 and 2
-// of a lane are one pair of such numbers, the bytes 1 and 3 the other.
+// Two digits of 12 bits. One instruction multiplies two 16-bit numbers by two digits and adds the products. The bytes 0
+// and 2 of a lane are one pair of such numbers, the bytes 1 and 3 the other.
 constexpr int kWeightWords = 4, kSums = 2;
 
 void pack_weights(const int32_t* four, uint32_t* words) {

@@ -89,8 +89,8 @@ class Filters {
 
 bool keeps_size(const Side& side) { return side.length == side.resized; }
 
-// The rows where the tasks of one frame begin and end. Neighbouring tasks both filter the rows between them, so frames are cut
-// only if there are fewer than two of them for each thread.
+// The rows where the tasks of one frame begin and end. Neighbouring tasks both filter the rows between them, so frames
+// are cut only if there are fewer than two of them for each thread.
 std::vector<int64_t> task_rows(const Problem& problem, int threads) {
     const int64_t wanted =
         threads == 1 ? 1 : divide_up(2 * threads, std::max<int64_t>(problem.num_frames, 1));

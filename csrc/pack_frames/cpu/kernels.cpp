@@ -38,7 +38,8 @@ void copy_row(const Problem& problem, const Task& task, int64_t row, const Scrat
             mirror(first + channel * stride, problem.size, to + channel * stride);
 }
 
-// Writes the rows of a strip, cut into patches, as numbers. Calls normalise(channel, bytes, count, to) for each run of bytes.
+// Writes the rows of a strip, cut into patches, as numbers. Calls normalise(channel, bytes, count, to) for each run of
+// bytes.
 template <class Element, class Normalise>
 LYNX_INLINE void write_strip(const Problem& problem, const Task& task, int64_t row, int64_t rows,
                              const uint8_t* patches, Normalise normalise) {

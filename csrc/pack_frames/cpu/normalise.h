@@ -26,9 +26,9 @@ struct Double {
 
 LYNX_INLINE Floats product(Floats x, Double y) { return fused(x, broadcast(y.high), x * y.low); }
 
-// (byte / 255 - mean) / std by products, since divisions would take three times as long. With the reciprocal of the divisor in
-// double precision, a quotient has a relative error of about 2^-49 before it is rounded, and rounds as the exact quotient
-// does. Subnormal numbers are the exception, so computes_levels compares all 768 levels.
+// (byte / 255 - mean) / std by products, since divisions would take three times as long. With the reciprocal of the
+// divisor in double precision, a quotient has a relative error of about 2^-49 before it is rounded, and rounds as the
+// exact quotient does. Subnormal numbers are the exception, so computes_levels compares all 768 levels.
 class Computed {
    public:
     LYNX_INLINE Computed(float mean, float std) : mean_(mean), inverse_(1.0 / std) {}

@@ -38,7 +38,8 @@ LYNX_INLINE void split_channels(const uint8_t* from, int64_t count, int64_t row_
 void read_row(const lynx::frames::Frame& frame, int64_t row, int64_t column, int64_t count,
               uint8_t* const (&planes)[3]) {
     const uint8_t* from = frame.data + row * frame.row_stride + column * frame.column_stride;
-    if (frame.column_stride == 3 && frame.channel_stride == 1) return split_channels(from, count, frame.row_stride, planes);
+    if (frame.column_stride == 3 && frame.channel_stride == 1)
+        return split_channels(from, count, frame.row_stride, planes);
     for (int channel = 0; channel < 3; channel++) {
         const uint8_t* pixels = from + channel * frame.channel_stride;
         if (frame.column_stride == 1)
@@ -61,8 +62,8 @@ void mirror(const uint8_t* from, int64_t count, uint8_t* to) {
     for (; i < count; i++) to[count - 1 - i] = from[i];
 }
 
-// Cuts the rows of a strip, (rows, 3, stride), into patches, (patches, 3, rows, patch_size). Whole chunks are moved. What a
-// chunk writes behind its patch's row, the next one overwrites. So both need kChunk more bytes at the end.
+// Cuts the rows of a strip, (rows, 3, stride), into patches, (patches, 3, rows, patch_size). Whole chunks are moved.
+// What a chunk writes behind its patch's row, the next one overwrites. So both need kChunk more bytes at the end.
 void cut_patches(const uint8_t* strip, int64_t rows, int64_t stride, int64_t size, int64_t patch_size, uint8_t* to) {
     for (int64_t column = 0; column < size; column += patch_size)
         for (int channel = 0; channel < 3; channel++)

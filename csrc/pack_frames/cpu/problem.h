@@ -20,8 +20,8 @@ struct Problem {
     void* out;              // (num_frames, 3 * size * size) of that dtype
 };
 
-// The weights of one side, in the form that the instruction set needs. Inputs come in groups of four, counted from the edge
-// of the crop. Inputs outside an output's window, or outside the crop, have the weight 0.
+// The weights of one side, in the form that the instruction set needs. Inputs come in groups of four, counted from the
+// edge of the crop. Inputs outside an output's window, or outside the crop, have the weight 0.
 struct Filter {
     int64_t count;          // of outputs
     int64_t begin, end;     // groups that any output needs
@@ -51,8 +51,8 @@ struct Kernels {
     void (*run)(const Problem&, const Task&, bool computes_levels, void* scratch);  // scratch is 64-byte aligned
 };
 
-// Rows are finished in strips, so that everything between the passes and the output stays in the L1 or L2 cache. No strip
-// crosses from one row of patches to the next.
+// Rows are finished in strips, so that everything between the passes and the output stays in the L1 or L2 cache. No
+// strip crosses from one row of patches to the next.
 constexpr int64_t kStripRows = 32;
 
 namespace {  // unnamed: filter.h says why

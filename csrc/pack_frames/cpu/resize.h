@@ -1,8 +1,8 @@
-// Both passes of resizing, over rolling rows. The horizontal pass filters blocks of kWidth input rows, one row a lane, and
-// keeps the bytes in a ring. From the ring the vertical pass filters every output row, one column a lane.
+// Both passes of resizing, over rolling rows. The horizontal pass filters blocks of kWidth input rows, one row a lane,
+// and keeps the bytes in a ring. From the ring the vertical pass filters every output row, one column a lane.
 //
-// Products take four bytes of a lane at a time (dot.h): four neighbours of a row in the horizontal pass, four neighbours of a
-// column in the vertical one. So the ring holds words of four rows.
+// Products take four bytes of a lane at a time (dot.h): four neighbours of a row in the horizontal pass, four
+// neighbours of a column in the vertical one. So the ring holds words of four rows.
 #pragma once
 
 #include "common/workspace.h"
@@ -80,8 +80,8 @@ class Resizer {
         for (int j = 0; j < kVectors; j++) store_vector(to + column + j * kWidth, bytes_of(sums[j]));
     }
 
-    // Takes the next kWidth rows through the horizontal pass into the ring. Rows below the crop are left uninitialised, because
-    // their weight in the vertical pass is 0.
+    // Takes the next kWidth rows through the horizontal pass into the ring. Rows below the crop are left uninitialised,
+    // because their weight in the vertical pass is 0.
     void next_block() {
         const int64_t plane = scratch_.columns, first_column = 4 * column_filter_.begin;
         const int64_t columns = min(4 * column_filter_.end, frame_.width) - first_column;
@@ -109,8 +109,8 @@ class Resizer {
         next_group_ += kBlockGroups;
     }
 
-    // Members are copied to local variables, here and above. Stores of bytes may alias them, so the compiler would load them
-    // again after each store.
+    // Members are copied to local variables, here and above. Stores of bytes may alias them, so the compiler would load
+    // them again after each store.
     void filter_block() const {
         const lynx::frames::Filter filter = column_filter_;
         const int64_t plane = scratch_.columns / 4, filtered_plane = scratch_.stride * kWidth;

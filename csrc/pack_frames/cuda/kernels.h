@@ -1,7 +1,8 @@
-// pack_frames as CUDA kernels: one for frames that keep their size; for the others one that computes filters and one that
-// resizes.
+// pack_frames as CUDA kernels: one for frames that keep their size; for the others one that computes filters and one
+// that resizes.
 //
-// Outputs are looked up in a table of levels. So a kernel only moves elements of 2, 4 or 8 bytes, whatever their dtype is.
+// Outputs are looked up in a table of levels. So a kernel only moves elements of 2, 4 or 8 bytes, whatever their dtype
+// is.
 #pragma once
 
 #include <cstdint>
@@ -16,8 +17,8 @@ namespace lynx::frames {
 // Frames and filters are arguments of the launch, which may have 4 KB. More of them take more launches.
 constexpr int kFramesOfALaunch = 32, kFiltersOfALaunch = 48;
 
-// The filter of a Side, and where it stands in memory, from `offset` on: the first input and the number of inputs of each
-// output, (2, outputs), then the weights, (max inputs, outputs).
+// The filter of a Side, and where it stands in memory, from `offset` on: the first input and the number of inputs of
+// each output, (2, outputs), then the weights, (max inputs, outputs).
 struct FilterPlace {
     int64_t length, resized, start, offset;
 };
@@ -60,8 +61,9 @@ LYNX_PORTABLE Pixel pixel_at(int offset, int size, int patch_size) {
             patch % patches * patch_size + offset % patch_size};
 }
 
-// Frames that keep their size, so that pixels are only copied. `frames` start at the first pixel of the square; mirrored ones
-// run backwards. A thread writes kItems neighbouring elements: 16 bytes, or one element if outputs are not aligned.
+// Frames that keep their size, so that pixels are only copied. `frames` start at the first pixel of the square;
+// mirrored ones run backwards. A thread writes kItems neighbouring elements: 16 bytes, or one element if outputs are
+// not aligned.
 LYNX_GLOBAL(pack_frames_fwd_copy_kernel)
 template <class Element, int kItems>
 struct CopyFrames : OnePhase {
@@ -99,9 +101,9 @@ struct CopyFrames : OnePhase {
     }
 };
 
-// Frames that are resized. A block has a tile of the square and goes through the input rows that it needs, kInputs of them a
-// round. First these rows are resized to the width of the square, and rounded to bytes. Then each output adds its share of
-// them. The order of the sums changes nothing, because they are sums of integers.
+// Frames that are resized. A block has a tile of the square and goes through the input rows that it needs, kInputs of
+// them a round. First these rows are resized to the width of the square, and rounded to bytes. Then each output adds
+// its share of them. The order of the sums changes nothing, because they are sums of integers.
 LYNX_GLOBAL(pack_frames_fwd_resize_kernel)
 template <class Element>
 struct ResizeFrames {

@@ -27,7 +27,7 @@ class Filters {
 
     int64_t offset_of(const Side& side) {
         for (const FilterPlace& each : places_)
-            if (each.length == side.length && each.resized == side.resized) return each.offset;  // then the starts are equal too
+            if (each.length == side.length && each.resized == side.resized) return each.offset;  // so are the starts
         places_.push_back({side.length, side.resized, side.start, length_});
         length_ += (2 + max_inputs(side)) * size_;
         return places_.back().offset;

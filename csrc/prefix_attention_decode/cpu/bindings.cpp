@@ -32,8 +32,8 @@ using Sizes = std::tuple<int64_t, int64_t, int64_t>;
 
 // Dtypes are bf16 or fp32, LSEs fp32.
 void bind_decode(py::module_& module) {
-    // `counts` are the branches, the roots and the queries of a branch. `capacities` are the keys that a root and a branch
-    // have room for.
+    // `counts` are the branches, the roots and the queries of a branch. `capacities` are the keys that a root and a
+    // branch have room for.
     module.def("attention_decode",
                [](const std::tuple<int64_t, int64_t, int64_t>& counts, const std::pair<int64_t, int64_t>& capacities,
                   const Sizes& sizes, float scale, bool is_bfloat16, const CacheView& q, const CacheView& root_k,

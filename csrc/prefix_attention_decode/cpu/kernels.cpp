@@ -1,9 +1,10 @@
-// The kernels of decoding of one instruction set. This file is compiled once for each, and LYNX_KERNELS names the result.
+// The kernels of decoding of one instruction set. This file is compiled once for each, and LYNX_KERNELS names the
+// result.
 //
-// Few rows read many keys, so the time is that of reading every key and value from memory once. Keys are read where they
-// stand, and transposed one tile at a time. A tile is short, and done for one head after another: where heads stand side by
-// side, this reads memory in its order and from few pages at a time. While a head is computed, the keys and values of the
-// next one are prefetched.
+// Few rows read many keys, so the time is that of reading every key and value from memory once. Keys are read where
+// they stand, and transposed one tile at a time. A tile is short, and done for one head after another: where heads
+// stand side by side, this reads memory in its order and from few pages at a time. While a head is computed, the keys
+// and values of the next one are prefetched.
 #include "attention_common/cpu/online_softmax.h"
 #include "attention_common/cpu/scratch.h"
 #include "problem.h"
@@ -102,7 +103,8 @@ void attend_to_tile(const Problem& problem, const Segment& segment, int64_t firs
     }
     const Word* values = scratch.values;
     int64_t ldv = sizes.ldb;
-    // A single register tile of rows reads fp32 values only once. It reads them where they stand, if they are whole vectors.
+    // A single register tile of rows reads fp32 values only once. It reads them where they stand, if they are whole
+    // vectors.
     if (sizeof(Element) == sizeof(Word) && Compute::kNumbers == 1 && dim % kWidth == 0 && rows <= kTileRows) {
         values = reinterpret_cast<const Word*>(tile.v.first);
         ldv = tile.v.stride;

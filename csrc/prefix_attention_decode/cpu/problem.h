@@ -1,8 +1,8 @@
 // What a call of prefix_attention_decode is, for the kernels and their caller. Plain data, pointers and sizes.
 //
-// Keys that stand together are a segment: those of a root, or a branch's own. A segment is cut into splits. For every split,
-// key head and row there is a partial result, and combining a row's partial results gives its output. The rows of a segment
-// are numbered branch after branch, query after query, head after head of those that share the key head.
+// Keys that stand together are a segment: those of a root, or a branch's own. A segment is cut into splits. For every
+// split, key head and row there is a partial result, and combining a row's partial results gives its output. The rows
+// of a segment are numbered branch after branch, query after query, head after head of those that share the key head.
 #pragma once
 
 #include "attention_common/cpu/problem.h"

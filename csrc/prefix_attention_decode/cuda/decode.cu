@@ -1,6 +1,6 @@
 // architectures: sm_80 sm_90 sm_100
-// prefix_attention_decode, as an operator of torch on a GPU. Python has checked shapes, dtypes, strides and devices. The
-// kernels check indices.
+// prefix_attention_decode, as an operator of torch on a GPU. Python has checked shapes, dtypes, strides and devices.
+// The kernels check indices.
 #include <tuple>
 
 #include "common/torch_library.h"

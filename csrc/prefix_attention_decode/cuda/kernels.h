@@ -1,9 +1,10 @@
-// prefix_attention_decode as two CUDA kernels: attention to splits of the keys, and the combination of the splits. Shapes: B
-// branches of Q queries, R roots, H query heads, Hkv key heads, D numbers in a head.
+// prefix_attention_decode as two CUDA kernels: attention to splits of the keys, and the combination of the splits.
+// Shapes: B branches of Q queries, R roots, H query heads, Hkv key heads, D numbers in a head.
 //
-// Reading keys and values bounds the time. A block gets a split of the keys of one root or one branch, of one key head, and
-// up to kBlockM rows. Rows are the queries of all heads that share the key head, of one branch, or over a root of several
-// branches. So a root's keys are read once for all branches that fit into a block. Nothing behind the lengths is read.
+// Reading keys and values bounds the time. A block gets a split of the keys of one root or one branch, of one key head,
+// and up to kBlockM rows. Rows are the queries of all heads that share the key head, of one branch, or over a root of
+// several branches. So a root's keys are read once for all branches that fit into a block. Nothing behind the lengths
+// is read.
 #pragma once
 
 #include <cassert>
@@ -14,7 +15,8 @@
 
 namespace lynx::decode {
 
-// Integers on the device, int32 or int64. One that an int cannot hold becomes the largest int, which is out of range too.
+// Integers on the device, int32 or int64. One that an int cannot hold becomes the largest int, which is out of range
+// too.
 struct Indices {
     const void* data;
     bool is_long;
@@ -92,15 +94,15 @@ struct Attend {
     static constexpr int kBlockM = kM;
     static constexpr int kItems = 16 / sizeof(Element);                                        // of a load
     static constexpr int kThreads = 128, kLanes = kDim / kItems, kGroups = kThreads / kLanes;  // lanes share a key
-    // The keys that a thread computes at once. Keys and values are loaded one tile ahead: 8 loads of 128 threads are 16 KB,
-    // so four blocks have 64 KB in flight. An H200 moves 36 bytes/ns to a multiprocessor, so 29 KB in the 0.8 us that a load
-    // takes (an estimate).
+    // The keys that a thread computes at once. Keys and values are loaded one tile ahead: 8 loads of 128 threads are 16
+    // KB, so four blocks have 64 KB in flight. An H200 moves 36 bytes/ns to a multiprocessor, so 29 KB in the 0.8 us
+    // that a load takes (an estimate).
     static constexpr int kThreadKeys = 4;
     static constexpr int kBlockN = kThreadKeys * kGroups;
     static constexpr int kBlocks = kBlockM == 8 ? 3 : 4;
     static constexpr int kPhases = 8;
     static constexpr int kScores = kBlockM * kBlockN, kOwnScores = (kScores + kThreads - 1) / kThreads;
-    static constexpr int kPartialStride = kLanes + 4;  // so that 16-byte reads of neighbouring threads use different banks
+    static constexpr int kPartialStride = kLanes + 4;  // 16-byte reads of neighbouring threads use different banks
     static constexpr int kAccFloats = kGroups * kBlockM * kDim, kPartialFloats = kScores * kPartialStride;
 
     using Args = Problem;
@@ -179,8 +181,8 @@ struct Attend {
         return {branch, in_branch / shared_heads, work.kv_head * shared_heads + in_branch % shared_heads, branch >= 0};
     }
 
-    // Only one branch sees a branch's own keys. Over a root, each thread looks for one branch of the tile, among all B, which
-    // are tens.
+    // Only one branch sees a branch's own keys. Over a root, each thread looks for one branch of the tile, among all B,
+    // which are tens.
     LYNX_PORTABLE static void find_branch(const Args& args, const Work& work, int place_in_tile, Shared& shared) {
         shared.branches[place_in_tile] = place_in_tile == 0 ? work.branch : -1;
         if (!work.is_root) return;
@@ -237,7 +239,7 @@ struct Attend {
             LYNX_UNROLL
             for (int item = 0; item < kItems; item++) keys[i][item] = item_of<Element>(registers.keys[i], item);
         }
-        LYNX_UNROLL_BY(1)  // unrolled, the queries of all rows would be read ahead, for which there are not enough registers
+        LYNX_UNROLL_BY(1)  // unrolled, it would read the queries of all rows ahead, and lack registers
         for (int row = 0; row < kBlockM; row++) {
             const auto query = load<float, kItems>(shared.queries[row] + lane * kItems);
             LYNX_UNROLL
@@ -250,8 +252,8 @@ struct Attend {
         }
     }
 
-    // A query does not see the keys of its branch that are newer than its own: query i of Q not the last Q - 1 - i. A split
-    // ends at the end of a tile, or of all keys.
+    // A query does not see the keys of its branch that are newer than its own: query i of Q not the last Q - 1 - i. A
+    // split ends at the end of a tile, or of all keys.
     LYNX_PORTABLE static void store_scores(const Args& args, const Work& work, const Place& place, Shared& shared) {
         LYNX_UNROLL_BY(1)
         for (int i = 0; i < kOwnScores; i++) {

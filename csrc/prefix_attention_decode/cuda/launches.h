@@ -9,8 +9,8 @@
 
 namespace lynx::decode {
 
-// `problem` says everything but how the work is cut, and where splits write. The caches have one dtype, and their rows start
-// at multiples of 16 bytes. D is a multiple of 8, at most 128.
+// `problem` says everything but how the work is cut, and where splits write. The caches have one dtype, and their rows
+// start at multiples of 16 bytes. D is a multiple of 8, at most 128.
 struct Call {
     Problem problem;
     Dtype cache_dtype;
@@ -23,8 +23,8 @@ struct Call {
 // Kernels compute key numbers behind the last key, so sizes stay below half of what an int holds.
 inline int checked_size(const char* what, int64_t size) { return int_size("prefix_attention_decode", what, size, 30); }
 
-// How many splits keys are cut into, if there is room for `capacity` keys and each split takes `blocks` blocks: as many as
-// fit on the GPU at once, but each split has at least one tile.
+// How many splits keys are cut into, if there is room for `capacity` keys and each split takes `blocks` blocks: as many
+// as fit on the GPU at once, but each split has at least one tile.
 inline int num_splits(int64_t capacity, int block_n, int64_t blocks, int64_t fitting) {
     if (capacity == 0) return 0;
     const int64_t tiles = divide_up(capacity, block_n);
@@ -59,8 +59,8 @@ void with_block_m(int64_t rows, Use use) {
         use(Kernel<Element, kDim, 8>());
 }
 
-// B, Q, H and D are not 0, and branches have room for a key. `allocate(count)` gives memory for so many floats, which lasts
-// as long as the kernels run.
+// B, Q, H and D are not 0, and branches have room for a key. `allocate(count)` gives memory for so many floats, which
+// lasts as long as the kernels run.
 template <class Run, class Allocate>
 void forward(const Call& call, Run&& run, Allocate allocate) {
     const Problem& given = call.problem;
