@@ -2,8 +2,6 @@
 // written.
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
 #include <stdexcept>
 #include <vector>
 
@@ -107,10 +105,7 @@ void fuzz_attention(uint64_t seed) {
         std::fill(lse.begin(), lse.end(), NAN);
         attention::forward(layout, problem, random.number(1, 3));
         for (float each : lse)
-            if (std::isnan(each)) {
-                printf("\n%s: a row is not written\n", name.c_str());
-                exit(1);
-            }
+            if (std::isnan(each)) fail(name, "a row is not written");
         attention::backward(layout, problem, random.number(1, 3));
     }
     force_instruction_set("");

@@ -1,8 +1,6 @@
 // Decoding with random sizes, lengths and strides, for the sanitizers. Also checks that every output is written, and is
 // a mean of the values.
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 #include <vector>
@@ -108,10 +106,7 @@ void fuzz_decode(uint64_t seed) {
             const float number = number_at(out, i, problem.is_bfloat16);
             is_right &= 0.49f < number && number < 2.01f;
         }
-        if (!is_right) {
-            printf("\n%s: an output is not written, or is not a mean of the values\n", name.c_str());
-            exit(1);
-        }
+        if (!is_right) fail(name, "an output is not written, or is not a mean of the values");
     }
     force_instruction_set("");
 }

@@ -2,8 +2,6 @@
 // implementation.
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 #include <vector>
@@ -73,11 +71,6 @@ struct Indices {
     }
 };
 
-[[noreturn]] void fail(const char* what) {
-    printf("\npack_embeddings: %s\n", what);
-    exit(1);
-}
-
 void check_sums(const Sources& sources, Source source, const Rows& grad, const Rows& out, int64_t width) {
     for (int64_t i = 0; i < out.count; i++)
         for (int64_t column = 0; column < width; column++) {
@@ -91,7 +84,7 @@ void check_sums(const Sources& sources, Source source, const Rows& grad, const R
                 magnitude += std::fabs(value_at(grad, row, column));
             }
             if (!(std::fabs(value_at(out, i, column) - sum) <= 1e-5 * magnitude + 0.004 * std::fabs(sum)))
-                fail("a gradient is not the sum of its rows");
+                fail("pack_embeddings", "a gradient is not the sum of its rows");
         }
 }
 
@@ -110,9 +103,9 @@ void fuzz_embeddings(uint64_t seed) {
     const int threads = random.number(1, 3);
     try {
         pack_embeddings(sources, embedding.rows, vision.rows, out.rows, width, threads);
-        if (!indices.are_right) fail("an index that is out of range is not rejected");
+        if (!indices.are_right) fail("pack_embeddings", "an index that is out of range is not rejected");
     } catch (const std::out_of_range&) {
-        if (indices.are_right) fail("an index that is in range is rejected");
+        if (indices.are_right) fail("pack_embeddings", "an index that is in range is rejected");
         return;
     }
     for (int64_t row = 0; row < count; row++)
@@ -120,7 +113,7 @@ void fuzz_embeddings(uint64_t seed) {
             const int64_t vision_row = indices.vision_index[row];
             const float expected = vision_row >= 0 ? value_at(vision.rows, vision_row, column)
                                                 : value_at(embedding.rows, indices.token_ids[row], column);
-            if (value_at(out.rows, row, column) != rounded(expected, table_dtype)) fail("a row is not a copy");
+            if (value_at(out.rows, row, column) != rounded(expected, table_dtype)) fail("pack_embeddings", "a row is not a copy");
         }
     const Table grad_table(random, table_dtype, vocabulary, width);
     const Table grad_vision(random, vision_dtype, num_vision, width);

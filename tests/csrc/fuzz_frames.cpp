@@ -1,7 +1,5 @@
 // pack_frames with random sizes, strides, crops and options, against the simplest implementation.
 #include <algorithm>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <utility>
 #include <vector>
@@ -61,10 +59,8 @@ uint8_t filtered(const Side& side, int64_t output, const uint8_t* inputs, int64_
         sum += int64_t{weight_of(window, i)} * inputs[(window.first + i) * stride];
         magnitudes += std::abs(weight_of(window, i));
     }
-    if (window.count > max_inputs(side) || 2 * magnitudes >= 3 << kWeightBits) {
-        printf("\na window of %ld inputs, magnitudes %ld\n", long(window.count), long(magnitudes));
-        exit(1);
-    }
+    if (window.count > max_inputs(side)) fail("pack_frames", "a window has too many inputs");
+    if (2 * magnitudes >= 3 << kWeightBits) fail("pack_frames", "the weights of a window are too large");
     return byte_of(static_cast<int32_t>(sum));
 }
 
@@ -154,10 +150,7 @@ void fuzz_frames(uint64_t seed) {
         std::vector<uint8_t> out(expected.size(), 0xa5);
         problem.out = out.data();
         pack_frames(problem, random.number(1, 3));
-        if (out != expected) {
-            printf("\n%s: wrong result\n", name.c_str());
-            exit(1);
-        }
+        if (out != expected) fail(name, "wrong result");
     }
     lynx::force_instruction_set("");
 }

@@ -14,26 +14,16 @@ constexpr int64_t kForwardBlockM = 48;        // queries: 8 register tiles
 constexpr int64_t kForwardMaskedBlockM = 12;  // in masked tiles: keys that none of so few queries sees are skipped
 
 template <class Compute>
-struct ForwardScratch {
+struct ForwardScratch : TileScratch<Compute> {
     typedef typename Compute::Word Word;
-    Word* keys;      // (words, kForwardBlockN): k^T of a tile
-    Word* values;    // (words over kForwardBlockN, ldb)
-    float* scores;   // (kForwardBlockM, kForwardBlockN)
-    Word* p;         // (kForwardBlockM, kForwardBlockN in words)
     Word* queries;   // (rows, lda)
     float* acc;      // (rows, ldb): the output before it is divided by row_sum
     float* row_sum;  // (rows + kWidth, kWidth), its lanes not yet added
     float* row_max;  // (rows + kWidth,)
     size_t bytes;
 
-    ForwardScratch(void* block, int64_t rows, const Sizes<Compute>& sizes) {
-        Workspace workspace(block);
-        keys = workspace.take<Word>(sizes.words * kForwardBlockN);
-        values = workspace.take<Word>(sizes.k_over(kForwardBlockN) * sizes.ldb);
-        scores = workspace.take<float>(kForwardBlockM * kForwardBlockN);
-        // In fp32, p replaces the scores.
-        p = Compute::kNumbers == 1 ? reinterpret_cast<Word*>(scores)
-                                   : workspace.take<Word>(kForwardBlockM * kForwardBlockN / Compute::kNumbers);
+    ForwardScratch(Workspace workspace, int64_t rows, const Sizes<Compute>& sizes)
+        : TileScratch<Compute>(workspace, kForwardBlockM, kForwardBlockN, sizes) {
         queries = workspace.take<Word>(rows * sizes.lda);
         acc = workspace.take<float>(rows * sizes.ldb);
         row_sum = workspace.take<float>((rows + kWidth) * kWidth);
@@ -154,7 +144,7 @@ void forward_task(const Problem& problem, const Task& task, int64_t kv_head, voi
     const int64_t queries = queries_of(problem, task), rows = queries * group_heads;
     const int64_t first_head = kv_head * group_heads;
     const Sizes<Compute> sizes(dim);
-    const ForwardScratch<Compute> scratch(block, rows, sizes);
+    const ForwardScratch<Compute> scratch(Workspace(block), rows, sizes);
     const float scale = problem.scale;
     NextHead<Element> next_head(problem, task, kv_head, queries);
     memset(scratch.acc, 0, rows * sizes.ldb * sizeof(float));
@@ -202,7 +192,7 @@ void forward_task(const Problem& problem, const Task& task, int64_t kv_head, voi
 template <class Compute>
 size_t forward_scratch_bytes(const Problem& problem, const Task& task) {
     const int64_t rows = queries_of(problem, task) * (problem.num_heads / problem.num_kv_heads);
-    return ForwardScratch<Compute>(nullptr, rows, Sizes<Compute>(problem.head_dim)).bytes;
+    return ForwardScratch<Compute>(Workspace(nullptr), rows, Sizes<Compute>(problem.head_dim)).bytes;
 }
 
 }  // namespace

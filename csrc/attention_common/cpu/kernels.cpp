@@ -3,16 +3,10 @@
 
 namespace {
 
-#if defined(__AVX512BF16__)
-typedef Bf16Pairs Bf16Compute;
-#else
-typedef Fp32 Bf16Compute;  // bf16 is widened when it is packed
-#endif
-
 // Calls use(compute, element) with values of the two types, which stand for them.
 template <class Use>
 LYNX_INLINE auto with_types(const Problem& problem, Use use) {
-    return problem.is_bfloat16 ? use(Bf16Compute(), BFloat16()) : use(Fp32(), float());
+    return problem.is_bfloat16 ? use(Bf16(), BFloat16()) : use(Fp32(), float());
 }
 
 size_t forward_bytes(const Problem& problem, const Task& task) {

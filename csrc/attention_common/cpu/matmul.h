@@ -25,6 +25,9 @@ struct Bf16Pairs {
         sum = (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)b);
     }
 };
+typedef Bf16Pairs Bf16;
+#else
+typedef Fp32 Bf16;  // bf16 is widened when it is packed
 #endif
 
 // a (M, K), or (K, M) if it is transposed; b (K, N); c (M, N) in fp32. K counts words.

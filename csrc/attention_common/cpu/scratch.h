@@ -25,6 +25,24 @@ struct Sizes {
     static int64_t k_over(int64_t rows) { return divide_up(rows, Compute::kNumbers); }
 };
 
+// A tile of keys and values, and the products of a block of queries with it.
+template <class Compute>
+struct TileScratch {
+    typedef typename Compute::Word Word;
+    Word* keys;     // (words, block_n): k^T
+    Word* values;   // (words over block_n, ldb)
+    float* scores;  // (block_m, block_n)
+    Word* p;        // (block_m, block_n in words); in fp32 it replaces the scores
+
+    TileScratch(Workspace& workspace, int64_t block_m, int64_t block_n, const Sizes<Compute>& sizes) {
+        keys = workspace.take<Word>(sizes.words * block_n);
+        values = workspace.take<Word>(sizes.k_over(block_n) * sizes.ldb);
+        scores = workspace.take<float>(block_m * block_n);
+        p = Compute::kNumbers == 1 ? reinterpret_cast<Word*>(scores)
+                                   : workspace.take<Word>(block_m * block_n / Compute::kNumbers);
+    }
+};
+
 template <class Element>
 Element* head_of(const lynx::attention::Matrix& matrix, int64_t row, int64_t head) {
     return static_cast<Element*>(matrix.data) + row * matrix.row_stride + head * matrix.head_stride;

@@ -13,34 +13,18 @@ namespace {
 
 using namespace lynx::decode;
 
-#if defined(__AVX512BF16__)
-typedef Bf16Pairs Bf16Compute;
-#else
-typedef Fp32 Bf16Compute;  // bf16 is widened when it is packed
-#endif
-
 constexpr int64_t kBlockM = 48;        // rows: 8 register tiles
 constexpr int64_t kPrefetchRows = 16;  // rows of a cache that are prefetched at once, a multiple of every kWidth
 
 template <class Compute>
-struct Scratch {
+struct Scratch : TileScratch<Compute> {
     typedef typename Compute::Word Word;
-    Word* keys;      // (words, kBlockN): k^T of a tile
-    Word* values;    // (words over kBlockN, ldb)
-    float* scores;   // (kBlockM, kBlockN)
-    Word* p;         // (kBlockM, kBlockN in words)
     Word* queries;   // (kv heads, rows, lda)
     float* row_sum;  // (kv heads, rows, kWidth), its lanes not yet added
     size_t bytes;
 
-    Scratch(void* block, int64_t kv_heads, int64_t rows, const Sizes<Compute>& sizes) {
-        Workspace workspace(block);
-        keys = workspace.take<Word>(sizes.words * kBlockN);
-        values = workspace.take<Word>(sizes.k_over(kBlockN) * sizes.ldb);
-        scores = workspace.take<float>(kBlockM * kBlockN);
-        // In fp32, p replaces the scores.
-        p = Compute::kNumbers == 1 ? reinterpret_cast<Word*>(scores)
-                                   : workspace.take<Word>(kBlockM * kBlockN / Compute::kNumbers);
+    Scratch(Workspace workspace, int64_t kv_heads, int64_t rows, const Sizes<Compute>& sizes)
+        : TileScratch<Compute>(workspace, kBlockM, kBlockN, sizes) {
         queries = workspace.take<Word>(kv_heads * rows * sizes.lda);
         row_sum = workspace.take<float>(kv_heads * rows * kWidth);
         bytes = workspace.bytes();
@@ -141,7 +125,7 @@ void attend_to_split(const Problem& problem, const Split& split, int64_t first_k
     const Segment& segment = *split.segment;
     const int64_t rows = rows_of(problem, segment), heads = last_kv_head - first_kv_head;
     const Sizes<Compute> sizes(problem.head_dim);
-    const Scratch<Compute> scratch(block, heads, rows, sizes);
+    const Scratch<Compute> scratch(Workspace(block), heads, rows, sizes);
     const int64_t first_result = segment.first_result + (split.index * problem.num_kv_heads + first_kv_head) * rows;
     const int64_t results = heads * rows;
     memset(problem.acc + first_result * problem.acc_stride, 0, results * problem.acc_stride * sizeof(float));
@@ -217,13 +201,14 @@ void combine_branch(const Problem& problem, int64_t branch) {
 size_t scratch_bytes(const Problem& problem, const Segment& segment) {
     const int64_t rows = rows_of(problem, segment), dim = problem.head_dim;
     const int64_t heads = problem.num_kv_heads;
-    return problem.is_bfloat16 ? Scratch<Bf16Compute>(nullptr, heads, rows, Sizes<Bf16Compute>(dim)).bytes
-                               : Scratch<Fp32>(nullptr, heads, rows, Sizes<Fp32>(dim)).bytes;
+    const Workspace empty(nullptr);
+    return problem.is_bfloat16 ? Scratch<Bf16>(empty, heads, rows, Sizes<Bf16>(dim)).bytes
+                               : Scratch<Fp32>(empty, heads, rows, Sizes<Fp32>(dim)).bytes;
 }
 
 void attend(const Problem& problem, const Split& split, int64_t first_kv_head, int64_t last_kv_head, void* scratch) {
     if (problem.is_bfloat16)
-        attend_to_split<Bf16Compute, BFloat16>(problem, split, first_kv_head, last_kv_head, scratch);
+        attend_to_split<Bf16, BFloat16>(problem, split, first_kv_head, last_kv_head, scratch);
     else
         attend_to_split<Fp32, float>(problem, split, first_kv_head, last_kv_head, scratch);
 }
