@@ -1,7 +1,7 @@
 """Builds lynx_kernels._host, the CPU code of csrc, and with LYNX_CUDA=1 also lynx_kernels._cuda, its CUDA kernels.
 
-Everything else is in pyproject.toml. The sources are found by their names (CONTRIBUTING.md): csrc/<operation>/cpu/kernels.cpp
-is compiled once per instruction set, and the CPU decides at run time which one runs; bindings.cpp is what Python calls.
+Everything else is in pyproject.toml. The sources are found by their names: csrc/<operation>/cpu/kernels.cpp is compiled
+once per instruction set, and the CPU decides at run time which one runs; bindings.cpp is what Python calls.
 Without a C++ compiler, or where it fails, the package is installed without _host: a warning says so, and operations run
 in plain PyTorch.
 
@@ -56,9 +56,8 @@ def compile_all(sources: list[str], folder: Path, flags: list[str]) -> list[str]
         for name, extra in INSTRUCTION_SETS.items():
             compile_later(source, f"{kernels}_{name}", [*KERNEL_FLAGS, *extra, f"-DLYNX_KERNELS={kernels}_{name}"])
     for source in sources:
-        compile_later(
-            source, "_".join(Path(source).with_suffix("").parts), [*SOURCE_FLAGS, f"-DLYNX_INSTRUCTION_SETS(X,...)={sets}"]
-        )
+        name = "_".join(Path(source).with_suffix("").parts)
+        compile_later(source, name, [*SOURCE_FLAGS, f"-DLYNX_INSTRUCTION_SETS(X,...)={sets}"])
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(subprocess.check_call, commands))
     return objects
@@ -76,8 +75,8 @@ class Build(build_ext):
             self._build(ext)
         except (OSError, subprocess.CalledProcessError) as error:
             self.warn(
-                f"{ext.name} is not built, so operations on a CPU run in plain PyTorch: {error}. To build it, install a "
-                "C++17 compiler with OpenMP (GCC 12 or newer) as `c++` or name one in CXX, and install again."
+                f"{ext.name} is not built, so operations on a CPU run in plain PyTorch: {error}. To build it, install "
+                "a C++17 compiler with OpenMP (GCC 12 or newer) as `c++` or name one in CXX, and install again."
             )
 
     def _build(self, ext: Extension) -> None:

@@ -248,13 +248,6 @@ def test_what_is_refused(on_host, monkeypatch):
         tensor.requires_grad_(False)
 
 
-def test_nothing_is_built_for_calls_that_are_refused(monkeypatch):
-    monkeypatch.setattr("lynx_kernels.backends.cuda.missing", lambda: pytest.fail("the kernels would be built"))
-    inputs, _ = make((3,), 16, 8, torch.float32)
-    assert reason(make((65,), 16, 8, torch.float32)[0])
-    assert reason([each.requires_grad_() for each in inputs])
-
-
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 16), (torch.float16, 8), (torch.bfloat16, 8)])
 def test_more_tokens_than_plain_products_are_for(dtype, most):
     assert explain(adapter, *make((most,), 16, 8, dtype)[0]).name == "cuda"

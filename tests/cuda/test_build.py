@@ -1,4 +1,4 @@
-"""Building the CUDA kernels, with a program in the place of nvcc: when it happens, for which GPUs, and what can fail."""
+"""Building the CUDA kernels, with a program in the place of nvcc: when, for which GPUs, and what can fail."""
 
 import os
 import shutil
@@ -162,7 +162,7 @@ def test_files_are_compiled_for_the_architectures_they_name(home):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("#pragma once", "does not name its architectures: write `// architectures: ` and some of sm_80, sm_90, sm_100"),
+        ("#pragma once", "does not name its architectures: write `// architectures: ` and some of sm_80, sm_90, sm_1"),
         ("", "does not name its architectures"),
         ("// architectures:", "names no architecture"),
         ("// architectures: sm_80 sm_70", "names an unknown architecture, sm_70: write"),

@@ -154,8 +154,8 @@ def test_vectors_of_16_bytes(architecture, library):
 
 @EVERY_ARCHITECTURE
 def test_streams(architecture, library):
-    """Weights, keys and values are streamed in loads of 16 bytes if their rows are aligned. The adapter issues its first
-    loads before any barrier."""
+    """Weights, keys and values are streamed in loads of 16 bytes if their rows are aligned. The adapter issues its
+    first loads before any barrier."""
     for name, text in instructions(library, architecture).items():
         if kernel(name) in BLOCKS:
             start = text.split("BAR.SYNC")[0] if kernel(name).startswith("adapter") else text

@@ -35,7 +35,7 @@ def test_mixed_dtypes(width):
 
 
 def test_rows_that_end_inside_16_bytes_of_the_other_dtype():
-    """12 columns are three times 16 bytes of fp32 and one and a half of bf16. All rows start at multiples of 16 bytes."""
+    """12 columns are three times 16 bytes of fp32, and one and a half of bf16. Rows start at multiples of 16 bytes."""
     (token_ids, embedding, vision, vision_index), grad = make(width=16)
     inputs = token_ids, embedding[:, :12].float().contiguous(), vision.bfloat16()[:, :12], vision_index
     check_equal(kernels, inputs, grad[:, :12])

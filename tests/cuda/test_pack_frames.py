@@ -34,7 +34,7 @@ def test_dtypes_and_outputs(output, dtype):
 
 @pytest.mark.parametrize("resize", ["short_side", "exact"])
 def test_many_shapes(resize):
-    """Enlarged and reduced ones, single pixels, ten times as long as wide; more frames and filters than a launch takes."""
+    """Enlarged and reduced, single pixels, ten times as long as wide; more frames and filters than a launch takes."""
     generator = np.random.default_rng(1)
     frames = [random_frame(generator, *shape, harsh=True) for shape in random_shapes(generator, 70)]
     check(frames, size=10, patch_size=5, resize=resize)

@@ -1,4 +1,4 @@
-"""pack_embeddings on CPUs, in the C++ of csrc/embeddings: this file allocates and hands over addresses.
+"""pack_embeddings on CPUs, in the C++ of csrc/pack_embeddings: this file allocates and hands over addresses.
 
 Rows may stand anywhere, as long as their columns stand side by side. Nothing is converted or copied but what the result
 takes: rows of the table's own dtype go over byte by byte.

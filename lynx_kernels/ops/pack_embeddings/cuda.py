@@ -1,4 +1,4 @@
-"""pack_embeddings in the CUDA C++ of csrc/embeddings: one launch forward, two for the gradient of the vision rows.
+"""pack_embeddings in the CUDA C++ of csrc/pack_embeddings: one launch forward, two for the gradient of the vision rows.
 
 Forward reads and writes each row once, in accesses of 16 bytes where rows allow them, and asserts on the device that
 indices are in range. The gradient finds the first and last use of every vision row, then adds up what stands between

@@ -1,4 +1,4 @@
-"""Frame packing on CPUs, in the C++ of csrc/frames: this file hands over addresses and the table of levels.
+"""Frame packing on CPUs, in the C++ of csrc/pack_frames: this file hands over addresses and the table of levels.
 
 Bit for bit what the reference gives: the weights are Pillow's, the sums are exact, and what becomes of each byte is
 computed here once, as the reference computes it. Frames may have any strides; interleaved channels (RGBRGB...) and

@@ -1,4 +1,4 @@
-"""Frame packing in the CUDA C++ of csrc/frames: frames that keep their size take one launch, others two.
+"""Frame packing in the CUDA C++ of csrc/pack_frames: frames that keep their size take one launch, others two.
 
 Bit for bit what the reference gives: weights are computed on the device as Pillow computes them, in fp64, sums are of
 whole numbers, and what becomes of each byte is looked up. Frames and boxes go along with the launch, 32 of them with
