@@ -75,8 +75,8 @@ class Build(build_ext):
             self._build(ext)
         except (OSError, subprocess.CalledProcessError) as error:
             self.warn(
-                f"{ext.name} is not built, so operations on a CPU run in plain PyTorch: {error}. To build it, install "
-                "a C++17 compiler with OpenMP (GCC 12 or newer) as `c++` or name one in CXX, and install again."
+                f"{ext.name} is not built, so operations on a CPU run in plain PyTorch: {error}. It needs a C++17 "
+                "compiler with OpenMP (GCC 12 or newer), as `c++` or named by CXX: install one, then lynx-kernels again."
             )
 
     def _build(self, ext: Extension) -> None:

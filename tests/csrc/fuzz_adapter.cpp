@@ -72,7 +72,7 @@ void fuzz_adapter(uint64_t seed) {
     problem.width = random.number(1, random.flag() ? 20 : 100);
     problem.bottleneck = random.number(1, random.flag() ? 20 : 100);
     problem.eps = 1e-5f;
-    problem.activation = static_cast<Activation>(random.number(0, 3));
+    problem.activation = static_cast<Activation>(random.number(0, kNumActivations - 1));
     const int64_t tokens = problem.tokens, width = problem.width, bottleneck = problem.bottleneck;
     const bool is_bfloat16 = random.flag(), has_norm = random.flag();
     Tensor x(random, tokens * width, random.flag());

@@ -19,12 +19,15 @@ using NumbersView = std::pair<uintptr_t, bool>;
 
 Numbers numbers(const NumbersView& given) { return {pointer<void>(given.first), given.second}; }
 
-Activation activation_of(const std::string& name) {
-    if (name == "silu") return Activation::kSilu;
-    if (name == "relu") return Activation::kRelu;
-    if (name == "gelu") return Activation::kGelu;
-    if (name == "gelu_tanh") return Activation::kGeluTanh;
-    throw std::invalid_argument("adapter: unknown activation '" + name + "'; choose silu, relu, gelu or gelu_tanh");
+Activation activation_of(const std::string& given) {
+#define LYNX_COMPARE(name) \
+    if (given == #name) return Activation::name;
+    LYNX_ACTIVATIONS(LYNX_COMPARE)
+#undef LYNX_COMPARE
+#define LYNX_NAME(name) " " #name
+    throw std::invalid_argument("adapter: unknown activation '" + given +
+                                "'; choose one of:" LYNX_ACTIVATIONS(LYNX_NAME));
+#undef LYNX_NAME
 }
 
 LayerNorm layer_norm(int64_t tokens, int64_t width, const NumbersView& x, uintptr_t mean, uintptr_t rstd,

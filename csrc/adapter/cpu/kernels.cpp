@@ -1,5 +1,5 @@
 // The adapter's kernels of one instruction set. This file is compiled once for each, and LYNX_KERNELS names the result.
-#include "activations.h"
+#include "adapter/activations.h"
 #include "layer_norm.h"
 #include "load.h"
 #include "matmul.h"
@@ -90,7 +90,7 @@ void down(const Problem& problem, int64_t first_block, int64_t last_block, int64
         Weight* rounded = preactivation + token * problem.bottleneck + column;
         store_first(rounded, sums, columns);
         store_first(activated + token * problem.activated_stride + column,
-                    activate(problem.activation, load_first(rounded, columns)), columns);
+                    activations::activate(problem.activation, load_first(rounded, columns)), columns);
     };
     for (int64_t block = first_block; block < last_block; block++) {
         const bool is_last = block + 1 == last_block;

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "adapter/activation.h"
+#include "adapter/activations.h"
 
 namespace lynx::adapter {
 

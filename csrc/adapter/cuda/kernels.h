@@ -4,22 +4,10 @@
 // They write only the output, mean and rstd, and two tensors of width r. Every sum has a fixed order.
 #pragma once
 
-#include <cmath>
-
-#include "adapter/activation.h"
+#include "adapter/activations.h"
 #include "matmul.h"
 
 namespace lynx::adapter {
-
-LYNX_PORTABLE float activate(Activation activation, float x) {
-    switch (activation) {
-        case Activation::kSilu: return x / (1 + expf(-x));
-        case Activation::kRelu: return x < 0 ? 0 : x;  // NaN stays NaN
-        case Activation::kGelu: return x * 0.5f * (1 + erff(x * 0.70710678f));
-        case Activation::kGeluTanh: return x * 0.5f * (1 + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
-    }
-    return x;
-}
 
 // preactivation = LayerNorm(x) Wd^T + bd in the type of the weights, and its activation. Every block computes mean and
 // rstd of its tokens, in two passes as the definition does, while its first weights are in flight.
@@ -205,7 +193,7 @@ struct SmallMDown {
         Weight rounded;  // the activation takes the rounded value, as backward reads it
         narrow(sum, rounded);
         args.preactivation[to] = rounded;
-        narrow(activate(args.activation, widen(rounded)), args.activated[to]);
+        narrow(activations::activate(args.activation, widen(rounded)), args.activated[to]);
     }
 };
 

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from lynx_kernels.backends import cuda as cuda_backend
 from lynx_kernels.backends import dispatch
+from lynx_kernels.ops.adapter.activations import ACTIVATIONS
 from lynx_kernels.ops.adapter.call import AdapterCall
 
-_ACTIVATIONS = ("silu", "relu", "gelu", "gelu_tanh")  # in the order of lynx::Activation
+_ACTIVATIONS = tuple(ACTIVATIONS)  # in the order of csrc/adapter/activations.h
 MAX_TOKENS = 64
 # Up to here it runs unasked, by bytes of a weight. A weight is multiplied once for every token, in fp32, by the plain
 # units of a multiprocessor. An H200 has 132 of them with 128 products a clock, 30 T a second at 1.75 GHz, and reads 4.8
