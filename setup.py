@@ -76,7 +76,7 @@ class Build(build_ext):
         except (OSError, subprocess.CalledProcessError) as error:
             self.warn(
                 f"{ext.name} is not built, so operations on a CPU run in plain PyTorch: {error}. It needs a C++17 "
-                "compiler with OpenMP (GCC 12 or newer), as `c++` or named by CXX: install one, then lynx-kernels again."
+                "compiler with OpenMP (GCC 12 or newer), as `c++` or named by CXX: install one, then this again."
             )
 
     def _build(self, ext: Extension) -> None:
