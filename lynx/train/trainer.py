@@ -104,6 +104,9 @@ class LynxTrainer(Trainer):
             collate_fn=self.data_collator,
             num_workers=workers,
             pin_memory=self.args.dataloader_pin_memory,
+            # A worker watches its parent, and ends when this process was killed. Under a fork server, Python's default
+            # from 3.14 on and that of its own children, the parent is the server: it and the workers would stay.
+            multiprocessing_context="fork" if workers else None,
             worker_init_fn=ignore_sigterm if workers else None,
             generator=torch.Generator(),  # or every new loader draws from the generator that training draws from
         )
