@@ -101,7 +101,7 @@ def setup(name: str, number: int, dtype: torch.dtype, device: str) -> Setup:
     config = small() if name == "small" else lynx_7b()
     with torch.device(device):
         model = LynxForConditionalGeneration(config)
-    param_groups.choose(model, TRAINABLE, dtype)
+    param_groups.set_trainable(model, TRAINABLE, dtype)
     if name != "small":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     chosen = samples(number, config.text_config.vocab_size)

@@ -6,16 +6,23 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers.utils import logging as transformers_logging
 
-_SETTINGS_HELP = "how to search, as in the paper: open-vqa-image, open-vqa-video, owleval or demo"
+if TYPE_CHECKING:
+    from lynx import LynxForConditionalGeneration, LynxProcessor
+
+_PRESET_HELP = "how to search, as in the paper: open-vqa-image, open-vqa-video, owleval or demo"
 _OF_THE_DEMO = {"matplotlib", "sklearn"}  # modules; where others are lacking the error says what brings them
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status: 2 after an error a person can mend, with one line saying what."""
+    """Run the command.
+
+    Returns:
+        The exit status: 2 after an error that a person can mend, of which one line tells; 130 after an interrupt.
+    """
     options = _options(arguments)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     transformers_logging.set_verbosity_error()
@@ -37,48 +44,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser, commands = _parser()
-    # Of Python 3.11 the files of ask that stand after its options come back as unknown.
+    # Python 3.11 gives the files of ask that stand after its options back as unknown.
     options, rest = parser.parse_known_args(arguments)
     if rest and (options.command != "ask" or any(each.startswith("-") for each in rest)):
         commands[options.command].error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
-        options.picture += rest
+        options.image += rest
     return options
 
 
 def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
     """The command's parser, and those of its commands."""
-    parser = argparse.ArgumentParser(prog="lynx", description="Train Lynx models and ask them about pictures.")
+    parser = argparse.ArgumentParser(prog="lynx", description="Train Lynx models and ask them about images and videos.")
     commands = parser.add_subparsers(dest="command", required=True)
 
     ask = commands.add_parser(
         "ask",
         help="answer questions about image and video files",
-        usage="%(prog)s [options] MODEL PICTURE... QUESTION\n"
-        "       %(prog)s [options] MODEL [PICTURE...] [-p PICTURE...]... -q QUESTION [-q QUESTION]...",
+        usage="%(prog)s [options] MODEL IMAGE... QUESTION\n"
+        "       %(prog)s [options] MODEL [IMAGE...] [-i IMAGE...]... -q QUESTION [-q QUESTION]...",
         description="Every question is asked about every item. An item is an image or video file, or several images, "
         "which are a video's frames.",
     )
     ask.add_argument("model", type=Path, help="a model folder")
-    ask.add_argument("picture", nargs="*", help="the files of an item; without -q the last argument is the question")
+    ask.add_argument("image", nargs="*", help="the files of an item; without -q the last argument is the question")
     ask.add_argument(
-        "--picture", "-p", dest="items", nargs="+", action="append", default=[], metavar="PICTURE", help="one more item"
+        "--image", "-i", dest="items", nargs="+", action="append", default=[], metavar="IMAGE", help="one more item"
     )
     ask.add_argument(
         "--question", "-q", dest="questions", action="append", default=[], metavar="QUESTION", help="a question"
     )
-    ask.add_argument("--settings", metavar="NAME", help=_SETTINGS_HELP + " (default: greedy)")
+    ask.add_argument("--preset", metavar="NAME", help=_PRESET_HELP + " (default: greedy)")
     ask.add_argument(
-        "--beams", type=_positive, metavar="N", help="beams to search with (default: the settings', or 1: greedy)"
+        "--beams", type=_positive, metavar="N", help="beams to search with (default: the preset's, or 1: greedy)"
     )
     ask.add_argument(
-        "--max-new-tokens", type=_positive, metavar="N", help="of an answer (default: the settings', or 64)"
+        "--max-new-tokens", type=_positive, metavar="N", help="of an answer (default: the preset's, or 64)"
     )
     ask.add_argument(
         "--describe-first", action="store_true", help="have the model describe every item before it answers"
     )
     ask.add_argument("--keep-case", action="store_true", help="do not lower-case the questions")
-    ask.add_argument("--seed", type=int, help="of answers that are drawn (default: another each time)")
+    ask.add_argument("--seed", type=int, help="of answers that are drawn at random (default: another one each time)")
     ask.set_defaults(run=_ask)
 
     train = commands.add_parser(
@@ -87,7 +94,9 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         epilog="lynx train tiny data=my.jsonl output=my-model steps=1000; the same command goes on after a crash.",
     )
     train.add_argument("recipe", help="a YAML file, or a recipe that comes with the package, such as tiny or lynx")
-    train.add_argument("changes", nargs="*", metavar="key=value", help="what is different: steps=10, finetune.steps=5")
+    train.add_argument(
+        "changes", nargs="*", metavar="key=value", help="changes to the recipe: steps=10, finetune.steps=5"
+    )
     train.add_argument("--fresh", action="store_true", help="start anew, and remove what the output folder holds")
     train.set_defaults(run=_train)
 
@@ -100,27 +109,31 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         "evaluate",
         help="ask a JSONL file's questions and count the right answers",
         description="Asks every question and counts, for each type of question, the right answers, with a 95 % "
-        "interval. Right is what has the words of the truth; or what a judge says implies it.",
+        "interval. An answer is right that has the words of the truth; or, with a judge, that implies the truth.",
         epilog="Open-VQA as in the paper: lynx evaluate MODEL Open_VQA_images.jsonl --root FOLDER "
-        "--settings open-vqa-image --judge FOLDER",
+        "--preset open-vqa-image --judge FOLDER",
     )
     evaluate.add_argument("model", type=Path, help="a model folder")
     evaluate.add_argument("data", type=Path, help="JSONL as train reads it, or an annotation file of Open-VQA")
-    evaluate.add_argument("--root", type=Path, help="the folder of the pictures (default: the data file's)")
-    evaluate.add_argument("--settings", metavar="NAME", help=_SETTINGS_HELP + " (default: greedy)")
-    evaluate.add_argument("--judge", type=Path, metavar="FOLDER", help="a language model that judges the answers")
+    evaluate.add_argument("--root", type=Path, help="the folder of the images (default: the data file's)")
+    evaluate.add_argument("--preset", metavar="NAME", help=_PRESET_HELP + " (default: greedy)")
+    evaluate.add_argument(
+        "--judge", type=Path, metavar="FOLDER", help="the folder of a language model that judges the answers"
+    )
     evaluate.add_argument("--answers", type=Path, metavar="FILE", help="write every answer into this JSONL file")
     evaluate.add_argument("--sheet", type=Path, metavar="FILE", help="draw the first 24 answers into this PNG")
     evaluate.set_defaults(run=_evaluate)
 
-    convert = commands.add_parser("convert", help="make a model folder of the release's checkpoint files")
+    convert = commands.add_parser("convert", help="make a model folder from the release's checkpoint files")
     convert.add_argument("checkpoint", type=Path, help="finetune_lynx.pt or another file in its layout")
     convert.add_argument("output", type=Path, help="the folder to save the model in")
     convert.add_argument("--vision", type=Path, help="EVA ViT-g's checkpoint, where the first file lacks the tower")
     convert.add_argument("--llm", type=Path, help="Vicuna's folder or file, where the first file lacks the decoder")
     convert.add_argument("--tokenizer", type=Path, help="the folder of Vicuna's tokenizer, for lynx ask and train")
-    convert.add_argument("--image-size", type=_positive, help="in pixels (default: as the position embedding is)")
-    convert.add_argument("--config", type=Path, help='JSON, what is not as in the release: {"text_config": {...}, ...}')
+    convert.add_argument("--image-size", type=_positive, help="in pixels (default: that of the position embedding)")
+    convert.add_argument(
+        "--config", type=Path, help='JSON of what is not as in the release: {"text_config": {...}, ...}'
+    )
     convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: as in the files)")
     convert.set_defaults(run=_convert)
 
@@ -135,13 +148,13 @@ def _positive(text: str) -> int:
     try:
         number = int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
     return number
 
 
-def _load(folder: Path):
+def _load(folder: Path) -> "tuple[LynxForConditionalGeneration, LynxProcessor]":
     import torch
 
     from lynx import checkpoint
@@ -156,19 +169,19 @@ def _ask(options: argparse.Namespace) -> None:
     from lynx.generation.answers import GENERATION_PRESETS, check_settings, describe_first, generate_answers
     from lynx.generation.streaming import AnswerStreamer
 
-    pictures, questions = options.picture, options.questions
-    if not questions and pictures:
-        *pictures, question = pictures
+    images, questions = options.image, options.questions
+    if not questions and images:
+        *images, question = images
         questions = [question]
-    items = [item for item in (pictures, *options.items) if item]
+    items = [item for item in (images, *options.items) if item]
     if not questions or not items:
         raise ValueError(
-            "say at least one picture and one question, beside -p the question with -q; 'lynx ask --help' shows how"
+            "name at least one image and one question; with -i the question needs -q. 'lynx ask --help' shows how"
         )
     parts = [_part(item) for item in items]
     search = {"num_beams": options.beams, "max_new_tokens": options.max_new_tokens}
     search = {name: value for name, value in search.items() if value is not None}
-    check_settings(options.settings)
+    check_settings(options.preset)
     model, processor = _load(options.model)
     if options.keep_case:
         processor.lowercase = False
@@ -184,12 +197,12 @@ def _ask(options: argparse.Namespace) -> None:
     samples = [processor.encode(messages) for messages in conversations]
     about = [f"{' '.join(map(str, item))}: {question}" for item in items for question in questions]
     titles = about if len(about) > 1 else None
-    beams = search.get("num_beams", GENERATION_PRESETS.get(options.settings, {}).get("num_beams", 1))
-    streams = beams == 1  # of several beams nobody knows the answer before the end
+    beams = search.get("num_beams", GENERATION_PRESETS.get(options.preset, {}).get("num_beams", 1))
+    streams = beams == 1  # with several beams the answer is not known before the end
     if streams:
         search["streamer"] = AnswerStreamer(processor, titles)
     start = time.perf_counter()
-    answers = generate_answers(model, processor, samples, settings=options.settings, **search)
+    answers = generate_answers(model, processor, samples, settings=options.preset, **search)
     seconds = time.perf_counter() - start
     for number, each in enumerate([] if streams else answers):
         print(each.text if titles is None else f"{titles[number]}\n{each.text}")
@@ -204,7 +217,9 @@ def _part(item: list[str]) -> dict[str, Any]:
 
     videos = [file for file in item if is_video_file(file)]
     if videos and len(item) > 1:
-        raise ValueError(f"{videos[0]} is a video, an item of its own: give each item its -p, and the question its -q")
+        raise ValueError(
+            f"{videos[0]} is a video, an item of its own: put -i before each item, and -q before the question"
+        )
     if videos:
         return {"type": "video", "video": videos[0]}
     # A path, so that no name is taken for base64; of a URL load_image says that it is never fetched.
@@ -228,10 +243,10 @@ def _train(options: argparse.Namespace) -> None:
 
 def _plot(options: argparse.Namespace) -> None:
     from lynx.train import curves
-    from lynx.train.run import LOG
+    from lynx.train.folder import RunFolder
 
     path = options.to or options.folder / "curves.png"
-    curves.draw(options.folder / LOG, path)
+    curves.draw(RunFolder(options.folder).log, path)
     print(path)
 
 
@@ -239,17 +254,17 @@ def _evaluate(options: argparse.Namespace) -> None:
     from lynx.eval import accuracy, judge, questions
     from lynx.generation.answers import check_settings
 
-    check_settings(options.settings)
+    check_settings(options.preset)
     for file in (options.answers, options.sheet):
         if file is not None and not file.parent.is_dir():
             raise FileNotFoundError(f"{file}: there is no folder {file.parent} to write it into")
     judges = judge.same_words if options.judge is None else judge.LanguageModelJudge(options.judge)
     model, processor = _load(options.model)
     asked, skipped = questions.read(options.data, options.root, encode=processor.encode)
-    answered = accuracy.answer_questions(model, processor, asked, judge=judges, settings=options.settings)
+    answered = accuracy.answer_questions(model, processor, asked, judge=judges, settings=options.preset)
     print(accuracy.table(accuracy.scores(answered)))
     if skipped:
-        print(f"skipped, and not counted: {len(skipped)}; the first: {skipped[0]}")
+        print(f"skipped, and not counted: {len(skipped)}; the first one: {skipped[0]}")
     if options.answers is not None:
         accuracy.write(answered, options.answers)
         print(options.answers)

@@ -20,7 +20,7 @@ from benchmarks.rows import newest, read
 from lynx import checkpoint
 from lynx.generation.answers import generate_answers
 from lynx.train import recipe, run
-from lynx.train.callbacks import read_log
+from lynx.train.log import read_log
 from lynx_kernels import PackedLayout, SpanLayout
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -33,7 +33,7 @@ RECIPE = {
     "seed": 5,
     "token_budget": 140,
     "save_every": 2,
-    "keep": 1,
+    "save_total_limit": 1,
     "log_every": 1,
     "data": [
         {
@@ -49,7 +49,7 @@ RECIPE = {
     "stages": [
         {
             "name": "first",
-            "trains": ["resampler", "adapters", "frame_positions"],
+            "trainable": ["resampler", "adapters", "frame_positions"],
             "steps": 3,
             "learning_rate": 1e-2,
             "warmup": 0.4,
@@ -57,7 +57,7 @@ RECIPE = {
         },
         {
             "name": "second",
-            "trains": ["adapters", "frame_positions"],
+            "trainable": ["adapters", "frame_positions"],
             "steps": 7,
             "learning_rate": 3e-2,
             "warmup_from": 1e-3,
@@ -143,14 +143,15 @@ def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
     ):
         assert entry["step"] == expected["step"]
         assert {key: entry[f"samples/{key}"] for key in expected["samples"]} == expected["samples"]
-        assert entry["broken_records"] == expected["skipped"], "listed before the run was stopped"
+        assert entry["skipped_records"] == expected["skipped"], "listed before the run was stopped"
         assert entry["learning_rate"] == pytest.approx(expected["learning_rate"], rel=1e-6)
         assert entry["loss"] == pytest.approx(expected["loss"], rel=1e-5), f"step {entry['step']}"
 
     trained = load_file(output / "model.safetensors")
     for name, value in load_file(FIXTURES / "run-stopped.expected.safetensors").items():
         torch.testing.assert_close(trained[name], value, rtol=1e-3, atol=1e-4, msg=name)
-    assert len((output / "broken.jsonl").read_text().splitlines()) == 1, "the record is known already"
+    assert len((output / "broken.jsonl").read_text().splitlines()) == 1, "nothing is added to the old list"
+    assert not (output / "skipped.jsonl").exists(), "the record is known already"
     checkpoint.load(output)
 
 

@@ -1,1 +1,1 @@
-"""Records of conversations about pictures, and the batches made of them."""
+"""Records of conversations about images and videos, and the batches made of them."""

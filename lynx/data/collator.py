@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from transformers import BatchFeature
 
 from lynx.data.conversation import IGNORED, Sample
-from lynx.data.skipped import Broken
+from lynx.data.skipped import Skipped
 from lynx.data.stream import Encoded
 from lynx.processor import LynxProcessor
 
@@ -18,38 +18,38 @@ class Report:
 
     Attributes:
         samples: how many, by data set.
-        supervised_tokens: likewise.
-        tokens: of the language model's rows.
+        supervised_tokens: how many, by data set.
+        tokens: how many the rows have that the language model reads.
         budget: how many would fit.
-        broken: the records that were left out.
+        skipped: the records that were left out.
     """
 
     samples: Counter[str]
     supervised_tokens: Counter[str]
     tokens: int
     budget: int
-    broken: list[Broken]
+    skipped: list[Skipped]
 
 
 class Collator:
     """Packs what ``PackDataset`` gives into one row, with a ``report`` beside it that the model does not take.
 
-    A pack of no samples, because all were broken or none was left for this rank, becomes a row of BOS and EOS of which
-    nothing is supervised: its loss is 0 and so are its gradients, but the step is a step like any other.
+    A pack may have no samples: all were skipped, or none was left for this rank. It becomes a row of BOS and EOS in
+    which nothing is supervised. Its loss is 0 and so are its gradients, but the step is a step like any other.
 
     Args:
         processor: of the model that is trained.
         token_budget: what the packs were planned for, to know how full they are.
-        always_vision: put a picture into batches that have none, which nothing sees: the same layers then run, and take
-            part in the reduction of gradients, on every rank.
+        always_vision: put an image into batches that have none. No token sees it, but the same layers then run, and
+            take part in the reduction of gradients, on every rank.
     """
 
     def __init__(self, processor: LynxProcessor, token_budget: int, *, always_vision: bool = False):
         self.processor, self.token_budget, self.always_vision = processor, token_budget, always_vision
 
-    def __call__(self, items: Sequence[Encoded | Broken]) -> BatchFeature:
+    def __call__(self, items: Sequence[Encoded | Skipped]) -> BatchFeature:
         """A batch as ``LynxProcessor.pack`` makes it, and its ``report``, a ``Report``."""
-        encoded = [item for item in items if not isinstance(item, Broken)]
+        encoded = [item for item in items if not isinstance(item, Skipped)]
         samples = [item.sample for item in encoded]
         if not samples:
             tokenizer = self.processor.tokenizer
@@ -64,6 +64,6 @@ class Collator:
             supervised_tokens=supervised,
             tokens=batch["input_ids"].numel() if encoded else 0,
             budget=self.token_budget,
-            broken=[item for item in items if isinstance(item, Broken)],
+            skipped=[item for item in items if isinstance(item, Skipped)],
         )
         return batch

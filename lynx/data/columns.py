@@ -13,23 +13,23 @@ _FIELDS = ("messages", "media", "branches", "image", "video", "question", "answe
 
 
 class ColumnRecords:
-    """The rows of a data set as records.
+    """The rows of a data set as records, a ``RecordSource``.
 
-    Rows of the library are read as they are stored: pictures, in lists too, stay encoded until a worker decodes them.
-    A transform that was set on the data set makes its rows all the same. Labels of ``datasets.ClassLabel`` become their
+    Rows of the library are read as they are stored: images, in lists too, stay encoded until a worker decodes them. A
+    transform that was set on the data set is applied all the same. Labels of ``datasets.ClassLabel`` become their
     names.
 
     Args:
         dataset: a ``datasets.Dataset``, or anything with a length whose ``dataset[index]`` is a row, a dict.
         columns: for each field of a record (``image``, ``question``, ``answer``, ``messages``, ...) the column that
-            holds it; None where the columns bear the fields' names.
+            holds it; None where the columns have the names of the fields.
         root: the folder that the paths of media are relative to and may not leave; None refuses paths.
         task: the name of the prompts that put its questions; None leaves them as they are.
         name: what to call the data set where a record is named.
 
     Raises:
-        ValueError: a field or a column is unknown, there is none, or the data set is empty.
-        TypeError: the data set has no length: a stream of ``datasets`` cannot be drawn from in any order.
+        ValueError: a field or a column is unknown, no column is a field, or the data set is empty.
+        TypeError: the data set has no length, as a stream of ``datasets``, or it holds several splits.
     """
 
     def __init__(
@@ -43,22 +43,25 @@ class ColumnRecords:
     ):
         if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
             raise TypeError(
-                f"{name}: a {type(dataset).__name__} cannot be drawn from in any order; load the data set without "
-                "streaming"
+                f"{name}: records are drawn in any order, which a {type(dataset).__name__} does not allow; load the "
+                "data set without streaming"
             )
         if len(dataset) == 0:
             raise ValueError(f"{name}: the data set is empty")
         if isinstance(dataset, Mapping):
-            raise TypeError(f"{name}: this holds splits {sorted(dataset)}; pass one of them, a folder in it if saved")
+            raise TypeError(
+                f"{name}: this holds the splits {sorted(dataset)}; name one of them, the folder inside if it is saved"
+            )
         known = list(getattr(dataset, "column_names", None) or dataset[0])
         self.columns = dict(columns) if columns is not None else {each: each for each in _FIELDS if each in known}
         if unknown := sorted(self.columns.keys() - set(_FIELDS)):
-            raise ValueError(f"{name}: records have no field {unknown}; there are {list(_FIELDS)}")
+            raise ValueError(f"{name}: columns: records have no field {unknown}; the fields are {list(_FIELDS)}")
         if missing := sorted(set(self.columns.values()) - set(known)):
-            raise ValueError(f"{name}: the data set has no column {missing}; there are {known}")
+            raise ValueError(f"{name}: columns: the data set has no column {missing}; it has {known}")
         if not self.columns:
             raise ValueError(
-                f"{name}: none of the columns {known} is a field of a record, {list(_FIELDS)}; say columns"
+                f"{name}: none of the columns {known} has the name of a field, {list(_FIELDS)}; say with columns which "
+                "column holds which field"
             )
         self._features = getattr(dataset, "features", None) or {}
         self._is_stored = hasattr(dataset, "with_format") and dataset.format["type"] != "custom"  # which is a transform
@@ -69,7 +72,7 @@ class ColumnRecords:
 
     @classmethod
     def from_disk(cls, folder: str | Path, **options: Any) -> "ColumnRecords":
-        """Of a folder that ``datasets.Dataset.save_to_disk`` wrote; options as above.
+        """The rows of a folder that ``datasets.Dataset.save_to_disk`` wrote; options as above.
 
         Raises:
             ModuleNotFoundError: the ``datasets`` library is not installed.
@@ -77,7 +80,9 @@ class ColumnRecords:
         try:
             import datasets
         except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(f"{folder}: reading it needs pip install datasets", name="datasets") from error
+            raise ModuleNotFoundError(
+                f"{folder}: reading it needs the datasets library: pip install datasets", name="datasets"
+            ) from error
         return cls(datasets.load_from_disk(str(folder)), **{"name": str(folder), **options})
 
     def __len__(self) -> int:
@@ -88,10 +93,11 @@ class ColumnRecords:
 
         Raises:
             RecordError: it cannot be used.
+            IndexError: there is no row of this number.
         """
         row = self._row(index)
         if not isinstance(row, Mapping):
-            raise RecordError(f"a row is a {type(row).__name__}, expected a dict")
+            raise RecordError(f"the row must be a dict, got {type(row).__name__}")
         fields = {field: self._value(column, row.get(column)) for field, column in self.columns.items()}
         return parse(
             {field: value for field, value in fields.items() if value is not None}, self._folder, task=self.task
@@ -99,10 +105,10 @@ class ColumnRecords:
 
     @cached_property
     def fingerprint(self) -> str | None:
-        """Tells rows of the library from others: of the columns, of how many bytes all rows have, and of some rows.
+        """Tells rows of the library from others, by the columns, the bytes that all rows take, and some of the rows.
 
-        To read all of the pictures would take as long as an epoch; so one row of many that changes and keeps its length
-        is likely to be missed. None where the rows are not read as the library stores them.
+        To read all images would take as long as an epoch. So one row of many that changes and keeps its length is
+        likely to be missed. None where the rows are not read as the library stores them.
         """
         if not self._is_stored:
             return None

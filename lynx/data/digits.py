@@ -1,7 +1,7 @@
-"""Questions about real handwritten digits: the 1797 labelled 8 x 8 pictures that come with scikit-learn.
+"""Questions about real handwritten digits: the 1797 labelled 8 x 8 images that come with scikit-learn.
 
-Several question types, each in several phrasings, about single pictures, about videos of two to four pictures, and
-about no picture at all. A fifth of the pictures is held out: no training row shows them.
+Several question types, each in several phrasings, about single images, about videos of two to four images, and about no
+image at all. A fifth of the images is held out: no training record shows them.
 """
 
 import json
@@ -63,30 +63,36 @@ TEXT_TYPES = ("addition",)
 
 
 def write(folder: str | Path, *, rows: int = 16000, test_rows: int = 2872, seed: int = 0) -> tuple[Path, Path]:
-    """Write the pictures and two JSONL files, and return the paths of the files: training, held out.
+    """Write the images and two JSONL files, for ``lynx.data.jsonl``.
 
     Args:
         folder: where to write; made if it is not there.
-        rows, test_rows: records in the two files, split evenly over the question types. Each type goes through all of
-            its file's pictures before any comes again: 2872 test rows ask every type about all 359 held-out pictures.
+        rows, test_rows: records in the two files, split evenly over the question types. Each type goes through all
+            images of its file before any comes again: 2872 test rows ask every type about all 359 held-out images.
         seed: of the split and of the questions.
+
+    Returns:
+        The paths of the two files: training, held out.
+
+    Raises:
+        ModuleNotFoundError: scikit-learn is not installed.
     """
-    from sklearn.datasets import load_digits  # a demo extra, not needed to train on other data
+    from sklearn.datasets import load_digits  # an extra of the demo, not needed to train on other data
 
     folder = Path(folder)
-    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
     digits = load_digits()
-    paths = [f"pictures/{index:04d}.png" for index in range(len(digits.target))]
-    for path, picture in zip(paths, digits.images, strict=True):
-        grey = (picture * (255 / 16)).round().astype(np.uint8)
+    paths = [f"images/{index:04d}.png" for index in range(len(digits.target))]
+    for path, image in zip(paths, digits.images, strict=True):
+        grey = (image * (255 / 16)).round().astype(np.uint8)
         Image.fromarray(grey).convert("RGB").save(folder / path)
     order = np.random.default_rng(seed).permutation(len(paths))
     held_out = len(paths) // 5
     files = []
-    for split, (name, pictures, count) in enumerate(
+    for split, (name, shown, count) in enumerate(
         (("train.jsonl", order[held_out:], rows), ("test.jsonl", order[:held_out], test_rows))
     ):
-        draw = _Questions(paths, digits.target, pictures, np.random.default_rng([seed, split]))
+        draw = _Questions(paths, digits.target, shown, np.random.default_rng([seed, split]))
         kinds = list(PHRASINGS)
         with (folder / name).open("w") as file:
             for row in range(count):
@@ -96,13 +102,19 @@ def write(folder: str | Path, *, rows: int = 16000, test_rows: int = 2872, seed:
 
 
 class _Questions:
-    """Draws records about some of the pictures."""
+    """Draws records about some of the images.
 
-    def __init__(self, paths, labels, pictures, random: np.random.Generator):
-        self.paths, self.labels, self.pictures, self.random = paths, labels, pictures, random
+    Args:
+        paths, labels: of all images.
+        shown: the numbers of those to draw from.
+        random: what draws.
+    """
+
+    def __init__(self, paths: list[str], labels: np.ndarray, shown: np.ndarray, random: np.random.Generator):
+        self.paths, self.labels, self.shown, self.random = paths, labels, shown, random
         self.decks: dict[str, list[int]] = {kind: [] for kind in PHRASINGS}
         self.media: dict[str, Callable[[str], tuple[list[dict], list[int]]]] = {
-            **dict.fromkeys(PHRASINGS, self._picture),
+            **dict.fromkeys(PHRASINGS, self._image),
             **dict.fromkeys(VIDEO_TYPES, self._video),
             **dict.fromkeys(TEXT_TYPES, lambda kind: ([], [])),
         }
@@ -136,14 +148,14 @@ class _Questions:
 
     def _draw(self, kind: str) -> int:
         if not self.decks[kind]:
-            self.decks[kind] = self.random.permutation(self.pictures).tolist()
+            self.decks[kind] = self.random.permutation(self.shown).tolist()
         return self.decks[kind].pop()
 
-    def _picture(self, kind: str) -> tuple[list[dict], list[int]]:
-        picture = self._draw(kind)
-        return [{"type": "image", "path": self.paths[picture]}], [int(self.labels[picture])]
+    def _image(self, kind: str) -> tuple[list[dict], list[int]]:
+        image = self._draw(kind)
+        return [{"type": "image", "path": self.paths[image]}], [int(self.labels[image])]
 
     def _video(self, kind: str) -> tuple[list[dict], list[int]]:
-        pictures = [self._draw(kind) for _ in range(self.random.integers(2, 5))]
-        path = [self.paths[picture] for picture in pictures]
-        return [{"type": "video", "path": path}], [int(self.labels[picture]) for picture in pictures]
+        frames = [self._draw(kind) for _ in range(self.random.integers(2, 5))]
+        path = [self.paths[frame] for frame in frames]
+        return [{"type": "video", "path": path}], [int(self.labels[frame]) for frame in frames]

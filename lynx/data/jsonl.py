@@ -1,27 +1,23 @@
-"""Records in a JSONL file, one a line, in the formats of ``lynx.data.records``: all at once, or each when wanted.
+"""Records in a JSONL file, one a line, in the formats of ``lynx.data.records``, each read when it is wanted.
 
 A record's ``type`` names the group its answers are counted in; any other field is kept and ignored.
 """
 
-import logging
 import os
 import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from lynx.data.records import MediaFolder, Record, RecordError, parse, parse_line
-
-logger = logging.getLogger(__name__)
+from lynx.data.records import MediaFolder, Record, parse, parse_line
 
 _CHUNK = 2**24  # bytes searched for line ends at once
 
 
 class JsonlRecords:
-    """The records of a JSONL file of any size, each read when it is wanted; only the lines' places are in memory.
+    """The records of a JSONL file of any size, a ``RecordSource``. Only the places of its lines are in memory.
 
     Args:
         path: the JSONL file, which must not change while it is used.
@@ -29,7 +25,7 @@ class JsonlRecords:
         task: the name of the prompts that put its questions; None leaves them as they are.
 
     Attributes:
-        fingerprint: tells the file's content from other content, wherever it lies; pictures that it names are not in
+        fingerprint: tells the file's content from other content, wherever it lies; the images that it names are not in
             it. All bytes are in it: they are read for the lines' places anyway, and a checksum adds little to that.
 
     Raises:
@@ -54,9 +50,10 @@ class JsonlRecords:
 
         Raises:
             RecordError: it cannot be used.
+            IndexError: there is no record of this number.
         """
         if not 0 <= index < len(self):
-            raise IndexError(f"{self.path} has {len(self)} records, no number {index}")
+            raise IndexError(f"{self.path} has {len(self)} records, so the last number is {len(self) - 1}, not {index}")
         if self._file is None:
             self._file = os.open(self.path, os.O_RDONLY)
         start, end = self._starts[index : index + 2].tolist()
@@ -68,7 +65,7 @@ class JsonlRecords:
         return f"{self.path}:{index + 1}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_file": None}
+        return {**self.__dict__, "_file": None}  # another process opens the file for itself
 
     def __del__(self) -> None:
         if getattr(self, "_file", None) is not None:
@@ -88,53 +85,3 @@ def _scanned(path: Path) -> tuple[np.ndarray, str]:
             bar.update(len(chunk))
     starts = np.concatenate(found)
     return starts if starts[-1] == size else np.append(starts, size), f"{size:x}-{checksum:08x}"
-
-
-class JsonlDataset(Dataset):
-    """The usable conversations of a JSONL file in the messages format, read and checked at once, pictures as paths.
-
-    Records that cannot be used are left out, each logged with its line and reason; ``skipped`` keeps them.
-
-    Args:
-        path: the JSONL file.
-        root: the folder that picture paths are relative to and may not leave; the file's own folder by default.
-        check_pictures: decode every picture, and a frame of every video file, once now, so that broken ones are known
-            with their lines before a run starts. False for data sets too large for that.
-
-    Attributes:
-        records: the usable records, ``image`` and ``video`` parts holding absolute paths, or the bytes of base64.
-        skipped: ``(line number, reason)`` of the others.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        RecordError: no record in it is usable.
-        ModuleNotFoundError: a video is to be checked, and PyAV is not installed.
-    """
-
-    def __init__(self, path: str | Path, root: str | Path | None = None, *, check_pictures: bool = True):
-        self.path = Path(path)
-        folder = MediaFolder(root if root is not None else self.path.parent, check=check_pictures)
-        self.records: list[dict[str, Any]] = []
-        self.skipped: list[tuple[int, str]] = []
-        with self.path.open("rb") as file:
-            for number, line in enumerate(tqdm(file, desc=f"reading {self.path.name}", unit="record"), start=1):
-                if not line.strip():
-                    continue
-                try:
-                    record = parse_line(line)
-                    self.records.append({**record, "messages": folder.messages(record.get("messages"))})
-                except RecordError as error:
-                    self.skipped.append((number, str(error)))
-                    logger.warning("%s:%d: record skipped: %s", self.path, number, error)
-        if self.skipped:
-            logger.warning(
-                "%s: %d of %d records skipped", self.path, len(self.skipped), len(self.skipped) + len(self.records)
-            )
-        if not self.records:
-            raise RecordError(f"{self.path} holds no usable record ({len(self.skipped)} skipped)")
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.records[index]

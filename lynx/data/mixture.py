@@ -2,18 +2,18 @@
 
 Groups are drawn by weight, the data sets of a group by their sizes. Every data set is walked in a random order of its
 own, a new one each epoch: no record comes twice before all have come once. Both follow from the seed and the counts of
-what was drawn, so those counts are the whole state, however large the data sets are; what else is in it tells whether
-the data are still the same.
+what was drawn. So those counts are the whole state, however large the data sets are. What else is in a state tells
+whether the data are still the same.
 """
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from importlib import resources
 from itertools import accumulate
 from math import isfinite
 from operator import index as as_int
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import yaml
 
@@ -21,21 +21,22 @@ _VERSION = 2  # of the state
 _ROUNDS = 6  # of the permutation's network
 _64_BITS = 2**64 - 1
 
+_Data = TypeVar("_Data", bound=Sized)  # a RecordSource; where only shares are asked for, anything with a length
+
 
 @dataclass(frozen=True)
-class Group:
+class Group(Generic[_Data]):
     """Data sets that share a part of the mixture.
 
     Attributes:
         name: to call it by.
         weight: its part of the mixture, beside the other groups' weights, whatever they sum to.
-        datasets: by name, each with a length; a mixture draws them in proportion to it. One may have a ``fingerprint``,
-            which tells its content from other content.
+        datasets: by name. A mixture draws them in proportion to their lengths.
     """
 
     name: str
     weight: float
-    datasets: Mapping[str, Any]
+    datasets: Mapping[str, _Data]
 
 
 class Reference(NamedTuple):
@@ -46,7 +47,7 @@ class Reference(NamedTuple):
     draw: int  # in the mixture, from 0; with the seed, it decides prompt, answer, crop and frames
 
 
-class Mixture:
+class Mixture(Generic[_Data]):
     """An endless stream of samples from data sets in groups.
 
     Args:
@@ -62,7 +63,7 @@ class Mixture:
         ValueError: there is no group, a weight is not positive, a data set is empty, or a name comes twice.
     """
 
-    def __init__(self, groups: Sequence[Group], *, seed: int):
+    def __init__(self, groups: Sequence[Group[_Data]], *, seed: int):
         self.groups, self.seed = list(groups), as_int(seed)
         self._shares = shares(groups)
         self.names = list(self._shares)
@@ -80,11 +81,6 @@ class Mixture:
     @property
     def counts(self) -> dict[str, int]:
         return dict(zip(self.names, self._drawn, strict=True))
-
-    @property
-    def epochs(self) -> dict[str, float]:
-        """How often each data set was gone through so far, by name."""
-        return {name: n / size for name, n, size in zip(self.names, self._drawn, self._sizes, strict=True)}
 
     def draw(self) -> Reference:
         """The next sample."""
@@ -111,19 +107,19 @@ class Mixture:
         """Go on from a state.
 
         Raises:
-            ValueError: it is of another version, of another seed, of other data sets, or of another content of these.
+            ValueError: it has another version or seed, or is of other data sets, or these have other content by now.
         """
         for name, value in (("version", _VERSION), ("seed", self.seed), ("sizes", self._known_sizes())):
             if state.get(name) != value:
                 raise ValueError(
-                    f"Mixture: the state has {name}={state.get(name)!r}, this mixture {value}; make the mixture as it "
-                    "was when the state was saved, of the same data, or start anew"
+                    f"Mixture: the state has {name}={state.get(name)!r}, this mixture has {value}; make the mixture as "
+                    "it was when the state was saved, of the same data, or start anew"
                 )
         known = zip(self.names, state["fingerprints"], self._fingerprints, strict=True)
         if changed := [name for name, then, now in known if then != now]:
             raise ValueError(
-                f"Mixture: {', '.join(changed)}: as many records as when the state was saved, but others; put back the "
-                "data as they were, wherever they lie, or start anew"
+                f"Mixture: {', '.join(changed)}: as many records as when the state was saved, but not the same ones. "
+                "Give the data as they were, wherever they lie, or start anew"
             )
         self._drawn = [state["counts"][name] for name in self.names]
 
@@ -131,8 +127,8 @@ class Mixture:
         return dict(zip(self.names, self._sizes, strict=True))
 
 
-def shares(groups: Sequence[Group]) -> dict[str, float]:
-    """The part of all samples that each data set gives, by name: its group's weight times its size in the group.
+def shares(groups: Sequence[Group[_Data]]) -> dict[str, float]:
+    """The part of all samples that each data set gives, by name: its group's weight times its part of the group.
 
     Raises:
         ValueError: as ``Mixture`` does.
@@ -151,13 +147,13 @@ def shares(groups: Sequence[Group]) -> dict[str, float]:
             if len(dataset) == 0:
                 raise ValueError(f"data set {name!r} is empty")
             if name in found:
-                raise ValueError(f"two data sets are called {name!r}; counts and states need different names")
+                raise ValueError(f"two data sets have the name {name!r}; counts and states need different names")
             found[name] = group.weight / total * len(dataset) / size
     return found
 
 
-def paper_groups(phase: str) -> list[Group]:
-    """The paper's mixture, its Table 9: groups of data sets that are nothing but lengths.
+def paper_groups(phase: str) -> list[Group[range]]:
+    """The paper's mixture, its Table 9: groups of data sets that have nothing but a length.
 
     Args:
         phase: ``"pretraining"`` or ``"finetuning"``.
@@ -170,7 +166,7 @@ def paper_groups(phase: str) -> list[Group]:
     if phase not in phases:
         raise ValueError(f"the paper has no phase {phase!r}; there are {list(phases)}")
     return [
-        # Of a data set without a size, which is alone in its group, any length gives the group's share.
+        # A data set without a size is alone in its group: any length gives the group's share.
         Group(each["name"], each["weight"], {name: range(size or 1) for name, size in each["datasets"].items()})
         for each in phases[phase]
     ]
@@ -179,7 +175,7 @@ def paper_groups(phase: str) -> list[Group]:
 def permuted(position: int, size: int, key: int) -> int:
     """Where ``position`` lands in a permutation of ``range(size)`` that ``key`` chooses, in constant time and memory.
 
-    A Feistel network permutes the numbers of an even count of bits; what leaves the range is sent through it again.
+    A Feistel network permutes the numbers of an even count of bits. What leaves the range is sent through it again.
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1

@@ -18,25 +18,25 @@ _QUESTION = "{question}"
 class Prompts:
     """Several prompts for each task.
 
-    A prompt with ``{question}`` in it puts a record's question, the others ask where a record holds none; of those that
-    fit, one is drawn for a conversation. Anything else in a prompt stands for itself.
+    A prompt with ``{question}`` in it puts a record's question; the others ask where a record has no question. One of
+    those that fit is drawn for a conversation. Anything else in a prompt stands for itself.
 
     Args:
-        tasks: for the name of each task its prompts.
+        tasks: the prompts of each task, by its name.
 
     Raises:
-        ValueError: a task has no prompts, one of them is no text or empty, or names the question twice.
+        ValueError: a task has no prompts, one of them is not text or is empty, or names the question twice.
     """
 
     def __init__(self, tasks: Mapping[str, Sequence[str]]):
         if not isinstance(tasks, Mapping):
-            raise ValueError(f"prompts are a {type(tasks).__name__}, expected for the name of each task a list of them")
+            raise ValueError(f"prompts must be a mapping from tasks to lists of prompts, got {type(tasks).__name__}")
         for task, prompts in tasks.items():
             if not isinstance(prompts, list | tuple) or not prompts:
-                raise ValueError(f"prompts of task {task!r}: expected a list of at least one, got {prompts!r}")
+                raise ValueError(f"prompts of task {task!r}: {prompts!r}, expected a list of at least one")
             for prompt in prompts:
                 if not isinstance(prompt, str) or not prompt.strip():
-                    raise ValueError(f"prompts of task {task!r}: {prompt!r} is no text, or empty")
+                    raise ValueError(f"prompts of task {task!r}: {prompt!r} is not text, or is empty")
                 if prompt.count(_QUESTION) > 1:
                     raise ValueError(f"prompts of task {task!r}: {prompt!r} has {_QUESTION} more than once")
         self.tasks = {task: tuple(prompts) for task, prompts in tasks.items()}
@@ -52,7 +52,7 @@ class Prompts:
 
     @classmethod
     def default(cls) -> Self:
-        """Those that come with this package, for the tasks of the paper's data."""
+        """The prompts that come with this package, for the tasks of the paper's data."""
         return cls._of(resources.files("lynx.data").joinpath("prompts.yaml").read_text(encoding="utf-8"))
 
     @classmethod
@@ -65,7 +65,7 @@ class Prompts:
         return f"{zlib.crc32(repr(sorted(self.tasks.items())).encode()):08x}"
 
     def phrase(self, record: Record, generator: np.random.Generator) -> list[Messages]:
-        """The record's conversations, questions put by drawn prompts, answers drawn from their choices.
+        """The record's conversations; prompts are drawn and put its questions, answers are drawn from their choices.
 
         Raises:
             RecordError: the task is unknown, or none of its prompts fits a question.
@@ -86,10 +86,10 @@ class Prompts:
 
     def _draw(self, task: str, has_question: bool, generator: np.random.Generator) -> str:
         if task not in self.tasks:
-            raise RecordError(f"there are no prompts for task {task!r}, only for {sorted(self.tasks)}")
+            raise RecordError(f"there are no prompts for task {task!r}; there are some for {sorted(self.tasks)}")
         fitting = [prompt for prompt in self.tasks[task] if (_QUESTION in prompt) == has_question]
         if not fitting:
-            lacks = "with {question}, which this record asks" if has_question else "that asks where a record does not"
+            lacks = "with {question}, and this record has one" if has_question else "for a record without a question"
             raise RecordError(f"task {task!r} has no prompt {lacks}")
         return fitting[generator.integers(len(fitting))]
 

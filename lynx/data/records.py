@@ -1,22 +1,22 @@
-"""Training records: what every reader makes of a line or a row, and the checks on the way.
+"""Records to train on: what every source makes of a line or a row, and the checks on the way.
 
-A record is one or several conversations about the same pictures, videos or neither. It is written in one of two ways.
-In transformers' messages format, pictures by path inside a root folder, or in base64, bare or as a data URL:
+A record is one or several conversations about the same images, videos or neither. It is written in one of two ways.
+In transformers' messages format, images by path inside a root folder, or in base64, bare or as a data URL:
 
     {"messages": [{"role": "user", "content": [{"type": "image", "path": "cat.png"},
                                                {"type": "text", "text": "What is this?"}]},
                   {"role": "assistant", "content": "A cat."}]}
     {"media": [{"type": "image", "path": "cat.png"}], "branches": [[{"role": "user", ...}, ...], ...]}
 
-A video is ``{"type": "video", "path": "clip.mp4"}``, or has a list of pictures there, its frames. Or as an annotation,
+A video is ``{"type": "video", "path": "clip.mp4"}``, or has a list of images there, its frames. Or as an annotation,
 the format of Lynx's released evaluation files:
 
     {"image": "cat.png", "question": "What is this?", "answer": ["a cat", "cat"]}
     {"video": "clip.mp4", "questions": [{"question": "Who?", "answer": "a cat"}, ...]}
 
-whose picture may be base64 as well, or a JSON file that holds base64, a list of it being a video's frames. Of several
-right answers one is drawn each time. Where a task's prompts ask, the question may be missing. A record's own ``task``
-goes before its data set's.
+The image of an annotation may be base64 as well, or a JSON file that holds base64; a list of base64 is a video's
+frames. Of several right answers one is drawn each time. Where a task's prompts ask, the question may be missing. A
+record's own ``task`` goes before that of its source.
 """
 
 import json
@@ -42,8 +42,8 @@ class Record:
     """One or several conversations about the same media.
 
     Attributes:
-        conversations: messages as ``LynxProcessor.encode`` takes them, paths resolved; the media stand in the first.
-            Instead of ``content`` an answer may have ``choices``, right answers of which one is to be drawn, and a
+        conversations: messages as ``LynxProcessor.encode`` takes them, paths checked; the media stand in the first.
+            Instead of ``content`` an answer may have ``choices``, right answers of which one is to be drawn. A
             question may be empty, for a prompt to ask.
         task: the name of the prompts that put its questions; None leaves them as they are.
     """
@@ -53,14 +53,15 @@ class Record:
 
 
 class MediaFolder:
-    """The folder that the paths of pictures and videos are relative to, and that they may not leave.
+    """The folder that the paths of images and videos are relative to, and that they may not leave.
 
     Args:
-        root: the folder; None where records hold their pictures themselves: every path is refused.
-        check: decode every picture, and a frame of every video, when it is first named.
+        root: the folder. None where records hold their images themselves: every path is refused.
+        check: decode every image, and a frame of every video, when it is first named.
     """
 
     def __init__(self, root: str | Path | None, *, check: bool = False):
+        self._named = None if root is None else Path(root)
         self.root = None if root is None else Path(root).resolve()
         self._check, self._checked = check, set[tuple[Path, bool]]()
 
@@ -71,7 +72,7 @@ class MediaFolder:
             RecordError: they are not messages of user and assistant in turn, or a part of them cannot be used.
         """
         if not isinstance(messages, list):
-            raise RecordError("no list of messages")
+            raise RecordError(f"messages must be a list, got {type(messages).__name__}")
         roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
         if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
             raise RecordError(f"roles are {roles}, expected user and assistant in turn, ending with assistant")
@@ -99,40 +100,42 @@ class MediaFolder:
             return {"type": "video", "video": [self.resolve(frame) for frame in path]}
         if kind == "video":
             return {"type": "video", "video": self.resolve(path, is_video=True)}
-        raise RecordError(f"a content part is no text, image or video: {part}")
+        raise RecordError(f"a content part is not a text, an image or a video: {part}")
 
     def decode(self, text: Any) -> bytes:
-        """The bytes of a picture in base64."""
+        """The bytes of an image in base64; RecordError where it is not base64."""
         data = decode_base64(text) if isinstance(text, str) else None
         if data is None:
-            raise RecordError("a picture's base64 is none")
+            raise RecordError("an image in base64 is not valid base64")
         if self._check:
             _check(data)
         return data
 
     def resolve(self, path: Any, *, is_video: bool = False) -> str:
-        """The absolute path of a file inside the root.
+        """The path of a file inside the root, links followed; absolute only if the root was named so.
 
         Raises:
-            RecordError: it leaves the root or is no file, or it cannot be decoded where files are checked.
+            RecordError: it leaves the root or is not a file, or it cannot be decoded where files are checked.
         """
+        kind = "video" if is_video else "image"
         if not isinstance(path, str) or not path:
-            raise RecordError(f"a picture's path is missing or no text: {path!r}")
-        if self.root is None:
-            raise RecordError(f"the path {path!r} has no root folder to be in; name one")
+            raise RecordError(f"the path of an image or a video is {path!r}, expected text")
+        if self.root is None or self._named is None:
+            raise RecordError(f"the path {path!r} needs a root folder that it is in; name one with root=FOLDER")
         try:
             resolved = (self.root / path).resolve()
             is_file = resolved.is_file()
         except (OSError, ValueError, RuntimeError) as error:  # too long a name, a NUL in it, links in a circle
             raise RecordError(f"the path {path!r} cannot be followed: {error}") from error
         if not resolved.is_relative_to(self.root):
-            raise RecordError(f"the path {path!r} leaves the root folder {self.root}")
+            raise RecordError(f"the path {path!r} leaves the root folder {self._named}")
+        inside = self._named / resolved.relative_to(self.root)  # as the root was named: reports then move with a run
         if not is_file:
-            raise RecordError(f"no such {'video' if is_video else 'picture'}: {resolved}")
+            raise RecordError(f"no such {kind}: {inside}")
         if self._check and (resolved, is_video) not in self._checked:
-            _check(resolved, is_video=is_video)
+            _check(inside, is_video=is_video)
             self._checked.add((resolved, is_video))
-        return str(resolved)
+        return str(inside)
 
 
 def _check(source: Path | bytes, *, is_video: bool = False) -> None:
@@ -146,13 +149,13 @@ def _check(source: Path | bytes, *, is_video: bool = False) -> None:
 
 
 def parse_line(line: bytes) -> dict[str, Any]:
-    """The JSON object on a line; RecordError where it is none."""
+    """The JSON object on a line; RecordError where there is another thing."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:  # of the syntax, the encoding, or the nesting
         raise RecordError(f"not JSON: {error}") from error
     if not isinstance(record, dict):
-        raise RecordError(f"no list of messages, but a {type(record).__name__}")
+        raise RecordError(f"the line must be a JSON object, got {type(record).__name__}")
     return record
 
 
@@ -160,9 +163,9 @@ def parse(record: Mapping[str, Any], folder: MediaFolder, *, task: str | None = 
     """A record in either format.
 
     Args:
-        record: as the head of this file shows; media may also be bytes, PIL images or ``datasets``' dicts of both.
+        record: as the head of this file shows. Media may also be bytes, PIL images or the dicts of ``datasets``.
         folder: where its media are.
-        task: of its data set.
+        task: that of its source.
 
     Raises:
         RecordError: it cannot be used.
@@ -175,16 +178,16 @@ def parse(record: Mapping[str, Any], folder: MediaFolder, *, task: str | None = 
     if "branches" in record:
         branches = record["branches"]
         if not isinstance(branches, list) or not branches:
-            raise RecordError("branches is no list of conversations, or empty")
+            raise RecordError("branches is not a list of conversations, or is empty")
         return Record(_about(folder.parts(record.get("media", [])), [folder.messages(each) for each in branches]), task)
     pairs = record.get("questions", [record])
     if not isinstance(pairs, list) or not pairs or not all(isinstance(pair, Mapping) for pair in pairs):
-        raise RecordError("questions is no list of questions with answers, or empty")
+        raise RecordError("questions is not a list of questions with answers, or is empty")
     if not all("answer" in pair for pair in pairs):
-        raise RecordError("no list of messages or branches, and no answer")
+        raise RecordError("a record needs messages, branches, or a question with an answer; this one has no answer")
     media: list[dict[str, Any]] = []
     if record.get("image") is not None:
-        media.append(_picture(record["image"], folder))
+        media.append(_image(record["image"], folder))
     if record.get("video") is not None:
         media.append(_video(record["video"], folder))
     return Record(_about(media, [_pair(pair) for pair in pairs]), task)
@@ -210,7 +213,7 @@ def _pair(pair: Mapping[str, Any]) -> Messages:
     return [{"role": "user", "content": question}, {"role": "assistant", "choices": answers}]
 
 
-def _picture(value: Any, folder: MediaFolder) -> dict[str, Any]:
+def _image(value: Any, folder: MediaFolder) -> dict[str, Any]:
     if isinstance(value, str) and value.endswith(".json"):
         value = _stored(value, folder)
         if isinstance(value, list):
@@ -235,7 +238,7 @@ def _stored(path: str, folder: MediaFolder) -> Any:
 
 def _source(value: Any, folder: MediaFolder, *, is_video: bool = False) -> str | bytes | Image.Image:
     """What ``load_image`` or ``load_video`` reads."""
-    if isinstance(value, Mapping):  # how datasets holds what it has not decoded
+    if isinstance(value, Mapping):  # as datasets holds what it has not decoded
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes | Image.Image):
         return value
@@ -249,6 +252,6 @@ def _source(value: Any, folder: MediaFolder, *, is_video: bool = False) -> str |
 
 
 def text_of(message: dict[str, Any]) -> str:
-    """The text of a message, its pictures left out."""
+    """The text of a message, its images and videos left out."""
     content = message["content"]
     return content if isinstance(content, str) else "".join(p["text"] for p in content if p["type"] == "text")

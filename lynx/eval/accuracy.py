@@ -55,7 +55,7 @@ def answer_questions(
 
 @dataclass(frozen=True)
 class Score:
-    """How many of some questions were answered rightly, and how many would be by always giving the commonest truth."""
+    """How many of some questions were answered right, and how many would be by always giving the commonest truth."""
 
     questions: int
     right: int

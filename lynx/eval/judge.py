@@ -22,7 +22,7 @@ Judge = Callable[[Sequence[tuple[Question, str]]], list[bool]]
 
 
 def same_words(cases: Sequence[tuple[Question, str]]) -> list[bool]:
-    """Of each question and prediction, whether this is one of the truths, case and outer blanks aside."""
+    """Whether each prediction is one of the truths of its question, case and outer blanks aside."""
     return [
         prediction.strip().lower() in {truth.strip().lower() for truth in question.truths}
         for question, prediction in cases
@@ -30,20 +30,20 @@ def same_words(cases: Sequence[tuple[Question, str]]) -> list[bool]:
 
 
 class LanguageModelJudge:
-    """Asks a language model of transformers; where there are several truths, to imply one of them is enough.
+    """Asks a language model of transformers. Where there are several truths, to imply one of them is enough.
 
     Args:
-        folder: of a causal language model and its tokenizer; it is asked by its chat template, if it has one.
+        folder: of a causal language model and its tokenizer. Prompts follow its chat template, if it has one.
         batch_size: prompts at once.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it holds no language model that transformers can read.
+        ValueError: transformers cannot read a language model from it.
     """
 
     def __init__(self, folder: str | Path, *, batch_size: int = 16):
         if not Path(folder).is_dir():
-            raise FileNotFoundError(f"{folder}: no such folder of a judge's language model")
+            raise FileNotFoundError(f"{folder}: no such folder; judge needs the folder of a language model")
         local = {"local_files_only": True, "trust_remote_code": False}
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", **local)
@@ -51,14 +51,14 @@ class LanguageModelJudge:
                 folder, dtype="auto", use_safetensors=True, **local
             ).eval()
         except (OSError, ValueError) as error:
-            raise ValueError(f"{folder} holds no language model that transformers can read: {error}") from error
+            raise ValueError(f"{folder}: transformers cannot read a language model from it: {error}") from error
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
         self.batch_size = batch_size
 
     def __call__(self, cases: Sequence[tuple[Question, str]]) -> list[bool]:
-        """Of each question and prediction, whether it is right; what is neither Yes nor No counts as wrong."""
+        """Whether each prediction is right; a verdict that is neither Yes nor No counts as No."""
         prompts, owners = [], []
         for number, (question, prediction) in enumerate(cases):
             for truth in question.truths:

@@ -1,4 +1,4 @@
-"""Questions whose answers are known: of a JSONL file in any format of ``lynx.data.records``, Open-VQA's included."""
+"""Questions whose answers are known, from a JSONL file in any format of ``lynx.data.records``, Open-VQA's included."""
 
 import logging
 from collections.abc import Callable
@@ -29,27 +29,30 @@ class Question:
 
     @property
     def text(self) -> str:
-        """The question itself, without pictures and earlier rounds."""
+        """The question itself, without images and earlier rounds."""
         return text_of(self.messages[-1])
 
 
 def read(
     path: str | Path, root: str | Path | None = None, *, encode: Callable[[Messages], Any] | None = None
 ) -> tuple[list[Question], list[str]]:
-    """The last question of every conversation, and where and why a record cannot be used, which is logged too.
+    """The last question of every conversation, and where and why records cannot be used, which is logged too.
 
-    All pictures, and a frame of every video, are decoded once: what is missing or broken is known before the first
+    All images, and a frame of every video, are decoded once: what is missing or damaged is known before the first
     question is asked.
 
     Args:
         path: the JSONL file.
         root: the folder that the paths of media are relative to and may not leave; the file's own by default.
-        encode: what will make inputs of the messages, a ``LynxProcessor``'s; a record that it refuses is skipped too.
+        encode: the ``encode`` of a ``LynxProcessor``, for example; a record that it refuses is skipped too.
+
+    Returns:
+        The questions; and for each record that was skipped its file, line and reason.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: no record of it can be used.
-        ModuleNotFoundError: it has a video, and PyAV is not installed.
+        ValueError: none of its records can be used.
+        ModuleNotFoundError: it names a video, and PyAV is not installed.
     """
     path = Path(path)
     folder = MediaFolder(path.parent if root is None else root, check=True)
@@ -69,7 +72,7 @@ def read(
             else:
                 questions += found
     if not questions:
-        first = f"; the first: {skipped[0]}" if skipped else ""
+        first = f"; the first one: {skipped[0]}" if skipped else ""
         raise ValueError(f"{path}: none of its {len(skipped)} records can be used{first}")
     for reason in skipped:
         logger.warning("record skipped: %s", reason)

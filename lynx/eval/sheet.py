@@ -1,4 +1,4 @@
-"""Drawings of what a model answers."""
+"""A sheet of what a model answers, drawn."""
 
 import textwrap
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ _RIGHT, _WRONG = "#1a7f37", "#cf222e"
 
 
 def answer_sheet(answered: Sequence[Answered], path: str | Path, *, columns: int = 4) -> None:
-    """Draw pictures, or the frames of videos, with question, answer and truth; wrong answers in red.
+    """Draw images, or the frames of videos, with question, answer and truth; wrong answers in red.
 
     Args:
         answered: what to show, one cell each.
@@ -36,8 +36,8 @@ def answer_sheet(answered: Sequence[Answered], path: str | Path, *, columns: int
         if frames:
             axis.imshow(_side_by_side(frames), interpolation="nearest")
         else:
-            axis.text(0.5, 0.5, "(no picture)", ha="center", va="center", color="grey", transform=axis.transAxes)
-        axis.set_aspect("equal", adjustable="datalim")  # with the box's aspect: every cell as large, pictures centred
+            axis.text(0.5, 0.5, "(no image)", ha="center", va="center", color="grey", transform=axis.transAxes)
+        axis.set_aspect("equal", adjustable="datalim")  # with the box's aspect: all cells alike, images centred
         axis.set_box_aspect(0.55)
         axis.set_title(_fitted(each.question.text), fontsize=9, parse_math=False)  # a "$" is a dollar
         color = _RIGHT if each.is_right else _WRONG

@@ -1,7 +1,7 @@
 """Checkpoints on disk: whole, or not there.
 
-A checkpoint is written into a folder of another name, flushed to the disk, and renamed. Whatever a crash leaves of one
-is never taken for a checkpoint, and those before it stay until the new one stands.
+A checkpoint is written into a folder of another name, flushed to the disk, and renamed. What a crash leaves of one is
+never taken for a checkpoint, and earlier ones stay until the new one is whole.
 """
 
 import json
@@ -18,7 +18,7 @@ _MANIFEST = "manifest.json"
 
 
 def start(folder: Path) -> Path:
-    """An empty folder to write a checkpoint of ``folder`` into; what an earlier crash left is removed."""
+    """An empty folder inside ``folder`` to write a checkpoint into; what an earlier crash left is removed."""
     for left in folder.glob(f"{_UNFINISHED}*"):
         shutil.rmtree(left)
     unfinished = unfinished_of(folder)
@@ -27,15 +27,21 @@ def start(folder: Path) -> Path:
 
 
 def unfinished_of(folder: Path) -> Path:
-    """What ``start`` makes, the same for every rank."""
+    """The folder that ``start`` makes, the same for every rank."""
     return folder / f"{_UNFINISHED}{_PREFIX}"
 
 
-def publish(written: Path, folder: Path, step: int, *, keep: int) -> Path:
-    """Make ``written`` the checkpoint of a step, then remove all but the ``keep`` newest.
+def publish(written: Path, folder: Path, step: int, save_total_limit: int | None) -> Path:
+    """Make a checkpoint of what was written, then remove old ones.
+
+    Args:
+        written: the folder that holds it, inside of what ``start`` made.
+        folder: where checkpoints lie.
+        step: the checkpoint's.
+        save_total_limit: how many checkpoints are kept, the newest ones; None keeps all.
 
     Returns:
-        Where it stands.
+        Where it lies now.
     """
     sizes = {str(path.relative_to(written)): path.stat().st_size for path in _files(written)}
     (written / _MANIFEST).write_text(json.dumps(sizes, indent=1))
@@ -45,12 +51,12 @@ def publish(written: Path, folder: Path, step: int, *, keep: int) -> Path:
         _flush(inner)
     _flush(written)
     final = folder / f"{_PREFIX}{step}"
-    if final.exists():  # of this step, but found broken: ``latest`` went further back
+    if final.exists():  # of this step, but damaged: ``latest`` went further back
         shutil.rmtree(final)
     written.rename(final)
     _flush(folder)
     shutil.rmtree(unfinished_of(folder), ignore_errors=True)
-    for old in _sorted(folder)[:-keep]:
+    for old in _sorted(folder)[:-save_total_limit] if save_total_limit else ():
         # Renamed first: a crash in the middle of removing it leaves no half of a checkpoint under its name.
         doomed = old.rename(folder / f"{_UNFINISHED}removed-{old.name}")
         shutil.rmtree(doomed)
@@ -58,7 +64,7 @@ def publish(written: Path, folder: Path, step: int, *, keep: int) -> Path:
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest checkpoint whose files are all there in full, None without one. Broken ones are logged."""
+    """The newest checkpoint whose files are all there in full; None without one. Damaged ones are logged."""
     for checkpoint in reversed(_sorted(folder)):
         problem = _problem(checkpoint)
         if problem is None:
@@ -68,7 +74,7 @@ def latest(folder: Path) -> Path | None:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The optimizer steps that had been made."""
+    """How many optimizer steps had been made."""
     return int(checkpoint.name.removeprefix(_PREFIX))
 
 

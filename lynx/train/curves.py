@@ -8,7 +8,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import LogFormatterSciNotation
 
-from lynx.train.callbacks import read_log
+from lynx.train.log import read_log
 
 _CURVES = {  # what the log calls it: title, and whether it is drawn on a logarithmic axis
     "loss": ("loss per supervised token (nats)", True),
@@ -16,23 +16,23 @@ _CURVES = {  # what the log calls it: title, and whether it is drawn on a logari
     "grad_norm": ("norm of the gradient", True),
     "supervised_tokens_per_second": ("supervised tokens a second", False),
     "mfu": ("model FLOPs utilisation", False),
-    "fill": ("fill of the packs", False),
-    "data_wait": ("part of the time that waits for data", False),
+    "pack_utilization": ("part of the packs that is used", False),
+    "data_wait": ("part of the time spent waiting for data", False),
 }
 
 
 class _Decimal(LogFormatterSciNotation):
-    """Marks the ticks that matplotlib would, as 0.6 and not as 6 x 10^-1."""
+    """Labels the ticks that matplotlib would label, as 0.6 and not as 6 x 10^-1."""
 
     def __call__(self, x: float, pos: int | None = None) -> str:
         return f"{x:g}" if super().__call__(x, pos) else ""
 
 
 def draw(log: Path, path: Path) -> None:
-    """Draw loss, learning rate, speed and the rest over the steps, a colour a stage, stages behind each other.
+    """Draw loss, learning rate, speed and the rest over the steps; stages follow each other, each in its colour.
 
     Args:
-        log: the ``log.jsonl`` of a run.
+        log: the ``log.jsonl`` of a run, an earlier release's too.
         path: the PNG to write.
 
     Raises:
@@ -44,7 +44,7 @@ def draw(log: Path, path: Path) -> None:
         if "loss" in entry:
             stages.setdefault(entry["stage"], []).append(entry)
     if not stages:
-        raise ValueError(f"{log} has no entry with a loss yet")
+        raise ValueError(f"{log} has no entry with a loss yet; let the run make some steps first")
     rows = -(-len(_CURVES) // 2)
     figure, axes = plt.subplots(rows, 2, figsize=(11, 2.7 * rows), sharex=True)
     for axis, (key, (title, is_log)) in zip(axes.flat, _CURVES.items(), strict=False):

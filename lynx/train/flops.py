@@ -1,6 +1,6 @@
 """Floating-point operations of a training step, and what the device could do: for the model FLOPs utilisation.
 
-Counted are the products that the model asks for, forward and backward, once: a product with a frozen weight has no
+The products that the model asks for are counted, forward and backward, once. A product with a frozen weight has no
 weight gradient, one whose input needs no gradient has no input gradient, and what checkpointing computes again does not
 count. Elementwise work is left out.
 """
@@ -16,7 +16,7 @@ from lynx.data.conversation import IGNORED
 from lynx.fusion.base import Fusion
 from lynx.media import tower
 from lynx.model import LynxForConditionalGeneration
-from lynx.train.param_groups import part_of
+from lynx.train.param_groups import group_of
 
 # Dense bf16 of the tensor cores, operations a second, from the vendors' data sheets.
 _PEAKS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
@@ -33,7 +33,7 @@ class StepFlops:
         self.config = model.config
         self.tokens_per_frame = tower.tokens_per_frame(model.config.vision_config)
         head = model.get_output_embeddings().weight
-        trained = {part_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+        trained = {group_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
         media_flows = bool(trained & {"vision_tower", "frame_positions"})
         self.flows = {  # whether a gradient goes through
             "vision_tower": "vision_tower" in trained,
@@ -53,7 +53,7 @@ class StepFlops:
             self.per_row[rows] += 2 * parameter.numel() * (1 + flows + parameter.requires_grad)
 
     def __call__(self, batch: Mapping[str, Any]) -> int:
-        """Of one batch that is still in host memory, packed or padded."""
+        """The operations of one batch that is still in host memory, packed or padded."""
         config = self.config
         text, tower = config.text_config, config.vision_config
         frames = batch["frame_positions"].shape[0] if "frame_positions" in batch else 0
@@ -81,13 +81,13 @@ class StepFlops:
 
 
 def _rows(name: str, parameter: nn.Parameter, fusion: Fusion) -> str | None:
-    """What runs through the weight of this name, None where it is no weight of a product."""
+    """What runs through the weight of this name; None where it is not the weight of a product."""
     if parameter.dim() < 2 or name.endswith(("latents", "frame_position", "_embedding", "embed_tokens.weight")):
         return None
-    part = part_of(name)
-    if part == "vision_tower":
+    group = group_of(name)
+    if group == "vision_tower":
         return "frames"
-    if part == "resampler":
+    if group == "resampler":
         return "media" if ".to_kv." in name else "latents"
     return fusion.flops_rows(name) if fusion.submodule in name.split(".") else "tokens"
 
@@ -104,7 +104,8 @@ def _pairs(batch: Mapping[str, Any]) -> int:
 def peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """Operations a second that the device can do, and where the number comes from.
 
-    From the data sheet for the GPUs that we know, in bf16; else the speed of a large product, measured now.
+    For the GPUs that we know, in bf16, it is from the data sheet. Else it is the speed of a large product, measured
+    now.
     """
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)

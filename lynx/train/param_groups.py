@@ -1,25 +1,26 @@
-"""The parts of a model that a stage may train, and what is done to the parameters of each."""
+"""The groups of parameters that a stage may train, and what is done to the parameters of each."""
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import nn
 
 from lynx.fusion import FUSIONS
 
-PARTS = {
+PARAM_GROUPS = {
     "resampler": "the resampler, or the projection in its place: what makes vision tokens of frames",
     "frame_positions": "the learned positions of a video's frames",
     **{fusion.param_group: fusion.param_group_help for fusion in FUSIONS.values()},
     "vision_tower": "the vision tower",
     "language_model": "the decoder itself, embeddings and output head included",
 }
-# Learned tables that are no weights of a product: pulling them to 0 has no reason.
+# Learned tables that are not weights of a product: there is no reason to pull them to 0.
 _TABLES = ("latents", "frame_position", "class_embedding", "position_embedding")
 
 
-def part_of(name: str) -> str:
-    """The part, of ``PARTS``, that the parameter of this name belongs to."""
+def group_of(name: str) -> str:
+    """The group, of ``PARAM_GROUPS``, that the parameter of this name belongs to."""
     first, _, rest = name.partition(".")
     if first in ("resampler", "projection"):
         return "frame_positions" if rest == "frame_position" else "resampler"
@@ -31,7 +32,7 @@ def part_of(name: str) -> str:
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay pulls on a parameter: on matrices it does.
+    """Whether weight decay pulls on a parameter: it does on matrices.
 
     Not on norms, biases, scales and gates (vectors all of them), nor on latents and the class and position
     embeddings: those are values, not weights of a product.
@@ -39,34 +40,41 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.dim() > 1 and not name.endswith(_TABLES)
 
 
-def choose(model: nn.Module, trains: Collection[str], frozen_dtype: torch.dtype = torch.float32) -> dict[str, int]:
-    """Let the parameters of some parts train, in fp32, and freeze all others, in ``frozen_dtype``.
+def set_trainable(
+    model: nn.Module, trainable: Collection[str], frozen_dtype: torch.dtype = torch.float32
+) -> dict[str, int]:
+    """Let the parameters of some groups train, in fp32, and freeze all others, in ``frozen_dtype``.
 
-    A frozen parameter needs no gradient and gets no optimizer state. It could not do with less precision if it trained:
-    a step of 1e-5 leaves most bf16 weights as they were.
+    A frozen parameter needs no gradient and gets no optimizer state. A trainable one needs fp32: a step of 1e-5 leaves
+    most bf16 weights as they were.
+
+    Args:
+        model: a Lynx model.
+        trainable: names in ``PARAM_GROUPS``.
+        frozen_dtype: of the parameters that do not train.
 
     Returns:
-        How many parameters each part that trains has.
+        How many parameters each group that trains has.
 
     Raises:
-        ValueError: a part is not in this model.
+        ValueError: the model has no parameters of a group.
     """
-    counts = dict.fromkeys(trains, 0)
+    counts = dict.fromkeys(trainable, 0)
     for name, parameter in model.named_parameters():
-        part = part_of(name)
-        is_trained = part in counts
-        parameter.requires_grad_(is_trained)
-        parameter.data = parameter.data.to(torch.float32 if is_trained else frozen_dtype)
+        group = group_of(name)
+        trains = group in counts
+        parameter.requires_grad_(trains)
+        parameter.data = parameter.data.to(torch.float32 if trains else frozen_dtype)
         parameter.grad = None
-        if is_trained:
-            counts[part] += parameter.numel()
-    if empty := [part for part, count in counts.items() if not count]:
-        present = sorted({part_of(name) for name, _ in model.named_parameters()})
-        raise ValueError(f"the model has no {' and no '.join(empty)} to train; it has {', '.join(present)}")
+        if trains:
+            counts[group] += parameter.numel()
+    if empty := [group for group, count in counts.items() if not count]:
+        present = sorted({group_of(name) for name, _ in model.named_parameters()})
+        raise ValueError(f"trainable: the model has no {' and no '.join(empty)}; it has {', '.join(present)}")
     return counts
 
 
-def optimizer_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+def optimizer_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """The parameters that train, for AdamW: those that decay, then those that do not."""
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     return [

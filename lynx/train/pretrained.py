@@ -1,4 +1,4 @@
-"""Pretrained parts of a model, from folders of transformers: a decoder with its tokenizer, a vision tower."""
+"""Pretrained parts of a model, from folders of transformers: a decoder with its tokenizer, and a vision tower."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +29,7 @@ def language_model(folder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     as in the release.
 
     Raises:
-        RecipeError: the folder is none, has no decoder or tokenizer that can be read, or lacks weights.
+        RecipeError: there is no such folder, its decoder or tokenizer cannot be read, or it lacks weights.
     """
     where = f"language_model={folder}"
     _require_folder(where, folder)
@@ -51,14 +51,14 @@ def vision_tower(folder: str) -> PreTrainedModel:
     """The vision tower in fp32: a vision model's folder, or that of a model that has one, such as CLIP's or BLIP-2's.
 
     Raises:
-        RecipeError: the folder is none, has no vision model that can be read, or lacks weights.
+        RecipeError: there is no such folder, a vision model cannot be read from it, or it lacks weights.
     """
     where = f"vision_tower={folder}"
     _require_folder(where, folder)
     config = _read(where, lambda: AutoConfig.from_pretrained(folder, local_files_only=True))
     config = getattr(config, "vision_config", config)
     if not hasattr(config, "image_size"):
-        raise RecipeError(f"{where} holds a {config.model_type}, which is no vision model")
+        raise RecipeError(f"{where} holds a {config.model_type}, which is not a vision model")
     with torch.device("meta"):
         built = tower.build(config)
     return _loaded(

@@ -11,22 +11,19 @@ another with ``base: NAME`` and then says only what it changes. A key is one of
 ``stages`` in a file with a base picks some of the base's stages by name.
 """
 
-import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 import yaml
 
-from lynx.train.param_groups import PARTS
+from lynx.train.fields import RecipeError, from_values, suggestion, unknown_key
+from lynx.train.param_groups import PARAM_GROUPS
+
+__all__ = ["SHIPPED", "Recipe", "RecipeError", "Stage", "load", "shipped"]
 
 SHIPPED = Path(__file__).parent / "recipes"
-
-
-class RecipeError(ValueError):
-    """A recipe cannot be used; the message says where and why."""
 
 
 @dataclass(frozen=True)
@@ -34,23 +31,23 @@ class Stage:
     """One of the runs that follow each other; its model goes on from the stage before.
 
     Attributes:
-        name: the stage's, and of its folder.
-        trains: the parts of the model that train, of ``lynx.train.param_groups.PARTS``; all others are frozen.
+        name: of the stage, and of its folder.
+        trainable: what trains, names in ``lynx.train.param_groups.PARAM_GROUPS``; all else is frozen.
         steps: optimizer steps.
         learning_rate: its peak.
         warmup_from: where the learning rate starts.
-        warmup: part of the steps that it takes to its peak.
+        warmup: the part of the steps in which it rises to its peak.
         schedule: how it then falls to 0 at the last step: ``"linear"`` or ``"cosine"``.
-        resolution: side of the pictures in pixels, a position embedding of another size is resized; None leaves it.
-        tokens_per_step: language model tokens of all ranks in one step, a multiple of the ranks' ``token_budget``;
-            None for one pack a rank.
+        resolution: side of the images in pixels; a position embedding of another size is resized. None leaves it.
+        tokens_per_step: tokens of the language model in one step of all ranks, a multiple of the ranks'
+            ``token_budget``; None for one pack a rank.
         data: what is trained on, instead of the recipe's.
         weight_decay, betas, epsilon: of AdamW; ``lynx.train.param_groups.decays`` says what does not decay.
-        max_grad_norm: longer gradients are cut to it, 0 for none.
+        max_grad_norm: longer gradients are scaled down to it; 0 leaves all as they are.
     """
 
     name: str
-    trains: tuple[str, ...]
+    trainable: tuple[str, ...]
     steps: int
     learning_rate: float
     warmup_from: float = 0.0
@@ -73,25 +70,28 @@ class Recipe:
         section: where the paper describes it.
         model: a folder that ``lynx.checkpoint.save`` wrote, or the name of a preset: a shape with fresh weights.
         language_model, vision_tower: folders of transformers to take a preset's decoder and tower from.
-        model_options: fields of ``LynxConfig`` that differ from the preset's.
+        model_options: fields of ``LynxConfig`` to be other than the preset's.
         data: a file, or a mixture, as ``lynx.train.build`` says.
         datasets: files of the paper's data sets, a list as in ``lynx.data.description``, or a YAML file with one.
-        root: of the pictures where ``data`` is a file: they may not leave it; the file's own folder by default.
-        prompts: a file for ``lynx.data.prompts.Prompts``; ``"one"`` for the first ones only of the package's, all of
-            those by default.
+        root: the folder of the images where ``data`` is a file: their paths may not leave it. The file's own folder by
+            default.
+        prompts: a file for ``lynx.data.prompts.Prompts``, or ``"one"`` for only the first prompt of each task that
+            comes with the package; all of these by default.
         output: the folder for checkpoints, the log and the model.
         stages: what happens, one after another.
-        token_budget: language model tokens of one pack, the micro-batch of one rank.
+        token_budget: tokens of the language model in one pack, the micro-batch of one rank.
         lookahead: packs that may wait to be filled, as of ``lynx_kernels.PackPlanner``.
-        precision: ``"bf16"``: frozen parameters in bf16, autocast to it; ``"fp32"``: everything in fp32. Trainable
+        precision: ``"bf16"``: frozen parameters in bf16, and autocast to it; ``"fp32"``: everything in fp32. Trainable
             parameters are fp32 in both.
-        gradient_checkpointing, compile: spend time on memory; spend time at the start on speed.
+        gradient_checkpointing: spend time to save memory.
+        compile: spend time at the start to be faster later.
         workers: processes that load data.
         seed: of everything that is drawn.
-        save_every, keep: steps between checkpoints, and how many are kept.
+        save_every: steps between checkpoints.
+        save_total_limit: how many checkpoints of a stage are kept, the newest ones.
         log_every: steps between entries of the log.
         tensorboard: write the log for TensorBoard, too.
-        max_broken: the run stops when more records than this, of all ranks together, cannot be used.
+        max_skipped: the run stops when more records than this cannot be used, of all ranks together.
     """
 
     model: str
@@ -113,10 +113,10 @@ class Recipe:
     workers: int = 0
     seed: int = 0
     save_every: int = 1000
-    keep: int = 2
+    save_total_limit: int = 2
     log_every: int = 10
     tensorboard: bool = False
-    max_broken: int = 1000
+    max_skipped: int = 1000
 
     def as_dict(self) -> dict[str, Any]:
         """As YAML holds it."""
@@ -137,7 +137,8 @@ def load(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | 
 
     Raises:
         FileNotFoundError: there is no such file, nor a shipped recipe of that name.
-        RecipeError: a key is unknown, a value has another type or is out of range, or a required key is missing.
+        RecipeError: a key is unknown or has another name by now, a value has another type or is out of range, or a
+            required key is missing.
     """
     values = _with_base(source, ())
     if not isinstance(overrides, Mapping):
@@ -156,7 +157,7 @@ def _plain(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _parse(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise RecipeError(f"{text!r} is no key=value")
+        raise RecipeError(f"{text!r} is not of the form key=value")
     try:
         return key, yaml.safe_load(value)
     except yaml.YAMLError:
@@ -169,7 +170,7 @@ def _read(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not YAML: {error}") from error
     if not isinstance(content, dict):
-        raise RecipeError(f"{path} holds a {type(content).__name__}, expected keys and values")
+        raise RecipeError(f"{path} must hold a mapping of keys to values, got {type(content).__name__}")
     return content
 
 
@@ -180,7 +181,7 @@ def _with_base(source: str | Path | Mapping[str, Any], seen: tuple[Path, ...]) -
     else:
         path = _find(source, seen[-1].parent if seen else Path())
         if path in seen:
-            raise RecipeError(f"{seen[-1]}: its bases come back to {path}")
+            raise RecipeError(f"{seen[-1]}: its base leads back to {path}")
         seen, where, content, folder = (*seen, path), str(path), _read(path), path.parent
     base = content.pop("base", None)
     if base is None:
@@ -204,10 +205,10 @@ def _find(source: str | Path, folder: Path) -> Path:
     path = folder / source
     if path.is_file():
         return path
-    near = difflib.get_close_matches(str(source), [each.stem for each in SHIPPED.glob("*.yaml")])
+    known = sorted(each.stem for each in SHIPPED.glob("*.yaml"))
     raise FileNotFoundError(
-        f"{source}: no such recipe file, nor a shipped recipe{_suggestion(near)}; there are "
-        f"{', '.join(sorted(each.stem for each in SHIPPED.glob('*.yaml')))}"
+        f"{source}: there is neither a file nor a shipped recipe of this name{suggestion(str(source), known)}; the "
+        f"shipped recipes are {', '.join(known)}"
     )
 
 
@@ -219,7 +220,9 @@ def _changed(values: dict[str, Any], changes: Mapping[str, Any], where: str) -> 
         if key == "stages":
             missing = [name for name in value if name not in stages] if isinstance(value, list) else [value]
             if missing:
-                raise RecipeError(f"{where}: stages: no stage {missing[0]!r} to pick from {list(stages)}")
+                raise RecipeError(
+                    f"{where}: stages: there is no stage {missing[0]!r} to pick; there are {list(stages)}"
+                )
             stages = values["stages"] = {name: stages[name] for name in value}
         elif rest and first in stages and rest.partition(".")[0] in _STAGE and rest != "name":
             _set(stages[first], rest, value, where)
@@ -230,8 +233,7 @@ def _changed(values: dict[str, Any], changes: Mapping[str, Any], where: str) -> 
                 _set(stage, key, value, where)
         else:
             known = [*_RECIPE, *_STAGE, *(f"{stage}.{name}" for stage in stages for name in _STAGE)]
-            near = _suggestion(difflib.get_close_matches(key, known))
-            raise RecipeError(f"{where}: there is no key {key!r}{near}")
+            raise unknown_key(key, known, f"{where}: ")
     return values
 
 
@@ -243,32 +245,28 @@ def _set(values: dict[str, Any], key: str, value: Any, where: str) -> None:
     inner = values.get(first)
     if not isinstance(inner, dict):
         if inner is not None or first not in ("data", "model_options"):
-            raise RecipeError(f"{where}: {key}: {first} is no mapping")
+            raise RecipeError(f"{where}: {key}: {first} is not a mapping")
         inner = {}
     values[first] = dict(inner)
     _set(values[first], rest, value, where)
 
 
-def _suggestion(near: list[str]) -> str:
-    return f"; did you mean {' or '.join(dict.fromkeys(near))}?" if near else ""
-
-
 def _checked(values: dict[str, Any]) -> Recipe:
     stages = []
     for name, stage in values["stages"].items():
-        stages.append(_built(Stage, stage, f"stage {name}: "))
+        stages.append(from_values(Stage, stage, f"stage {name}: "))
         _check_stage(stages[-1])
-    recipe = _built(Recipe, {**values, "stages": tuple(stages)}, "")
-    for key in ("token_budget", "lookahead", "save_every", "keep", "log_every"):
+    recipe = from_values(Recipe, {**values, "stages": tuple(stages)}, "", as_they_are=("stages",))
+    for key in ("token_budget", "lookahead", "save_every", "save_total_limit", "log_every"):
         if getattr(recipe, key) < 1:
             raise RecipeError(f"{key} is {getattr(recipe, key)}, must be at least 1")
-    for key in ("workers", "seed", "max_broken"):
+    for key in ("workers", "seed", "max_skipped"):
         if getattr(recipe, key) < 0:
             raise RecipeError(f"{key} is {getattr(recipe, key)}, must be at least 0")
     for stage in recipe.stages:
         if stage.data is None and recipe.data is None:
             raise RecipeError(f"stage {stage.name} has nothing to train on: give data=FILE")
-    # With its own data in every stage, nobody has to ask twice.
+    # Every stage gets the data it uses, so that nobody has to look in two places.
     return replace(
         recipe, stages=tuple(replace(each, data=recipe.data if each.data is None else each.data) for each in stages)
     )
@@ -277,13 +275,15 @@ def _checked(values: dict[str, Any]) -> Recipe:
 def _check_stage(stage: Stage) -> None:
     where = f"stage {stage.name}: "
     if "/" in stage.name or stage.name.startswith("."):
-        raise RecipeError(f"{where}the name becomes a folder's: no '/', and no '.' in front")
-    if not stage.trains:
-        raise RecipeError(f"{where}trains names no part of the model; there are {', '.join(PARTS)}")
-    for part in stage.trains:
-        if part not in PARTS:
-            near = _suggestion(difflib.get_close_matches(part, PARTS))
-            raise RecipeError(f"{where}trains: there is no part {part!r}{near}; there are {', '.join(PARTS)}")
+        raise RecipeError(f"{where}the name is also that of a folder, so it may not have '/' in it or begin with '.'")
+    if not stage.trainable:
+        raise RecipeError(f"{where}trainable is empty; there are {', '.join(PARAM_GROUPS)}")
+    for group in stage.trainable:
+        if group not in PARAM_GROUPS:
+            raise RecipeError(
+                f"{where}trainable: there is no {group!r}{suggestion(group, PARAM_GROUPS)}; there are "
+                f"{', '.join(PARAM_GROUPS)}"
+            )
     ranges = {
         "steps": stage.steps >= 1,
         "learning_rate": stage.learning_rate > 0,
@@ -299,78 +299,6 @@ def _check_stage(stage: Stage) -> None:
     for key, fits in ranges.items():
         if not fits:
             raise RecipeError(f"{where}{key} is {getattr(stage, key)}, out of range")
-
-
-def _built(kind: type, values: Mapping[str, Any], where: str) -> Any:
-    known = {each.name: each for each in fields(kind)}
-    for key in values:
-        if key not in known:
-            near = _suggestion(difflib.get_close_matches(key, known))
-            raise RecipeError(f"{where}there is no key {key!r}{near}")
-    hints = get_type_hints(kind)
-    typed = {}
-    for key, value in values.items():
-        try:
-            typed[key] = value if key == "stages" else _typed(value, hints[key])
-        except (TypeError, ValueError):
-            raise RecipeError(f"{where}{key} is {value!r}, expected {_described(hints[key])}") from None
-    try:
-        return kind(**typed)
-    except TypeError:  # fields without a default that nobody gave
-        missing = sorted(_required(kind) - typed.keys())
-        raise RecipeError(f"{where}{', '.join(missing)} must be given") from None
-
-
-def _typed(value: Any, hint: Any) -> Any:
-    """``value`` as the annotated type, or ValueError."""
-    origin = get_origin(hint)
-    if origin in (Union, UnionType):
-        for each in get_args(hint):
-            try:
-                return _typed(value, each)
-            except (TypeError, ValueError):
-                continue
-    elif origin is Literal:
-        if value in get_args(hint):
-            return value
-    elif origin is tuple:
-        if isinstance(value, list | tuple):
-            return tuple(_typed(each, get_args(hint)[0]) for each in value)
-    elif origin in (dict, list):
-        if isinstance(value, origin):
-            return value
-    elif hint is NoneType:
-        if value is None:
-            return None
-    elif hint is float:  # YAML reads 1e-4, without a dot, as text
-        if not isinstance(value, bool):
-            return float(value)
-    elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
-        return value
-    raise ValueError
-
-
-def _described(hint: Any) -> str:
-    origin = get_origin(hint)
-    if origin in (Union, UnionType):
-        return " or ".join(_described(each) for each in get_args(hint))
-    if origin is Literal:
-        return " or ".join(map(repr, get_args(hint)))
-    if origin is tuple:
-        return f"a list of {_described(get_args(hint)[0])}"
-    names = {
-        dict: "a mapping",
-        NoneType: "null",
-        str: "text",
-        int: "an integer",
-        float: "a number",
-        bool: "true or false",
-    }
-    return names[origin or hint]
-
-
-def _required(kind: type) -> set[str]:
-    return {each.name for each in fields(kind) if each.default is MISSING and each.default_factory is MISSING}
 
 
 _RECIPE = tuple(each.name for each in fields(Recipe) if each.name != "stages")

@@ -1,5 +1,6 @@
-"""The Trainer of transformers for Lynx: packed rows, exact resumption, and what a person wants to see."""
+"""The Trainer of transformers for Lynx: packed rows, exact resumption, and the numbers that a person wants to see."""
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -11,13 +12,16 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
-from lynx.data.skipped import BrokenRecords
+from lynx.data.skipped import SkippedRecords
 from lynx.model import LynxForConditionalGeneration
 from lynx.train import checkpoints, flops, param_groups
-from lynx.train.callbacks import ProgressBar, Terminated, Window, ignore_sigterm
+from lynx.train.callbacks import ProgressBar, Terminated, ignore_sigterm
 from lynx.train.recipe import Stage
 from lynx.train.schedule import scheduler
+from lynx.train.throughput import Window
 from lynx_kernels import PackedLayout, SpanLayout
+
+logger = logging.getLogger(__name__)
 
 _WEIGHTS, _DATA = "trained.safetensors", "data.pt"
 _LAYOUTS = (PackedLayout, SpanLayout)
@@ -32,7 +36,7 @@ class Sampler(Protocol):
         """What ``load_state_dict`` needs to go on behind the first ``num_steps`` packs of this rank."""
 
     def load_state_dict(self, state: Any) -> None:
-        """Go on from there."""
+        """Go on from a state that ``state_after`` gave."""
 
 
 class LynxTrainer(Trainer):
@@ -41,19 +45,18 @@ class LynxTrainer(Trainer):
     The loss of a step is the sum over the supervised tokens of its accumulated, distributed batch, divided by their
     number. Parameters that the stage freezes have no gradient and no optimizer state. A checkpoint holds the trained
     parameters, optimizer, schedule, random state and the sampler's state behind the last batch that was *consumed*,
-    whatever was loaded ahead; training that goes on from it is the same training, bit by bit on a CPU.
+    whatever was loaded ahead. Training that goes on from it is the same training, bit by bit on a CPU.
 
     Args:
-        model: a ``LynxForConditionalGeneration``, its parameters chosen by ``lynx.train.param_groups.choose``.
-        args: as for Trainer.
+        model: a ``LynxForConditionalGeneration``, made ready by ``lynx.train.param_groups.set_trainable``.
+        args: as for Trainer; ``save_total_limit`` says how many checkpoints are kept, all if it is None.
         stage: what is to be done.
         sampler: yields this rank's packs, for ever; what it yields is given to ``train_dataset``.
         dtype: of autocast; None for none.
-        keep: checkpoints to keep.
         terminated: stops the run after SIGTERM.
-        broken: where records that cannot be used are listed.
-        kwargs: Trainer's ``train_dataset``, ``data_collator``, ``processing_class``, ``callbacks``. What the log counts
-            is in the reports of ``lynx.data.collator.Collator``; another collator trains, too.
+        skipped: where records that cannot be used are listed.
+        kwargs: Trainer's ``train_dataset``, ``data_collator``, ``processing_class``, ``callbacks``. The log counts from
+            the reports of ``lynx.data.collator.Collator``; training works with another collator too.
 
     Attributes:
         samples, supervised: samples and supervised tokens of every data set since the stage began, on this rank.
@@ -70,15 +73,14 @@ class LynxTrainer(Trainer):
         stage: Stage,
         sampler: Sampler,
         dtype: torch.dtype | None = None,
-        keep: int = 2,
         terminated: Terminated | None = None,
-        broken: BrokenRecords | None = None,
+        skipped: SkippedRecords | None = None,
         **kwargs: Any,
     ):
         args.remove_unused_columns = False  # records are not the model's arguments; the collator makes those
         args.ignore_data_skip = True  # the sampler's state says where to go on
         self.stage, self.sampler = stage, sampler
-        self.autocast_dtype, self.keep = dtype, keep
+        self.autocast_dtype = dtype
         super().__init__(model, args, **kwargs)
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
@@ -86,10 +88,12 @@ class LynxTrainer(Trainer):
             self.add_callback(ProgressBar(stage.name))
         if terminated is not None:
             self.add_callback(terminated)
-        self.broken = broken
+        self.skipped = skipped
         self.samples, self.supervised = Counter[str](), Counter[str]()
         self._step_flops = flops.StepFlops(model)
-        self._peak, self.peak_source = flops.peak(args.device, dtype or torch.float32)
+        self._peak, source = flops.peak(args.device, dtype or torch.float32)
+        if args.process_index == 0:
+            logger.info("MFU is of %.4g TFLOP/s a device: %s", self._peak / 1e12, source)
         self._window = Window()
         self._writing_to: Path | None = None
 
@@ -131,8 +135,8 @@ class LynxTrainer(Trainer):
             return
         self.samples += report.samples
         self.supervised += report.supervised_tokens
-        if self.broken is not None:
-            self.broken.add(report.broken)
+        if self.skipped is not None:
+            self.skipped.add(report.skipped)
         window = self._window
         window.supervised += report.supervised_tokens.total()
         window.tokens += report.tokens
@@ -170,7 +174,9 @@ class LynxTrainer(Trainer):
             )
         return self.optimizer
 
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
         """Warm-up from the stage's start value, then its decay to 0."""
         if self.lr_scheduler is None:
             self.lr_scheduler = scheduler(optimizer or self.create_optimizer(), self.stage)
@@ -180,7 +186,7 @@ class LynxTrainer(Trainer):
     # Log
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As Trainer's; entries of training also tell speed, use of the device, fill, and what was trained on."""
+        """As Trainer's; entries of training also tell speed, use of packs and device, and what was trained on."""
         self.state.epoch = None  # a mixture has no epochs of its own
         logs.pop("train_samples_per_second", None)  # Trainer knows packs only, and not their number
         if "loss" in logs:
@@ -189,12 +195,12 @@ class LynxTrainer(Trainer):
             totals = self.accelerator.reduce(window.totals().to(self.args.device), "sum").cpu()
             logs.update(Window.rates(totals, self._window.since - window.since, ranks, self._peak))
             logs.update(self._shares())
-            if self.broken is not None:
-                logs.update(self.broken.summary())
+            if self.skipped is not None:
+                logs.update(self.skipped.summary())
         super().log(logs, *args, **kwargs)
 
     def _shares(self) -> dict[str, Any]:
-        """Samples, epochs of them, and part of the supervised tokens of every data set, over all ranks."""
+        """Of every data set the samples, the epochs, and its share of the supervised tokens, over all ranks."""
         counts = [(self.samples, self.supervised)]
         if self.args.world_size > 1:
             counts = counts * self.args.world_size
@@ -213,7 +219,7 @@ class LynxTrainer(Trainer):
 
     @property
     def is_sharded(self) -> bool:
-        """Whether parameters or their states are spread over the ranks: checkpoints are then their backend's."""
+        """Whether parameters or their states are spread over the ranks; their backend then writes the checkpoints."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -238,11 +244,11 @@ class LynxTrainer(Trainer):
             self._writing_to = None
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            checkpoints.publish(written, folder, self.state.global_step, keep=self.keep)
+            checkpoints.publish(written, folder, self.state.global_step, self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """The parameters that train: the others are where the stage got them from."""
+        """Saves the parameters that train: the others are where the stage got them from."""
         if self.is_sharded:
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
@@ -263,7 +269,7 @@ class LynxTrainer(Trainer):
         if saved.keys() != trained.keys():
             raise ValueError(
                 f"{resume_from_checkpoint} holds {len(saved)} trained parameters, this stage trains {len(trained)}; "
-                f"different are {', '.join(sorted(saved.keys() ^ trained.keys())[:3])}, ..."
+                f"the first that only one of them has: {', '.join(sorted(saved.keys() ^ trained.keys())[:3])}"
             )
         for name, parameter in trained.items():
             parameter.copy_(saved[name])
@@ -288,7 +294,7 @@ class LynxTrainer(Trainer):
         if ranks != self.args.world_size:
             raise ValueError(
                 f"{checkpoint} was written by {ranks} ranks, this run has {self.args.world_size}. Packs are planned "
-                f"for all ranks together, and each has random numbers of its own: go on with {ranks} ranks"
+                f"for all ranks together, and each rank has random numbers of its own: go on with {ranks} ranks"
             )
         state = torch.load(path, weights_only=True)
         self.sampler.load_state_dict(state["sampler"])

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from lynx import checkpoint
-from lynx.train import callbacks, recipe, run
+from lynx.train import recipe, run
+from lynx.train.log import read_log
 from tests.lynx.small import write_records
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +35,7 @@ def train(data, output, config=None, processes=1, **changes):
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return [entry["loss"] for entry in callbacks.read_log(output / run.LOG) if "loss" in entry]
+    return [entry["loss"] for entry in read_log(output / "log.jsonl") if "loss" in entry]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,7 @@ def test_sharded_training_is_resumed(data, tmp_path):
 @pytest.mark.usefixtures("cuda")
 def test_frozen_parts_take_no_optimizer_memory(data, tmp_path):
     """Of a stage that trains the adapters: two fp32 moments a trained parameter, and none else."""
-    chosen = recipe.load("tiny", {"data": str(data), "output": str(tmp_path), "trains": ["adapters"], **CHANGES})
+    chosen = recipe.load("tiny", {"data": str(data), "output": str(tmp_path), "trainable": ["adapters"], **CHANGES})
     run.run(chosen)
     state = torch.load(tmp_path / "checkpoints/train/checkpoint-6/optimizer.pt", weights_only=True, map_location="cpu")
     model, _ = checkpoint.load(tmp_path)

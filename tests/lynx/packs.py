@@ -52,7 +52,7 @@ def stage(**options) -> Stage:
     """A short stage that trains the resampler and the adapters."""
     defaults = {
         "name": "test",
-        "trains": ("resampler", "frame_positions", "adapters"),
+        "trainable": ("resampler", "frame_positions", "adapters"),
         "steps": 4,
         "learning_rate": 1e-2,
     }

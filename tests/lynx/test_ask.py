@@ -122,14 +122,14 @@ def about(processor, item, question):
     return processor.encode(conversation(question, **media))
 
 
-@pytest.mark.parametrize("options", [[], ["--beams", "3"], ["--settings", "open-vqa-image"]], ids=str)
+@pytest.mark.parametrize("options", [[], ["--beams", "3"], ["--preset", "open-vqa-image"]], ids=str)
 def test_ask_many_at_once(model, processor, ask, options):
     items, questions = ["0.png", "1.png", "2.png 0.png"], ["Which digit?", "Odd or even?"]
-    named = {"settings": options[1]} if "--settings" in options else {"num_beams": int(options[1])} if options else {}
+    named = {"settings": options[1]} if "--preset" in options else {"num_beams": int(options[1])} if options else {}
     samples = [about(processor, item, question) for item in items for question in questions]
     texts = answer(model, processor, samples, **named, max_new_tokens=6)
     shown = [f"{item}: {question}\n{texts.pop(0)}" for item in items for question in questions]
-    arguments = ["--max-new-tokens", "6", "0.png", "-p", "1.png", "-p", "2.png", "0.png", "-q", questions[0]]
+    arguments = ["--max-new-tokens", "6", "0.png", "-i", "1.png", "-i", "2.png", "0.png", "-q", questions[0]]
     status, out, errors = ask(*arguments, "-q", questions[1], *options)
     assert status == 0
     assert [line.strip() for line in out.splitlines()] == [line.strip() for line in "\n".join(shown).splitlines()]
@@ -141,7 +141,7 @@ def test_ask_in_few_words(model, processor, ask):
     [text] = answer(model, processor, [about(processor, "0.png 1.png", "Which digit?")])
     status, out, _ = ask("0.png", "1.png", "Which digit?")
     assert (status, out.strip()) == (0, text)
-    status, out, _ = ask("-p", "0.png", "1.png", "--question", "Which digit?")
+    status, out, _ = ask("-i", "0.png", "1.png", "--question", "Which digit?")
     assert (status, out.strip()) == (0, text)
 
 
@@ -176,7 +176,7 @@ def test_ask_takes_options_anywhere(ask):
 
 
 def test_ask_keeps_case_and_draws(processor, ask):
-    draw = ["0.png", "Which?", "--settings", "demo", "--max-new-tokens", "6", "--seed"]
+    draw = ["0.png", "Which?", "--preset", "demo", "--max-new-tokens", "6", "--seed"]
     assert ask(*draw, "1")[1] == ask(*draw, "1")[1]
     assert len({ask(*draw, str(seed))[1] for seed in range(5)}) > 1
     ask("0.png", "Which?", "--keep-case")
@@ -184,9 +184,9 @@ def test_ask_keeps_case_and_draws(processor, ask):
 
 
 def test_ask_says_what_is_missing(ask):
-    for arguments in (["0.png"], ["-q", "Which?"], [], ["-p", "0.png"]):
+    for arguments in (["0.png"], ["-q", "Which?"], [], ["-i", "0.png"]):
         status, _, errors = ask(*arguments)
         assert status == 2
-        assert "say at least one picture and one question" in errors
-    status, _, errors = ask("0.png", "Which?", "--settings", "best")
+        assert "name at least one image and one question" in errors
+    status, _, errors = ask("0.png", "Which?", "--preset", "best")
     assert (status, "settings='best' is not known" in errors) == (2, True)

@@ -53,7 +53,9 @@ def test_round_trip_is_bit_exact(tokenizer, tmp_path, vision, dtype, tied):
 def test_every_part_keeps_the_dtype_it_was_saved_in(tokenizer, tmp_path, vision, fusion):
     """As training in bf16 leaves a model: fp32 where it trained. One dtype for all is had by asking for it."""
     model = make_model(config := make_config(tokenizer, vision, fusion=fusion))
-    param_groups.choose(model, ["resampler", "adapters" if fusion == "prefix" else "cross_attention"], torch.bfloat16)
+    param_groups.set_trainable(
+        model, ["resampler", "adapters" if fusion == "prefix" else "cross_attention"], torch.bfloat16
+    )
     processor = LynxProcessor.for_model(config, tokenizer)
     checkpoint.save(tmp_path, model, processor)
     loaded, _ = checkpoint.load(tmp_path)

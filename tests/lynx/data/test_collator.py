@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lynx.data.collator import Collator
-from lynx.data.skipped import Broken
+from lynx.data.skipped import Skipped
 from lynx_kernels import PackedLayout
 from tests.lynx.batches import assert_same
 from tests.lynx.conftest import conversation, make_image
@@ -15,11 +15,11 @@ from tests.lynx.conftest import conversation, make_image
 
 def test_a_pack_without_samples_is_a_step_without_loss(processor, model):
     collator = Collator(processor, 60, always_vision=True)
-    broken = Broken("a", 0, "", "why")
-    for items in ([], [broken]):
+    skipped = Skipped("a", 0, "", "why")
+    for items in ([], [skipped]):
         batch = collator(items)
         report = batch.pop("report")
-        assert (report.tokens, report.samples.total(), report.budget, report.broken) == (0, 0, 60, items)
+        assert (report.tokens, report.samples.total(), report.budget, report.skipped) == (0, 0, 60, items)
         model.zero_grad()
         loss = model(**batch).loss
         loss.backward()

@@ -79,7 +79,7 @@ def test_rows_of_datasets(root):
     [messages] = phrased(records[0], {"vqa": ["{question} Short."]})
     assert messages[0]["content"][0] == {"type": "image", "image": raw}
     assert messages[1]["content"] == "dog"
-    with pytest.raises(RecordError, match="has no root folder"):
+    with pytest.raises(RecordError, match="needs a root folder"):
         records[1]
     inside = ColumnRecords(dataset, columns, root)[1]
     assert inside.conversations[0][0]["content"][0]["image"] == str(root / "a.png")
@@ -120,7 +120,7 @@ def test_rows_of_anything(root):
     assert question["content"][0]["image"] is image
     for bad, message in (
         (([{"a": 1}], {"image": "b"}), r"no column \['b'\]"),
-        (([{"a": 1}],), r"none of the columns \['a'\] is a field"),
+        (([{"a": 1}],), r"none of the columns \['a'\] has the name of a field"),
         (([{"a": 1}], {"picture": "a"}), r"no field \['picture'\]"),
         (([],), "is empty"),
     ):

@@ -1,4 +1,4 @@
-"""Records from JSONL, their refusals, collation, and the digits that the demo learns from."""
+"""Records from JSONL, what is wrong with bad ones, collation, and the digits that the demo learns from."""
 
 import base64
 import json
@@ -11,9 +11,9 @@ from PIL import Image
 
 from lynx.data import digits
 from lynx.data.collator import Collator
-from lynx.data.jsonl import JsonlDataset, JsonlRecords
+from lynx.data.jsonl import JsonlRecords
 from lynx.data.mixture import Group, Mixture, Reference
-from lynx.data.records import RecordError, text_of
+from lynx.data.records import MediaFolder, RecordError, text_of
 from lynx.data.stream import PackDataset
 from lynx.data.tokenizer import train_tokenizer
 from lynx.media.videos import load_video
@@ -45,29 +45,33 @@ def write(root, *lines):
     return path
 
 
+def messages(path, index):
+    """Those of a record's only conversation."""
+    [conversation] = JsonlRecords(path)[index].conversations
+    return conversation
+
+
 def test_good_records(root):
     video = record([{"type": "video", "path": ["a.png", "b.png"]}, {"type": "text", "text": "Same?"}])
-    dataset = JsonlDataset(write(root, image("a.png"), "", {**video, "type": "same"}, record()))
-    assert len(dataset) == 3
-    assert dataset.skipped == []
-    assert dataset[0]["messages"][0]["content"][0] == {"type": "image", "image": str(root / "a.png")}
-    assert dataset[1]["messages"][0]["content"][0]["video"] == [str(root / "a.png"), str(root / "b.png")]
-    assert dataset[1]["type"] == "same"
-    assert [text_of(each["messages"][0]) for each in dataset.records] == ["What?", "Same?", "What?"]
+    path = write(root, image("a.png"), {**video, "type": "same"}, record())
+    assert messages(path, 0)[0]["content"][0] == {"type": "image", "image": str(root / "a.png")}
+    assert messages(path, 1)[0]["content"][0]["video"] == [str(root / "a.png"), str(root / "b.png")]
+    assert [text_of(messages(path, index)[0]) for index in range(3)] == ["What?", "Same?", "What?"]
 
 
 @pytest.mark.parametrize(
     ("bad", "reason"),
     [
         ("{not json", "not JSON"),
-        ("[]", "no list of messages"),
-        ({"question": "What?"}, "no list of messages"),
+        ("[]", "the line must be a JSON object, got list"),
+        ({"question": "What?"}, "this one has no answer"),
         ({"messages": [{"role": "user", "content": "What?"}]}, "roles are"),
         ({"messages": []}, "roles are"),
+        ({"messages": "What?"}, "messages must be a list, got str"),
         (record(3), "neither text nor a list"),
-        (record([{"type": "audio"}]), "no text, image or video"),
-        (image(None), "path is missing"),
-        (image("c.png"), "no such picture"),
+        (record([{"type": "audio"}]), "not a text, an image or a video"),
+        (image(None), "the path of an image or a video is None, expected text"),
+        (image("c.png"), "no such image: "),
         (image("../secret.png"), "leaves the root folder"),
         (image("/etc/passwd"), "leaves the root folder"),
         (image("link.png"), "leaves the root folder"),
@@ -76,41 +80,47 @@ def test_good_records(root):
         (image("loop.png"), "cannot be followed"),
         (image("\ud800.png"), "cannot be followed"),
         ("[" * 100_000, "not JSON"),
-        (record([{"type": "text"}]), "no text, image or video"),
-        (record([{"type": "text", "text": 5}]), "no text, image or video"),
+        (record([{"type": "text"}]), "not a text, an image or a video"),
+        (record([{"type": "text", "text": 5}]), "not a text, an image or a video"),
     ],
 )
-def test_a_bad_record_is_skipped_counted_and_logged(root, caplog, bad, reason):
+def test_a_bad_line_says_what_is_wrong(root, bad, reason):
     os.symlink(root.parent / "secret.png", root / "link.png")
     os.symlink(root / "loop.png", root / "loop.png")
-    dataset = JsonlDataset(write(root, image("a.png"), bad))
-    assert len(dataset) == 1
-    [(line, why)] = dataset.skipped
-    assert line == 2
-    assert reason in why
-    assert reason in caplog.text
-    assert "1 of 2 records skipped" in caplog.text
+    records = JsonlRecords(write(root, image("a.png"), bad))
+    assert records[0].conversations
+    with pytest.raises(RecordError, match=reason):
+        records[1]
 
 
-def test_bytes_that_are_no_text_are_skipped(root):
+def test_bytes_that_are_not_text(root):
     path = write(root, record())
     path.write_bytes(path.read_bytes() + b"\n\xff\xfe\xff\n")
-    assert [line for line, _ in JsonlDataset(path).skipped] == [2]
-
-
-def test_a_file_without_usable_records_is_an_error(root):
-    with pytest.raises(RecordError, match=r"no usable record \(1 skipped\)"):
-        JsonlDataset(write(root, "nonsense"))
-    with pytest.raises(FileNotFoundError, match=r"nothing\.jsonl"):
-        JsonlDataset(root / "nothing.jsonl")
+    with pytest.raises(RecordError, match="not JSON"):
+        JsonlRecords(path)[1]
 
 
 def test_another_root(root, tmp_path):
     path = tmp_path / "elsewhere.jsonl"
     path.write_text(json.dumps(image("a.png")))
-    with pytest.raises(RecordError):
-        JsonlDataset(path)
-    assert len(JsonlDataset(path, root)) == 1
+    with pytest.raises(RecordError, match="no such image"):
+        JsonlRecords(path)[0]
+    assert JsonlRecords(path, root)[0]
+
+
+def test_paths_are_as_the_root_is_named(root, monkeypatch):
+    """Relative where it is: what a run writes about its data is then still true when both have moved together."""
+    (root / "inner").mkdir()
+    os.symlink(root / "a.png", root / "inner" / "link.png")
+    write(root, image("inner/link.png"), image("gone.png"), image("../secret.png"))
+    monkeypatch.chdir(root.parent)
+    assert messages("root/data.jsonl", 0)[0]["content"][0]["image"] == "root/a.png"
+    for index, reason in ((1, "no such image: root/gone.png"), (2, "leaves the root folder root")):
+        with pytest.raises(RecordError) as error:
+            JsonlRecords("root/data.jsonl")[index]
+        assert str(error.value).endswith(reason)
+    monkeypatch.chdir(root)
+    assert messages("data.jsonl", 0)[0]["content"][0]["image"] == "a.png"
 
 
 def batch_of(path, processor, *indices, seed=0, augment=True):
@@ -123,9 +133,8 @@ def test_a_batch_leaves_out_what_cannot_be_used(root, processor):
     whole = (root / "a.png").read_bytes()
     (root / "cut.png").write_bytes(whole[: len(whole) // 2])
     path = write(root, image("a.png"), image("cut.png"), record("  "), record())
-    assert [line for line, _ in JsonlDataset(path).skipped] == [2]
     batch, good = batch_of(path, processor, 0, 1, 2, 3), batch_of(path, processor, 0, 3)
-    reasons = [entry.reason for entry in batch["report"].broken]
+    reasons = [entry.reason for entry in batch["report"].skipped]
     assert "cut.png" in reasons[0]
     assert "empty text" in reasons[1]
     assert batch["report"].samples == good["report"].samples == {"data": 2}
@@ -157,16 +166,15 @@ def test_video_files(root, processor):
     (root / "cut.mp4").write_bytes(clip.read_bytes()[:3000])
     (root.parent / "secret.mp4").write_bytes(clip.read_bytes())
     path = write(root, video("clip.mp4"), video("cut.mp4"), video("../secret.mp4"), video("none.mp4"), video(7))
-    dataset = JsonlDataset(path)
-    assert dataset[0]["messages"][0]["content"][0] == {"type": "video", "video": str(clip)}
-    reasons = ("cut.mp4: cut short", "leaves the root folder", "no such video", "path is missing")
-    for number, ((line, why), reason) in enumerate(zip(dataset.skipped, reasons, strict=True), start=2):
-        assert line == number
-        assert reason in why
-    assert len(JsonlDataset(path, check_pictures=False)) == 2
+    assert messages(path, 0)[0]["content"][0] == {"type": "video", "video": str(clip)}
+    for index, reason in ((2, "leaves the root folder"), (3, "no such video"), (4, "is 7, expected text")):
+        with pytest.raises(RecordError, match=reason):
+            JsonlRecords(path)[index]
+    with pytest.raises(RecordError, match=r"cut\.mp4: cut short"):
+        MediaFolder(root, check=True).resolve("cut.mp4", is_video=True)
     batch = batch_of(path, processor, 0, 1)
     assert batch["frame_positions"].tolist() == [0, 1, 2, 3]
-    assert "cut.mp4: cut short" in batch["report"].broken[0].reason
+    assert "cut.mp4: cut short" in batch["report"].skipped[0].reason
     first, again, other, middles = (
         batch_of(path, processor, 0, seed=seed, augment=seed > 0)["pixel_values"] for seed in (1, 1, 2, 0)
     )
@@ -176,7 +184,7 @@ def test_video_files(root, processor):
     assert torch.equal(middles, processor(text="What?", videos=[frames])["pixel_values"])
 
 
-def test_pictures_in_base64(root):
+def test_images_in_base64(root, processor):
     def inline(text):
         return record([{"type": "image", "base64": text}, {"type": "text", "text": "What?"}])
 
@@ -184,11 +192,11 @@ def test_pictures_in_base64(root):
     text = base64.b64encode(data).decode()
     url = f"data:image/png;base64,{text}"
     path = write(root, inline(text), inline(url), inline("a.png"), inline(5), inline(text[:80]))
-    dataset = JsonlDataset(path)
-    assert [each["messages"][0]["content"][0]["image"] for each in dataset.records] == [data, data]
-    assert [line for line, _ in dataset.skipped] == [3, 4, 5]
-    assert "base64 is none" in dataset.skipped[0][1]
-    assert "image of 60 bytes" in dataset.skipped[2][1]
+    assert [messages(path, index)[0]["content"][0]["image"] for index in (0, 1)] == [data, data]
+    for index in (2, 3):
+        with pytest.raises(RecordError, match="not valid base64"):
+            JsonlRecords(path)[index]
+    assert "image of 60 bytes" in batch_of(path, processor, 4)["report"].skipped[0].reason
 
 
 def test_any_text_survives_the_tokenizer():
@@ -209,50 +217,50 @@ def test_digits_are_true_and_held_out(digit_files):
     truth = load_digits()
     seen = []
     for path in digit_files:
-        dataset = JsonlDataset(path)
-        assert dataset.skipped == []
-        assert {each["type"] for each in dataset.records} == set(digits.PHRASINGS)
+        kinds = [json.loads(line)["type"] for line in path.read_text().splitlines()]
+        assert set(kinds) == set(digits.PHRASINGS)
         shown = set()
-        for each in dataset.records:
-            question, answer = each["messages"]
+        for index, kind in enumerate(kinds):
+            question, answer = messages(path, index)
             media = [part for part in question["content"] if part["type"] != "text"]
             files = [file for part in media for file in part.get("video", [part.get("image")])]
             labels = [int(truth.target[int(os.path.basename(file)[:-4])]) for file in files]
             shown |= set(files)
-            if each["type"] in ("which digit", "last digit"):
+            if kind in ("which digit", "last digit"):
                 assert answer["content"] == str(labels[-1])
-            if each["type"] == "digits in order":
+            if kind == "digits in order":
                 assert answer["content"] == " ".join(map(str, labels))
-            if each["type"] == "how many frames":
+            if kind == "how many frames":
                 assert answer["content"] == str(len(labels))
-            if each["type"] == "odd or even":
+            if kind == "odd or even":
                 assert answer["content"] == ("odd" if labels[0] % 2 else "even")
-            if each["type"] == "digit as word":
+            if kind == "digit as word":
                 words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
                 assert answer["content"] == words[labels[0]]
             text = question["content"][-1]["text"]
             numbers = [int(word) for word in "".join(c if c.isdigit() else " " for c in text).split()]
-            if each["type"] == "larger than":
+            if kind == "larger than":
                 assert answer["content"] == ("yes" if labels[0] > numbers[0] else "no")
-            if each["type"] == "addition":
+            if kind == "addition":
                 assert media == []
                 assert answer["content"] == str(sum(numbers))
         seen.append(shown)
-    assert not seen[0] & seen[1], "a held-out picture is shown in training"
+    assert not seen[0] & seen[1], "a held-out image is shown in training"
 
 
-def test_digits_are_the_pictures_of_scikit_learn(digit_files):
+def test_digits_are_the_images_of_scikit_learn(digit_files):
     from sklearn.datasets import load_digits
 
-    stored = np.asarray(Image.open(digit_files[0].parent / "pictures" / "0007.png"))
+    stored = np.asarray(Image.open(digit_files[0].parent / "images" / "0007.png"))
     assert (stored[..., 0] == (load_digits().images[7] * 255 / 16).round()).all()
 
 
-def test_every_type_asks_about_every_held_out_picture_once(tmp_path):
+def test_every_type_asks_about_every_held_out_image_once(tmp_path):
     _, test = digits.write(tmp_path, rows=8)
     shown = {}
-    for each in JsonlDataset(test).records:
-        files = [part["image"] for part in each["messages"][0]["content"] if part["type"] == "image"]
+    for line in test.read_text().splitlines():
+        each = json.loads(line)
+        files = [part["path"] for part in each["messages"][0]["content"] if part["type"] == "image"]
         shown.setdefault(each["type"], []).extend(files)
     assert len(shown["which digit"]) == len(set(shown["which digit"])) == 359
     assert set(shown["which digit"]) == set(shown["odd or even"])

@@ -70,6 +70,6 @@ def test_training_on_them(saved, tmp_path):
         output = tmp_path / str(workers)
         changes = {"data": data, "output": str(output), "steps": 3, "token_budget": 200, "workers": workers}
         run.run(recipe.load("tiny", changes))
-        assert not (output / "broken.jsonl").exists()
+        assert not (output / "skipped.jsonl").exists()
         models.append(load_file(output / "model.safetensors"))
     assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())

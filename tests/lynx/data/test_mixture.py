@@ -30,7 +30,6 @@ def test_groups_share_by_weight_and_data_sets_by_size():
         mixture.draw()
     # Chi square of three classes: above 13.8 once in a thousand seeds.
     assert sum((mixture.counts[name] - n * part) ** 2 / (n * part) for name, part in expected.items()) < 13.8
-    assert mixture.epochs["c"] == mixture.counts["c"] / 7
     assert sum(mixture.counts.values()) == n
 
 
@@ -97,7 +96,7 @@ def test_state():
     resumed = Mixture(groups(), seed=5)
     resumed.load_state_dict(state)
     assert [resumed.draw() for _ in range(300)] == following
-    with pytest.raises(ValueError, match="seed=5, this mixture 6"):
+    with pytest.raises(ValueError, match="seed=5, this mixture has 6"):
         Mixture(groups(), seed=6).load_state_dict(state)
     with pytest.raises(ValueError, match="sizes="):
         Mixture([*groups(), Group("more", 1, {"d": range(2)})], seed=5).load_state_dict(state)
@@ -112,7 +111,7 @@ def test_a_state_is_of_the_content_of_data_sets():
 
     state = json.loads(json.dumps(made(1, 2).state_dict()))
     made(1, 2).load_state_dict(state)
-    with pytest.raises(ValueError, match="Mixture: a: as many records as when the state was saved, but others"):
+    with pytest.raises(ValueError, match=r"Mixture: a: as many records as .*, but not the same ones"):
         made(1, 3).load_state_dict(state)
 
 
@@ -124,7 +123,7 @@ def test_a_state_is_of_the_content_of_data_sets():
         ([Group("x", float("nan"), {"a": range(1)})], "weight nan"),
         ([Group("x", 1, {})], "no data sets"),
         ([Group("x", 1, {"a": range(0)})], "'a' is empty"),
-        ([Group("x", 1, {"a": range(1)}), Group("y", 1, {"a": range(1)})], "two data sets are called 'a'"),
+        ([Group("x", 1, {"a": range(1)}), Group("y", 1, {"a": range(1)})], "two data sets have the name 'a'"),
     ],
 )
 def test_bad_groups_are_refused(bad, message):

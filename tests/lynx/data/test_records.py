@@ -97,13 +97,13 @@ def test_messages_and_branches(root):
         ({"question": "?", "answer": []}, "answer is"),
         ({"question": "?", "answer": [" "]}, "answer is"),
         ({"question": "?", "answer": 7}, "answer is"),
-        ({"questions": []}, "questions is no list"),
-        ({"questions": ["?"]}, "questions is no list"),
+        ({"questions": []}, "questions is not a list"),
+        ({"questions": ["?"]}, "questions is not a list"),
         ({"questions": [{"question": "?"}]}, "no answer"),
-        ({"branches": []}, "branches is no list"),
+        ({"branches": []}, "branches is not a list"),
         ({"branches": [[QUESTION]]}, "roles are"),
         ({"branches": [[QUESTION, ANSWER]], "media": "a.png"}, "list of parts"),
-        ({"messages": 5}, "no list of messages"),
+        ({"messages": 5}, "messages must be a list, got int"),
         ({"image": "../secret.png", "answer": "x"}, "leaves the root folder"),
         ({"image": "link.png", "answer": "x"}, "leaves the root folder"),
         ({"video": ["../secret.png"], "answer": "x"}, "leaves the root folder"),
@@ -111,10 +111,10 @@ def test_messages_and_branches(root):
         ({"image": "../secret.json", "answer": "x"}, "leaves the root folder"),
         ({"image": "/etc/passwd", "answer": "x"}, "leaves the root folder"),
         ({"image": {"path": "../secret.png", "bytes": None}, "answer": "x"}, "leaves the root folder"),
-        ({"image": "http://example.org/a.png", "answer": "x"}, "no such picture"),
-        ({"image": "none.png", "answer": "x"}, "no such picture"),
-        ({"image": 5, "answer": "x"}, "path is missing"),
-        ({"media": [{"type": "image", "base64": None}], "branches": [[QUESTION, ANSWER]]}, "path is missing"),
+        ({"image": "http://example.org/a.png", "answer": "x"}, "no such image"),
+        ({"image": "none.png", "answer": "x"}, "no such image"),
+        ({"image": 5, "answer": "x"}, "is 5, expected text"),
+        ({"media": [{"type": "image", "base64": None}], "branches": [[QUESTION, ANSWER]]}, "is None, expected text"),
         ({"image": "torn.json", "answer": "x"}, "not JSON"),
         ({"question": "?", "answer": "x", "task": 3}, "task is 3"),
         ({"question": "?", "answer": "x", "task": "chess"}, "no prompts for task 'chess'"),
@@ -130,7 +130,7 @@ def test_bad_records(root, bad, reason):
 
 def test_without_a_root_no_path_is_read(root):
     record = {"image": str(root / "a.png"), "question": "?", "answer": "x"}
-    with pytest.raises(RecordError, match="has no root folder"):
+    with pytest.raises(RecordError, match="needs a root folder"):
         phrased(record, None)
     raw = (root / "a.png").read_bytes()
     assert phrased({**record, "image": raw}, None)[0][0]["content"][0]["image"] == raw
@@ -149,7 +149,7 @@ def test_lines_are_read_one_by_one(root, monkeypatch):
     assert pickle.loads(pickle.dumps(records))._file is None, "another process opens the file for itself"
     assert pickle.loads(pickle.dumps(records))[7] == records[7]
     assert records.where(29) == f"{root}/a.jsonl:30"
-    with pytest.raises(IndexError, match="30 records, no number 30"):
+    with pytest.raises(IndexError, match="30 records, so the last number is 29, not 30"):
         records[30]
     with pytest.raises(IndexError):
         records[-1]
@@ -214,7 +214,7 @@ def test_prompts_that_do_not_fit():
     silent = {"role": "user", "content": " "}
     with pytest.raises(RecordError, match=r"'caption' has no prompt with \{question\}"):
         put([[QUESTION, ANSWER]], "caption")
-    with pytest.raises(RecordError, match="'vqa' has no prompt that asks"):
+    with pytest.raises(RecordError, match="'vqa' has no prompt for a record without a question"):
         put([[silent, ANSWER]], "vqa")
     assert put([[silent, ANSWER]], None, 1) == [[[silent, ANSWER]]], "for the processor to refuse"
 
@@ -227,10 +227,10 @@ def test_prompt_files(tmp_path):
         ("vqa: [", r"bad\.yaml"),
         ("vqa: hello", "expected a list"),
         ("vqa: []", "expected a list"),
-        ("vqa: [3]", "is no text"),
-        ('vqa: ["  "]', "or empty"),
+        ("vqa: [3]", "is not text"),
+        ('vqa: ["  "]', "or is empty"),
         ('vqa: ["{question} {question}"]', "more than once"),
-        ("- a", "prompts are a list"),
+        ("- a", "prompts must be a mapping"),
         ("vqa: !!python/object/apply:os.getcwd []", r"bad\.yaml"),
     ):
         (tmp_path / "bad.yaml").write_text(text)
@@ -288,15 +288,18 @@ def test_the_papers_mixture_with_own_files(root):
 @pytest.mark.parametrize(
     ("description", "message"),
     [
-        ("groups", "mixture is a str"),
+        ("groups", "mixture must be a list of groups .*, got str"),
         ([5], r"mixture\[0\] is 5"),
         ([{"name": "x", "weight": 1}], r"mixture\[0\] lacks \['datasets'\]"),
         ([{"name": "x", "weight": "1", "datasets": []}], r"mixture\[0\].weight is '1'"),
         ([{"name": "x", "weight": 1, "datasets": []}], "no data sets"),
         ([{"name": "x", "weight": 1, "datasets": "a"}], r"mixture\[0\].datasets is 'a'"),
         ([{"name": "x", "weight": 1, "datasets": [{"name": "a"}]}], r"datasets\[0\] lacks \['path'\]"),
-        ([{"name": "x", "weight": 1, "datasets": [{"name": "a", "path": "a.jsonl", "url": 1}]}], r"has \['url'\]"),
-        ([{"name": "x", "weight": 1, "datasets": [{"name": "a", "path": "a.jsonl"}] * 2}], "second data set"),
+        (
+            [{"name": "x", "weight": 1, "datasets": [{"name": "a", "path": "a.jsonl", "url": 1}]}],
+            r"unknown keys \['url'\]",
+        ),
+        ([{"name": "x", "weight": 1, "datasets": [{"name": "a", "path": "a.jsonl"}] * 2}], "has the name .a. already"),
         ([{"name": "x", "weight": 1, "datasets": [{"name": "a", "path": "a.jsonl", "columns": {}}]}], "columns are"),
         ({"paper": "finetuning"}, r"lacks \['datasets'\]"),
         ({"paper": "testing", "datasets": []}, "no phase 'testing'"),

@@ -12,7 +12,7 @@ from lynx.data.collator import Collator
 from lynx.data.jsonl import JsonlRecords
 from lynx.data.mixture import Group, Mixture, Reference
 from lynx.data.prompts import Prompts
-from lynx.data.skipped import Broken
+from lynx.data.skipped import Skipped
 from lynx.data.stream import PackDataset, PackSampler
 from lynx_kernels import PackPlanner
 from tests.lynx.batches import assert_same, load, write
@@ -219,7 +219,7 @@ def test_samples_as_long_as_a_pack(make, processor):
     for pack in sampler:
         packs.append(pack)
         states.append(sampler.state_after(len(packs)))
-    assert not any(isinstance(item, Broken) for pack in packs for item in pack)
+    assert not any(isinstance(item, Skipped) for pack in packs for item in pack)
     between = [step for step, state in enumerate(states, start=1) if state["ready"]]
     assert between
     for step in between:
@@ -236,7 +236,7 @@ def test_what_does_not_fit_a_state_is_refused(make, folder, processor):
         make(ranks=2).load_state_dict(state)
     with pytest.raises(ValueError, match="token_budget=200, this planner 100"):
         make(token_budget=100).load_state_dict(state)
-    with pytest.raises(ValueError, match="seed=7, this sampler 8"):
+    with pytest.raises(ValueError, match="seed=7, this sampler has 8"):
         make(seed=8).load_state_dict(state)
     with pytest.raises(ValueError, match="sizes="):
         make("pictures").load_state_dict(state)
@@ -268,5 +268,5 @@ def test_an_endless_sampler_has_no_length(make):
 
 def test_an_unknown_task_is_an_error_before_the_run(folder, processor):
     records = JsonlRecords(folder / "texts.jsonl", task="chess")
-    with pytest.raises(ValueError, match="'texts' is of task 'chess'"):
+    with pytest.raises(ValueError, match="'texts' has the task 'chess'"):
         PackDataset(Mixture([Group("g", 1, {"texts": records})], seed=0), processor, seed=0)

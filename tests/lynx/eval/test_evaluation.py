@@ -78,7 +78,7 @@ def test_what_cannot_be_asked_is_skipped_with_its_place(tmp_path, processor, cap
     root.mkdir()
     Image.fromarray(make_image(1)).save(tmp_path / "secret.png")
     (root / "link.png").symlink_to(tmp_path / "secret.png")
-    (root / "text.png").write_text("This is no picture.")
+    (root / "text.png").write_text("This is not an image.")
     path = write(
         root,
         annotation(image="images/missing.png"),
@@ -103,7 +103,7 @@ def test_what_cannot_be_asked_is_skipped_with_its_place(tmp_path, processor, cap
         assert reason in each
         assert each in caplog.text
     write(root, annotation(image="images/missing.png"), annotation(image="images/missing.png"))
-    with pytest.raises(ValueError, match=r"none of its 2 records can be used; the first: .*jsonl:1: no such picture"):
+    with pytest.raises(ValueError, match=r"none of its 2 records can be used; the first one: .*jsonl:1: no such image"):
         questions.read(path)
     write(root)
     with pytest.raises(ValueError, match=r"none of its 0 records can be used$"):
@@ -211,9 +211,9 @@ def test_a_judge_answers_alone_as_beside_others(judge_folder, template, monkeypa
 
 
 def test_a_judge_that_is_not_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such folder of a judge's language model"):
+    with pytest.raises(FileNotFoundError, match="no such folder; judge needs the folder of a language model"):
         judge.LanguageModelJudge(tmp_path / "none")
-    with pytest.raises(ValueError, match="holds no language model that transformers can read"):
+    with pytest.raises(ValueError, match="transformers cannot read a language model from it"):
         judge.LanguageModelJudge(tmp_path)
 
 
@@ -221,7 +221,7 @@ def test_a_judge_in_a_pickle_is_refused(judge_folder):
     weights = load_file(judge_folder / "model.safetensors")
     (judge_folder / "model.safetensors").unlink()
     torch.save(weights, judge_folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="holds no language model that transformers can read"):
+    with pytest.raises(ValueError, match="transformers cannot read a language model from it"):
         judge.LanguageModelJudge(judge_folder)
 
 
@@ -240,11 +240,11 @@ def test_evaluate(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(judge, "LanguageModelJudge", lambda folder: lambda cases: [True] * len(cases))
     files = {"--judge": tmp_path, "--answers": tmp_path / "answers.jsonl", "--sheet": tmp_path / "sheet.png"}
     options = [str(each) for option in files.items() for each in option]
-    assert cli.main(["evaluate", str(folder), str(path), "--settings", "open-vqa-image", *options]) == 0
+    assert cli.main(["evaluate", str(folder), str(path), "--preset", "open-vqa-image", *options]) == 0
     out = capsys.readouterr().out
     assert used == [{"settings": "open-vqa-image"}]
     assert out.splitlines()[3].split() == ["overall", "2", "/", "2", "100.0%", "34.2%", "-", "100.0%", "100.0%"]
-    assert "skipped, and not counted: 2; the first: " in out
+    assert "skipped, and not counted: 2; the first one: " in out
     assert "gone.png" in out
     lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert [line["type"] for line in lines] == ["Place", "Color"]
@@ -256,11 +256,11 @@ def test_evaluate(folder, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--judge", "nowhere"), "nowhere: no such folder of a judge's language model"),
-        (("--settings", "open-vqa"), "settings='open-vqa' is not known; there are open-vqa-image"),
+        (("--judge", "nowhere"), "nowhere: no such folder; judge needs the folder of a language model"),
+        (("--preset", "open-vqa"), "settings='open-vqa' is not known; there are open-vqa-image"),
         (("--answers", "nowhere/a.jsonl"), "nowhere/a.jsonl: there is no folder nowhere"),
         (("--sheet", "nowhere/a.png"), "nowhere/a.png: there is no folder nowhere"),
-        (("--root", "nowhere"), "none of its 1 records can be used; the first"),
+        (("--root", "nowhere"), "none of its 1 records can be used; the first one"),
     ],
 )
 def test_evaluate_says_what_is_wrong_before_it_asks(folder, tmp_path, capsys, monkeypatch, more, message):

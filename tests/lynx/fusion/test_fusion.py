@@ -29,7 +29,7 @@ def test_a_model_goes_to_another_process(tokenizer, fusion):
 def test_which_rows_an_installed_weight_is_counted_for(tokenizer, fusion):
     """Keys and values of the media are made of the vision tokens, all else in a layer of the text."""
     model = make_model(make_config(tokenizer, fusion=fusion))
-    param_groups.choose(model, [model.fusion.param_group])
+    param_groups.set_trainable(model, [model.fusion.param_group])
     per_row = flops.StepFlops(model).per_row
     decoder = dict(model.get_decoder().layers.named_parameters())
     weights = {name: weight for name, weight in decoder.items() if weight.dim() == 2}

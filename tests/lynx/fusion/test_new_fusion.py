@@ -108,10 +108,10 @@ def test_it_reads_trains_and_is_counted(tokenizer, model, processor):
     assert "cross_layout" not in batch
     model(**batch).loss.backward()
     assert [name for name, parameter in model.named_parameters() if not parameter.grad.any()] == []
-    counts = param_groups.choose(model, ["mean_readers"])
+    counts = param_groups.set_trainable(model, ["mean_readers"])
     assert counts == {"mean_readers": 2 * 32 * 32}, "in every second of three layers"
     other = make_model(make_config(tokenizer))
-    param_groups.choose(other, ["adapters"])
+    param_groups.set_trainable(other, ["adapters"])
     of_latents, of_resampler = (flops.StepFlops(each).per_row["latents"] for each in (model, other))
     assert of_latents - of_resampler == 2 * 2 * 32 * 32 * 2, "two matrices: the product and the weight's gradient"
 

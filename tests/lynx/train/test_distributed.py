@@ -54,7 +54,7 @@ def train(split, folder, *, ranks=1, rank=0):
     """Three steps on the same eight samples, with an epsilon so large that AdamW is gentle to rounding."""
     model, processor = make()
     chosen = stage(steps=STEPS, learning_rate=0.5, epsilon=1.0)
-    param_groups.choose(model, chosen.trains)
+    param_groups.set_trainable(model, chosen.trainable)
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=STEPS,
@@ -122,7 +122,8 @@ def test_ranks_change_nothing(split, expected, tmp_path):
         check(result, expected)
         speeds = [entry for entry in result["log"] if "loss" in entry]
         assert all(
-            entry["fill"] == pytest.approx(expected["log"][0]["fill"] / len(SPLITS[split]), abs=2e-4)
+            entry["pack_utilization"]
+            == pytest.approx(expected["log"][0]["pack_utilization"] / len(SPLITS[split]), abs=2e-4)
             for entry in speeds
         )
 
@@ -132,7 +133,7 @@ def shard_rank(rank, split):
     distributed.init_process_group("gloo")
     model, processor = make()
     chosen = stage(learning_rate=0.5, epsilon=1.0)
-    param_groups.choose(model, chosen.trains, torch.bfloat16)
+    param_groups.set_trainable(model, chosen.trainable, torch.bfloat16)
     frozen = sum(not parameter.requires_grad for parameter in model.parameters())
     mesh = distributed.init_device_mesh("cpu", (2,))
     for layer in model.get_decoder().layers:
@@ -165,7 +166,7 @@ def whole_losses(split):
     """As ``shard_rank``, in one process and unsharded."""
     model, processor = make()
     chosen = stage(learning_rate=0.5, epsilon=1.0)
-    param_groups.choose(model, chosen.trains, torch.bfloat16)
+    param_groups.set_trainable(model, chosen.trainable, torch.bfloat16)
     optimizer = torch.optim.AdamW(
         param_groups.optimizer_groups(model, chosen.weight_decay), lr=chosen.learning_rate, eps=chosen.epsilon
     )

@@ -16,7 +16,8 @@ from transformers import (
 )
 
 from lynx import checkpoint, cli
-from lynx.train import build, callbacks, param_groups, pretrained, recipe, run
+from lynx.train import build, param_groups, pretrained, recipe
+from lynx.train.log import read_log
 from lynx_kernels.integrations import transformers as attention_integration
 from tests.lynx.conftest import VISION, conversation, make_config, make_image, make_tokenizer
 from tests.lynx.small import write_records
@@ -79,7 +80,7 @@ def test_the_weights_are_those_of_the_folders(folders, data, decoder, tower):
         of_vision = {name.removeprefix(inside): each for name, each in of_vision.items() if name.startswith(inside)}
     compared = {"language_model": 0, "vision_tower": 0}
     for name, parameter in model.named_parameters():
-        part = param_groups.part_of(name)
+        part = param_groups.group_of(name)
         if part not in compared:
             continue
         folder = text if part == "language_model" else of_vision
@@ -133,7 +134,7 @@ def test_the_papers_stages_on_pretrained_parts(folders, data, tmp_path, caplog):
     }  # fmt: skip
     assert cli.main(["train", "lynx", *(f"{key}={value}" for key, value in changes.items())]) == 0
     assert "from nothing" not in caplog.text
-    log = [entry for entry in callbacks.read_log(tmp_path / "out" / run.LOG) if "loss" in entry]
+    log = [entry for entry in read_log(tmp_path / "out" / "log.jsonl") if "loss" in entry]
     assert [(entry["stage"], entry["step"]) for entry in log] == [(name, step) for name in STAGES for step in (1, 2)]
     model, processor = checkpoint.load(tmp_path / "out")
     assert model.config.vision_config.image_size == processor.image_processor.size == 16
@@ -146,7 +147,7 @@ def test_the_papers_stages_on_pretrained_parts(folders, data, tmp_path, caplog):
         kept = model.language_model.get_parameter(name)[: len(saved)]
         assert torch.equal(kept, saved.bfloat16()), name
     trained = [
-        each for name, each in model.named_parameters() if param_groups.part_of(name) in ("resampler", "adapters")
+        each for name, each in model.named_parameters() if param_groups.group_of(name) in ("resampler", "adapters")
     ]
     assert {parameter.dtype for parameter in trained} == {torch.float32}
 
@@ -164,7 +165,7 @@ def lacking(folder, name, to):
         ({"decoder": "none"}, r"language_model=.*none: no such folder"),
         ({"tower": "none"}, r"vision_tower=.*none: no such folder"),
         ({"decoder": "siglip"}, r"language_model=.*siglip: the tokenizer cannot be read: "),
-        ({"tower": "decoder"}, r"vision_tower=.*decoder holds a llama, which is no vision model"),
+        ({"tower": "decoder"}, r"vision_tower=.*decoder holds a llama, which is not a vision model"),
         ({"decoder": "lacks"}, r"language_model=.*lacks: the weights do not fit .*; missing: model.norm.weight"),
         ({"tower": "lacks-too"}, r"vision_tower=.*: the weights do not fit .*; missing: embeddings.class_embedding"),
         ({"decoder": "cut"}, r"language_model=.*cut cannot be read: "),

@@ -9,7 +9,9 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
-from lynx.train import build, param_groups, recipe, run, schedule
+from lynx.data.mixture import paper_groups
+from lynx.train import build, param_groups, recipe, renamed, schedule
+from lynx.train.folder import RunFolder, recipe_differences
 from tests.lynx import packs
 from tests.lynx.conftest import make_model
 from tests.lynx.small import write_records
@@ -17,8 +19,8 @@ from tests.lynx.small import write_records
 MINIMAL = {
     "model": "tiny", "output": "out", "data": "some.jsonl",
     "stages": [
-        {"name": "first", "trains": ["resampler"], "steps": 10, "learning_rate": 1e-3},
-        {"name": "second", "trains": ["adapters"], "steps": 20, "learning_rate": "1e-4"},
+        {"name": "first", "trainable": ["resampler"], "steps": 10, "learning_rate": 1e-3},
+        {"name": "second", "trainable": ["adapters"], "steps": 20, "learning_rate": "1e-4"},
     ],
 }  # fmt: skip
 
@@ -66,8 +68,8 @@ def test_shipped_recipes_load(name):
 def test_the_papers_variants():
     frozen, trained = recipe.load("lynx-cross-frozen"), recipe.load("lynx-cross-trained")
     for stage in frozen.stages:
-        assert set(stage.trains) == {"resampler", "cross_attention", "frame_positions"}
-    assert all("language_model" in stage.trains for stage in trained.stages)
+        assert set(stage.trainable) == {"resampler", "cross_attention", "frame_positions"}
+    assert all("language_model" in stage.trainable for stage in trained.stages)
     assert "without" not in trained.stages[2].data
     assert set(frozen.stages[2].data["without"]) == {"text tasks", "text instructions", "text dialogs"}
     small = recipe.load("lynx-224")
@@ -89,7 +91,7 @@ def test_overrides():
     assert loaded.stages[0].betas == (0.8, 0.9)
     assert loaded.model_options == {"max_frames": 3}
     assert loaded.workers == 2
-    assert loaded.stages[0].trains == ("resampler",)
+    assert loaded.stages[0].trainable == ("resampler",)
 
 
 def test_a_file_on_a_base(tmp_path):
@@ -98,7 +100,7 @@ def test_a_file_on_a_base(tmp_path):
     loaded = recipe.load(tmp_path / "mine.yaml")
     assert [(stage.name, stage.steps, stage.warmup) for stage in loaded.stages] == [("second", 3, 0.5)]
     (tmp_path / "base.yaml").write_text("base: mine.yaml\n")
-    with pytest.raises(recipe.RecipeError, match="bases come back"):
+    with pytest.raises(recipe.RecipeError, match="its base leads back to"):
         recipe.load(tmp_path / "mine.yaml")
 
 
@@ -116,17 +118,21 @@ def test_a_file_on_a_base(tmp_path):
         ("learning_rate=-1", "learning_rate is -1.0, out of range"),
         ("warmup_from=1", "warmup_from is 1.0, out of range"),
         ("schedule=step", "expected 'linear' or 'cosine'"),
-        ("trains=adapters", "trains is 'adapters', expected a list of text"),
-        ("trains=[adapter]", "no part 'adapter'; did you mean adapters"),
-        ("trains=[]", "names no part"),
+        ("trainable=adapters", "trainable is 'adapters', expected a list of text"),
+        ("trainable=[adapter]", "no 'adapter'; did you mean adapters.*; there are resampler"),
+        ("trainable=[]", "stage first: trainable is empty; there are resampler"),
+        ("trains=[adapters]", "overrides: trains is now called trainable"),
+        ("second.trains=[adapters]", "trains is now called trainable"),
+        ("keep=3", "keep is now called save_total_limit"),
+        ("max_broken=3", "max_broken is now called max_skipped"),
         ("workers=-1", "workers is -1, must be at least 0"),
         ("token_budget=0", "token_budget is 0, must be at least 1"),
         ("precision=fp16", "precision is 'fp16', expected 'bf16' or 'fp32'"),
         ("compile=1", "compile is 1, expected true or false"),
         ("output=3", "output is 3, expected text"),
         ("stages=[third]", "no stage 'third' to pick"),
-        ("steps", "'steps' is no key=value"),
-        ("output.x=1", "output is no mapping"),
+        ("steps", "'steps' is not of the form key=value"),
+        ("output.x=1", "output is not a mapping"),
         ("data=null", "stage first has nothing to train on: give data=FILE"),
     ],
 )
@@ -136,7 +142,7 @@ def test_wrong_changes_say_what_is_wrong(change, message):
 
 
 def test_wrong_recipes_say_what_is_wrong(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no such recipe file, nor a shipped recipe; did you mean .*lynx"):
+    with pytest.raises(FileNotFoundError, match=r"neither a file nor a shipped recipe of this name; did you .*lynx"):
         recipe.load("lynxx")
     with pytest.raises(recipe.RecipeError, match="output must be given"):
         recipe.load({key: value for key, value in MINIMAL.items() if key != "output"})
@@ -145,11 +151,42 @@ def test_wrong_recipes_say_what_is_wrong(tmp_path):
     with pytest.raises(recipe.RecipeError, match="two stages have the same name"):
         recipe.load({**MINIMAL, "stages": [MINIMAL["stages"][0]] * 2})
     (tmp_path / "list.yaml").write_text("- 1")
-    with pytest.raises(recipe.RecipeError, match="holds a list"):
+    with pytest.raises(recipe.RecipeError, match=r"list\.yaml must hold a mapping of keys to values, got list"):
         recipe.load(tmp_path / "list.yaml")
     (tmp_path / "tag.yaml").write_text("model: !!python/object/apply:os.getcwd []")
     with pytest.raises(recipe.RecipeError, match="is not YAML"):
         recipe.load(tmp_path / "tag.yaml")
+
+
+def test_files_with_old_keys_say_the_new_ones(tmp_path):
+    """In a stage, at the top, in a base; what a run of earlier code wrote down is no recipe either."""
+    old = {**MINIMAL, "stages": [{**MINIMAL["stages"][0], "trains": ["resampler"]}]}
+    (tmp_path / "old.yaml").write_text(yaml.safe_dump(old))
+    (tmp_path / "mine.yaml").write_text("base: old.yaml\nsteps: 3\n")
+    for source in (old, tmp_path / "old.yaml", tmp_path / "mine.yaml"):
+        with pytest.raises(recipe.RecipeError, match="stage first: trains is now called trainable"):
+            recipe.load(source)
+    with pytest.raises(recipe.RecipeError, match="keep is now called save_total_limit"):
+        recipe.load({**MINIMAL, "keep": 3})
+    assert not {*renamed.RECIPE_KEYS} & {*recipe.load(MINIMAL).as_dict()}
+
+
+def test_a_run_goes_on_under_the_new_names(tmp_path):
+    """What it wrote down under the old ones is the same recipe, unless another thing differs."""
+    today = recipe.load(MINIMAL).as_dict()
+    old_names = {new: old for old, new in renamed.RECIPE_KEYS.items()}
+
+    def old(values):
+        return {old_names.get(key, key): value for key, value in values.items()}
+
+    written = {**old(today), "stages": [old(stage) for stage in today["stages"]]}
+    assert {"keep", "max_broken"} <= written.keys()
+    assert recipe_differences(renamed.renamed_recipe(written), today) == []
+    written["stages"][0]["trains"] = ["adapters"]
+    assert recipe_differences(renamed.renamed_recipe(written), today) == ["first.trainable"]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(written))
+    with pytest.raises(recipe.RecipeError, match=r"different in first\.trainable\."):
+        RunFolder(tmp_path).claim(recipe.load(MINIMAL), fresh=False)
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "deepspeed"])
@@ -185,21 +222,21 @@ def test_the_learning_rate(shape):
 
 def test_what_trains_is_fp32_and_the_rest_frozen(config):
     model = make_model(config)
-    counts = param_groups.choose(model, ["adapters", "frame_positions"], torch.bfloat16)
+    counts = param_groups.set_trainable(model, ["adapters", "frame_positions"], torch.bfloat16)
     for name, parameter in model.named_parameters():
         trains = "output_adapter" in name or name == "resampler.frame_position"
         assert parameter.requires_grad == trains, name
         assert parameter.dtype == (torch.float32 if trains else torch.bfloat16), name
     assert counts["frame_positions"] == model.resampler.frame_position.numel()
-    param_groups.choose(model, list(param_groups.PARTS.keys() - {"cross_attention"}))
+    param_groups.set_trainable(model, list(param_groups.PARAM_GROUPS.keys() - {"cross_attention"}))
     assert all(parameter.requires_grad and parameter.dtype == torch.float32 for parameter in model.parameters())
-    with pytest.raises(ValueError, match="the model has no cross_attention to train"):
-        param_groups.choose(model, ["adapters", "cross_attention"])
+    with pytest.raises(ValueError, match="trainable: the model has no cross_attention; it has adapters"):
+        param_groups.set_trainable(model, ["adapters", "cross_attention"])
 
 
 def test_what_decays(config):
     model = make_model(config)
-    param_groups.choose(model, ["adapters", "resampler", "frame_positions", "vision_tower"])
+    param_groups.set_trainable(model, ["adapters", "resampler", "frame_positions", "vision_tower"])
     decayed, free = param_groups.optimizer_groups(model, 0.01)
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.01, 0.0)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -215,7 +252,7 @@ def test_what_decays(config):
 
 
 def test_the_papers_mixture_from_files(tmp_path):
-    known = build.paper_groups("finetuning")
+    known = paper_groups("finetuning")
     names = [name for group in known for name in group.datasets]
     path = write_records(tmp_path, 4)
     files = [{"name": name, "path": str(path)} for name in (*names, "CC3M")]
@@ -235,7 +272,7 @@ def test_the_papers_mixture_from_files(tmp_path):
 def test_noisy_pairs_beside_the_papers_mixture(tmp_path):
     """Of 125 parts 25 are theirs, in both stages of pretraining; without a weight there is no such mixture."""
     pairs = {"name": "noisy", "path": str(write_records(tmp_path, 4)), "task": "caption"}
-    files = [{**pairs, "name": name} for group in build.paper_groups("pretraining") for name in group.datasets]
+    files = [{**pairs, "name": name} for group in paper_groups("pretraining") for name in group.datasets]
     noisy = recipe.load("lynx-noisy", {"datasets": [*files, {**pairs, "weight": 25}]})
     for stage in noisy.stages[:2]:
         drawn = build.mixture(noisy, stage)
@@ -256,8 +293,8 @@ def test_a_run_goes_on_with_data_that_moved():
         changes = {"data": data, "datasets": datasets, "root": folder, "prompts": f"{folder}/prompts.yaml"}
         return recipe.load("tiny", changes).as_dict()
 
-    assert run._differences(described("old"), described("new")) == []
-    assert run._differences(described("old"), described("new", weight=2))
+    assert recipe_differences(described("old"), described("new")) == []
+    assert recipe_differences(described("old"), described("new", weight=2))
 
 
 def test_every_pack_of_a_run_goes_through_the_vision_tower(tmp_path, processor):
@@ -284,7 +321,7 @@ def test_one_prompt_a_task():
 def test_models_that_are_not_there(tmp_path, data):
     for name, changes, message in (
         ("tiny", {"model": "tinny"}, "neither a folder nor a preset"),
-        ("tiny", {"model_options.adapter_sice": 3}, "no 'adapter_sice'; did you mean adapter_size"),
+        ("tiny", {"model_options.adapter_sice": 3}, "no option 'adapter_sice'; did you mean adapter_size"),
         ("lynx", {}, "give language_model=FOLDER and vision_tower=FOLDER"),
     ):
         with pytest.raises(recipe.RecipeError, match=message):

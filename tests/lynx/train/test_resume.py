@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import get_worker_info
 
-from lynx.train import callbacks, checkpoints, recipe, run, trainer
+from lynx.train import checkpoints, recipe, run, trainer
+from lynx.train.log import read_log
 from tests.lynx import processes
 from tests.lynx.small import write_records
 
@@ -111,9 +112,7 @@ def check_same(output, whole):
     ours, theirs = load_file(output / "model.safetensors"), load_file(whole / "model.safetensors")
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
-    ours, theirs = (
-        [entry for entry in callbacks.read_log(each / run.LOG) if "loss" in entry] for each in (output, whole)
-    )
+    ours, theirs = ([entry for entry in read_log(each / "log.jsonl") if "loss" in entry] for each in (output, whole))
     assert [entry["step"] for entry in ours] == list(range(1, STEPS + 1))
     for name in ("loss", "grad_norm", "learning_rate", "samples/train", "supervised_share/train"):
         assert [entry[name] for entry in ours] == [entry[name] for entry in theirs], name
@@ -123,7 +122,7 @@ def test_the_whole_run_learns_from_different_packs(whole):
     packs = [tuple(tokens) for packs in consumed(whole).values() for tokens, _ in packs]
     assert len(packs) == 2 * STEPS
     assert len(set(packs)) == 2 * STEPS
-    losses = [entry["loss"] for entry in callbacks.read_log(whole / run.LOG) if "loss" in entry]
+    losses = [entry["loss"] for entry in read_log(whole / "log.jsonl") if "loss" in entry]
     assert losses[-1] < losses[0]
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from lynx import checkpoint, cli
-from lynx.train import callbacks, checkpoints, recipe, run, trainer
+from lynx.train import checkpoints, recipe, run, trainer
+from lynx.train.log import read_log
 from tests.lynx import processes
 from tests.lynx.small import write_records
 from tests.lynx.train.test_resume import STEPS, before, changes_for, check_same, consumed, go
@@ -51,7 +52,7 @@ def test_ranks_with_and_without_pictures_take_their_steps_together(whole):
     assert any(("which" in first) != ("which" in second) for first, second in texts)
     begins = processor.tokenizer.bos_token_id  # every sample does
     samples = sum(tokens.count(begins) for packs in consumed(whole).values() for tokens, _ in packs)
-    assert callbacks.read_log(whole / run.LOG)[-2]["samples/train"] == samples, "those of all ranks"
+    assert read_log(whole / "log.jsonl")[-2]["samples/train"] == samples, "those of all ranks"
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -109,7 +110,7 @@ def test_torchrun_passes_sigterm_on_and_goes_on(data, whole, tmp_path):
     assert done.stdout == ""
     stopped_at = newest_step(tmp_path / "out")
     assert 2 < stopped_at < STEPS
-    assert callbacks.read_log(tmp_path / "out" / run.LOG)[-1]["step"] == stopped_at
+    assert read_log(tmp_path / "out" / "log.jsonl")[-1]["step"] == stopped_at
     assert processes.ranks(2, tmp_path, command_rank, arguments) == [f"{tmp_path / 'out'}\n", ""]
     for path in whole.glob("consumed-*"):  # this run did not write down what it consumed
         (tmp_path / "out" / path.name).write_text(path.read_text())

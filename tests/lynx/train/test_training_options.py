@@ -13,7 +13,8 @@ from transformers.models.blip_2.modeling_blip_2 import Blip2MLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from lynx import presets
-from lynx.train import build, callbacks, param_groups, recipe, run
+from lynx.train import build, param_groups, recipe, run
+from lynx.train.log import read_log
 from lynx.train.trainer import LynxTrainer
 from tests.lynx.small import write_records
 from tests.lynx.train.test_training import train
@@ -29,8 +30,8 @@ def data(tmp_path_factory):
 @pytest.fixture(params=READS)
 def fusion(request):
     """What training an otherwise frozen model with this fusion changes."""
-    trains = ["resampler", "frame_positions", READS[request.param], "vision_tower"]
-    return {"model_options.fusion": request.param, "trains": trains, "workers": 0}
+    trainable = ["resampler", "frame_positions", READS[request.param], "vision_tower"]
+    return {"model_options.fusion": request.param, "trainable": trainable, "workers": 0}
 
 
 def losses(log):
@@ -105,18 +106,18 @@ class AtTheStep(TrainerCallback):
 
 @pytest.mark.parametrize("fusion", READS)
 def test_what_is_frozen_is_bf16_and_has_neither_gradient_nor_state(fusion, data, tmp_path):
-    trains = ("resampler", READS[fusion])
+    trainable = ("resampler", READS[fusion])
     chosen = recipe.load(
         "tiny",
         {
             "data": str(data), "output": str(tmp_path), "token_budget": 100, "steps": 2, "precision": "bf16",
-            "model_options.fusion": fusion, "trains": list(trains), "betas": [0.8, 0.9], "epsilon": 1e-5,
+            "model_options.fusion": fusion, "trainable": list(trainable), "betas": [0.8, 0.9], "epsilon": 1e-5,
             "weight_decay": 0.2, "max_grad_norm": 0.25,
         },
     )  # fmt: skip
     mixture = build.mixture(chosen, chosen.stages[0])
     model, processor = build.model(chosen, lambda: mixture)
-    trainer, at_the_step = run.stage_trainer(chosen, chosen.stages[0], model, processor, mixture), AtTheStep()
+    trainer, at_the_step = build.trainer(chosen, chosen.stages[0], model, processor, mixture), AtTheStep()
     trainer.add_callback(at_the_step)
     trainer.train()
     assert trainer.args.max_grad_norm == 0.25
@@ -125,11 +126,11 @@ def test_what_is_frozen_is_bf16_and_has_neither_gradient_nor_state(fusion, data,
     held = sum(len(group["params"]) for group in trainer.optimizer.param_groups)
     assert held == sum(parameter.requires_grad for parameter in model.parameters())
     assert at_the_step.seen.keys() == {name for name, _ in model.named_parameters()}
-    present = {param_groups.part_of(name) for name in at_the_step.seen}
-    assert present == {*trains, "frame_positions", "vision_tower", "language_model"}
+    present = {param_groups.group_of(name) for name in at_the_step.seen}
+    assert present == {*trainable, "frame_positions", "vision_tower", "language_model"}
     for name, dtypes in at_the_step.seen.items():
         trained = [torch.float32] * 4  # itself, its gradient and two moments
-        assert dtypes == (trained if param_groups.part_of(name) in trains else [torch.bfloat16, None]), name
+        assert dtypes == (trained if param_groups.group_of(name) in trainable else [torch.bfloat16, None]), name
 
 
 def one_layer_each(tokenizer):
@@ -145,7 +146,7 @@ def test_compiled_training(fusion, data, tmp_path, monkeypatch):
     """
     monkeypatch.setattr(build, "presets", SimpleNamespace(**{**vars(presets), "tiny": one_layer_each}))
     plain = train(data, tmp_path / "plain", steps=11, **fusion)
-    monkeypatch.setattr(run, "TrainingArguments", partial(TrainingArguments, torch_compile_backend="eager"))
+    monkeypatch.setattr(build, "TrainingArguments", partial(TrainingArguments, torch_compile_backend="eager"))
     torch._dynamo.reset()
     counters.clear()
     compiled = train(data, tmp_path / "compiled", steps=11, compile=True, **fusion)
@@ -183,7 +184,7 @@ def test_tensorboard_gets_the_log(data, tmp_path, monkeypatch):
     train(data, tmp_path, steps=2, tensorboard=True)
     folder = str(tmp_path / "tensorboard" / "train")
     assert opened == [(folder, 1), "closed"]
-    logged = callbacks.read_log(tmp_path / run.LOG)
+    logged = read_log(tmp_path / "log.jsonl")
     known = ("stage", "step", "time")
     assert written == [(entry["step"], name, entry[name]) for entry in logged for name in entry if name not in known]
     (tmp_path / "config.json").unlink()
