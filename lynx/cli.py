@@ -166,7 +166,7 @@ def _load(folder: Path) -> "tuple[LynxForConditionalGeneration, LynxProcessor]":
 def _ask(options: argparse.Namespace) -> None:
     import torch
 
-    from lynx.generation.answers import GENERATION_PRESETS, check_settings, describe_first, generate_answers
+    from lynx.generation.answers import GENERATION_PRESETS, check_preset, describe_first, generate_answers
     from lynx.generation.streaming import AnswerStreamer
 
     images, questions = options.image, options.questions
@@ -181,7 +181,7 @@ def _ask(options: argparse.Namespace) -> None:
     parts = [_part(item) for item in items]
     search = {"num_beams": options.beams, "max_new_tokens": options.max_new_tokens}
     search = {name: value for name, value in search.items() if value is not None}
-    check_settings(options.preset)
+    check_preset(options.preset)
     model, processor = _load(options.model)
     if options.keep_case:
         processor.lowercase = False
@@ -202,7 +202,7 @@ def _ask(options: argparse.Namespace) -> None:
     if streams:
         search["streamer"] = AnswerStreamer(processor, titles)
     start = time.perf_counter()
-    answers = generate_answers(model, processor, samples, settings=options.preset, **search)
+    answers = generate_answers(model, processor, samples, preset=options.preset, **search)
     seconds = time.perf_counter() - start
     for number, each in enumerate([] if streams else answers):
         print(each.text if titles is None else f"{titles[number]}\n{each.text}")
@@ -252,16 +252,16 @@ def _plot(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from lynx.eval import accuracy, judge, questions
-    from lynx.generation.answers import check_settings
+    from lynx.generation.answers import check_preset
 
-    check_settings(options.preset)
+    check_preset(options.preset)
     for file in (options.answers, options.sheet):
         if file is not None and not file.parent.is_dir():
             raise FileNotFoundError(f"{file}: there is no folder {file.parent} to write it into")
     judges = judge.same_words if options.judge is None else judge.LanguageModelJudge(options.judge)
     model, processor = _load(options.model)
     asked, skipped = questions.read(options.data, options.root, encode=processor.encode)
-    answered = accuracy.answer_questions(model, processor, asked, judge=judges, settings=options.preset)
+    answered = accuracy.answer_questions(model, processor, asked, judge=judges, preset=options.preset)
     print(accuracy.table(accuracy.scores(answered)))
     if skipped:
         print(f"skipped, and not counted: {len(skipped)}; the first one: {skipped[0]}")

@@ -34,21 +34,21 @@ def answer_questions(
     questions: Sequence[Question],
     *,
     judge: Judge = same_words,
-    settings: str | None = None,
+    preset: str | None = None,
     batch_size: int = 64,
     **options: Any,
 ) -> list[Answered]:
     """Ask every question, then have the predictions judged.
 
     Args:
-        settings, options: as for ``lynx.generation.generate_answers``: greedy and at most 64 new tokens by default.
+        preset, options: as for ``lynx.generation.answers.generate_answers``: greedy and at most 64 new tokens by default.
         batch_size: questions at once.
     """
     predictions = []
     model.eval()
     for start in tqdm(range(0, len(questions), batch_size), desc="answering", unit="batch"):
         samples = [processor.encode(each.messages) for each in questions[start : start + batch_size]]
-        predictions += answer(model, processor, samples, settings=settings, **options)
+        predictions += answer(model, processor, samples, preset=preset, **options)
     cases = list(zip(questions, predictions, strict=True))
     return [Answered(*case, is_right) for case, is_right in zip(cases, judge(cases), strict=True)]
 

@@ -47,11 +47,11 @@ def answer(
     processor: LynxProcessor,
     samples: Sequence[Sample],
     *,
-    settings: str | None = None,
+    preset: str | None = None,
     **options: Any,
 ) -> list[str]:
     """The texts that ``generate_answers`` returns."""
-    return [each.text for each in generate_answers(model, processor, samples, settings=settings, **options)]
+    return [each.text for each in generate_answers(model, processor, samples, preset=preset, **options)]
 
 
 @torch.no_grad()
@@ -60,7 +60,7 @@ def generate_answers(
     processor: LynxProcessor,
     samples: Sequence[Sample],
     *,
-    settings: str | None = None,
+    preset: str | None = None,
     **options: Any,
 ) -> list[Answer]:
     """The model's answer to each conversation that ends with a question.
@@ -70,19 +70,19 @@ def generate_answers(
 
     Args:
         samples: what ``processor.encode`` made of the conversations.
-        settings: a name in ``GENERATION_PRESETS``. Without one, generation is greedy, with at most 64 new tokens.
-        options: of transformers' ``generate``, which override the settings: ``num_beams``, ``do_sample``, ... A
+        preset: a name in ``GENERATION_PRESETS``. Without one, generation is greedy, with at most 64 new tokens.
+        options: of transformers' ``generate``, which override the preset: ``num_beams``, ``do_sample``, ... A
             ``streamer`` gets the rows in the order of the samples. Where roots are shared (``model.shares_roots``),
             ``no_repeat_ngram_size`` and the like count the new tokens alone, as for every decoder that is given
             embeddings; elsewhere they count those of the question too.
 
     Raises:
-        ValueError: ``settings`` is not a known name.
+        ValueError: ``preset`` is not a known name.
     """
-    check_settings(settings)
+    check_preset(preset)
     if not samples:
         return []
-    options = {**(_DEFAULTS if settings is None else GENERATION_PRESETS[settings]), **options}
+    options = {**(_DEFAULTS if preset is None else GENERATION_PRESETS[preset]), **options}
     if model.shares_roots(options):
         groups = _by_media(samples)
         numbers = [i for group in groups for i in group]
@@ -126,10 +126,10 @@ class _InOrder(BaseStreamer):
         self._streamer.end()
 
 
-def check_settings(name: str | None) -> None:
+def check_preset(name: str | None) -> None:
     """Raise ValueError unless ``name`` is in ``GENERATION_PRESETS`` or None."""
     if name is not None and name not in GENERATION_PRESETS:
-        raise ValueError(f"settings={name!r} is not known; there are {', '.join(GENERATION_PRESETS)}")
+        raise ValueError(f"preset={name!r} is not known; there are {', '.join(GENERATION_PRESETS)}")
 
 
 def _generate_shared(
@@ -206,7 +206,7 @@ def describe_first(
     groups = [group for group in _by_media(samples) if samples[group[0]].media]
     heads = [samples[group[0]] for group in groups]
     described = [list(messages) for messages in conversations]
-    for group, text in zip(groups, answer(model, processor, heads, settings="description", **options), strict=True):
+    for group, text in zip(groups, answer(model, processor, heads, preset="description", **options), strict=True):
         for number in group if text else ():
             first, *later = described[number]
             said = {"role": "assistant", "content": text}

@@ -125,7 +125,7 @@ def about(processor, item, question):
 @pytest.mark.parametrize("options", [[], ["--beams", "3"], ["--preset", "open-vqa-image"]], ids=str)
 def test_ask_many_at_once(model, processor, ask, options):
     items, questions = ["0.png", "1.png", "2.png 0.png"], ["Which digit?", "Odd or even?"]
-    named = {"settings": options[1]} if "--preset" in options else {"num_beams": int(options[1])} if options else {}
+    named = {"preset": options[1]} if "--preset" in options else {"num_beams": int(options[1])} if options else {}
     samples = [about(processor, item, question) for item in items for question in questions]
     texts = answer(model, processor, samples, **named, max_new_tokens=6)
     shown = [f"{item}: {question}\n{texts.pop(0)}" for item in items for question in questions]
@@ -134,7 +134,7 @@ def test_ask_many_at_once(model, processor, ask, options):
     assert status == 0
     assert [line.strip() for line in out.splitlines()] == [line.strip() for line in "\n".join(shown).splitlines()]
     assert errors.endswith(" tokens/s\n")
-    assert errors.startswith("36 tokens in ") or "settings" in named
+    assert errors.startswith("36 tokens in ") or "preset" in named
 
 
 def test_ask_in_few_words(model, processor, ask):
@@ -189,4 +189,4 @@ def test_ask_says_what_is_missing(ask):
         assert status == 2
         assert "name at least one image and one question" in errors
     status, _, errors = ask("0.png", "Which?", "--preset", "best")
-    assert (status, "settings='best' is not known" in errors) == (2, True)
+    assert (status, "preset='best' is not known" in errors) == (2, True)

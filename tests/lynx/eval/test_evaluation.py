@@ -242,7 +242,7 @@ def test_evaluate(folder, tmp_path, capsys, monkeypatch):
     options = [str(each) for option in files.items() for each in option]
     assert cli.main(["evaluate", str(folder), str(path), "--preset", "open-vqa-image", *options]) == 0
     out = capsys.readouterr().out
-    assert used == [{"settings": "open-vqa-image"}]
+    assert used == [{"preset": "open-vqa-image"}]
     assert out.splitlines()[3].split() == ["overall", "2", "/", "2", "100.0%", "34.2%", "-", "100.0%", "100.0%"]
     assert "skipped, and not counted: 2; the first one: " in out
     assert "gone.png" in out
@@ -257,7 +257,7 @@ def test_evaluate(folder, tmp_path, capsys, monkeypatch):
     ("more", "message"),
     [
         (("--judge", "nowhere"), "nowhere: no such folder; judge needs the folder of a language model"),
-        (("--preset", "open-vqa"), "settings='open-vqa' is not known; there are open-vqa-image"),
+        (("--preset", "open-vqa"), "preset='open-vqa' is not known; there are open-vqa-image"),
         (("--answers", "nowhere/a.jsonl"), "nowhere/a.jsonl: there is no folder nowhere"),
         (("--sheet", "nowhere/a.png"), "nowhere/a.png: there is no folder nowhere"),
         (("--root", "nowhere"), "none of its 1 records can be used; the first one"),

@@ -100,13 +100,13 @@ def test_the_papers_settings(model, processor, asked, monkeypatch):
     seen = []
     generate = type(model).generate
     monkeypatch.setattr(type(model), "generate", lambda self, **each: seen.append(each) or generate(self, **each))
-    named = answer(model, processor, asked, settings="open-vqa-image", max_new_tokens=6)
+    named = answer(model, processor, asked, preset="open-vqa-image", max_new_tokens=6)
     assert seen[0].items() >= {**GENERATION_PRESETS["open-vqa-image"], "max_new_tokens": 6}.items()
     assert named == answer(model, processor, asked, **{**GENERATION_PRESETS["open-vqa-image"], "max_new_tokens": 6})
     answer(model, processor, asked[:1])
     assert seen[2]["max_new_tokens"] == 64
-    with pytest.raises(ValueError, match="settings='open-vqa' is not known; there are open-vqa-image"):
-        answer(model, processor, asked, settings="open-vqa")
+    with pytest.raises(ValueError, match="preset='open-vqa' is not known; there are open-vqa-image"):
+        answer(model, processor, asked, preset="open-vqa")
     assert answer(model, processor, []) == []
 
 
@@ -147,7 +147,7 @@ def test_description_first(model, processor, monkeypatch):
 
     def say(model, processor, samples, **options):
         described.extend(samples)
-        assert options == {"settings": "description", "top_k": 1}
+        assert options == {"preset": "description", "top_k": 1}
         return ["A cat.", ""]
 
     monkeypatch.setattr(answers_module, "answer", say)

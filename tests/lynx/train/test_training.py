@@ -337,7 +337,7 @@ def test_ask(data, trained, capsys):
         (["ask", "{model}", "cat1", "What?"], "cat1: no such file"),  # though it could be base64
         (
             ["ask", "{model}", "{folder}/images/0000.png", "What?", "--preset", "none"],
-            "settings='none' is not known",
+            "preset='none' is not known",
         ),
         (["train", "tiny", "data={folder}/none.jsonl", "output={folder}/out"], "none.jsonl"),
         (["train", "tinny"], "neither a file nor a shipped recipe of this name; did you mean tiny?"),
