@@ -41,7 +41,7 @@ def answer_questions(
     """Ask every question, then have the predictions judged.
 
     Args:
-        preset, options: as for ``lynx.generation.answers.generate_answers``: greedy and at most 64 new tokens by default.
+        preset, options: as for ``lynx.generation.answers.generate_answers``; by default greedy, 64 new tokens at most.
         batch_size: questions at once.
     """
     predictions = []

@@ -1,4 +1,4 @@
-"""What stands in a batch: packs without samples or pictures, several questions about one picture, crops."""
+"""What stands in a batch: packs without samples or images, several questions about one image, crops."""
 
 from dataclasses import replace
 
@@ -29,7 +29,7 @@ def test_a_pack_without_samples_is_a_step_without_loss(processor, model):
         assert all((each.grad == 0).all() for each in model.parameters())
 
 
-def test_an_unseen_picture_changes_nothing(processor, model):
+def test_an_unseen_image_changes_nothing(processor, model):
     samples = [processor.encode(conversation("Hello", "yes, hello")), processor.encode(conversation("2?", "two"))]
     plain, seen = processor.pack(samples), processor.pack(samples, always_vision=True)
     assert "pixel_values" not in plain
@@ -46,12 +46,12 @@ def test_an_unseen_picture_changes_nothing(processor, model):
         without = gradients[0][name]
         assert torch.equal(gradient, without) if without is not None else (gradient == 0).all()
     assert any(each is None for each in gradients[0].values())
-    with_picture = [processor.encode(conversation("What?", "this", images=[make_image(0)]))]
-    assert_same(processor.pack(with_picture), processor.pack(with_picture, always_vision=True))
+    with_image = [processor.encode(conversation("What?", "this", images=[make_image(0)]))]
+    assert_same(processor.pack(with_image), processor.pack(with_image, always_vision=True))
 
 
 def test_branches_on_one_root_equal_separate_rows(processor, model):
-    """Loss and gradients, in fp64, of one picture with three questions, between other samples."""
+    """Loss and gradients, in fp64, of one image with three questions, between other samples."""
     model = model.double()
     rounds = [conversation("Odd?", "yes"), [*conversation("Even?", "no"), *conversation("Sure?", "yes, i am")]]
     rounds.append(conversation("Which digit is this?", "seven"))

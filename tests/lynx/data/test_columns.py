@@ -121,7 +121,7 @@ def test_rows_of_anything(root):
     for bad, message in (
         (([{"a": 1}], {"image": "b"}), r"no column \['b'\]"),
         (([{"a": 1}],), r"none of the columns \['a'\] has the name of a field"),
-        (([{"a": 1}], {"picture": "a"}), r"no field \['picture'\]"),
+        (([{"a": 1}], {"photo": "a"}), r"no field \['photo'\]"),
         (([],), "is empty"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -14,34 +14,34 @@ datasets = pytest.importorskip("datasets")
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Twelve rows of pictures, one in four without, with labels; as many of two-frame videos; as many of text."""
+    """Twelve rows of images, one in four without, with labels; as many of two-frame videos; as many of text."""
     folder = tmp_path_factory.mktemp("saved")
     names = list(COLOURS)
-    pictures = [Image.new("RGB", (9 + n, 14), COLOURS[names[n % 3]]) for n in range(12)]
+    images = [Image.new("RGB", (9 + n, 14), COLOURS[names[n % 3]]) for n in range(12)]
     features = {
-        "picture": datasets.Image(),
+        "photo": datasets.Image(),
         "query": datasets.Value("string"),
         "label": datasets.ClassLabel(names=names),
     }
     rows = {
-        "picture": [each if n % 4 else None for n, each in enumerate(pictures)],
+        "photo": [each if n % 4 else None for n, each in enumerate(images)],
         "query": ["Which colour?"] * 12,
         "label": [n % 3 for n in range(12)],
     }
-    datasets.Dataset.from_dict(rows, datasets.Features(features)).save_to_disk(folder / "pictures")
+    datasets.Dataset.from_dict(rows, datasets.Features(features)).save_to_disk(folder / "images")
     features = {"video": datasets.Sequence(datasets.Image()), "answer": datasets.Value("string")}
-    rows = {"video": [[each, each] for each in pictures], "answer": [names[n % 3] for n in range(12)]}
+    rows = {"video": [[each, each] for each in images], "answer": [names[n % 3] for n in range(12)]}
     datasets.Dataset.from_dict(rows, datasets.Features(features)).save_to_disk(folder / "videos")
     dialog = [{"role": "user", "content": "Say red"}, {"role": "assistant", "content": "red"}]
     datasets.Dataset.from_list([{"messages": dialog}] * 12).save_to_disk(folder / "texts")
     return folder
 
 
-COLUMNS = {"image": "picture", "question": "query", "answer": "label"}
+COLUMNS = {"image": "photo", "question": "query", "answer": "label"}
 
 
-def test_pictures_stay_encoded(saved):
-    [[question, answer]] = ColumnRecords.from_disk(saved / "pictures", columns=COLUMNS)[1].conversations
+def test_images_stay_encoded(saved):
+    [[question, answer]] = ColumnRecords.from_disk(saved / "images", columns=COLUMNS)[1].conversations
     assert question["content"][0]["image"].startswith(b"\x89PNG")
     assert answer["choices"] == ["green"]
     [[question, _]] = ColumnRecords.from_disk(saved / "videos")[1].conversations
@@ -62,7 +62,7 @@ def test_the_fingerprint_is_of_the_rows(saved, tmp_path):
 
 
 def test_training_on_them(saved, tmp_path):
-    named = [("pictures", {"columns": COLUMNS}), ("videos", {"task": "video caption"}), ("texts", {})]
+    named = [("images", {"columns": COLUMNS}), ("videos", {"task": "video caption"}), ("texts", {})]
     described = [{"name": name, "path": str(saved / name), **options} for name, options in named]
     data = [{"name": "all", "weight": 1, "datasets": described}]
     models = []

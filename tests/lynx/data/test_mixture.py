@@ -15,7 +15,7 @@ TABLE = Path(__file__).with_name("table9.csv")
 
 def groups():
     return [
-        Group("pictures", 3, {"a": range(50), "b": range(150)}),
+        Group("images", 3, {"a": range(50), "b": range(150)}),
         Group("texts", 1, {"c": range(7)}),
     ]
 

@@ -59,7 +59,7 @@ def test_annotations(root):
     assert second == [{"role": "user", "content": "Even?"}, {"role": "assistant", "content": "no"}]
 
 
-def test_annotations_with_pictures_in_base64(root):
+def test_annotations_with_images_in_base64(root):
     first, second = data(root / "a.png"), data(root / "b.png")
     raw = [(root / name).read_bytes() for name in ("a.png", "b.png")]
     (root / "one.json").write_text(json.dumps(first))

@@ -29,11 +29,11 @@ def folder(tmp_path_factory):
     for n in range(5):
         Image.fromarray(make_image(n, 10 + n, 13)).save(folder / f"{n}.png")
     write_clip(folder / "clip.mp4", [frame(n) for n in range(20)])
-    pictures = [
+    images = [
         {"image": f"{n % 5}.png", "question": f"what {'is this ' * (n % 4)}{n}?", "answer": [str(n), "a " + str(n)]}
         for n in range(17)
     ]
-    write(folder / "pictures.jsonl", pictures)
+    write(folder / "images.jsonl", images)
     write(folder / "texts.jsonl", [{"question": f"count to {n}", "answer": "1 " * n + str(n)} for n in range(1, 12)])
     pairs = [{"question": "odd?", "answer": "yes"}, {"question": "even?", "answer": "no"}]
     write(folder / "several.jsonl", [{"image": "1.png", "questions": pairs}, {"video": "clip.mp4", "questions": pairs}])
@@ -41,10 +41,10 @@ def folder(tmp_path_factory):
 
 
 def mixture(folder, *names, seed=1):
-    names = names or ("pictures", "texts", "several")
-    tasks = {"pictures": "vqa"}
+    names = names or ("images", "texts", "several")
+    tasks = {"images": "vqa"}
     sets = {name: JsonlRecords(folder / f"{name}.jsonl", task=tasks.get(name)) for name in names}
-    return Mixture([Group(name, 1 + (name == "pictures"), {name: each}) for name, each in sets.items()], seed=seed)
+    return Mixture([Group(name, 1 + (name == "images"), {name: each}) for name, each in sets.items()], seed=seed)
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_packs_keep_the_budget_and_are_nearly_full(make, ranks):
             tokens += batch["report"].tokens
             sets |= batch["report"].samples.keys()
     assert 0.95 < tokens / (ranks * STEPS * 600) <= 1
-    assert sets == {"pictures", "texts", "several"}
+    assert sets == {"images", "texts", "several"}
 
 
 def test_costs_are_those_of_the_batch(make):
@@ -149,7 +149,7 @@ def test_prompts_answers_crops_and_frames_follow_the_draw(make):
         references = [Reference(dataset.names.index(name), record, draw) for draw in draws]
         return [Collator(dataset.processor, BUDGET)([dataset[reference]]) for reference in references]
 
-    first, again, *others = drawn("pictures", 3, [5, 5, *range(6, 30)])
+    first, again, *others = drawn("images", 3, [5, 5, *range(6, 30)])
     assert_same(first, again)
     texts = {dataset.processor.tokenizer.decode(each["input_ids"][0, 3:]) for each in (first, *others)}
     assert {text.split("bot:")[0] for text in map(str.lower, texts)} > {
@@ -239,7 +239,7 @@ def test_what_does_not_fit_a_state_is_refused(make, folder, processor):
     with pytest.raises(ValueError, match="seed=7, this sampler has 8"):
         make(seed=8).load_state_dict(state)
     with pytest.raises(ValueError, match="sizes="):
-        make("pictures").load_state_dict(state)
+        make("images").load_state_dict(state)
     with pytest.raises(ValueError, match="version="):
         make().load_state_dict({**state, "version": 0})
     with pytest.raises(ValueError, match="prompts="):

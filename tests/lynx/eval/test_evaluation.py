@@ -232,7 +232,7 @@ def folder(model, processor, tmp_path):
 
 
 def test_evaluate(folder, tmp_path, capsys, monkeypatch):
-    """Open-VQA's own format, with the paper's settings, a judge that always agrees, a picture that is missing."""
+    """Open-VQA's own format, with the paper's settings, a judge that always agrees, an image that is missing."""
     long = {"video": ["images/a.png"] * 9, "question": "What happens?", "answer": "nothing"}
     path = write(tmp_path, annotation(), annotation(image="images/gone.png"), annotation(**{"class": "Color"}), long)
     used = []
@@ -269,7 +269,7 @@ def test_evaluate_says_what_is_wrong_before_it_asks(folder, tmp_path, capsys, mo
     assert message in capsys.readouterr().err
 
 
-def test_pictures_are_drawn(tmp_path):
+def test_images_are_drawn(tmp_path):
     answered = [
         accuracy.Answered(question("Two or $x $a_{$?", ["2", "two"]), prediction, prediction == "2")
         for prediction in ("2", "", "3", "many " * 99, "x" * 300)

@@ -45,7 +45,7 @@ def newest_step(output):
     return 0 if newest is None else checkpoints.step_of(newest)
 
 
-def test_ranks_with_and_without_pictures_take_their_steps_together(whole):
+def test_ranks_with_and_without_images_take_their_steps_together(whole):
     processor = checkpoint.load(whole)[1]
     texts = [[processor.tokenizer.decode(tokens) for tokens, _ in packs] for packs in consumed(whole).values()]
     assert len(texts) == STEPS

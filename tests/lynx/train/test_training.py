@@ -1,4 +1,4 @@
-"""Training, evaluation and the command, end to end on a few pictures."""
+"""Training, evaluation and the command, end to end on a few images."""
 
 import json
 from functools import partial
@@ -27,7 +27,7 @@ FIXTURES = Path(__file__).parents[2] / "fixtures"
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """One picture of each of two digits, asked about in one way: a model can learn it by heart."""
+    """One image of each of two digits, asked about in one way: a model can learn it by heart."""
     folder = tmp_path_factory.mktemp("data")
     digits.write(folder, rows=8, test_rows=8)
     lines = [
@@ -141,7 +141,7 @@ def test_supervised_tokens_are_counted(data, tmp_path, monkeypatch):
     "trainable", [("adapters",), ("resampler",), ("resampler", "frame_positions"), ("vision_tower", "language_model")]
 )
 def test_operations_of_a_step(tokenizer, processor, trainable):
-    """From the shapes that the configuration says, for two samples, one of them with a picture."""
+    """From the shapes that the configuration says, for two samples, one of them with an image."""
     model = make_model(make_config(tokenizer))
     param_groups.set_trainable(model, trainable)
     conversations = (conversation("Which digit?", "seven", [make_image(0)]), conversation("Hi", "yes"))
@@ -152,7 +152,7 @@ def test_operations_of_a_step(tokenizer, processor, trainable):
     of_tower, of_text = "vision_tower" in trainable, "language_model" in trainable
     of_media = of_tower or "frame_positions" in trainable  # whose gradient goes back to what the resampler reads
     of_latents = of_media or "resampler" in trainable
-    rows = 5  # of the picture: four patches and the class token
+    rows = 5  # of the image: four patches and the class token
     # Operations: weights, times rows, times 2, each for the value, the gradient of the input, and that of the weight.
     expected = rows * (3 * 16 * 24 + 2 * (4 * 24 * 24 + 2 * 24 * 40)) * (6 if of_tower else 2)
     expected += rows * 2 * (24 * 2 * 16) * (2 + 2 * of_media + 2 * ("resampler" in trainable))
@@ -201,7 +201,7 @@ def test_a_finished_run_is_kept(data, trained, tmp_path):
 
 
 def test_three_stages_as_in_the_paper(tmp_path, caplog):
-    """The recipe of Table 5 on the tiny model: pictures grow, each stage goes on from the one before."""
+    """The recipe of Table 5 on the tiny model: images grow, each stage goes on from the one before."""
     data = write_records(tmp_path, 12)
     changes = {
         "model": "tiny", "steps": 2, "token_budget": 150, "tokens_per_step": 300, "workers": 0, "root": str(tmp_path),
@@ -249,7 +249,7 @@ def test_both_modes_of_cross_attention(name, tmp_path):
     assert bool(of_decoder) == (name == "lynx-cross-trained")
 
 
-def test_questions_about_one_picture_share_it_with_cross_attention(tokenizer):
+def test_questions_about_one_image_share_it_with_cross_attention(tokenizer):
     config = make_config(tokenizer, fusion="cross_attention")
     model, processor = make_model(config), LynxProcessor.for_model(config, tokenizer)
     pairs = (("Which digit?", "seven"), ("Odd or even?", "odd"), ("And which is it?", "7 seven"))
