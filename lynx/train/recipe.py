@@ -205,7 +205,7 @@ def _find(source: str | Path, folder: Path) -> Path:
     path = folder / source
     if path.is_file():
         return path
-    known = sorted(each.stem for each in SHIPPED.glob("*.yaml"))
+    known = list(shipped())
     raise FileNotFoundError(
         f"{source}: there is neither a file nor a shipped recipe of this name{suggestion(str(source), known)}; the "
         f"shipped recipes are {', '.join(known)}"

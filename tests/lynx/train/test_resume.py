@@ -188,13 +188,16 @@ def test_a_checkpoint_gets_its_name_when_all_of_it_is_on_the_disk(tmp_path, monk
         for name in ("a", "inner/b"):
             (written / name).write_text(f"{name} of {step}")
         happened.clear()
-        checkpoints.publish(written, tmp_path, step, keep=2)
+        checkpoints.publish(written, tmp_path, step, 2)
         named = happened.index(("rename", f"checkpoint-{step}"))
         first = {("flush", inside(written / name)) for name in ("", "a", "inner", "inner/b", "manifest.json")}
         assert set(happened[:named]) == first
         assert happened[named + 1] == ("flush", ".")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-4"]
     assert checkpoints.latest(tmp_path) == tmp_path / "checkpoint-10"
+    (checkpoints.start(tmp_path) / "checkpoint-1").mkdir()
+    checkpoints.publish(checkpoints.unfinished_of(tmp_path) / "checkpoint-1", tmp_path, 12, None)
+    assert len(list(tmp_path.iterdir())) == 3, "None keeps all"
 
 
 def test_a_broken_checkpoint_is_passed_over(data, whole, tmp_path, caplog):
@@ -228,13 +231,16 @@ def test_changed_data_are_refused_and_moved_ones_are_not(data, whole, tmp_path):
     for content, refused in ((text.replace("please", "kindly", 1), True), (text, False)):
         (tmp_path / "out" / "config.json").unlink(missing_ok=True)
         moved.write_text(content)
-        with pytest.raises(ValueError, match=r"train: as many records as .* but others") if refused else nullcontext():
+        changed = pytest.raises(ValueError, match=r"train: as many records as .* but not the same ones")
+        with changed if refused else nullcontext():
             run.run(recipe.load("tiny", changes_for(moved, tmp_path / "out")))
     check_same(tmp_path / "out", whole)
 
 
 def test_another_recipe_is_refused_in_the_same_folder(data, whole):
     changes = {**changes_for(data, whole), "learning_rate": 1e-3, "betas": [0.9, 0.9], "seed": 4, "log_every": 3}
-    different = r"different in seed \(was 3, now 4\), train.betas, train.learning_rate \(was 0.002, now 0.001\): choose"
+    different = (
+        r"different in seed \(was 3, now 4\), train.betas, train.learning_rate \(was 0.002, now 0.001\)\. Choose"
+    )
     with pytest.raises(recipe.RecipeError, match=different):
         run.run(recipe.load("tiny", changes))
