@@ -353,7 +353,7 @@ def test_which_and_unknown_implementation():
         ({"norm_weight": None}, ValueError, "norm_bias without norm_weight"),
         ({"up_weight": torch.zeros(13, 5)}, TypeError, "up_weight is torch.float32, down_weight torch.float64"),
         ({"up_bias": torch.zeros(13, device="meta")}, ValueError, "up_bias is on meta, expected cpu"),
-        ({"activation": "tanh"}, ValueError, "activation='tanh', expected one of"),
+        ({"activation": "nonsense"}, ValueError, "activation='nonsense', expected one of"),
     ],
 )  # fmt: skip
 def test_errors(changed, error, message):
