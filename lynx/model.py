@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from lynx import heads
 from lynx.config import LynxConfig
+from lynx.embedding import embed
 from lynx.fusion import fusion_of, take_inputs
 from lynx.fusion.base import Fusion
 from lynx.fusion.rows import Rows
@@ -20,8 +22,7 @@ from lynx.generation.sharing import SharedRootGeneration
 from lynx.media import tower
 from lynx.media.projection import Projection
 from lynx.media.resampler import Resampler, media_layout
-from lynx_kernels import PackedLayout, SpanLayout, linear_cross_entropy, pack_embeddings
-from lynx_kernels.backends import onednn
+from lynx_kernels import PackedLayout, SpanLayout, children
 from lynx_kernels.integrations import transformers as attention_integration
 from lynx_kernels.layout import require
 
@@ -75,6 +76,13 @@ class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, Genera
         """How images and videos reach the decoder."""
         return fusion_of(self.config)
 
+    @property
+    def input_device(self) -> torch.device:
+        """Where inputs belong: where the first parameter is, or is used, if accelerate offloads it to the CPU or disk."""
+        hooks = (vars(module).get("_hf_hook") for module in self.modules()) if self.device.type == "meta" else ()
+        devices = (getattr(hook, "execution_device", None) for hook in hooks)
+        return next((torch.device(each) for each in devices if each is not None), self.device)
+
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, Resampler | Projection):
@@ -102,13 +110,23 @@ class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, Genera
 
     def project(self, hidden: Tensor) -> Tensor:
         """The logits (..., V) of rows (..., width)."""
-        head = self.get_output_embeddings()
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not onednn.is_quicker(hidden, head.weight):
-            return head(hidden)
-        # The largest product of a new token. A head that was changed or has hooks is called as it is.
-        is_plain = type(head) is nn.Linear and "forward" not in vars(head)
-        has_hooks = head._forward_hooks or head._forward_pre_hooks
-        return onednn.linear(hidden, head.weight) if is_plain and not has_hooks else head(hidden)
+        return heads.logits(self.get_output_embeddings(), hidden)
+
+    def changed_children(self, device: torch.device | None = None) -> dict[str, str]:
+        """Why the table, the head or the vision tower must be called where kernels could take their weights, by name.
+
+        ``lynx_kernels.explain(model)`` tells it of all modules.
+        """
+        table, head = self.get_input_embeddings(), self.get_output_embeddings()
+        return {
+            name: reason
+            for name, reason in (
+                ("the embedding table", children.changed_embedding_reason(table, device)),
+                ("the head", heads.changed_reason(head, device)),
+                ("the vision tower", tower.changed_reason(self.vision_tower, device)),
+            )
+            if reason is not None
+        }
 
     def get_decoder(self) -> PreTrainedModel:
         """The decoder without its vocabulary projection."""
@@ -162,19 +180,15 @@ class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, Genera
         Raises:
             ValueError: there are not as many placeholders as vision tokens.
         """
-        table = self.get_input_embeddings().weight
-        if vision_tokens is None:
-            vision_tokens = table.new_empty(0, table.shape[1])
-        flat_ids = input_ids.reshape(-1)
-        is_image = flat_ids == self.config.image_token_id
+        is_image = input_ids == self.config.image_token_id  # (B, L)
+        num_vision = 0 if vision_tokens is None else vision_tokens.shape[0]
         message = "input_ids must hold one image token for each vision token"
         if not torch.compiler.is_compiling():  # a number in the message would recompile for every other number
-            message = f"input_ids must hold one image token for each of the {vision_tokens.shape[0]} vision tokens"
+            message = f"input_ids must hold one image token for each of the {num_vision} vision tokens"
             if input_ids.device.type == "cpu":
                 message += f", but it holds {int(is_image.sum())}"
-        require(is_image.sum() == vision_tokens.shape[0], message)
-        vision_index = torch.where(is_image, is_image.cumsum(0) - 1, -1).int()
-        return pack_embeddings(flat_ids, table, vision_tokens, vision_index).view(*input_ids.shape, -1)
+        require(is_image.sum() == num_vision, message)
+        return embed(self.get_input_embeddings(), input_ids, is_image, vision_tokens, self.config.pad_token_id)
 
     def forward(
         self,
@@ -241,9 +255,9 @@ class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, Genera
         hidden = outputs.last_hidden_state
         loss = logits = None
         if labels is not None:
-            loss = linear_cross_entropy(
+            loss = heads.loss(
+                self.get_output_embeddings(),
                 hidden.flatten(0, 1),
-                self.get_output_embeddings().weight,
                 rows.targets(),
                 num_items=num_items_in_batch,
                 max_supervised=max_supervised,

@@ -1,10 +1,17 @@
-"""Drop-in modules over the operations."""
+"""Drop-in modules over the operations.
 
-from typing import Literal
+Where a kernel takes the weights of a submodule, the submodule may be changed all the same: LoRA, hooks, quantisation,
+offload. It is then called, and the kernel's place is taken by the composition of torch's modules;
+``lynx_kernels.explain(module)`` tells, and a line in the log of ``lynx_kernels`` (INFO).
+"""
+
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from lynx_kernels import children
+from lynx_kernels.backends.dtypes import acc_dtype
 from lynx_kernels.layout import SpanLayout
 from lynx_kernels.ops.adapter import adapter
 from lynx_kernels.ops.adapter.activations import ACTIVATIONS
@@ -83,20 +90,19 @@ class Adapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., d)."""
-        pre_norm = None if self.is_post_norm else self.norm
-        out = adapter(
-            x,
-            None if pre_norm is None else pre_norm.weight,
-            None if pre_norm is None else pre_norm.bias,
-            self.down.weight,
-            self.down.bias,
-            self.up.weight,
-            self.up.bias,
-            self.scale,
-            eps=1e-5 if pre_norm is None else pre_norm.eps,
-            activation=self.activation,
-        )
+        branch = self._branch()
+        if changed := children.changed_reasons(branch, x.device):
+            children.log_once(self, changed)
+        out = (_composition if changed else _kernel)(x, *branch.values(), self.scale, self.activation)
         return self.norm(out) if self.norm is not None and self.is_post_norm else out
+
+    def changed_children(self, device: torch.device | None = None) -> dict[str, str]:
+        """Why the children must be called, by name: see ``lynx_kernels.children``; empty where the kernel runs."""
+        return children.changed_reasons(self._branch(), device)
+
+    def _branch(self) -> dict[str, nn.Module | None]:
+        found = self._modules  # attributes of a module take a search, these do not
+        return {"norm": None if self.is_post_norm else found.get("norm"), "down": found["down"], "up": found["up"]}
 
     def extra_repr(self) -> str:
         """What the submodules do not show."""
@@ -223,7 +229,7 @@ class GatedCrossAttention(nn.Module):
 
     def keys_values(self, media: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values of (K, media_width) media, (K, H, D) each: what generation computes once and keeps."""
-        return _keys_values(self.to_kv(media.to(self.to_kv.weight.dtype)), self.head_dim)
+        return _keys_values(self.to_kv(children.cast_for(self.to_kv, media)), self.head_dim)
 
     def forward(self, x: Tensor, media: Tensor | tuple[Tensor, Tensor], layout: SpanLayout) -> Tensor:
         """Let every token of x read the media it sees.
@@ -237,22 +243,36 @@ class GatedCrossAttention(nn.Module):
             The shape and dtype of x.
         """
         k, v = self.keys_values(media) if isinstance(media, Tensor) else media
-        q = self.to_q(self.norm(x.to(self.norm.weight.dtype)))
+        q = self.to_q(children.cast_for(self.to_q, self.norm(children.cast_for(self.norm, x))))
         q = q.reshape(-1, k.shape[1], self.head_dim)  # (Q, H, D)
         attended = self.to_out(cross_attention(q, k, v, layout).flatten(-2)).view(x.shape)
         x = (x + self.attention_gate.tanh() * attended).to(x.dtype)
-        return adapter(
-            x,
-            self.feed_forward_norm.weight,
-            self.feed_forward_norm.bias,
-            self.feed_forward_in.weight,
-            None,
-            self.feed_forward_out.weight,
-            None,
-            self.feed_forward_gate.tanh(),
-            eps=self.feed_forward_norm.eps,
-            activation="gelu",
-        )
+        branch = self._feed_forward()
+        if changed := children.changed_reasons(branch, x.device):
+            children.log_once(self, changed)
+        return (_composition if changed else _kernel)(x, *branch.values(), self.feed_forward_gate.tanh(), "gelu")
+
+    def changed_children(self, device: torch.device | None = None) -> dict[str, str]:
+        """Why the feed-forward's children must be called, by name; the attention's are called in any case."""
+        return children.changed_reasons(self._feed_forward(), device)
+
+    def _feed_forward(self) -> dict[str, nn.Module | None]:
+        return {name: self._modules[name] for name in ("feed_forward_norm", "feed_forward_in", "feed_forward_out")}
+
+
+def _kernel(x: Tensor, norm: Any, down: Any, up: Any, scale: Tensor, activation: str) -> Tensor:
+    """``x + scale * up(act(down(norm(x))))`` in one operation, of the weights of children that nobody changed."""
+    weights = [each for child in (norm, down, up) for each in children.weight_and_bias(child)]
+    return adapter(x, *weights, scale, eps=1e-5 if norm is None else norm.eps, activation=activation)
+
+
+def _composition(x: Tensor, norm: Any, down: Any, up: Any, scale: Tensor, activation: str) -> Tensor:
+    """The same by calling the children; the sum is in at least fp32, the output has the dtype of x."""
+    normalized = x if norm is None else norm(children.cast_for(norm, x))
+    preactivation = down(children.cast_for(down, normalized))
+    branch = up(children.cast_for(up, ACTIVATIONS[activation](preactivation)))
+    wide = x.to(acc_dtype(x.dtype))
+    return (wide + scale.to(wide) * branch.to(wide)).to(x.dtype)
 
 
 def _keys_values(projected: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:

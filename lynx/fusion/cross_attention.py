@@ -262,7 +262,9 @@ def read_media(
             f"cross_layout describes {cross_layout.num_queries} tokens, but input_ids holds {input_ids.numel()}"
         )
     if vision_tokens is None:
-        vision_tokens = _no_media(model, model.get_input_embeddings().weight).tokens
+        latents = model.resampler.latents
+        device = cross_layout.segments.device if latents.is_meta else latents.device  # offloaded, they are on meta
+        vision_tokens = torch.empty(0, latents.shape[1], dtype=latents.dtype, device=device)
     if cross_layout.num_keys != vision_tokens.shape[0]:
         raise ValueError(
             f"cross_layout describes {cross_layout.num_keys} vision tokens, but the images give {len(vision_tokens)}"

@@ -91,7 +91,7 @@ def generate_answers(
         rows = _generate_shared(model, processor, [[samples[i] for i in group] for group in groups], options)
         rows = [rows[row] for row in _places(numbers, len(rows))]
     else:
-        batch = processor.pad(samples).to(model.device)
+        batch = processor.pad(samples).to(model.input_device)
         del batch["labels"], batch["max_supervised"]
         rows = model.generate(**batch, **options)[:, batch["input_ids"].shape[1] :].tolist()
     eos = processor.tokenizer.eos_token_id
@@ -152,10 +152,10 @@ def _generate_shared(
         lengths.append((prefix + common, [len(text) - common for text in texts]))
     vision_tokens = None
     if "pixel_values" in batch:
-        layout = batch["media_layout"].to(model.device) if "media_layout" in batch else None  # a resampler's
-        pixels, positions = (batch[name].to(model.device) for name in ("pixel_values", "frame_positions"))
+        layout = batch["media_layout"].to(model.input_device) if "media_layout" in batch else None  # a resampler's
+        pixels, positions = (batch[name].to(model.input_device) for name in ("pixel_values", "frame_positions"))
         vision_tokens = model.encode_media(pixels, positions, layout)
-    prompt = model.embed(torch.tensor([packed], device=model.device), vision_tokens)
+    prompt = model.embed(torch.tensor([packed], device=model.input_device), vision_tokens)
     cache = model.shared_cache(prompt, lengths, options)
     stand_ins = prompt[0, cache.last_tokens][:, None]  # a token for each row, for which the cache's prompt is read
     options = {**options, "cache_implementation": None}

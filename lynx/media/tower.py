@@ -1,13 +1,15 @@
 """The vision tower: any vision model of transformers, EVA's architecture through Blip2VisionModel."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, Blip2VisionConfig, Blip2VisionModel, PreTrainedConfig, PreTrainedModel
+from transformers.models.blip_2.modeling_blip_2 import Blip2VisionEmbeddings
 
-from lynx_kernels import PackedLayout
+from lynx_kernels import PackedLayout, children
 from lynx_kernels.integrations import transformers as attention_integration
 
 attention_integration.register()
@@ -47,14 +49,17 @@ def encode(tower: PreTrainedModel, pixel_values: Tensor) -> Tensor:
             raise ValueError(f"{type(tower).__name__} returns features {shape}, expected (frames, tokens, width)")
         return tokens
     embeddings = tower.embeddings
-    kernel = embeddings.patch_embedding.weight.flatten(1)  # (width, 3 * p * p)
-    num_patches = embeddings.num_patches
-    if pixel_values.dim() != 2 or pixel_values.shape[1] != kernel.shape[1] or pixel_values.shape[0] % num_patches:
+    num_patches, width = embeddings.num_patches, 3 * embeddings.patch_size**2
+    if pixel_values.dim() != 2 or pixel_values.shape[1] != width or pixel_values.shape[0] % num_patches:
         raise ValueError(
-            f"pixel_values must be (frames * {num_patches}, {kernel.shape[1]}) packed patches, got "
+            f"pixel_values must be (frames * {num_patches}, {width}) packed patches, got "
             f"{tuple(pixel_values.shape)}; the image processor needs size={embeddings.image_size} and patch_size="
             f"{embeddings.patch_size}"
         )
+    if (reason := changed_reason(tower, pixel_values.device)) is not None:
+        children.log_once(tower, {"the vision tower": reason})
+        return tower(pixel_values=_pixels(pixel_values, embeddings)).last_hidden_state
+    kernel = embeddings.patch_embedding.weight.flatten(1)  # (width, 3 * p * p)
     patches = F.linear(pixel_values.to(kernel.dtype), kernel, embeddings.patch_embedding.bias)
     patches = patches.unflatten(0, (-1, num_patches))  # (N, patches, width)
     # Indexed, not only expanded: DDP warns of the strides that the gradient of a single frame would have.
@@ -67,6 +72,28 @@ def encode(tower: PreTrainedModel, pixel_values: Tensor) -> Tensor:
     layout = PackedLayout.equal(frames, tokens, device=hidden.device)
     packed = tower.encoder(inputs_embeds=hidden.flatten(0, 1)[None], layout=layout).last_hidden_state
     return packed.view_as(hidden)
+
+
+def changed_reason(tower: nn.Module, device: torch.device | None) -> str | None:
+    """Why the tower must be called with pixels, or None where ``encode`` may take the weights of its first layers."""
+    if not takes_patches(tower.config):
+        return None  # it is called in any case
+    embeddings = tower.embeddings
+    if type(tower) is not Blip2VisionModel or type(embeddings) is not Blip2VisionEmbeddings:
+        return f"it is a {type(tower).__name__} with {type(embeddings).__name__}"
+    for module, name in ((tower, "it"), (embeddings, "its embeddings")):
+        if (reason := children.watched_reason(module)) is not None:
+            return f"{name}: {reason}"
+    reason = children.changed_reason(embeddings.patch_embedding, nn.Conv2d, device)
+    return None if reason is None else f"its patch_embedding: {reason}"
+
+
+def _pixels(patches: Tensor, embeddings: nn.Module) -> Tensor:
+    """(frames * patches, 3 * p * p) packed patches as the pixels (frames, 3, S, S) they were made of."""
+    size: Any = embeddings.patch_size
+    grid: Any = embeddings.image_size // size
+    pixels = patches.view(-1, grid, grid, 3, size, size).permute(0, 3, 1, 4, 2, 5)
+    return pixels.reshape(-1, 3, grid * size, grid * size)
 
 
 def resized_positions(positions: Tensor, num_tokens: int) -> Tensor:

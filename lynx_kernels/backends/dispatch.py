@@ -189,16 +189,21 @@ _EXPLAINED: dict[Callable, tuple[Operation, Callable[..., Any]]] = {}
 def explain(operation: Callable, *args: Any, **kwargs: Any) -> Explanation:
     """What ``operation(*args, **kwargs)`` would run, and why not the others. Nothing is computed.
 
-    The operation may be a ``functools.partial``.
+    The operation may be a ``functools.partial``. It may also be a module, its input ``x`` optional: the answer is then
+    whether kernels take the weights of its submodules, "kernels", or which of them are called, and why.
 
     >>> print(lynx_kernels.explain(lynx_kernels.adapter, x, *weights))
     cpu
       not cuda: it is written for sm_80, sm_90, sm_100, and the tensors are on cpu
 
     Raises:
-        TypeError: ``operation`` is not an operation of lynx_kernels.
+        TypeError: ``operation`` is neither an operation of lynx_kernels nor a module that has one of its modules.
         TypeError, ValueError: the arguments are none of the operation's, as the operation itself says it.
     """
+    if isinstance(operation, torch.nn.Module):
+        from lynx_kernels import children  # which needs this file
+
+        return children.explain_children(operation, *args, **kwargs)
     while isinstance(operation, partial):
         args, kwargs, operation = (*operation.args, *args), {**operation.keywords, **kwargs}, operation.func
     try:

@@ -1,0 +1,82 @@
+"""The decoder's vocabulary projection: logits, and the loss without a (T, V) matrix of them."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lynx.data.conversation import IGNORED
+from lynx_kernels import children, linear_cross_entropy
+from lynx_kernels.backends import onednn
+from lynx_kernels.backends.dtypes import acc_dtype
+from lynx_kernels.layout import require
+
+
+def changed_reason(head: nn.Module, device: torch.device | None) -> str | None:
+    """Why the head must be called, or None where a product with its weight is what calling it does."""
+    reason = children.changed_reason(head, nn.Linear, device)
+    if reason is None and head._parameters.get("bias") is not None:
+        return "it has a bias, which the loss does not take"
+    return reason
+
+
+def logits(head: nn.Module, hidden: Tensor) -> Tensor:
+    """The logits (..., V) of rows (..., width)."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or changed_reason(head, hidden.device) is not None:
+        return head(hidden)
+    weight, _ = children.weight_and_bias(head)
+    # The largest product of a new token.
+    return onednn.linear(hidden, weight) if onednn.is_quicker(hidden, weight) else head(hidden)
+
+
+def loss(
+    head: nn.Module,
+    hidden: Tensor,
+    labels: Tensor,
+    *,
+    num_items: Tensor | int | None = None,
+    max_supervised: int | None = None,
+) -> Tensor:
+    """The mean cross entropy of the supervised rows.
+
+    ``linear_cross_entropy`` takes the weight of a head that nobody changed. Another is called, once, with the rows that
+    are supervised: all logits of these rows are then in memory.
+
+    Args:
+        head: the projection.
+        hidden: (T, width).
+        labels: (T,) int64, already shifted, -100 where not supervised.
+        num_items, max_supervised: as ``linear_cross_entropy`` takes them.
+
+    Raises:
+        ValueError: more rows are supervised than max_supervised.
+        IndexError: a label is out of range.
+    """
+    reason = changed_reason(head, hidden.device)
+    if reason is None:
+        weight, _ = children.weight_and_bias(head)
+        return linear_cross_entropy(hidden, weight, labels, num_items=num_items, max_supervised=max_supervised)
+    children.log_once(head, {"the head": reason})
+    labels = labels.to(hidden.device)
+    rows = _supervised(labels, max_supervised)
+    labels = labels[rows]
+    is_supervised = labels != IGNORED
+    # A row that is not supervised may hold anything: 0 * nan would spoil the gradient of a weight.
+    scores = head(torch.where(is_supervised[:, None], hidden[rows], 0)[None])[0]  # (n, V)
+    labels = labels.to(scores.device)
+    total = F.cross_entropy(scores.to(acc_dtype(scores.dtype)), labels, ignore_index=IGNORED, reduction="sum")
+    count = is_supervised.sum() if num_items is None else num_items
+    if isinstance(count, Tensor):
+        return total / torch.where(count == 0, 1, count).to(total.device)
+    return total / (count or 1)
+
+
+def _supervised(labels: Tensor, max_supervised: int | None) -> Tensor:
+    """The numbers of the supervised rows; of more, where labels are on a device, which the host does not read."""
+    is_supervised = labels != IGNORED
+    if max_supervised is not None:
+        message = f"more rows are supervised than max_supervised={max_supervised}"
+        require(is_supervised.sum() <= max_supervised, message)
+    if labels.is_cpu and not torch.compiler.is_compiling():
+        return is_supervised.nonzero()[:, 0]
+    at_most = len(labels) if max_supervised is None else max_supervised
+    return (~is_supervised).to(torch.uint8).sort(stable=True).indices[:at_most]
