@@ -78,7 +78,7 @@ class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, Genera
 
     @property
     def input_device(self) -> torch.device:
-        """Where inputs belong: where the first parameter is, or is used, if accelerate offloads it to the CPU or disk."""
+        """Where inputs belong: where the first parameter is, or where it is used if accelerate offloads it."""
         hooks = (vars(module).get("_hf_hook") for module in self.modules()) if self.device.type == "meta" else ()
         devices = (getattr(hook, "execution_device", None) for hook in hooks)
         return next((torch.device(each) for each in devices if each is not None), self.device)

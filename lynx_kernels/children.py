@@ -8,7 +8,7 @@ is called, and the composition of torch's modules runs. ``lynx_kernels.explain(m
 
 import logging
 from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +88,7 @@ def changed_reasons(branch: Mapping[str, nn.Module | None], device: torch.device
     return changed
 
 
-def weight_and_bias(child: nn.Module | None) -> tuple[Tensor | None, Tensor | None]:
+def weight_and_bias(child: nn.Module | None) -> tuple[Any, Any]:
     """The parameters of a child that nobody changed; none of no child."""
     return (None, None) if child is None else (child._parameters["weight"], child._parameters.get("bias"))
 

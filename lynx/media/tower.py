@@ -74,11 +74,11 @@ def encode(tower: PreTrainedModel, pixel_values: Tensor) -> Tensor:
     return packed.view_as(hidden)
 
 
-def changed_reason(tower: nn.Module, device: torch.device | None) -> str | None:
+def changed_reason(tower: PreTrainedModel, device: torch.device | None) -> str | None:
     """Why the tower must be called with pixels, or None where ``encode`` may take the weights of its first layers."""
     if not takes_patches(tower.config):
         return None  # it is called in any case
-    embeddings = tower.embeddings
+    embeddings: Any = tower.embeddings
     if type(tower) is not Blip2VisionModel or type(embeddings) is not Blip2VisionEmbeddings:
         return f"it is a {type(tower).__name__} with {type(embeddings).__name__}"
     for module, name in ((tower, "it"), (embeddings, "its embeddings")):
