@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lynx_kernels import children, pack_embeddings
 
@@ -32,9 +33,10 @@ def embed(
         return packed.view(*input_ids.shape, -1)
     children.log_once(table, {"the embedding table": reason})
     embeddings = table(torch.where(is_image, stand_in or 0, input_ids))
-    if vision_tokens is None or not vision_tokens.shape[0]:
+    if vision_tokens is None:
         return embeddings
+    # A row of zeros stands for "no vision token". So without any there is a gradient all the same, as DDP wants it.
+    vision_tokens = F.pad(vision_tokens, (0, 0, 0, 1)).to(embeddings)
     is_image = is_image.to(embeddings.device)
-    place = (is_image.reshape(-1).cumsum(0) - 1).clamp(min=0)
-    rows = vision_tokens.to(embeddings).index_select(0, place.to(embeddings.device)).view_as(embeddings)
-    return torch.where(is_image[..., None], rows, embeddings)
+    place = torch.where(is_image.reshape(-1), is_image.reshape(-1).cumsum(0) - 1, vision_tokens.shape[0] - 1)
+    return torch.where(is_image[..., None], vision_tokens[place].view_as(embeddings), embeddings)

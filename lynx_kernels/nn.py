@@ -90,17 +90,14 @@ class Adapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., d)."""
-        branch = self._branch()
-        if changed := children.changed_reasons(branch, x.device):
-            children.log_once(self, changed)
-        out = (_composition if changed else _kernel)(x, *branch.values(), self.scale, self.activation)
+        out = _bottleneck(self, self._branch(), x, self.scale, self.activation)
         return self.norm(out) if self.norm is not None and self.is_post_norm else out
 
     def changed_children(self, device: torch.device | None = None) -> dict[str, str]:
         """Why the children must be called, by name: see ``lynx_kernels.children``; empty where the kernel runs."""
         return children.changed_reasons(self._branch(), device)
 
-    def _branch(self) -> dict[str, nn.Module | None]:
+    def _branch(self) -> dict[str, Any]:
         found = self._modules  # attributes of a module take a search, these do not
         return {"norm": None if self.is_post_norm else found.get("norm"), "down": found["down"], "up": found["up"]}
 
@@ -247,32 +244,34 @@ class GatedCrossAttention(nn.Module):
         q = q.reshape(-1, k.shape[1], self.head_dim)  # (Q, H, D)
         attended = self.to_out(cross_attention(q, k, v, layout).flatten(-2)).view(x.shape)
         x = (x + self.attention_gate.tanh() * attended).to(x.dtype)
-        branch = self._feed_forward()
-        if changed := children.changed_reasons(branch, x.device):
-            children.log_once(self, changed)
-        return (_composition if changed else _kernel)(x, *branch.values(), self.feed_forward_gate.tanh(), "gelu")
+        return _bottleneck(self, self._feed_forward(), x, self.feed_forward_gate.tanh(), "gelu")
 
     def changed_children(self, device: torch.device | None = None) -> dict[str, str]:
         """Why the feed-forward's children must be called, by name; the attention's are called in any case."""
         return children.changed_reasons(self._feed_forward(), device)
 
-    def _feed_forward(self) -> dict[str, nn.Module | None]:
+    def _feed_forward(self) -> dict[str, Any]:
         return {name: self._modules[name] for name in ("feed_forward_norm", "feed_forward_in", "feed_forward_out")}
 
 
-def _kernel(x: Tensor, norm: Any, down: Any, up: Any, scale: Tensor, activation: str) -> Tensor:
-    """``x + scale * up(act(down(norm(x))))`` in one operation, of the weights of children that nobody changed."""
-    weights = [each for child in (norm, down, up) for each in children.weight_and_bias(child)]
-    return adapter(x, *weights, scale, eps=1e-5 if norm is None else norm.eps, activation=activation)
-
-
-def _composition(x: Tensor, norm: Any, down: Any, up: Any, scale: Tensor, activation: str) -> Tensor:
-    """The same by calling the children; the sum is in at least fp32, the output has the dtype of x."""
+def _bottleneck(owner: nn.Module, branch: dict[str, Any], x: Tensor, scale: Tensor, activation: str) -> Tensor:
+    """``x + scale * up(act(down(norm(x))))``, ``branch`` being owner's norm, or None, and its two projections."""
+    norm, down, up = branch.values()
+    changed = children.changed_reasons(branch, x.device)
+    if not changed:
+        norm_weight, norm_bias = children.weight_and_bias(norm)
+        down_weight, down_bias = children.weight_and_bias(down)
+        up_weight, up_bias = children.weight_and_bias(up)
+        eps = 1e-5 if norm is None else norm.eps
+        return adapter(
+            x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, scale, eps=eps, activation=activation
+        )
+    children.log_once(owner, changed)
     normalized = x if norm is None else norm(children.cast_for(norm, x))
     preactivation = down(children.cast_for(down, normalized))
-    branch = up(children.cast_for(up, ACTIVATIONS[activation](preactivation)))
+    out = up(children.cast_for(up, ACTIVATIONS[activation](preactivation)))
     wide = x.to(acc_dtype(x.dtype))
-    return (wide + scale.to(wide) * branch.to(wide)).to(x.dtype)
+    return (wide + scale.to(wide) * out.to(wide)).to(x.dtype)
 
 
 def _keys_values(projected: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
