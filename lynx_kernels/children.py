@@ -121,7 +121,7 @@ def _unreal_reason(name: str, tensor: Tensor, device: torch.device | None) -> st
     if not tensor.numel():
         return f"its {name} is empty: it is kept elsewhere"
     if device is None:
-        return "its weight is offloaded, on meta" if tensor.is_meta else None
+        return f"its {name} is offloaded, on meta" if tensor.is_meta else None
     return None if tensor.device == device else f"its {name} is on {tensor.device}, the input on {device}"
 
 

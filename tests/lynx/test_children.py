@@ -314,6 +314,17 @@ def test_the_loss_of_a_called_head_is_the_kernels(num_items, max_supervised, lab
         heads.loss(head, hidden, torch.arange(6), max_supervised=1)
 
 
+def test_rows_that_are_not_supervised_may_hold_anything(monkeypatch):
+    """Where they reach the head, as on a device."""
+    head, hidden = torch.nn.Linear(4, 9, bias=False), torch.randn(3, 4)
+    hidden[1] = torch.nan
+    head.register_forward_hook(lambda *args: None)
+    monkeypatch.setattr(heads, "_supervised", lambda labels, at_most: torch.arange(len(labels)))
+    loss = heads.loss(head, hidden.requires_grad_(), torch.tensor([3, -100, 4]))
+    for grad in torch.autograd.grad(loss, [hidden, head.weight]):
+        assert grad.isfinite().all()
+
+
 @pytest.mark.parametrize("max_supervised", [None, 3, 5])
 def test_supervised_rows_of_a_device(max_supervised, monkeypatch):
     """Where the host does not read labels, as many rows as may be supervised are taken, these among them."""
@@ -352,7 +363,8 @@ def dispatched(model, folder):
 
 @pytest.mark.parametrize("offload", [on_disk, on_the_cpu, dispatched])
 def test_offload(case, offload, tmp_path):
-    expected = case.logits(case.model), case.model(**case.packed).loss.detach()
+    text = case.processor.pack([case.processor.encode(conversation("Hello", "yes"))])
+    expected = case.logits(case.model), case.model(**case.packed).loss.detach(), case.model(**text).loss.detach()
     answer = case.model.generate(**case.question, **ANSWERS)
     asked = [conversation("Which digit is this?", images=[make_image(0)]), conversation("Hello")]
     asked = [case.processor.encode(each) for each in asked]
@@ -362,6 +374,7 @@ def test_offload(case, offload, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(case.logits(model), expected[0])
         torch.testing.assert_close(model(**case.packed).loss, expected[1])
+        torch.testing.assert_close(model(**text).loss, expected[2])
     assert torch.equal(model.generate(**case.question, **ANSWERS), answer)
     assert generate_answers(model, case.processor, asked, max_new_tokens=6) == answers
     assert "AlignDevicesHook" in str(explain(model))

@@ -1,6 +1,7 @@
 """A changed child is called, and does what it says; an unchanged one gives its weights to the kernel."""
 
 import logging
+import re
 from contextlib import contextmanager
 
 import peft
@@ -278,6 +279,45 @@ def test_an_export_holds_the_operator(strict, x):
     module, _ = make("adapter")
     program = torch.export.export(module, (x,), strict=strict)
     assert "lynx_kernels.adapter.default" in {str(node.target) for node in program.graph.nodes}
+
+
+def as_attribute(name):
+    """As in a replica of DataParallel."""
+
+    def change(child):
+        value = getattr(child, name).detach()
+        delattr(child, name)
+        setattr(child, name, value)
+
+    return change
+
+
+def as_parameter(name, function):
+    def change(child):
+        value = torch_nn.Parameter(function(getattr(child, name).detach()), requires_grad=False)
+        child._parameters[name] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (as_attribute("weight"), "its weight is not a parameter of its own"),
+        (as_attribute("bias"), "its bias is not a parameter of its own"),
+        (as_parameter("weight", torch.flatten), r"its weight has shape \(60,\): it is kept elsewhere"),
+        (as_parameter("weight", lambda weight: weight[:0]), "its weight is empty: it is kept elsewhere"),
+        (as_parameter("weight", lambda weight: weight.to(torch.int8)), "its weight is torch.int8"),
+        (as_parameter("weight", torch.Tensor.to_sparse_csr), "its weight is torch.sparse_csr"),
+        (as_parameter("weight", lambda weight: weight.to("meta")), "its weight is offloaded, on meta"),
+        (as_parameter("bias", lambda bias: bias.to("meta")), "its bias is offloaded, on meta"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+def test_parameters_that_no_kernel_takes(change, reason):
+    module, _ = make("adapter")
+    change(module.down)
+    assert re.fullmatch(reason, explain(module).reasons["kernels for down"])
 
 
 @contextmanager
