@@ -109,7 +109,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         "evaluate",
         help="ask a JSONL file's questions and count the right answers",
         description="Asks every question and counts, for each type of question, the right answers, with a 95 % "
-        "interval. An answer is right that has the words of the truth; or, with a judge, that implies the truth.",
+        "interval. An answer is right if it is one that the file gives, case aside; with a judge, if it implies one.",
         epilog="Open-VQA as in the paper: lynx evaluate MODEL Open_VQA_images.jsonl --root FOLDER "
         "--preset open-vqa-image --judge FOLDER",
     )
