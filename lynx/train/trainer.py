@@ -93,7 +93,7 @@ class LynxTrainer(Trainer):
         self._step_flops = flops.StepFlops(model)
         self._peak, source = flops.peak(args.device, dtype or torch.float32)
         if args.process_index == 0:
-            logger.info("MFU is of %.4g TFLOP/s a device: %s", self._peak / 1e12, source)
+            logger.info("100 %% MFU are %.4g TFLOP/s a device (%s)", self._peak / 1e12, source)
         self._window = Window()
         self._writing_to: Path | None = None
 
