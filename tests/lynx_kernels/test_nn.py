@@ -126,7 +126,9 @@ def test_adapter_with_a_fixed_scale():
     assert [name for name, _ in module.named_parameters()] == ["norm.weight", "norm.bias", "down.weight", "up.weight"]
 
 
-@pytest.mark.parametrize(("options", "message"), [({"norm": "both"}, "norm='both'"), ({"activation": "nonsense"}, "nonsense")])
+@pytest.mark.parametrize(
+    ("options", "message"), [({"norm": "both"}, "norm='both'"), ({"activation": "nonsense"}, "nonsense")]
+)
 def test_adapter_names_what_it_lacks(options, message):
     with pytest.raises(ValueError, match=message):
         nn.Adapter(12, 5, **options)
