@@ -1,4 +1,4 @@
-"""Kernels for multimodal language models: one import, one call, the same numbers out."""
+"""Kernels for multimodal language models: one import, one call, the same results."""
 
 from lynx_kernels.backends.dispatch import explain
 from lynx_kernels.layout import PackedLayout, SpanLayout

@@ -1,8 +1,8 @@
-"""The two descriptions of a batch that the attention kernels understand.
+"""The two layouts that describe a batch to the attention kernels.
 
-``PackedLayout`` says who sees whom when a row of tokens attends to itself, ``SpanLayout`` when queries attend to
-other tokens. Both are a small int32 table on the device, plus the maxima a launch needs as Python ints, fixed where
-the batch is built: no kernel ever reads a device tensor on the host.
+``PackedLayout`` is for self-attention over one packed row of tokens. ``SpanLayout`` is for cross-attention: queries
+attend to other tokens. Both are a small int32 table on the device. The maxima that a launch needs are Python ints,
+fixed when the batch is built, so no kernel reads a device tensor on the host.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -13,11 +13,11 @@ from typing import Self
 import torch
 from torch import Tensor
 
-KEY_TILE = 64  # keys a tile of SpanLayout's inverse
+KEY_TILE = 64  # keys per tile of SpanLayout's inverse table
 
 
 class _Layout:
-    """Moving a layout: every tensor of it, like a tensor."""
+    """Moves a layout between devices: every tensor of it."""
 
     def _map_tensors(self, function: Callable[[Tensor], Tensor]) -> Self:
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.type is Tensor}  # type: ignore[arg-type]
@@ -28,30 +28,31 @@ class _Layout:
         return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Self:
-        """The same layout in pinned memory, for a copy that does not wait."""
+        """The same layout in pinned memory, for an asynchronous copy."""
         return self._map_tensors(lambda tensor: tensor.pin_memory())
 
 
 @dataclass(frozen=True, eq=False)
 class PackedLayout(_Layout):
-    """A row of T tokens cut into groups; a group is a root followed by any number of branches.
+    """A row of T tokens cut into groups. A group is a root followed by any number of branches.
 
-    A root token sees its root: the tokens before it and itself (causal), or all of it (full). A branch token sees the
-    whole root of its group, and in its own branch the tokens before it and itself. Nothing crosses groups, nothing
-    crosses branches. Position ids count through the root and go on from its end in every branch.
+    A root token sees tokens of its root: those up to itself (causal), or all of them (full). A branch token sees the
+    whole root of its group, and the tokens of its own branch up to itself. It sees no other branch and no other group.
+    Position ids count through the root. In every branch they continue from the end of the root.
 
-    One rule says all of this: key k is seen by the queries of one interval, ``first(k) <= q < last(k)``. A root's keys
-    end with the group, a branch's with the branch; a causal key starts at itself, a full one at its root's start.
+    One rule covers all of this: key k is seen by the queries of one interval, ``first(k) <= q < last(k)``. ``last`` is
+    the end of the group for a root key, and the end of the branch for a branch key. ``first`` is k itself for a causal
+    key, and the start of the root for a full key.
 
     Attributes:
-        segments: (S + 1, 4) int32. One row a root or branch, in the order of the tokens: its first token, the first
-            token of its group's root, the end of that root, the end of the group. A segment ends where the next one
-            starts; the last row only closes the table. A segment is a root if it starts before its root's end.
-            Segments may be empty.
+        segments: (S + 1, 4) int32, one row for each root or branch, in token order: its first token, the first token
+            of its group's root, the end of that root, the end of the group. A segment ends where the next one starts.
+            The last row only closes the table. A segment is a root if it starts before its root's end. Segments may be
+            empty.
         position_ids: (T,) int64.
-        root_is_causal: whether root tokens see only what stands before them in the root.
+        root_is_causal: whether a root token sees only the tokens of its root up to itself.
         max_group_length, max_root_length, max_branch_length: upper bounds of the lengths, in tokens.
-        max_branches: upper bound of the non-empty branches of a group.
+        max_branches: upper bound of the number of non-empty branches of a group.
     """
 
     segments: Tensor
@@ -70,11 +71,11 @@ class PackedLayout(_Layout):
         root_is_causal: bool = True,
         device: torch.device | str | None = None,
     ) -> Self:
-        """A layout of groups ``(root_length, [branch_length, ...])``, lengths in tokens, any of them 0.
+        """The layout of groups ``(root_length, [branch_length, ...])``. Lengths are in tokens and may be 0.
 
         Raises:
             ValueError: a length is negative (the message names the group), or there are 2^31 tokens or more.
-            TypeError: a length is no integer.
+            TypeError: a length is not an integer.
         """
         rows, start = [], 0
         max_group = max_root = max_branch = max_branches = 0
@@ -95,7 +96,9 @@ class PackedLayout(_Layout):
             max_branches = max(max_branches, sum(length > 0 for length in branch_lengths))
             start = group_end
         if start >= 2**31:
-            raise ValueError(f"the groups have {start} tokens in all, more than int32 offsets can say")
+            raise ValueError(
+                f"the groups have {start} tokens in total, too many for int32 offsets; build smaller batches"
+            )
         segments = torch.tensor([*rows, (start,) * 4], dtype=torch.int32)
         return cls(
             segments,
@@ -116,7 +119,7 @@ class PackedLayout(_Layout):
         root_is_causal: bool = True,
         device: torch.device | str | None = None,
     ) -> Self:
-        """One group a sample: a prefix (vision tokens, say) as its root and a text as its only branch."""
+        """One group per sample: a prefix (vision tokens, for example) is the root, a text is the only branch."""
         if len(prefix_lengths) != len(text_lengths):
             raise ValueError(f"{len(prefix_lengths)} prefix_lengths but {len(text_lengths)} text_lengths")
         groups = ((prefix, [text]) for prefix, text in zip(prefix_lengths, text_lengths, strict=True))
@@ -124,20 +127,22 @@ class PackedLayout(_Layout):
 
     @classmethod
     def causal(cls, lengths: Sequence[int], *, device: torch.device | str | None = None) -> Self:
-        """Packed sequences that are causal and nothing else: no roots, one branch a group."""
+        """Packed causal sequences: one branch per group, no roots."""
         return cls.from_groups(((0, [length]) for length in lengths), device=device)
 
     @classmethod
     def full(cls, lengths: Sequence[int], *, device: torch.device | str | None = None) -> Self:
-        """Packed sequences in which every token sees every other, as the frames of a ViT: roots without branches."""
+        """Packed sequences with full attention, for example the frames of a ViT: roots without branches."""
         return cls.from_groups(((length, []) for length in lengths), root_is_causal=False, device=device)
 
     @classmethod
     def equal(cls, count: int, length: int, *, device: torch.device | str | None = None) -> Self:
-        """``full([length] * count)``, made on the device; under torch.compile one graph serves every ``count``."""
+        """``full([length] * count)``, built on the device. Under torch.compile one graph works for every ``count``."""
         total = count * length
         if total >= 2**31:
-            raise ValueError(f"the sequences have {total} tokens in all, more than int32 offsets can say")
+            raise ValueError(
+                f"the sequences have {total} tokens in total, too many for int32 offsets; build smaller batches"
+            )
         start = torch.arange(count + 1, device=device) * length  # the last one closes the table
         end = (start + length).clamp(max=total)
         return cls(
@@ -152,35 +157,40 @@ class PackedLayout(_Layout):
 
     @classmethod
     def from_padding_mask(cls, mask: Tensor, *, is_causal: bool = True, root_lengths: Tensor | None = None) -> Self:
-        """The layout of a padded batch, its rows one after another, made on the mask's device without a host read.
+        """The layout of a padded batch, its rows end to end. Built on the mask's device without a host read.
 
-        Pads, on the left or the right, become groups of their own: what attention writes there is defined and means
-        nothing. The maxima are the row length, an upper bound.
+        Padding, on the left or the right, becomes groups of its own. Outputs there are defined but meaningless. The
+        maxima are the row length, an upper bound.
 
         Args:
-            mask: (B, L), nonzero at tokens, zero at pads; the tokens of a row must be contiguous.
-            is_causal: causal sequences, or ones in which every token sees every other.
-            root_lengths: (B,) integers, how many of a row's first tokens are a full root; the others are a causal
-                branch on it. For ``is_causal``.
+            mask: (B, L), nonzero at tokens, zero at padding. The tokens of a row must be contiguous.
+            is_causal: causal sequences if true, full ones if false.
+            root_lengths: (B,) integers, only with ``is_causal``: how many of a row's first tokens are a full root. Its
+                other tokens are a causal branch.
 
         Raises:
-            ValueError: the mask is not 2-D, root_lengths has another shape or stands beside ``is_causal=False``; or a
-                row has a pad between tokens, or a root longer than itself (on a GPU, device-side assertions).
+            ValueError: the mask is not 2-D; root_lengths has another shape or comes with ``is_causal=False``; a row has
+                padding between tokens; or a root is longer than its row. On a GPU the last two are device-side
+                assertions.
         """
         if mask.dim() != 2:
             raise ValueError(f"mask must be (batch, length), got shape {tuple(mask.shape)}")
         rows, length = mask.shape
         if root_lengths is not None and (not is_causal or tuple(root_lengths.shape) != (rows,)):
             raise ValueError(
-                f"root_lengths, of shape {tuple(root_lengths.shape)}, must be ({rows},) beside is_causal=True"
+                f"root_lengths has shape {tuple(root_lengths.shape)} with is_causal={is_causal}; it must have shape "
+                f"({rows},) and needs is_causal=True"
             )
         mask = mask != 0
         column = torch.arange(length, device=mask.device)
         counts = mask.sum(1)
-        # Left pads, tokens and right pads of every row.
+        # Every row is left padding, tokens and right padding.
         begins = torch.where(mask, column, length).amin(1) if length else counts
         is_token = (column >= begins[:, None]) & (column < (begins + counts)[:, None])
-        require((is_token == mask).all(), "padding mask: a row has a pad between tokens, which no layout can say")
+        require(
+            (is_token == mask).all(),
+            "padding mask: a row has padding between tokens; make the tokens of a row contiguous",
+        )
         offsets = torch.arange(rows, device=mask.device) * length
         begins, ends = offsets + begins, offsets + begins + counts
 
@@ -190,7 +200,10 @@ class PackedLayout(_Layout):
         tokens = [group(begins, ends)]
         if root_lengths is not None:
             root_ends = begins + root_lengths
-            require(((begins <= root_ends) & (root_ends <= ends)).all(), "root_lengths: a root is longer than its row")
+            require(
+                ((begins <= root_ends) & (root_ends <= ends)).all(),
+                "root_lengths: a root is negative or longer than its row",
+            )
             tokens = [torch.stack([start, begins, root_ends, ends], 1) for start in (begins, root_ends)]
         segments = torch.stack([group(offsets, begins), *tokens, group(ends, offsets + length)], 1).flatten(0, 1)
         segments = torch.cat([segments, segments.new_full((1, 4), rows * length)]).int()
@@ -215,17 +228,17 @@ class PackedLayout(_Layout):
         return key_intervals(self.segments, self.num_tokens, self.root_is_causal)
 
     def visible(self) -> Tensor:
-        """(T, T) bool, ``[query, key]``: who sees whom, spelled out. For tests and drawings; no kernel needs it."""
+        """(T, T) bool, ``[query, key]``: whether the query sees the key. For tests and drawings, not for kernels."""
         first, last = self.key_intervals()
         query = torch.arange(self.num_tokens, device=first.device)[:, None]
         return (first <= query) & (query < last)
 
     def shift_labels(self, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
-        """The target of each row: the label of the token that follows it in its sequence.
+        """The target of each row: the label of the next token in its sequence.
 
-        Labels shift inside branches, and inside causal roots. A root's last token predicts the first token of its
-        branch where the group has one branch. The first token of a sequence without a root has no predictor; its label
-        is dropped, as every causal language model drops it.
+        Labels shift inside branches and inside causal roots. If a group has one branch, the last root token predicts
+        the first branch token. The first token of a sequence without a root has no predictor. Its label is dropped, as
+        in every causal language model.
 
         Args:
             labels: (T,) int64 token ids, ``ignore_index`` where unsupervised.
@@ -234,12 +247,12 @@ class PackedLayout(_Layout):
             (T,) int64, ``ignore_index`` where a row predicts nothing.
 
         Raises:
-            ValueError: labels have another shape than (T,); the first token of one of several branches is supervised
-                (which row would predict it?), or a token of a full root (its predictor sees it). The latter two are
-                device-side assertions on a GPU.
+            ValueError: labels are not (T,); the first token of one of several branches is supervised (no single row
+                predicts it); or a token of a full root is supervised (its predictor sees it). On a GPU the last two are
+                device-side assertions.
         """
         if tuple(labels.shape) != (self.num_tokens,):
-            raise ValueError(f"labels must be ({self.num_tokens},) as the layout, got {tuple(labels.shape)}")
+            raise ValueError(f"labels must be ({self.num_tokens},) like the layout, got {tuple(labels.shape)}")
         segment = _segment_of_tokens(self.segments, self.num_tokens)
         start, root_start, root_end, group_end = self.segments[segment].unbind(1)
         in_root = start < root_end
@@ -248,13 +261,14 @@ class PackedLayout(_Layout):
         supervised = labels != ignore_index
         require(
             ~(supervised & starts_branch & (root_start < root_end) & ~is_only_branch).any(),
-            "labels: the first token of one of several branches is supervised, but no single row predicts it; leave "
-            "it unsupervised (it is BOS, usually) or give every branch a group of its own",
+            "labels: the first token of one of several branches is supervised, but no single row predicts it; set its "
+            "label to ignore_index (it is usually BOS), or put every branch in a group of its own",
         )
         if not self.root_is_causal:
             require(
                 ~(supervised & in_root).any(),
-                "labels: a token of a full root is supervised, but the row that predicts it sees it",
+                "labels: a token of a full root is supervised, but the row that predicts it sees it; set its label to "
+                "ignore_index, or make the roots causal",
             )
         goes_on = segment[1:] == segment[:-1]
         enters_branch = in_root[:-1] & (root_start[1:] == root_start[:-1])
@@ -265,18 +279,18 @@ class PackedLayout(_Layout):
 
 @dataclass(frozen=True, eq=False)
 class SpanLayout(_Layout):
-    """Queries cut into segments, each of which sees one span of the keys.
+    """Queries cut into segments. Each segment sees one span of the keys.
 
-    A span may be empty (the output is 0, and so are the gradients); spans may overlap and be shared.
+    A span may be empty: then outputs and gradients are 0. Spans may overlap, and segments may share a span.
 
     Attributes:
-        segments: (S + 1, 3) int32. One row a segment: its first query, the first and the end of the keys it sees. A
-            segment ends where the next one starts; the last row only closes the table.
-        tile_offsets: (number of key tiles + 1,) int32. The inverse, for gradients of keys: key tile i, the keys from
-            ``i * KEY_TILE``, is seen by ``tile_segments[tile_offsets[i]:tile_offsets[i + 1]]``.
+        segments: (S + 1, 3) int32, one row per segment: its first query, the first key it sees, the end of the keys it
+            sees. A segment ends where the next one starts. The last row only closes the table.
+        tile_offsets: (number of key tiles + 1,) int32. The inverse table, for the gradients of keys. Key tile i holds
+            the keys from ``i * KEY_TILE``. The segments ``tile_segments[tile_offsets[i]:tile_offsets[i + 1]]`` see it.
         tile_segments: (...,) int32, indices of segments, ascending within a tile.
-        num_queries, num_keys: how many there are of both.
-        max_query_length, max_span_length: the longest segment and the longest span.
+        num_queries, num_keys: how many queries and keys there are.
+        max_query_length, max_span_length: upper bounds of the lengths of segments and of spans.
     """
 
     segments: Tensor
@@ -300,7 +314,7 @@ class SpanLayout(_Layout):
 
         Raises:
             ValueError: the lists differ in length, a length is negative, or a span is not inside ``[0, num_keys]``.
-            TypeError: a number is no integer.
+            TypeError: a number is not an integer.
         """
         query_lengths, num_keys = [as_int(length) for length in query_lengths], as_int(num_keys)
         key_spans = [(as_int(start), as_int(end)) for start, end in key_spans]
@@ -315,7 +329,8 @@ class SpanLayout(_Layout):
                 raise ValueError(f"query_lengths[{index}] is {length}, must be >= 0")
             if not 0 <= start <= end <= num_keys:
                 raise ValueError(
-                    f"key_spans[{index}] is ({start}, {end}), must lie in [0, {num_keys}] and not run back"
+                    f"key_spans[{index}] is ({start}, {end}); it must lie in [0, {num_keys}], and its start must not "
+                    "exceed its end"
                 )
             rows.append((first_query, start, end))
             first_query += length
@@ -337,17 +352,17 @@ class SpanLayout(_Layout):
 
     @classmethod
     def from_equal_segments(cls, key_spans: Tensor, query_length: int, num_keys: int, *, max_span_length: int) -> Self:
-        """Segments of one length, made on the device of ``key_spans`` without a host read.
+        """Segments of equal length. Built on the device of ``key_spans`` without a host read.
 
         Args:
-            key_spans: (S, 2) integers, the first and the end of the keys each segment sees.
-            query_length: queries a segment, at least 1.
+            key_spans: (S, 2) integers: the first key and the end of the keys that each segment sees.
+            query_length: queries per segment, at least 1.
             num_keys: how many keys there are.
             max_span_length: upper bound of the spans' lengths.
 
         Raises:
-            ValueError: key_spans has another shape, query_length is below 1, or a span is not inside ``[0, num_keys]``
-                (on a GPU, a device-side assertion).
+            ValueError: key_spans is not (S, 2), query_length is below 1, or a span is not inside ``[0, num_keys]``. On
+                a GPU the last is a device-side assertion.
         """
         if key_spans.dim() != 2 or key_spans.shape[1] != 2 or query_length < 1:
             raise ValueError(
@@ -361,7 +376,7 @@ class SpanLayout(_Layout):
         closing = torch.tensor([[count * query_length, num_keys, num_keys]], device=device)
         tile = torch.arange(-(-num_keys // KEY_TILE), device=device)[:, None] * KEY_TILE  # first keys
         is_seen = (start < end) & (start < tile + KEY_TILE) & (end > tile)  # (tiles, S)
-        # A stable sort brings the pairs that see each other to the front, in order; what follows them is never read.
+        # A stable sort moves the pairs that see each other to the front, in order. The entries behind are never read.
         tile_segments = (~is_seen).flatten().to(torch.uint8).argsort(stable=True) % max(count, 1)
         return cls(
             segments=torch.cat([torch.stack([first_query, start, end], 1), closing]).int(),
@@ -374,7 +389,7 @@ class SpanLayout(_Layout):
         )
 
     def visible(self) -> Tensor:
-        """(num_queries, num_keys) bool: who sees whom, spelled out. For tests and drawings; no kernel needs it."""
+        """(num_queries, num_keys) bool: whether the query sees the key. For tests and drawings, not for kernels."""
         _, start, end = self.segments[_segment_of_tokens(self.segments, self.num_queries)].unbind(1)
         key = torch.arange(self.num_keys, device=start.device)
         return (start[:, None] <= key) & (key < end[:, None])
@@ -386,7 +401,7 @@ torch.serialization.add_safe_globals([PackedLayout, SpanLayout])  # torch.export
 
 
 def require(condition: Tensor, message: str) -> None:
-    """Raise ValueError where the 0-dim ``condition`` is false; on a GPU, and when compiled, assert without waiting."""
+    """Raise ValueError if the 0-dim ``condition`` is false. On a GPU, and when compiled, assert asynchronously."""
     if condition.device.type == "cpu" and not torch.compiler.is_compiling():
         if not condition:
             raise ValueError(message)
@@ -395,14 +410,14 @@ def require(condition: Tensor, message: str) -> None:
 
 
 def _segment_of_tokens(segments: Tensor, num_tokens: int) -> Tensor:
-    """(T,) int64: the segment each token belongs to, given a table that starts with the segments' first tokens."""
+    """(T,) int64: the segment of each token. The first column of the table holds the segments' first tokens."""
     token = torch.arange(num_tokens, dtype=torch.int32, device=segments.device)
-    # The last segment that starts at or before the token: empty ones that start there too come before it.
+    # The last segment that starts at or before the token. Empty segments with the same start come before it.
     return torch.searchsorted(segments[:, 0].contiguous(), token, right=True) - 1
 
 
 def key_intervals(segments: Tensor, num_tokens: int, root_is_causal: bool) -> tuple[Tensor, Tensor]:
-    """``PackedLayout.key_intervals`` of a bare table."""
+    """``PackedLayout.key_intervals``, given only the table."""
     token = torch.arange(num_tokens, dtype=torch.int32, device=segments.device)
     segment = _segment_of_tokens(segments, num_tokens)
     start, _, root_end, group_end = segments[segment].unbind(1)
@@ -413,7 +428,7 @@ def key_intervals(segments: Tensor, num_tokens: int, root_is_causal: bool) -> tu
 
 
 def _position_ids(segments: Tensor, num_tokens: int) -> Tensor:
-    """(T,) int64: positions count through the root and go on from its end in every branch."""
+    """(T,) int64: positions count through the root and continue from its end in every branch."""
     start, root_start, root_end, _ = segments[_segment_of_tokens(segments, num_tokens)].long().unbind(1)
     token = torch.arange(num_tokens, device=segments.device)
     return token - start + torch.where(start < root_end, 0, root_end - root_start)

@@ -1,4 +1,4 @@
-"""Drop-in modules over the operations.
+"""Drop-in modules that use the operations.
 
 Where a kernel takes the weights of a submodule, the submodule may be changed all the same: LoRA, hooks, quantisation,
 offload. It is then called, and the kernel's place is taken by the composition of torch's modules;
@@ -21,9 +21,9 @@ from lynx_kernels.ops.cross_attention import cross_attention
 class Adapter(nn.Module):
     """A bottleneck adapter: ``x + scale * up(act(down(LayerNorm(x))))``.
 
-    As it stands by default it is the adapter of Lynx (arXiv 2307.02469, section 2.2). With ``norm=None`` and
-    ``starts_as_identity`` it is that of Houlsby et al. (arXiv 1902.00751, section 2.1). With ``norm="post"`` the order
-    is that of a post-norm transformer: ``LayerNorm(x + scale * up(act(down(x))))``.
+    The defaults are the adapter of Lynx (arXiv 2307.02469, section 2.2). ``norm=None`` with ``starts_as_identity`` is
+    the adapter of Houlsby et al. (arXiv 1902.00751, section 2.1). ``norm="post"`` has the order of a post-norm
+    transformer: ``LayerNorm(x + scale * up(act(down(x))))``.
 
     Args:
         width: d, the width of x.
@@ -31,15 +31,15 @@ class Adapter(nn.Module):
         activation: ``"silu"``, ``"relu"``, ``"gelu"`` or ``"gelu_tanh"``.
         norm: ``"pre"``, a LayerNorm before the projections; ``"post"``, one after the residual sum; or None.
         bias: whether the projections have biases.
-        scale: the first value of the branch's weight.
-        trains_scale: whether that weight is a parameter, or a buffer that stays as it is.
-        starts_as_identity: up-projection and its bias start at 0, so that x comes out as it came in (``norm="post"``:
-            normalised) until training moves them. Otherwise both projections' weights start from N(0, 0.02), as in
-            Lynx, and biases at 0.
-        eps: of the LayerNorm.
+        scale: the initial value of ``scale``.
+        trains_scale: whether ``scale`` is a parameter. Otherwise it is a buffer.
+        starts_as_identity: initialise the up-projection and its bias to 0. A new module then returns x (normalised if
+            ``norm="post"``). Otherwise the weights of both projections start from N(0, 0.02), as in Lynx. Biases
+            always start at 0.
+        eps: epsilon of the LayerNorm.
 
     Raises:
-        ValueError: ``activation`` or ``norm`` is none of those above.
+        ValueError: ``activation`` or ``norm`` is not one of the values above.
     """
 
     norm: nn.LayerNorm | None
@@ -77,7 +77,7 @@ class Adapter(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the initial values anew."""
+        """Initialise the parameters again."""
         if self.norm is not None:
             self.norm.reset_parameters()
         for projection in (self.down, self.up):
@@ -102,22 +102,22 @@ class Adapter(nn.Module):
         return {"norm": None if self.is_post_norm else found.get("norm"), "down": found["down"], "up": found["up"]}
 
     def extra_repr(self) -> str:
-        """What the submodules do not show."""
+        """The settings that the submodules do not show."""
         return f"activation={self.activation!r}, is_post_norm={self.is_post_norm}"
 
 
 class PerceiverAttention(nn.Module):
     """Latents attend to media: the cross-attention of a Perceiver resampler.
 
-    Keys and values come from the media only (Lynx, arXiv 2307.02469, section 2.2) or, where the layout of the latents
-    is given too, from the media and the latents in one softmax (Flamingo, arXiv 2204.14198, figure 5). Both inputs pass
-    a LayerNorm first; the four projections have no bias.
+    By default keys and values come from the media only (Lynx, arXiv 2307.02469, section 2.2). With a layout of the
+    latents they come from the media and the latents, in one softmax (Flamingo, arXiv 2204.14198, figure 5). Both inputs
+    pass a LayerNorm first. The four projections have no bias.
 
     Args:
-        width: of the latents and of the output.
-        media_width: of the media, ``width`` by default.
-        num_heads, head_dim: of the attention.
-        eps: of both LayerNorms.
+        width: width of the latents and of the output.
+        media_width: width of the media, ``width`` by default.
+        num_heads, head_dim: heads of the attention, and their dimension.
+        eps: epsilon of both LayerNorms.
     """
 
     def __init__(
@@ -142,14 +142,14 @@ class PerceiverAttention(nn.Module):
     def forward(
         self, latents: Tensor, media: Tensor, layout: SpanLayout, latents_layout: SpanLayout | None = None
     ) -> Tensor:
-        """Attend.
+        """Compute the attention.
 
         Args:
             latents: (Q, width).
             media: (K, media_width).
             layout: which latents see which media.
-            latents_layout: which latents see which latents, too, through the projection of the media: both must have
-                one width.
+            latents_layout: which latents also see which latents. Latents then pass the projection of the media, so
+                ``width`` and ``media_width`` must be equal.
 
         Returns:
             (Q, width).
@@ -165,32 +165,33 @@ class PerceiverAttention(nn.Module):
         if self.to_q.in_features != self.to_kv.in_features:
             raise ValueError(
                 f"PerceiverAttention: latents of width {self.to_q.in_features} cannot pass the projection of media of "
-                f"width {self.to_kv.in_features}; take one width, or leave latents_layout out"
+                f"width {self.to_kv.in_features}; use equal widths, or omit latents_layout"
             )
         out, lse = cross_attention(q, k, v, layout, return_lse=True)
         k, v = _keys_values(self.to_kv(latents), self.head_dim)
         own, own_lse = cross_attention(q, k, v, latents_layout, return_lse=True)
-        share = torch.sigmoid(lse - own_lse)[..., None]  # of the media, in one softmax over both
+        share = torch.sigmoid(lse - own_lse)[..., None]  # the media's share of one softmax over both
         return self.to_out((own + share * (out - own)).to(out.dtype).flatten(-2))
 
 
 class GatedCrossAttention(nn.Module):
-    """Text reads media: Flamingo's gated cross-attention block, which stands before a layer of a decoder.
+    """Text attends to media: Flamingo's gated cross-attention block, placed before a decoder layer.
 
-    ``x + tanh(gate) * attention(LayerNorm(x), media)``, then ``x + tanh(gate) * feed_forward(LayerNorm(x))``, each with
-    a gate of its own that starts at 0: a new block returns x bit for bit (arXiv 2204.14198, figure 4). As in
-    Open-Flamingo no projection has a bias, the feed-forward's activation is the exact GELU, and the media pass no
-    LayerNorm here: a resampler's output has passed one. A token that sees no media gets 0 from the attention; the
-    feed-forward is for every token. Projections start as ``torch.nn.Linear`` draws them.
+    ``x + tanh(gate) * attention(LayerNorm(x), media)``, then ``x + tanh(gate) * feed_forward(LayerNorm(x))``. Each
+    gate starts at 0, so a new block returns x bit for bit (arXiv 2204.14198, figure 4). As in Open-Flamingo, no
+    projection has a bias, and the feed-forward uses the exact GELU. The media pass no LayerNorm here, because the
+    output of a resampler has already passed one. A token that sees no media gets 0 from the attention. The feed-forward
+    applies to every token. Projections are initialised as in ``torch.nn.Linear``.
 
-    Products run in the dtype of the parameters (under autocast, in the autocast dtype), the sums in that of x or wider.
+    Matrix products run in the dtype of the parameters (under autocast, in the autocast dtype). Residual sums run in
+    the dtype of x or a wider one.
 
     Args:
-        width: of the text's hidden states.
-        media_width: of the media, ``width`` by default.
-        num_heads, head_dim: of the attention.
-        expansion: width of the feed-forward over ``width``.
-        eps: of both LayerNorms.
+        width: width of the text's hidden states.
+        media_width: width of the media, ``width`` by default.
+        num_heads, head_dim: heads of the attention, and their dimension.
+        expansion: width of the feed-forward divided by ``width``.
+        eps: epsilon of both LayerNorms.
     """
 
     def __init__(
@@ -218,23 +219,23 @@ class GatedCrossAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the initial values anew, and close the gates."""
+        """Initialise the parameters again, with both gates at 0."""
         for module in self.children():
             module.reset_parameters()  # type: ignore[operator]
         nn.init.zeros_(self.attention_gate)
         nn.init.zeros_(self.feed_forward_gate)
 
     def keys_values(self, media: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys and values of (K, media_width) media, (K, H, D) each: what generation computes once and keeps."""
+        """The keys and values, each (K, H, D), of media (K, media_width). Generation computes them only once."""
         return _keys_values(self.to_kv(children.cast_for(self.to_kv, media)), self.head_dim)
 
     def forward(self, x: Tensor, media: Tensor | tuple[Tensor, Tensor], layout: SpanLayout) -> Tensor:
-        """Let every token of x read the media it sees.
+        """Let every token of x attend to the media it sees.
 
         Args:
-            x: (..., width), the tokens of all rows one after another.
-            media: (K, media_width), or what ``keys_values`` made of it.
-            layout: which of the tokens see which of the media.
+            x: (..., width), the tokens of all rows end to end.
+            media: (K, media_width), or the result of ``keys_values``.
+            layout: which tokens see which media.
 
         Returns:
             The shape and dtype of x.
@@ -275,6 +276,6 @@ def _bottleneck(owner: nn.Module, branch: dict[str, Any], x: Tensor, scale: Tens
 
 
 def _keys_values(projected: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """(K, 2 * H * D), keys before values, as (K, H, D) each."""
+    """Split (K, 2 * H * D), keys before values, into two tensors (K, H, D)."""
     keys, values = projected.unflatten(-1, (2, -1, head_dim)).unbind(-3)
     return keys, values

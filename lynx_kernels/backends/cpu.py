@@ -1,6 +1,6 @@
-"""The compiled module: kernels for CPUs, from csrc. The package works without it, only slower.
+"""The compiled module: CPU kernels, built from csrc. The package works without it, only slower.
 
-Its kernels exist once per instruction set; the best that the processor has runs, unless another one is forced.
+Every kernel is compiled once per instruction set. The best set that the CPU supports runs, unless another is forced.
 """
 
 import importlib
@@ -12,25 +12,28 @@ def _load() -> tuple[Any, str | None]:
         return importlib.import_module("lynx_kernels._host"), None
     except ImportError as error:
         return None, (
-            f"the compiled module is missing ({error}); install a C++17 compiler with OpenMP (GCC 12 or newer) and "
-            "then lynx-kernels again, the output of `pip install --verbose` says what failed"
+            f"the compiled module is missing ({error}); install a C++17 compiler with OpenMP (GCC 12 or newer), then "
+            "install lynx-kernels again; the output of `pip install --verbose` says what failed"
         )
 
 
-# Loaded once: torch.compile cannot trace it. MISSING is the reason where there is none.
+# Loaded once, because torch.compile cannot trace the import. MISSING says why there is no module, or is None.
 module, MISSING = _load()
 
 
 def instruction_sets() -> list[str]:
-    """What kernels can run with here, best first: of "avx512bf16", "avx512", "avx2" and "plain"; [] uncompiled."""
+    """The instruction sets that kernels can use here, best first: "avx512bf16", "avx512", "avx2", "plain".
+
+    The list is empty where the compiled module is missing.
+    """
     return module.instruction_sets() if module is not None else []
 
 
 def force_instruction_set(name: str | None) -> None:
-    """Run kernels with ``name`` of ``instruction_sets()`` from now on, in all threads; None takes the best again.
+    """From now on run the kernels of ``name``, one of ``instruction_sets()``, in all threads. None: the best again.
 
     Raises:
-        ValueError: there are no kernels of that name, or this processor cannot run them.
+        ValueError: no kernels have this name, or this CPU cannot run them.
         RuntimeError: the compiled module is missing.
     """
     if module is None:

@@ -1,7 +1,7 @@
-"""The library of the CUDA C++ kernels: whether it is there, and its operators.
+"""The library of CUDA C++ kernels: whether it is available, and its operators.
 
-It is part of the package where ``LYNX_CUDA=1 pip install --no-build-isolation ...`` built it. Where it is not,
-``LYNX_CUDA=1`` in the environment builds it, into a cache, when lynx_kernels is imported. Nothing else runs nvcc.
+``LYNX_CUDA=1 pip install --no-build-isolation ...`` builds it into the package. If the package has no library,
+``LYNX_CUDA=1`` in the environment builds one into a cache when lynx_kernels is imported. Nothing else runs nvcc.
 """
 
 import os
@@ -14,21 +14,22 @@ _PACKAGE = Path(__file__).parents[1]
 
 
 def kernels() -> Any:
-    """The operators of the library, as ``torch.ops`` has them."""
+    """The operators of the library, as in ``torch.ops``."""
     return torch.ops.lynx_kernels_cuda
 
 
 def _load() -> str | None:
-    """Load the library; why it cannot be, or None."""
-    asked = os.environ.get("LYNX_CUDA") == "1"
+    """Load the library. Return why this failed, or None."""
+    build_requested = os.environ.get("LYNX_CUDA") == "1"
     path = next(iter(_PACKAGE.glob("_cuda*.so")), None)
-    if path is None and not asked:
+    if path is None and not build_requested:
         return (
             "the CUDA kernels are not built: install with LYNX_CUDA=1 and --no-build-isolation, or set LYNX_CUDA=1 "
-            "when you run, which builds them once (nvcc and ninja are needed)"
+            "at run time, which builds them once (nvcc and ninja are needed)"
         )
     if path is None:
-        from lynx_kernels.backends import cuda_build  # a program too: python -m lynx_kernels.backends.cuda_build
+        # Imported here because `python -m lynx_kernels.backends.cuda_build` runs the same file as a program.
+        from lynx_kernels.backends import cuda_build
 
         path = cuda_build.cached(cuda_build.find_tools())
     try:
@@ -38,5 +39,5 @@ def _load() -> str | None:
     return None
 
 
-# Decided once, with the import: torch.compile cannot trace the question. Who asked for a build hears of its failure.
+# Decided once, at import, because torch.compile cannot trace it. If a requested build fails, the import raises.
 MISSING = _load()

@@ -1,15 +1,14 @@
-"""Builds the CUDA C++ of csrc into one library that torch loads. Nothing is built unless it is asked for.
+"""Build the CUDA C++ of csrc into one library that torch loads. This happens only on request.
 
-There are three ways to ask: ``LYNX_CUDA=1`` when the package is installed, ``LYNX_CUDA=1`` when a program runs, and
-``python -m lynx_kernels.backends.cuda_build``, which builds into the cache that the second way uses.
+There are three ways to request it: ``LYNX_CUDA=1`` when the package is installed, ``LYNX_CUDA=1`` when a program runs,
+and ``python -m lynx_kernels.backends.cuda_build``, which builds into the cache that the second way uses.
 
-The first line of every .cu file names the GPUs it is compiled for, for example ``// architectures: sm_80 sm_90``. Of
-sm_90 and sm_100 the code may use what only they have (nvcc's sm_90a and sm_100a). Where a file names sm_80, its PTX is
-kept too: the driver compiles that for GPUs that have no code of their own.
+The first line of every .cu file names the GPUs it is compiled for, for example ``// architectures: sm_80 sm_90``. Code
+for sm_90 and sm_100 may use instructions that only these have (nvcc's sm_90a and sm_100a). If a file names sm_80, its
+PTX is included too. The driver compiles the PTX on GPUs for which there is no code.
 
-This file needs nothing but the standard library, because setup.py uses it where neither torch nor lynx_kernels can be
-imported. The code of csrc keeps to libtorch's stable ABI, so one library works with every torch from 2.11 on, CPU
-builds included.
+This file imports only the standard library, because setup.py uses it before torch and lynx_kernels can be imported.
+The kernels use libtorch's stable ABI. One library works with every torch from 2.11 on, and with CPU builds of torch.
 """
 
 import contextlib
@@ -29,10 +28,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 NAME = "_cuda.so"
-LOG = "build.log"  # beside a library in the cache: what ninja, nvcc and ptxas said
+LOG = "build.log"  # the output of ninja, nvcc and ptxas, beside a library in the cache
 _SOURCES = ("*/cuda/*.cu", "common/*.cu")  # in csrc
 _FIRST_LINE = "// architectures:"
-# What nvcc makes for each architecture. The code of 8.0 also runs on 8.6 to 8.9.
+# The code that nvcc generates for each architecture. Code for 8.0 also runs on 8.6 to 8.9.
 _CODE = {
     "sm_80": ("arch=compute_80,code=sm_80", "arch=compute_80,code=compute_80"),
     "sm_90": ("arch=compute_90a,code=sm_90a",),
@@ -51,12 +50,12 @@ class BuildError(RuntimeError):
 
 
 class MissingToolError(BuildError):
-    """Something that a build needs is missing, so nothing was tried."""
+    """A build tool is missing, so no build was tried."""
 
 
 @dataclass(frozen=True)
 class Tools:
-    """What a build needs: two programs, the folder of torch (its headers and libraries), and csrc."""
+    """What a build needs: two programs, torch's folder with headers and libraries, and csrc."""
 
     nvcc: Path
     ninja: Path
@@ -65,30 +64,30 @@ class Tools:
 
 
 def find_tools() -> Tools:
-    """Find the tools on this machine.
+    """Find the build tools of this machine.
 
     Raises:
-        MissingToolError: one of them is missing. The message says which, and where it was looked for.
+        MissingToolError: a tool is missing. The message says which one and where it was searched.
     """
     beside_python = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)] + [_DEFAULT_HOME]
     nvcc = shutil.which("nvcc", path=os.pathsep.join([*(f"{home}/bin" for home in homes), os.environ.get("PATH", "")]))
     if nvcc is None:
         raise MissingToolError(
-            f"there is no nvcc in {', '.join(homes)} or on PATH: install the CUDA toolkit (12.8 or newer), or set "
+            f"nvcc was not found in {', '.join(homes)} or on PATH: install the CUDA toolkit (12.8 or newer), or set "
             "CUDA_HOME to its folder"
         )
     ninja = shutil.which("ninja", path=beside_python)
     if ninja is None:
-        raise MissingToolError("there is no ninja on PATH: run pip install ninja")
+        raise MissingToolError("ninja was not found on PATH: run pip install ninja")
     torch = importlib.util.find_spec("torch")
     if torch is None or torch.origin is None:
-        raise MissingToolError("there is no torch: install it first, then run pip with --no-build-isolation")
+        raise MissingToolError("torch was not found: install it first, then run pip with --no-build-isolation")
     return Tools(Path(nvcc), Path(ninja), Path(torch.origin).parent, find_csrc())
 
 
 def find_csrc() -> Path:
-    """The folder csrc: inside an installed package, or beside the package in a checkout.
+    """Return the folder csrc: inside an installed package, or beside the package in a checkout.
 
     Raises:
         MissingToolError: it is in neither place.
@@ -97,19 +96,19 @@ def find_csrc() -> Path:
     for folder in (package / "csrc", package.parent / "csrc"):
         if folder.is_dir():
             return folder
-    raise MissingToolError(f"there is no folder csrc in {package} or beside it: install lynx-kernels again")
+    raise MissingToolError(f"the folder csrc is neither in {package} nor beside it: install lynx-kernels again")
 
 
 def sources(csrc: Path) -> list[Path]:
-    """The .cu files that the library is made of."""
+    """The .cu files of the library."""
     return sorted(path for pattern in _SOURCES for path in csrc.glob(pattern))
 
 
 def architectures(source: Path) -> tuple[str, ...]:
-    """What a .cu file is compiled for, as its first line says: of "sm_80", "sm_90" and "sm_100".
+    """The architectures in the first line of a .cu file: a subset of "sm_80", "sm_90" and "sm_100".
 
     Raises:
-        BuildError: the first line does not say it, or names something else.
+        BuildError: the first line names no architecture, or an unknown one.
     """
     with source.open() as file:
         line = file.readline().rstrip("\n")
@@ -125,10 +124,10 @@ def architectures(source: Path) -> tuple[str, ...]:
 
 
 def build(target: Path, tools: Tools) -> str:
-    """Compile everything into the library ``target``, in a folder of its own, and return what the compilers said.
+    """Compile everything into the library ``target``, in a temporary folder. Return the output of the compilers.
 
     Raises:
-        BuildError: the compiler failed, and the message ends with what it said; or a source does not name its
+        BuildError: the compiler failed, and the message ends with its output; or a source does not name its
             architectures.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -137,9 +136,9 @@ def build(target: Path, tools: Tools) -> str:
         command = [str(tools.ninja), "-C", folder, "-v"]
         result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if result.returncode != 0:
-            said = "\n".join(result.stdout.splitlines()[-40:])
-            raise BuildError(f"{shlex.join(command)} failed with exit status {result.returncode}:\n{said}")
-        os.replace(Path(folder, NAME), target)  # at once: nobody finds half a library
+            output = "\n".join(result.stdout.splitlines()[-40:])
+            raise BuildError(f"{shlex.join(command)} failed with exit status {result.returncode}:\n{output}")
+        os.replace(Path(folder, NAME), target)  # atomic: no process loads an incomplete library
     return result.stdout
 
 
@@ -164,27 +163,26 @@ def _ninja_file(tools: Tools) -> str:
 
 
 def object_name(csrc: Path, source: Path) -> str:
-    """The name of a source's object file, unlike that of any other source."""
+    """The name of a source's object file. No other source has the same."""
     return "_".join(source.relative_to(csrc).with_suffix(".o").parts)
 
 
 def cached(tools: Tools) -> Path:
-    """The library of exactly these sources, compiler and torch. It is built now, unless it was built before.
+    """Return the library for exactly these sources, compiler and torch. Build it first if it is not in the cache.
 
-    Of several processes one builds it and the others wait. It lies in ``cache_folder()``.
+    Of several processes one builds it and the others wait. The cache is ``cache_folder()``.
 
     Raises:
-        BuildError: as ``build``, or the folder cannot be written to.
+        BuildError: as in ``build``, or the folder cannot be written to.
     """
     folder = cache_folder() / f"cuda-{_key(tools)}"
     target = folder / NAME
 
     def make() -> None:
         logging.getLogger("lynx_kernels").warning(
-            "building the CUDA kernels with %s into %s, which is done once and takes minutes", tools.nvcc, folder
+            "building the CUDA kernels with %s into %s; this happens once and takes minutes", tools.nvcc, folder
         )
-        said = build(target, tools)
-        (folder / LOG).write_text(said)
+        (folder / LOG).write_text(build(target, tools))
 
     try:
         once(target, make)
@@ -196,15 +194,15 @@ def cached(tools: Tools) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where libraries built outside the package are kept: ``$LYNX_CACHE``, else ``lynx_kernels`` in
-    ``$XDG_CACHE_HOME``, else in ``~/.cache``."""
-    if named := os.environ.get("LYNX_CACHE"):
-        return Path(named)
+    """The folder for libraries and launch plans made at run time: ``$LYNX_CACHE``; by default ``lynx_kernels`` in
+    ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    if folder := os.environ.get("LYNX_CACHE"):
+        return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lynx_kernels"
 
 
 def once(target: Path, make: Callable[[], None]) -> None:
-    """Run ``make`` unless ``target`` exists. Other processes that want it meanwhile wait until it does."""
+    """Run ``make`` unless ``target`` exists. Other processes that need ``target`` wait until it is made."""
     if target.exists():
         return
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -216,7 +214,7 @@ def once(target: Path, make: Callable[[], None]) -> None:
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # released with the file, also by a process that is killed
+        fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed, also if the process is killed
         yield
 
 

@@ -1,8 +1,8 @@
-"""Which implementation of an operation runs, and why not the others.
+"""Choose which implementation of an operation runs, and say why the others do not.
 
-Every operation lists its implementations, best first. Each names the architectures it is written for, and says for a
-given call whether it can run. ``impl=None`` takes the first that can; naming one that cannot is an error that carries
-its reason. Nothing falls back in silence: ``explain`` tells the choice and the reasons against the rest.
+Every operation lists its implementations, best first. Each implementation names the architectures it is written for
+and says whether it can run a given call. ``impl=None`` takes the first that can run. Naming one that cannot run is an
+error that states the reason. No fallback is hidden: ``explain`` returns the choice and the reasons against the others.
 """
 
 import inspect
@@ -15,7 +15,7 @@ import torch
 
 PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-# What GPU kernels are written and compiled for.
+# The architectures that GPU kernels are written and compiled for.
 NVIDIA = ("sm_80", "sm_90", "sm_100")
 GPUS = (*NVIDIA, "gfx942")
 
@@ -23,10 +23,10 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def architecture(device: torch.device) -> str:
-    """What code for ``device`` is made for: "cpu", one of ``GPUS``, or the name of another device or GPU.
+    """The architecture whose code runs on ``device``: "cpu", one of ``GPUS``, or the name of another device or GPU.
 
-    NVIDIA's GPUs from sm_80 on run the code of the newest architecture that they are compatible with: 8.6 and 8.9 that
-    of sm_80, and 12.0, which has neither sm_90's nor sm_100's own instructions, too.
+    An NVIDIA GPU from sm_80 on runs the code of the newest architecture it is compatible with. 8.6 and 8.9 run code for
+    sm_80. So does 12.0, because it has neither the special instructions of sm_90 nor those of sm_100.
     """
     if device.type != "cuda":
         return device.type
@@ -51,12 +51,12 @@ class Implementation:
     """One way to compute an operation.
 
     Attributes:
-        name: what ``impl=`` calls it.
+        name: its name for ``impl=``.
         forward: computes the operation; takes the call, a named tuple of the operation.
-        backward: computes its gradients; takes the operation's backward call. Absent where there is no gradient.
-        architectures: those it is written for, as ``architecture`` names them; empty for any device.
-        unsupported_reason: why it cannot run the call, or None if it can.
-        not_preferred_reason: why it should run only when named, although it can, or None.
+        backward: computes the gradients; takes the operation's backward call. Omitted if there is no gradient.
+        architectures: names as ``architecture`` returns them; empty means every device.
+        unsupported_reason: returns why it cannot run the call, or None if it can.
+        not_preferred_reason: returns why it should run only when named by ``impl=``, or None.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Implementation:
     not_preferred_reason: Callable[[Any], str | None] = _no_reason
 
     def reason_against(self, call: Any, *, named: bool) -> str | None:
-        """Why it does not run the call, or None; asked for by name, only what makes it impossible counts."""
+        """Why it does not run the call, or None. With ``named=True``, preference does not count."""
         if self.architectures and (found := architecture(call.device)) not in self.architectures:
             return f"it is written for {', '.join(self.architectures)}, and the tensors are on {found}"
         reason = self.unsupported_reason(call)
@@ -76,11 +76,11 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a call would run.
+    """The implementation that a call would run.
 
     Attributes:
-        name: the implementation's; None if none can run, or the one that was asked for cannot.
-        reasons: why each of the others does not run, by name.
+        name: the implementation; None if none can run, or if the one named by ``impl=`` cannot.
+        reasons: implementation name -> why it does not run.
     """
 
     name: str | None
@@ -94,11 +94,11 @@ class Operation:
     """The implementations of one operation, best first.
 
     Args:
-        name: the operation's.
+        name: the name of the operation.
         call: a named tuple of the operator's arguments, in the order of its schema, with a property ``device``.
-        backward_call: likewise, of its backward operator.
+        backward_call: the same for the backward operator.
         implementations: best first.
-        check: raises for a call that is wrong, before any implementation is asked.
+        check: raises for an invalid call, before any implementation is considered.
     """
 
     def __init__(
@@ -117,16 +117,16 @@ class Operation:
 
     @property
     def names(self) -> list[str]:
-        """What ``impl=`` can be, best first."""
+        """The values that ``impl=`` accepts, best first."""
         return list(self._implementations)
 
     def forward(self, *args: Any) -> Any:
-        """The registered forward kernel: run the implementation that the last argument names on the others."""
+        """The registered forward kernel. The last argument names the implementation; the others are the call."""
         *inputs, impl = args
         return self._implementations[impl].forward(self.call(*inputs))
 
     def backward(self, *args: Any) -> Any:
-        """The registered backward kernel, likewise."""
+        """The registered backward kernel; arguments as for ``forward``."""
         *inputs, impl = args
         return self._implementations[impl].backward(self.backward_call(*inputs))
 
@@ -134,9 +134,9 @@ class Operation:
         """The name of the implementation that runs ``call``.
 
         Raises:
-            TypeError, ValueError: the call is wrong, as ``check`` says it.
-            ValueError: ``impl`` names no implementation of this operation.
-            RuntimeError: the implementation ``impl`` names cannot run this call, or none can.
+            TypeError, ValueError: ``check`` found the call invalid.
+            ValueError: ``impl`` is not an implementation of this operation.
+            RuntimeError: the implementation named by ``impl`` cannot run this call, or none can.
         """
         self.check(call)
         if impl is not None:
@@ -150,7 +150,7 @@ class Operation:
         raise RuntimeError(f"{self.name}: no implementation can run this call: {self.explain(None, call).reasons}")
 
     def explain(self, impl: str | None, call: Any) -> Explanation:
-        """What ``choose`` would answer, and why not the others."""
+        """What ``choose`` would return, and why the others do not run."""
         self.check(call)
         if impl is not None:
             self._named(impl)
@@ -165,15 +165,15 @@ class Operation:
 
     def _named(self, impl: str) -> Implementation:
         if impl not in self._implementations:
-            raise ValueError(f"{self.name}: impl={impl!r} is not an implementation; there are {self.names}")
+            raise ValueError(f"{self.name}: impl={impl!r} is not an implementation; choose one of {self.names}")
         return self._implementations[impl]
 
     def explained_by(self, make_call: Callable[..., Any]) -> Callable[[_Function], _Function]:
-        """A decorator of the public function, which ``explain`` then knows.
+        """A decorator that registers the public function with ``explain``.
 
         Args:
-            make_call: makes the call of those of the function's arguments that it names, and raises what the function
-                would raise for them.
+            make_call: makes the call. Its parameters are a subset of the function's, with the same names. It raises
+                what the function would raise for these arguments.
         """
 
         def register(function: _Function) -> _Function:
@@ -187,7 +187,7 @@ _EXPLAINED: dict[Callable, tuple[Operation, Callable[..., Any]]] = {}
 
 
 def explain(operation: Callable, *args: Any, **kwargs: Any) -> Explanation:
-    """What ``operation(*args, **kwargs)`` would run, and why not the others. Nothing is computed.
+    """Tell which implementation ``operation(*args, **kwargs)`` would run, and why not the others. Computes nothing.
 
     The operation may be a ``functools.partial``. It may also be a module, its input ``x`` optional: the answer is then
     whether kernels take the weights of its submodules, "kernels", or which of them are called, and why.
@@ -198,7 +198,7 @@ def explain(operation: Callable, *args: Any, **kwargs: Any) -> Explanation:
 
     Raises:
         TypeError: ``operation`` is neither an operation of lynx_kernels nor a module that has one of its modules.
-        TypeError, ValueError: the arguments are none of the operation's, as the operation itself says it.
+        TypeError, ValueError: the operation itself would raise this for these arguments.
     """
     if isinstance(operation, torch.nn.Module):
         from lynx_kernels import children  # which needs this file
@@ -218,16 +218,16 @@ def explain(operation: Callable, *args: Any, **kwargs: Any) -> Explanation:
 
 
 def gradient_unsupported_reason(kernels: str, *tensors: torch.Tensor | None) -> str | None:
-    """Why ``kernels`` that only go forward cannot take these tensors, or None if nothing asks for a gradient."""
+    """Why the forward-only ``kernels`` cannot take these tensors, or None if no tensor requires a gradient."""
     if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors):
         return f"{kernels} have no gradient, and an argument requires one"
     return None
 
 
 def refuse_dtensors(operation: str, **tensors: torch.Tensor | None) -> None:
-    """Raise TypeError for a DTensor: our kernels would read one rank's shard as if it were the whole."""
+    """Raise TypeError for a DTensor: our kernels would read one rank's shard as the full tensor."""
     for name, tensor in tensors.items():
-        # Looking in vain for an attribute takes a tensor longer than all our other checks.
+        # A failed attribute lookup on a tensor takes longer than all our other checks.
         if tensor is None or type(tensor) in PLAIN_TENSORS:
             continue
         if hasattr(tensor, "placements"):
@@ -241,7 +241,9 @@ def require_same_device(operation: str, device: torch.device, **tensors: torch.T
     """Raise ValueError for a tensor that is not on ``device``."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != device:
-            raise ValueError(f"{operation}: {name} is on {tensor.device}, expected {device} like the rest")
+            raise ValueError(
+                f"{operation}: {name} is on {tensor.device}, expected {device} like the other arguments; move it there"
+            )
 
 
 def require_floating(operation: str, **tensors: torch.Tensor | None) -> None:

@@ -1,8 +1,8 @@
-"""The dtype arithmetic of every definition."""
+"""The accumulation dtype that all reference implementations share."""
 
 import torch
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of statistics, scores, sums and losses: at least fp32, and never narrower than the input."""
+    """The dtype of statistics, scores, sums and losses: fp32, or fp64 for fp64 inputs."""
     return torch.promote_types(dtype, torch.float32)

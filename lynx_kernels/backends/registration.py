@@ -1,9 +1,8 @@
-"""One way for every operation to become a ``torch.library`` operator.
+"""Register operations as ``torch.library`` operators.
 
-An operation is registered twice, forward and backward. What each takes is a call, a named tuple whose fields are the
-arguments of its schema. The name of the chosen implementation comes after them. So one fake kernel, one autograd
-formula and one autocast rule serve all implementations, and ``torch.compile`` and export see an opaque operator
-whichever of them runs.
+Every operation has two operators, forward and backward. The arguments of an operator are the fields of its call, a
+named tuple, followed by the name of the chosen implementation. So all implementations share one fake kernel, one
+autograd formula and one autocast rule. ``torch.compile`` and export see the same opaque operator for all of them.
 """
 
 from collections.abc import Callable
@@ -18,7 +17,7 @@ _LIBRARY = torch.library.Library("lynx_kernels", "DEF")
 _AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
 
-# How a schema says what a field of a call is annotated as.
+# Annotation of a call's field -> type in the schema.
 _SCHEMA_TYPES = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
@@ -36,7 +35,7 @@ _SCHEMA_TYPES = {
 
 
 def schema_arguments(call: type, mutated: str | None = None) -> str:
-    """The fields of a named tuple as a schema's arguments, of which ``mutated`` is written to."""
+    """The fields of a named tuple as the arguments of a schema. The operator writes to the field ``mutated``."""
     arguments = []
     for name, annotation in get_type_hints(call).items():
         kind = _SCHEMA_TYPES[annotation]
@@ -57,21 +56,22 @@ def define(
 ) -> Callable:
     """Register ``lynx_kernels::<name>`` and return a function that runs it.
 
-    The function calls the operator, or ``kernel`` itself where nothing would see the difference: the way through the
+    The function calls the operator. It calls ``kernel`` directly where nothing can see the difference, because the
     dispatcher takes 25-50 us, a tenth of a small operation.
 
     Args:
-        name: the operator's.
-        call: a named tuple: its fields are the operator's arguments. The name of the implementation comes after them.
-        returns: what it returns, as a schema says it.
+        name: the name of the operator.
+        call: a named tuple. Its fields are the operator's arguments; the name of the implementation comes last.
+        returns: the return type, in schema syntax.
         kernel: runs the operator on any device; takes the operator's arguments.
-        fake: of a call, gives outputs of the right shape, dtype and device without computing them.
-        autograd: ``(setup_context, backward)``. ``setup_context(ctx, call, impl, output)`` keeps what
-            ``backward(ctx, *gradients)`` needs, which gives a gradient or None for each field of the call. Without it
-            differentiating the operator is an error: so are second derivatives, our backwards having no autograd.
-        autocast: ``autocast(dtype, call) -> call`` gives the call that runs in an autocast region of that dtype.
-            Without it the call stays as it is, and nothing inside the operator is cast either.
-        mutated: the field that the operator writes to, if it does.
+        fake: takes a call and returns outputs of the right shape, dtype and device without computing them.
+        autograd: ``(setup_context, backward)``. ``setup_context(ctx, call, impl, output)`` saves what ``backward``
+            needs. ``backward(ctx, *gradients)`` returns a gradient or None for each field of the call. Without
+            ``autograd``, differentiating the operator is an error. Backward operators have none, so second
+            derivatives are errors too.
+        autocast: ``autocast(dtype, call) -> call`` returns the call that runs in an autocast region of that dtype.
+            Without it the call is unchanged. In both cases nothing is cast inside the operator.
+        mutated: the field that the operator writes to, if any.
     """
     make: Any = call
     _LIBRARY.define(
@@ -87,13 +87,13 @@ def define(
         _register_autocast(operator, name, device_type, make, autocast or (lambda dtype, call: call))
 
     def run(*args: Any) -> Any:
-        return kernel(*args) if _nobody_watches(args) else operator(*args)
+        return kernel(*args) if _can_bypass_dispatcher(args) else operator(*args)
 
     return run
 
 
 def _over_arguments(make: Any, setup_context: Callable, backward: Callable) -> tuple[Callable, Callable]:
-    """Functions of calls as ``torch.library.register_autograd`` takes them: of all arguments."""
+    """Adapt functions of a call to ``torch.library.register_autograd``, which passes all arguments."""
 
     def setup(ctx: Any, inputs: tuple, output: Any) -> None:
         setup_context(ctx, make(*inputs[:-1]), inputs[-1], output)
@@ -101,10 +101,10 @@ def _over_arguments(make: Any, setup_context: Callable, backward: Callable) -> t
     return setup, lambda ctx, *gradients: (*backward(ctx, *gradients), None)
 
 
-def _nobody_watches(args: tuple[Any, ...]) -> bool:
-    """Whether nothing would notice that the dispatcher is passed by.
+def _can_bypass_dispatcher(args: tuple[Any, ...]) -> bool:
+    """Whether nothing needs to see the operator.
 
-    A graph, a trace, a mode, a profiler or an autocast region would.
+    An autograd graph, a trace, a dispatch mode, a functorch transform, a profiler and an autocast region need it.
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._is_any_autocast_enabled():
         return False
@@ -113,7 +113,7 @@ def _nobody_watches(args: tuple[Any, ...]) -> bool:
     records = torch.is_grad_enabled()
     for each in args:
         if type(each) is torch.Tensor and not (records and each.requires_grad):
-            continue  # nearly all: half the time of what follows
+            continue  # the common case, in half the time of the loop below
         for tensor in each if isinstance(each, list) else (each,):
             if isinstance(tensor, torch.Tensor) and (
                 type(tensor) not in PLAIN_TENSORS or (records and tensor.requires_grad)
@@ -123,7 +123,7 @@ def _nobody_watches(args: tuple[Any, ...]) -> bool:
 
 
 def autocast_to(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``tensor`` in the autocast ``dtype``; fp64 stays, as everywhere in PyTorch's autocast."""
+    """Cast ``tensor`` to the autocast ``dtype``. fp64 stays fp64, as everywhere in PyTorch's autocast."""
     return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
 
 
@@ -135,8 +135,8 @@ def _refuse_gradient(name: str) -> Callable:
 
 
 def _register_autocast(operator: torch._ops.OpOverload, name: str, device_type: str, make: Any, rule: Callable) -> None:
-    # torch.library.register_autocast casts every argument to one dtype fixed at registration. Our operators keep some
-    # arguments wide (the residual stream, norm weights) and follow whatever dtype the region asks for.
+    # torch.library.register_autocast casts every argument to one dtype, fixed at registration. Our operators leave some
+    # arguments uncast (the residual stream, norm weights) and use the dtype of the current autocast region.
     key = getattr(torch._C.DispatchKey, _AUTOCAST_KEYS[device_type])
     excluded = torch._C.DispatchKeySet(key)
 

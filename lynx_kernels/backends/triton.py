@@ -1,4 +1,4 @@
-"""Where Triton kernels can run. Triton itself is imported with the first kernel that runs, not with lynx_kernels."""
+"""Where Triton kernels can run. The first kernel that runs imports Triton; importing lynx_kernels does not."""
 
 import importlib
 import importlib.util
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lynx_kernels.backends.dispatch import GPUS
 
-# Both are fixed for the process: Triton decides when a kernel is decorated whether it will be interpreted. As constants
-# they also leave nothing for torch.compile to trace.
+# Both are fixed for the process: Triton decides at decoration time whether a kernel is interpreted. As constants they
+# also leave nothing for torch.compile to trace.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 INSTALLED = importlib.util.find_spec("triton") is not None
 ARCHITECTURES = ("cpu",) if INTERPRETED else GPUS
@@ -23,17 +23,17 @@ def unsupported_reason(*tensors: Tensor | None) -> str | None:
     if not INSTALLED:
         return "triton is not installed"
     if any(each is not None and each.dtype == torch.float64 for each in tensors):
-        return "Triton kernels add up in fp32, and an argument is fp64"
+        return "the Triton kernels accumulate in fp32, and an argument is fp64"
     return None
 
 
 def not_preferred_reason(call: Any) -> str | None:
-    """Why Triton kernels run only when named, or None: interpreting them serves tests."""
-    return "the Triton interpreter runs only when named" if INTERPRETED else None
+    """Why Triton kernels run only when named by ``impl=``, or None. The interpreter is for tests."""
+    return "the Triton interpreter runs only when named by impl=" if INTERPRETED else None
 
 
 def lazy(module: str, function: str) -> Callable[..., Any]:
-    """``module.function``, imported when it is first called."""
+    """A function that imports ``module`` when it is first called, then calls ``module.function``."""
 
     def call(*args: Any) -> Any:
         return getattr(importlib.import_module(module), function)(*args)

@@ -1,1 +1,1 @@
-"""Other people's models on our kernels. Nothing here is imported by ``lynx_kernels`` itself."""
+"""Our kernels in models of other libraries. ``lynx_kernels`` itself imports nothing from here."""

@@ -1,26 +1,26 @@
-"""Swaps samples between the packs of a step until their patches are balanced, the budgets kept.
+"""Balance the patches of the packs of a step by swapping samples, within the token budgets.
 
-A swap moves a sample, or exchanges two, between the pack with the most patches and the one with the fewest (the next,
-where there is no swap). It is the one that brings the two nearest to each other. Among equals the sample that is
-shorter, then the one with fewer patches, then the older one comes first.
+A swap moves one sample, or exchanges two, between the pack with the most patches (the giver) and the pack with the
+fewest (the taker). If these two have no swap, the pack with the next fewest is tried. The chosen swap makes the two
+packs most equal. Ties prefer the shorter sample, then the one with fewer patches, then the older one.
 """
 
 from bisect import bisect_left, insort
 
 from lynx_kernels.packing.filling import Pack, Sample
 
-_SWAPS = 16  # at most, for each rank: far above what mixes of images need, a bound for patches that are all different
+_SWAPS = 16  # limit per rank; far more than mixes of images need, it matters only if all patch counts differ
 _NOTHING: Sample = (0, 0, -1)
-_END: Sample = (2**63, 0, -1)  # longer than any
+_END: Sample = (2**63, 0, -1)  # longer than any sample
 
 
 class _Candidates:
-    """A pack's samples as a swap looks at them. Of those that cost the same the oldest does: it would be chosen.
+    """The samples of a pack that a swap may choose. Of samples with equal costs only the oldest is listed.
 
     Attributes:
-        given: those with patches, for giving away others makes no pack lighter.
-        returned: nothing, all, and an end, sorted.
-        lengths, patches: of ``returned``.
+        given: the samples with patches; giving away others does not reduce patches.
+        returned: ``_NOTHING``, all samples, and ``_END``, sorted.
+        lengths, patches: the tokens and the patches of ``returned``.
     """
 
     __slots__ = ("given", "lengths", "patches", "returned")
@@ -59,10 +59,10 @@ def balance(packs: list[Pack]) -> None:
 def _first_swap(
     packs: list[Pack], candidates: list[_Candidates], order: list[tuple[int, int]]
 ) -> tuple[int, Sample, Sample] | None:
-    # Of the pack with the most patches with the first that has one: the other's rank, what is given, what comes back.
-    most, giver = order[-1]
-    for fewest, taker in order:
-        if most - fewest < 2:
+    # The first pack with which the pack with the most patches has a swap: its rank, the sample given, the one returned.
+    giver_patches, giver = order[-1]
+    for taker_patches, taker in order:
+        if giver_patches - taker_patches < 2:
             break
         swap = _best_swap(packs[giver], candidates[giver], packs[taker], candidates[taker])
         if swap is not None:
@@ -72,7 +72,7 @@ def _first_swap(
 
 def _best_swap(giver: Pack, gives: _Candidates, taker: Pack, takes: _Candidates) -> tuple[Sample, Sample] | None:
     difference = giver.patches - taker.patches
-    low, high = 0, difference  # what is moved must lie between them: then it is nearer to half the difference
+    low, high = 0, difference  # patches moved between these bounds are closer to half the difference than the best
     best = None
     lengths, returned_patches = takes.lengths, takes.patches
     giver_room, taker_room = giver.room, taker.room

@@ -1,4 +1,4 @@
-"""The checks of what a caller hands to the planner."""
+"""Checks of the planner's arguments."""
 
 import logging
 from operator import index as as_int
@@ -8,30 +8,30 @@ from numpy.typing import ArrayLike, NDArray
 
 logger = logging.getLogger("lynx_kernels.packing")
 
-_LIMIT = 2**31  # of every number: sums and products then fit in 64 bits
+_LIMIT = 2**31  # limit of every number, so that sums and products fit in 64 bits
 
 
 def check_options(too_long: str, **options: tuple[int, int]) -> None:
-    """Raise ValueError unless each option, given with its least value, is in range and ``too_long`` is known."""
-    for name, (value, least) in options.items():
-        if not least <= as_int(value) < _LIMIT:
-            raise ValueError(f"planner: {name}={value}, expected {least} to 2^31 - 1")
+    """Raise ValueError unless ``too_long`` is valid and each option, a (value, minimum), is in range."""
+    for name, (value, minimum) in options.items():
+        if not minimum <= as_int(value) < _LIMIT:
+            raise ValueError(f"planner: {name}={value}, expected {minimum} to 2^31 - 1")
     if too_long not in ("error", "skip"):
         raise ValueError(f"planner: too_long={too_long!r}, expected 'error' or 'skip'")
 
 
 def check_costs(tokens: ArrayLike, patches: ArrayLike | None, num_seen: int) -> tuple[list[int], list[int]]:
-    """The samples' tokens and patches as ints.
+    """The tokens and the patches of the samples, as ints.
 
     Args:
-        num_seen: the number of the first sample.
+        num_seen: the number (index in the stream) of the first sample.
 
     Raises:
         ValueError: a cost is out of range; the message names the sample.
         TypeError: costs are not integers.
     """
     if type(tokens) is int and type(patches) is int and 1 <= tokens < _LIMIT and 0 <= patches < _LIMIT:
-        return [tokens], [patches]  # one sample at a time, as streams come: numpy takes ten times as long
+        return [tokens], [patches]  # one sample, as in a stream: numpy takes ten times as long
     lengths = _integers("tokens", tokens, 1, num_seen)
     if patches is None:
         return lengths.tolist(), [0] * lengths.size
@@ -41,7 +41,7 @@ def check_costs(tokens: ArrayLike, patches: ArrayLike | None, num_seen: int) -> 
     return lengths.tolist(), found.tolist()
 
 
-def _integers(name: str, values: ArrayLike, least: int, num_seen: int) -> NDArray[np.integer]:
+def _integers(name: str, values: ArrayLike, minimum: int, num_seen: int) -> NDArray[np.integer]:
     found = np.atleast_1d(np.asarray(values))
     if found.size == 0:
         return np.zeros(0, np.int64)
@@ -49,28 +49,30 @@ def _integers(name: str, values: ArrayLike, least: int, num_seen: int) -> NDArra
         raise TypeError(f"planner: {name} are {found.dtype}, expected integers")
     if found.ndim != 1:
         raise ValueError(f"planner: {name} have shape {found.shape}, expected one number for each sample")
-    wrong = (found < least) | (found >= _LIMIT)
+    wrong = (found < minimum) | (found >= _LIMIT)
     if wrong.any():
         first = int(wrong.argmax())
-        raise ValueError(f"planner: sample {num_seen + first} has {found[first]} {name}, expected {least} to 2^31 - 1")
+        raise ValueError(
+            f"planner: sample {num_seen + first} has {found[first]} {name}, expected {minimum} to 2^31 - 1"
+        )
     return found
 
 
 def count_too_long(tokens: list[int], token_budget: int, too_long: str, num_seen: int, skipped: int) -> int:
-    """How many samples are longer than the budget and are to be left out.
+    """The number of samples longer than the budget, which are to be skipped.
 
     Args:
-        too_long: ``"error"``, or ``"skip"``: they are logged.
-        num_seen, skipped: the number of the first sample, and how many were left out before.
+        too_long: ``"error"`` raises; ``"skip"`` logs a warning.
+        num_seen, skipped: the number of the first sample, and how many were skipped before.
 
     Raises:
-        ValueError: there are some, and ``too_long`` is ``"error"``.
+        ValueError: a sample is too long, and ``too_long`` is ``"error"``.
     """
     if not tokens or max(tokens) <= token_budget:
         return 0
     wrong = [place for place, length in enumerate(tokens) if length > token_budget]
-    said = f"sample {num_seen + wrong[0]} has {tokens[wrong[0]]} tokens, more than token_budget={token_budget}"
+    problem = f"sample {num_seen + wrong[0]} has {tokens[wrong[0]]} tokens, more than token_budget={token_budget}"
     if too_long == "error":
-        raise ValueError(f"planner: {said}; cut it, raise the budget, or leave such samples out with too_long='skip'")
-    logger.warning("%s; skipped (%d in this call, %d so far)", said, len(wrong), skipped + len(wrong))
+        raise ValueError(f"planner: {problem}; truncate it, raise the budget, or skip such samples (too_long='skip')")
+    logger.warning("%s; skipped (%d in this call, %d so far)", problem, len(wrong), skipped + len(wrong))
     return len(wrong)

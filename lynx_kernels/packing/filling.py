@@ -1,18 +1,22 @@
-"""The samples that wait, and the packs of one step filled from them.
+"""The waiting samples, and how the packs of one step are filled from them.
 
-A step is a pack for each rank. In order of arrival, samples go to the packs that have room for them: one with patches
-to the pack with the fewest, one without to the pack with the most room. This ends when the packs have room for no more
-than 1.5 samples of average length each, or for 3/4 of their budgets if that is less, or at the first sample that fits
-nowhere. Then, of the packs that have room for any, the one with the fewest patches takes the longest that fits it,
-until none has. So short samples leave nearly in the order they came, and the last of a pack is chosen among all that
-wait, even where a pack holds but two.
+A step has one pack per rank. It is filled in two phases:
 
-Nothing starves. Of the tokens at the front of the queue a step takes at least a quarter of ``token_budget``; or it ends
-at a sample that no pack has room for, with which the next step begins: together these two take more than
-``token_budget``. Fewer than ``(ranks + lookahead) * token_budget`` tokens stand before a new sample, so it leaves in
-``4 * (ranks + lookahead) + 1`` steps at most.
+1. Samples are placed in order of arrival. A sample with patches goes to the pack with the fewest patches that has room
+   for it; one without goes to the pack with the most room. This phase ends when the room left is at most 1.5 samples of
+   average length per pack, or 3/4 of the budgets if that is less, or at the first sample that fits nowhere.
+2. Of the packs that have room for some sample, the one with the fewest patches takes the longest sample that fits. This
+   repeats until no sample fits.
 
-Among equals the lowest rank and the oldest sample come first.
+So short samples leave nearly in order of arrival. The last sample of a pack is chosen among all that wait, even if the
+pack holds only two.
+
+No sample waits forever. From the front of the queue, a step takes at least a quarter of ``token_budget``. Otherwise it
+ended at a sample that fits nowhere, and the next step starts with that sample; together these two steps take more than
+``token_budget``. Fewer than ``(ranks + lookahead) * token_budget`` tokens are in front of a new sample. So it leaves
+within ``4 * (ranks + lookahead) + 1`` steps.
+
+Ties prefer the lowest rank and the oldest sample.
 """
 
 from bisect import bisect_left, bisect_right, insort
@@ -20,11 +24,11 @@ from collections import deque
 from collections.abc import Iterable
 from heapq import heapify, heappop, heapreplace
 
-Sample = tuple[int, int, int]  # tokens, patches, number: sorted, they stand as the swaps of balance.py try them
+Sample = tuple[int, int, int]  # tokens, patches, number; in this order sorting gives the order of swaps in balance.py
 
 
 class Pack:
-    """The samples of one rank, the tokens that are left of its budget and the patches of all of them."""
+    """The samples of one rank, the remaining tokens of its budget (``room``), and the sum of its patches."""
 
     __slots__ = ("patches", "room", "samples")
 
@@ -34,44 +38,44 @@ class Pack:
         self.samples: list[Sample] = []
 
     def add(self, sample: Sample) -> None:
-        """Put the sample in; the caller has seen that it fits."""
+        """Add the sample. The caller has checked that it fits."""
         self.samples.append(sample)
         self.room -= sample[0]
         self.patches += sample[1]
 
     def remove(self, sample: Sample) -> None:
-        """Take the sample out."""
+        """Remove the sample."""
         self.samples.remove(sample)
         self.room += sample[0]
         self.patches -= sample[1]
 
     def numbers(self) -> list[int]:
-        """Which samples these are, ascending."""
+        """The numbers of the samples, ascending."""
         return sorted([number for _, _, number in self.samples])
 
 
 class WaitingSamples:
-    """Samples in order of arrival that can also be taken by their length.
+    """A queue of samples in order of arrival from which samples can also be taken by length.
 
-    Of one length the oldest leaves first. So those that wait are the newest of their length, which is how the queue
-    knows samples that were taken out of turn.
+    Of equal lengths the oldest is taken first. So the samples of a length that still wait are its newest. This tells
+    the queue which of its entries were already taken by length.
 
     Attributes:
-        tokens: of all that wait.
-        count: how many wait.
-        lengths: the lengths of those that wait, sorted, each once.
+        tokens: the sum over the waiting samples.
+        count: the number of waiting samples.
+        lengths: the distinct lengths of the waiting samples, sorted.
     """
 
     def __init__(self, samples: Iterable[Sample] = ()):
         self.tokens = self.count = 0
         self.lengths: list[int] = []
-        self._arrivals: deque[Sample] = deque()  # those that were taken out of turn are still among them
+        self._arrivals: deque[Sample] = deque()  # still includes samples that were taken by length
         self._by_length: dict[int, deque[Sample]] = {}
         for sample in samples:
             self.add(sample)
 
     def add(self, sample: Sample) -> None:
-        """Put a sample at the end of the queue."""
+        """Append a sample to the queue."""
         length = sample[0]
         same = self._by_length.get(length)
         if same is None:
@@ -84,11 +88,11 @@ class WaitingSamples:
         self.count += 1
 
     def in_order(self) -> list[Sample]:
-        """All that wait, in order of arrival."""
+        """All waiting samples, in order of arrival."""
         return [sample for sample in self._arrivals if self._waits(sample)]
 
     def oldest(self) -> Sample | None:
-        """The sample that waits longest; it stays."""
+        """The oldest waiting sample. It stays in the queue."""
         arrivals = self._arrivals
         while arrivals:
             if self._waits(arrivals[0]):
@@ -97,7 +101,7 @@ class WaitingSamples:
         return None
 
     def take(self, length: int) -> Sample:
-        """Take out the oldest sample of a length that is among ``lengths``."""
+        """Remove and return the oldest sample of ``length``, which must be in ``lengths``."""
         same = self._by_length[length]
         sample = same.popleft()
         if not same:
@@ -113,7 +117,7 @@ class WaitingSamples:
 
 
 def fill_packs(waiting: WaitingSamples, token_budget: int, ranks: int) -> list[Pack]:
-    """The packs of the next step, not yet balanced. Some sample must wait."""
+    """The packs of the next step, not yet balanced. At least one sample must be waiting."""
     packs = [Pack(token_budget) for _ in range(ranks)]
     average = waiting.tokens // waiting.count
     _fill_in_order(packs, waiting, ranks * min(average * 3 // 2, token_budget * 3 // 4))
@@ -121,12 +125,12 @@ def fill_packs(waiting: WaitingSamples, token_budget: int, ranks: int) -> list[P
     return packs
 
 
-def _fill_in_order(packs: list[Pack], waiting: WaitingSamples, kept: int) -> None:
-    # Until there is room for `kept` tokens in all packs together, or the oldest sample fits nowhere.
+def _fill_in_order(packs: list[Pack], waiting: WaitingSamples, reserved: int) -> None:
+    # Phase 1: until all packs together have room for at most `reserved` tokens, or the oldest sample fits nowhere.
     by_patches = [(pack.patches, -pack.room, rank) for rank, pack in enumerate(packs)]  # sorted
-    by_room = [(-pack.room, rank) for rank, pack in enumerate(packs)]  # a heap; an entry may tell of room that is gone
+    by_room = [(-pack.room, rank) for rank, pack in enumerate(packs)]  # a heap; entries may be out of date
     left = sum(pack.room for pack in packs)
-    while left > kept and (sample := waiting.oldest()) is not None:
+    while left > reserved and (sample := waiting.oldest()) is not None:
         tokens, patches, _ = sample
         if patches:
             for place, (_, room, rank) in enumerate(by_patches):  # noqa: B007
@@ -150,7 +154,7 @@ def _fill_in_order(packs: list[Pack], waiting: WaitingSamples, kept: int) -> Non
 
 
 def _fill_up(packs: list[Pack], waiting: WaitingSamples) -> None:
-    # Until no pack has room for the shortest. Nothing shorter comes, so a pack without room for it is done.
+    # Phase 2: until no pack has room for the shortest sample. No shorter one will come, so such a pack is complete.
     heap = [(pack.patches, -pack.room, rank) for rank, pack in enumerate(packs)]
     heapify(heap)
     lengths = waiting.lengths

@@ -1,6 +1,6 @@
-"""Which samples go into which pack: token budgets filled, vision patches balanced across ranks, before any tensor.
+"""Plan which samples go into which pack: fill token budgets, and balance vision patches across ranks.
 
-``filling`` says how the packs of a step are filled, ``balance`` how their patches are balanced then.
+``filling`` fills the packs of a step. ``balance`` then balances their patches.
 """
 
 from operator import index as as_int
@@ -12,37 +12,37 @@ from lynx_kernels.packing.balance import balance
 from lynx_kernels.packing.costs import check_costs, check_options, count_too_long
 from lynx_kernels.packing.filling import Pack, WaitingSamples, fill_packs
 
-Step = list[list[int]]  # for each rank the numbers of its samples
+Step = list[list[int]]  # for each rank, the numbers of its samples
 
-_VERSION = 1  # of the state
+_VERSION = 1  # version of the state_dict
 
 
 class PackPlanner:
-    """Cuts a stream of samples into steps, a pack for each rank, without knowing what is still to come.
+    """Cut a stream of samples into steps with one pack per rank, without knowing later samples.
 
     >>> planner = PackPlanner(token_budget=4096, ranks=8)
-    >>> for step in planner.push(tokens, patches):  # as often as you like, one sample or a million
+    >>> for step in planner.push(tokens, patches):  # any number of times, one sample or a million
     ...     train_on(step)                          # step[rank] holds indices of samples
-    >>> for step in planner.flush():                # the end: what still waits
+    >>> for step in planner.flush():                # at the end: the samples that still wait
     ...     train_on(step)
 
-    Samples are numbered 0, 1, 2, ... as they are pushed. Every one is in exactly one pack, ascending there. No pack has
-    more tokens than ``token_budget``; vision patches are balanced across the ranks of a step, as far as that leaves the
-    budgets alone. The steps depend on nothing but the samples and their order, not on how they were cut into calls of
-    ``push``. A sample leaves with one of the first ``max_wait`` steps made after it came. After ``flush`` the last step
-    may be short, and where fewer samples than ranks are left some of its packs are empty.
+    Samples are numbered 0, 1, 2, ... as they are pushed. Each sample is in exactly one pack; a pack is in ascending
+    order. No pack has more tokens than ``token_budget``. Vision patches are balanced across the ranks of a step as far
+    as the budgets allow. The steps depend only on the samples and their order, not on how calls of ``push`` divide
+    them. A sample leaves within the first ``max_wait`` steps made after its arrival. After ``flush`` the last step may
+    be short. If fewer samples than ranks are left, some of its packs are empty.
 
     Args:
-        token_budget: the most language-model tokens of a pack, vision tokens included.
-        ranks: how many packs a step has.
-        lookahead: how many packs full of tokens may wait, beside those of the next step. More fills packs better and
-            lets samples wait longer. 16 fills them to 99 % with image captions and answers.
-        too_long: what becomes of a sample with more tokens than the budget: ``"error"``, or ``"skip"``: it is left out,
-            counted and logged.
+        token_budget: the maximum number of language-model tokens in a pack, vision tokens included.
+        ranks: the number of packs in a step.
+        lookahead: how many packs of tokens may wait, in addition to those of the next step. A larger value fills packs
+            better, and samples wait longer. 16 fills packs to 99 % with image captions and answers.
+        too_long: what to do with a sample that has more tokens than the budget: ``"error"``; or ``"skip"`` it, count it
+            and log it.
 
     Attributes:
-        skipped: how many samples were left out so far.
-        num_seen: how many samples were pushed, skipped ones included: the number of the next one.
+        skipped: the number of samples skipped so far.
+        num_seen: the number of samples pushed, skipped ones included. It is the number of the next sample.
 
     Raises:
         ValueError: an argument is out of range.
@@ -64,19 +64,19 @@ class PackPlanner:
 
     @property
     def max_wait(self) -> int:
-        """The most steps that are made after a sample came until it leaves, its own included."""
+        """The maximum number of steps after a sample arrives until it leaves, including its own step."""
         return 4 * (self.ranks + self.lookahead) + 1
 
     def push(self, tokens: ArrayLike, patches: ArrayLike | None = None) -> list[Step]:
-        """Take in the next samples and return the steps that are complete, in their order.
+        """Add the next samples and return the steps that are complete, in order.
 
         Args:
-            tokens: integers, a number or a sequence or array (n,): each sample's tokens, at least 1.
-            patches: likewise, each sample's vision patches, at least 0; None is 0 for all.
+            tokens: an integer, or a sequence or array (n,) of integers: the tokens of each sample, at least 1.
+            patches: the same for the vision patches of each sample, at least 0; None means 0 for all.
 
         Raises:
-            ValueError: a cost is out of range, or a sample is too long for ``too_long="error"``; the message names the
-                sample. Nothing was taken in.
+            ValueError: a cost is out of range, or a sample is too long with ``too_long="error"``. The message names the
+                sample. No sample was added.
             TypeError: costs are not integers.
         """
         all_tokens, all_patches = check_costs(tokens, patches, self.num_seen)
@@ -93,11 +93,11 @@ class PackPlanner:
         return steps
 
     def flush(self) -> list[Step]:
-        """The steps of all samples that still wait. More may be pushed afterwards."""
+        """The steps of all samples that still wait. More samples may be pushed afterwards."""
         return _steps_of_all(self._waiting, self.token_budget, self.ranks)
 
     def state_dict(self) -> dict[str, Any]:
-        """What ``load_state_dict`` needs to go on from here exactly: ints and lists of ints."""
+        """The state from which ``load_state_dict`` continues exactly: ints and lists of ints."""
         return {
             "version": _VERSION,
             **self._options(),
@@ -107,17 +107,17 @@ class PackPlanner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state.
+        """Continue from a state.
 
         Raises:
-            ValueError: the state is of another version, or of a planner with other options.
+            ValueError: the state has another version, or comes from a planner with other options.
         """
         expected = {"version": _VERSION, **self._options()}
         for name, value in expected.items():
             if state.get(name) != value:
                 raise ValueError(
-                    f"PackPlanner: the state has {name}={state.get(name)!r}, this planner {value}; make the planner as "
-                    "it was when the state was saved"
+                    f"PackPlanner: the state has {name}={state.get(name)!r}, but this planner has {value}; make the "
+                    "planner with the options of the saved one"
                 )
         self.num_seen, self.skipped = state["num_seen"], state["skipped"]
         self._waiting = WaitingSamples((tokens, patches, number) for number, tokens, patches in state["waiting"])
@@ -134,21 +134,21 @@ def plan_packs(
     ranks: int = 1,
     too_long: str = "error",
 ) -> list[Step]:
-    """Cut samples whose costs are all known into steps: fewer packs than ``PackPlanner`` needs, in no order of arrival.
+    """Cut samples whose costs are all known into steps. Needs fewer packs than ``PackPlanner``, in another order.
 
-    Packs are filled as if the samples waited in order of their length, the longest first; shorter ones fill the rest:
-    first-fit decreasing. Packs with like numbers of patches make a step; what does not fill one is shared among the
-    ranks of the last, where alone packs may be nearly or quite empty. The other steps stand in the order of their first
+    Packs are filled with the longest samples first, and shorter ones fill the room left (first-fit decreasing). Packs
+    with similar numbers of patches form a step. The samples of left-over packs are distributed over the ranks of the
+    last step; only its packs may be nearly or completely empty. The other steps are in the order of their first
     samples.
 
     Args:
-        tokens, patches, token_budget, ranks, too_long: as of ``PackPlanner``; samples are numbered as they stand.
+        tokens, patches, token_budget, ranks, too_long: as in ``PackPlanner``. Samples are numbered in their order.
 
     Returns:
         Steps of ``ranks`` packs of ascending indices, ``steps[step][rank]``.
 
     Raises:
-        ValueError, TypeError: as ``PackPlanner`` and its ``push`` do.
+        ValueError, TypeError: as in ``PackPlanner`` and its ``push``.
     """
     check_options(too_long, token_budget=(token_budget, 1), ranks=(ranks, 1))
     token_budget, ranks = as_int(token_budget), as_int(ranks)

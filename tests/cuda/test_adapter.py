@@ -236,7 +236,7 @@ def test_what_is_refused(on_host, monkeypatch):
     assert explain(adapter, *inputs).name == "cuda"
     for fp64 in ([0], [1], [2], [3, 5], [4], [6], [7]):
         assert reason([each.double() if i in fp64 else each for i, each in enumerate(inputs)]).endswith("is fp64")
-    assert reason(make((5, 13), 16, 8, torch.bfloat16)[0]) == "the CUDA kernels take up to 64 tokens, x has 65"
+    assert reason(make((5, 13), 16, 8, torch.bfloat16)[0]) == "the CUDA kernels take at most 64 tokens, and x has 65"
     assert reason([*inputs[:3], torch.zeros(0, 16).bfloat16(), None, torch.zeros(16, 0).bfloat16(), *inputs[6:]]) == (
         "down_weight is empty: (0, 16)"
     )
@@ -252,7 +252,7 @@ def test_what_is_refused(on_host, monkeypatch):
 def test_more_tokens_than_plain_products_are_for(dtype, most):
     assert explain(adapter, *make((most,), 16, 8, dtype)[0]).name == "cuda"
     inputs, _ = make((most + 1,), 16, 8, dtype)
-    assert reason(inputs).startswith(f"beyond {most} tokens, and x has {most + 1}, plain products")
+    assert reason(inputs).startswith(f"x has {most + 1} tokens, and above {most} tensor cores")
     assert explain(adapter, *inputs, impl="cuda").name == "cuda"
     if dtype == torch.float32:
         with torch.autocast("cpu", torch.bfloat16):

@@ -70,25 +70,25 @@ def programs_without(name, tmp_path, monkeypatch):
 
 def test_without_nvcc(home, monkeypatch):
     programs_without("nvcc", home, monkeypatch)
-    with pytest.raises(MissingToolError, match=f"there is no nvcc in {home}.* install the CUDA toolkit"):
+    with pytest.raises(MissingToolError, match=f"nvcc was not found in {home}.* install the CUDA toolkit"):
         find_tools()
 
 
 def test_without_ninja(home, monkeypatch):
     install_nvcc(home, WORKING)
     programs_without("ninja", home, monkeypatch)
-    with pytest.raises(MissingToolError, match="there is no ninja on PATH: run pip install ninja"):
+    with pytest.raises(MissingToolError, match="ninja was not found on PATH: run pip install ninja"):
         find_tools()
 
 
 def test_without_torch_or_sources(home, monkeypatch):
     install_nvcc(home, WORKING)
     monkeypatch.setattr(cuda_build, "__file__", str(home / "lynx_kernels/backends/cuda_build.py"))
-    with pytest.raises(MissingToolError, match="there is no folder csrc in"):
+    with pytest.raises(MissingToolError, match="the folder csrc is neither in"):
         cuda_build.find_csrc()
     monkeypatch.setattr(cuda_build.importlib.util, "find_spec", lambda name: None)
     if shutil.which("ninja"):
-        with pytest.raises(MissingToolError, match="there is no torch: install it first"):
+        with pytest.raises(MissingToolError, match="torch was not found: install it first"):
             find_tools()
 
 

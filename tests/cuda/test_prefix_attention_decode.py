@@ -233,12 +233,12 @@ def test_what_is_refused():
     assert reason(case_of(1, dim=20).inputs).endswith("is a multiple of 8, up to 128, and it is 20")
     assert reason(case_of(1, dim=136).inputs).endswith("is a multiple of 8, up to 128, and it is 136")
     mixed = [*inputs[:4], inputs[4].half()]
-    assert reason(mixed) == "the CUDA kernels take caches of one dtype, these are torch.float16, torch.float32"
+    assert reason(mixed) == "the CUDA kernels need caches of one dtype, and these are torch.float16, torch.float32"
     with torch.autocast("cpu", torch.bfloat16):
         assert reason(mixed) is None
     for tensor in inputs:
         tensor.requires_grad_()
-        assert reason(inputs) == "the CUDA kernels of decoding have no gradient, and an argument requires one"
+        assert reason(inputs) == "the CUDA kernels for decoding have no gradient, and an argument requires one"
         with torch.no_grad():
             assert reason(inputs) is None
         tensor.requires_grad_(False)
@@ -250,7 +250,9 @@ def test_more_rows_than_plain_products_are_for():
     assert reason(case_of(1, nine, heads=1).inputs, nine).startswith(
         "where more than 8 rows share a root's keys, here 9"
     )
-    assert reason(case_of(1, eight, heads=2, kv_heads=1).inputs, eight).endswith("slower than tensor cores")
+    assert reason(case_of(1, eight, heads=2, kv_heads=1).inputs, eight).endswith(
+        "tensor cores are expected to be faster"
+    )
     assert reason(case_of(1, eight, heads=2, kv_heads=2).inputs, eight) is None
     five_a_root = [0] * 4 + [1] * 5, [4, 4], [1] * 9
     assert reason(case_of(1, five_a_root, heads=2, kv_heads=1).inputs, five_a_root)

@@ -1,4 +1,4 @@
-"""``DTYPES`` are those in which every Triton kernel is interpreted."""
+"""``DTYPES``: the dtypes in which every Triton kernel is interpreted."""
 
 import torch
 

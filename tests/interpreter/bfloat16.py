@@ -1,7 +1,7 @@
-"""bf16 for Triton's interpreter, which keeps it as 16-bit integers and then adds and multiplies those.
+"""bf16 for Triton's interpreter, which stores it as 16-bit integers and then adds and multiplies these integers.
 
-Here a bf16 value is a float32 that bf16 can hold: exact in every product, and each new result is rounded to nearest
-even where the interpreter wraps it, as a GPU does. Only what touches memory or bits sees 16 bits.
+Here a bf16 value is a float32 that bf16 can represent, so every product is exact. The interpreter wraps every new
+result; there it is rounded to nearest even, as on a GPU. Only loads, stores and bitcasts see 16 bits.
 """
 
 import numpy as np
@@ -13,9 +13,9 @@ _NAN = np.uint32(0x7FC00000)
 
 
 def rounded(values: np.ndarray) -> np.ndarray:
-    """The nearest float32 values that bf16 can hold, the even one of two."""
+    """The nearest float32 values that bf16 can represent, ties to even."""
     bits = np.asarray(values, dtype=np.float32).view(np.uint32)
-    bits = np.where(np.isnan(values), _NAN, bits)  # its low bits may be all that makes it one
+    bits = np.where(np.isnan(values), _NAN, bits)  # otherwise a NaN with only low bits would become infinity
     bits = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
     return bits.astype(np.uint32).view(np.float32)
 
@@ -39,7 +39,7 @@ def install(monkeypatch):
     made = TensorHandle.__post_init__
 
     def round_when_made(self):
-        if _is_bf16(self.dtype) and self.data.dtype.kind == "f":  # not the truth values of a comparison
+        if _is_bf16(self.dtype) and self.data.dtype.kind == "f":  # excludes the booleans of a comparison
             self.data = rounded(self.data)
         made(self)
 
@@ -83,14 +83,14 @@ def install(monkeypatch):
     monkeypatch.setattr(builder, "create_bitcast", bitcast_bf16)
     monkeypatch.setattr(builder, "get_bf16", bf16_constant, raising=False)
     for name in ("create_atomic_rmw", "create_atomic_cas", "create_fp_to_fp"):
-        monkeypatch.setattr(builder, name, _refusing(name, getattr(builder, name)))
+        monkeypatch.setattr(builder, name, _rejecting(name, getattr(builder, name)))
 
 
-def _refusing(name, operation):
-    def refuse_bf16(self, *args):
+def _rejecting(name, operation):
+    def reject_bf16(self, *args):
         types = [each.get_element_ty() if isinstance(each, TensorHandle) else each for each in args]
         if any(_is_bf16(each) for each in types if isinstance(each, tl.dtype)):
             raise NotImplementedError(f"{name} of bf16 is not interpreted")
         return operation(self, *args)
 
-    return refuse_bf16
+    return reject_bf16

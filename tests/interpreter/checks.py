@@ -1,7 +1,7 @@
-"""What the interpreter does not notice by itself, and a GPU punishes or not, as it pleases.
+"""Checks for faults that the interpreter does not notice, and that may or may not show on a GPU.
 
 - An access outside the tensors given to the launch.
-- Two programs that store to one address: the last one wins, whichever that is.
+- Two programs that store to one address. On a GPU the last one wins, and the order is undefined.
 - Operands of a product with a side under 16, which do not compile.
 - Sums of half-precision values, which a GPU rounds to half precision at every step.
 """
@@ -12,7 +12,7 @@ from triton.runtime import interpreter
 
 
 class _Launch:
-    """The memory that one launch may touch, and what its programs have stored."""
+    """The memory that one launch may access, and the addresses its programs have stored to."""
 
     def __init__(self, arguments):
         self.extents = sorted({_extent(each) for each in arguments if hasattr(each, "data_ptr") and each.numel()})
@@ -23,7 +23,7 @@ class _Launch:
         if addresses.size == 0:
             return
         first, last = addresses.min(), addresses.max() + size
-        if any(start <= first and last <= end for start, end in self.extents):  # nearly always, and much faster
+        if any(start <= first and last <= end for start, end in self.extents):  # the common case, and much faster
             return
         inside = np.zeros(addresses.shape, dtype=bool)
         for start, end in self.extents:
@@ -34,7 +34,7 @@ class _Launch:
             )
 
     def check_races(self):
-        # A program may store to an address again; two programs may not.
+        # One program may store to an address twice. Two programs must not.
         stores = [np.unique(np.concatenate(each)) for each in self.stored.values()]
         addresses = np.concatenate(stores) if stores else np.empty(0)
         shared = len(addresses) - len(np.unique(addresses))
@@ -43,7 +43,7 @@ class _Launch:
 
 
 def _extent(tensor):
-    """The addresses from the first element to the last: of a view, not all of its storage."""
+    """The addresses from the first to the last element. For a view, this is not all of its storage."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
@@ -65,7 +65,7 @@ def install(monkeypatch):
     patch_lang = interpreter._patch_lang
 
     def patch_lang_once(function):
-        # Every call of a function inside a kernel patches triton.language anew, for its module: a third of the time.
+        # Every call of a function inside a kernel patches triton.language again, which takes a third of the time.
         module = id(function.__globals__)
         if module in launches[-1].patched:
             return None

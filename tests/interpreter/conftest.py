@@ -1,6 +1,6 @@
 """Triton kernels in Triton's interpreter: ``make test`` runs this folder in a process with TRITON_INTERPRET=1.
 
-Interpretation is fixed when a kernel is decorated, so a process either interprets or compiles.
+Triton decides when a kernel is decorated, so a process either interprets all kernels or compiles all.
 """
 
 from pathlib import Path
@@ -16,14 +16,12 @@ def pytest_collection_modifyitems(items):
     if not triton_backend.INTERPRETED:
         for item in items:
             if Path(__file__).parent in item.path.parents:
-                item.add_marker(
-                    pytest.mark.skip("needs TRITON_INTERPRET=1 (make test runs it in a process of its own)")
-                )
+                item.add_marker(pytest.mark.skip("needs TRITON_INTERPRET=1 (make test runs it in a separate process)"))
 
 
 @pytest.fixture(autouse=True)
 def _checked(monkeypatch):
-    """bf16 as on a GPU; every access inside its tensor, every result written: torch.empty and its kin give NaN."""
+    """bf16 as on a GPU. Every access must be inside its tensor, and every result written: torch.empty gives NaN."""
     bfloat16.install(monkeypatch)
     checks.install(monkeypatch)
     torch.use_deterministic_algorithms(True)  # with its default fill_uninitialized_memory

@@ -1,4 +1,4 @@
-"""Tensors too large to fill: pages of memory that nobody touches cost nothing, so only a few programs may run."""
+"""Very large tensors. Pages of memory that are not accessed cost nothing, so only a few programs run."""
 
 from collections.abc import Callable
 
@@ -7,9 +7,9 @@ from triton.runtime import interpreter
 
 
 def run_only(monkeypatch, programs: Callable[[str, int], range]):
-    """Of each launch run those programs whose index in the grid's first dimension is in programs(name, how many).
+    """Of each launch, run only the programs whose index in the grid's first dimension is in programs(name, count).
 
-    What nobody wrote is no longer NaN: filling it would touch it.
+    Uninitialised memory is not NaN then, because filling it would access it.
     """
     builder = interpreter.interpreter_builder
     run_grid, set_index = interpreter.GridExecutor.__call__, builder.set_grid_idx
@@ -26,6 +26,6 @@ def run_only(monkeypatch, programs: Callable[[str, int], range]):
 
     monkeypatch.setattr(deterministic, "fill_uninitialized_memory", False)
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", run_chosen)
-    # On a CPU it would copy every storage onto itself, and so touch all its pages.
+    # On a CPU this would copy every storage onto itself and access all its pages.
     monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *args: None)
     monkeypatch.setattr(builder, "set_grid_idx", set_chosen_index)

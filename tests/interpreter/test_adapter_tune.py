@@ -1,4 +1,4 @@
-"""The search for launches, with a clock that knows what it wants to hear."""
+"""The search for launches, with a fake clock."""
 
 import json
 import math
@@ -20,7 +20,7 @@ START = Plan("fused", Launch(16, 32, 16, 4, 2), Launch(16, 32, 16, 4, 2))
 
 @pytest.fixture
 def clock(monkeypatch, tmp_path):
-    """Four stages are best, two steps from START, where the only search begins; no tuned plans before."""
+    """A clock for which four stages are fastest, two steps from START. The search starts there, without tuned plans."""
     monkeypatch.setattr(launches, "TUNED", tmp_path / "tuned.json")
     monkeypatch.setattr(launches, "plan_by_rule", lambda call: START)
     monkeypatch.setattr(tune, "starts", lambda call: [START])
@@ -41,7 +41,7 @@ def inputs(tokens=20, width=64, bottleneck=32, dtype=torch.float16):
     return tune.make_inputs(tokens, width, bottleneck, dtype, dtype, "cpu")
 
 
-def test_the_best_plan_is_used_and_stored(clock, tmp_path):
+def test_fastest_plan_is_used_and_stored(clock, tmp_path):
     results = tune.tune(inputs(), clock)
     forward, backward = results
     assert (forward.direction, backward.direction) == ("forward", "backward")
@@ -64,7 +64,7 @@ def test_the_best_plan_is_used_and_stored(clock, tmp_path):
     assert len(json.loads((tmp_path / "tuned.json").read_text())) == 2
 
 
-def test_what_is_wrong_or_does_not_run_never_wins(clock, monkeypatch):
+def test_wrong_or_failing_plans_never_win(clock, monkeypatch):
     def broken(call, forward=implementation.forward):
         plan = launches.choose_plan(implementation.describe("forward", call.x, call.down_weight, call.up_weight))
         down = plan.down
@@ -81,8 +81,8 @@ def test_what_is_wrong_or_does_not_run_never_wins(clock, monkeypatch):
     assert failed == {(8, 2), (4, 3)}
 
 
-def test_odd_shapes_are_refused(clock):
-    with pytest.raises(ValueError, match="d=40, r=32 and row strides must be multiples of 16"):
+def test_unaligned_shapes_raise(clock):
+    with pytest.raises(ValueError, match="d=40, r=32 and all row strides must be multiples of 16"):
         tune.tune(inputs(width=40), clock)
 
 
@@ -90,16 +90,16 @@ def test_neighbours():
     fused = Plan("fused", Launch(32, 64, 16, 4, 1), Launch(32, 64, 16, 4, 1))
     near = list(tune.neighbours(fused, torch.float32))
     assert all(each.down.block_n == 64 and each.down.num_splits == 1 for each in near)
-    assert max(each.down.block_m for each in near) == 32  # 64 would be TF32
+    assert max(each.down.block_m for each in near) == 32  # 64 would compile to TF32
     assert max(each.down.block_m for each in tune.neighbours(fused, torch.float16)) == 64
     assert min(each.down.num_stages for each in near) == 1
     assert len(near) == len(set(near)) == 5
 
 
-def test_every_form_that_can_take_a_call_is_tried():
+def test_every_supported_form_is_tried():
     def forms(direction, bottleneck):
         call = implementation.describe(direction, *(inputs(bottleneck=bottleneck)[i] for i in (0, 3, 5)))
-        return {plan.form for plan in tune.starts(call)}
+        return {plan.form for plan in tune.initial_plans(call)}
 
     assert forms("forward", 256) == {"tiled", "small_m", "fused"}
     assert forms("forward", 272) == {"tiled", "small_m"}
@@ -110,18 +110,18 @@ def test_without_a_gpu():
     command = [sys.executable, "-m", "lynx_kernels.ops.adapter.triton.tune", "8x64x32"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "launches are timed on a GPU" in done.stderr
+    assert "PyTorch finds no GPU on this machine" in done.stderr
 
 
 def test_plans_are_kept_in_the_cache_folder():
-    """Never in the installed package, which another user may own."""
+    """Not in the installed package, which may belong to another user."""
     code = "from lynx_kernels.ops.adapter.triton import launches; print(launches.TUNED)"
     environment = {**os.environ, "LYNX_CACHE": "/somewhere"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.strip() == "/somewhere/adapter-tuned.json"
 
 
-def test_a_store_that_is_cut_off_leaves_the_old_file(tmp_path, monkeypatch):
+def test_interrupted_store_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "new/tuned.json"
     tune.store({}, path)
     monkeypatch.setattr(Path, "replace", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))

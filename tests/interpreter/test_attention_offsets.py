@@ -1,4 +1,4 @@
-"""Attention where offsets exceed 32 bits, and over 128k tokens: the few programs that reach furthest."""
+"""Attention with offsets beyond 32 bits, and over 128k tokens. Only the programs with the largest offsets run."""
 
 import pytest
 import torch
@@ -14,10 +14,10 @@ from tests.interpreter.sparse import run_only
 from tests.lynx_kernels.attention_helpers import dense_attention, packed_visible, random, run
 from tests.numbers import assert_within_budget
 
-pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # the LSE of no keys is log 0
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # the LSE without keys is log 0
 
 FP16, INT32 = torch.float16, torch.int32
-# Elements, as many as rows may be apart: the sixth tile of 32 rows starts beyond 2^31; it is full, another follows.
+# The largest row stride, in elements: the sixth tile of 32 rows starts beyond 2^31. It is full, and another follows.
 FAR_ROWS = 2**24 - 8
 
 
@@ -27,7 +27,7 @@ def use_launches(monkeypatch, *launches, num_splits=1):
 
 
 def spread(tensor, *strides):
-    """The same values that far apart, in memory of which only what they touch exists."""
+    """The same values with these strides, in memory of which only the accessed pages exist."""
     extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, strides, strict=True))
     assert extent > 2**31
     return torch.empty(extent, dtype=tensor.dtype).as_strided(tensor.shape, strides).copy_(tensor)
@@ -49,7 +49,7 @@ def _sparse(monkeypatch):
     [(20, 2, (16, 2**31, 1)), (193, 1, (FAR_ROWS, 16, 1))],
     ids=["heads", "rows"],
 )
-def test_values_far_apart(tokens, heads, strides, monkeypatch):
+def test_large_strides(tokens, heads, strides, monkeypatch):
     use_launches(monkeypatch, *[Launch(32, 32, 4, 1)] * 3)
     packed, spans = PackedLayout.causal([tokens]), SpanLayout.from_spans([tokens], [(0, tokens)], tokens)
     *inputs, grad = (random(tokens, heads, 16, dtype=FP16, seed=seed) for seed in range(4))
@@ -67,7 +67,7 @@ def test_values_far_apart(tokens, heads, strides, monkeypatch):
     [(20, (2**31, 32, 16, 1)), (20, (16 * 20, 16, 2**31, 1)), (200, (16, FAR_ROWS, 16, 1))],
     ids=["sequences", "heads", "rows"],
 )
-def test_caches_far_apart(keys, strides, monkeypatch):
+def test_caches_with_large_strides(keys, strides, monkeypatch):
     monkeypatch.setattr(decode_host, "choose_launch", lambda *shape: Launch(16, 32, 4, 1))
     heads, sequences = (1, 1) if keys > 20 else (2, 2)
     shapes = [(1, heads), *[(keys, heads)] * 4]
@@ -87,7 +87,7 @@ def last_programs(kernel, programs):
 
 
 def large(tokens, *last):
-    """Tensors of which only the last tokens are set, to those given."""
+    """Tensors in which only the last tokens are set, to the given values."""
     tensors = [torch.empty(tokens, *each.shape[1:], dtype=each.dtype) for each in last]
     for tensor, values in zip(tensors, last, strict=True):
         tensor[-len(values) :] = values
@@ -109,7 +109,7 @@ def test_many_tokens(monkeypatch):
 
 @pytest.mark.parametrize("num_splits", [1, 2])
 def test_many_keys(num_splits, monkeypatch):
-    """A span at the end of as many keys."""
+    """A span at the end of 2^26 keys."""
     use_launches(monkeypatch, *[Launch(16, 16, 4, 1)] * 3, num_splits=num_splits)
     run_only(monkeypatch, last_programs)
     keys = 2**26 + 5
@@ -126,7 +126,7 @@ def test_many_keys(num_splits, monkeypatch):
 
 
 def check_last(actual, inputs, visible, last=slice(None)):
-    """The output and the gradients of the rows that were set."""
+    """Check the output and the gradients of the rows that were set."""
 
     def results(dtype):
         *leaves, grad = (each.to(dtype) for each in inputs)
@@ -136,7 +136,7 @@ def check_last(actual, inputs, visible, last=slice(None)):
         assert_within_budget(ours[last], truth, theirs)
 
 
-def test_merged_rows_of_many_values(monkeypatch):
+def test_combine_of_many_rows(monkeypatch):
     """Two splits of 2^27 rows of 16 values."""
     run_only(monkeypatch, last_programs)
     rows = 2**27 + 1
@@ -148,7 +148,7 @@ def test_merged_rows_of_many_values(monkeypatch):
 
 
 def test_128k_tokens(monkeypatch):
-    """One causal sequence: the output and the gradient of its last queries, the gradients of its first keys."""
+    """One causal sequence: output and gradient of its last queries, and gradients of its first keys."""
     use_launches(monkeypatch, Launch(16, 4096, 4, 1), Launch(16, 4096, 4, 1), Launch(4096, 16, 4, 1))
     monkeypatch.setattr(attention, "_PREPROCESS_ROWS", 8192)
     run_only(
@@ -156,7 +156,7 @@ def test_128k_tokens(monkeypatch):
     )
     tokens, scale = 2**17 + 5, 0.25
     q, k, v, grad, out = (random(tokens, 1, 16, dtype=torch.float32, seed=seed) for seed in range(5))
-    lse = torch.arange(1.0, tokens + 1).log()[:, None] + 0.5  # of the first keys, as good as any
+    lse = torch.arange(1.0, tokens + 1).log()[:, None] + 0.5  # any values will do
     layout = PackedLayout.causal([tokens])
     last = tokens - (tokens - 1) // 16 * 16  # queries of the last tile
     visible = torch.arange(tokens) <= torch.arange(tokens)[-last:, None]
@@ -175,7 +175,7 @@ def test_128k_tokens(monkeypatch):
         return outputs[:3]
 
     def of_first_keys(dtype):
-        """By the formulas: P = exp(S - LSE), dV = P^T dO, dK = scale (P * (dO V^T - rowsum(dO * O)))^T Q."""
+        """Computed by P = exp(S - LSE), dV = P^T dO, dK = scale (P * (dO V^T - rowsum(dO * O)))^T Q."""
         rows, columns = [each[:, 0].to(dtype) for each in (q, grad, out)], [each[:16, 0].to(dtype) for each in (k, v)]
         weights = torch.exp(scale * rows[0] @ columns[0].T - lse.to(dtype))
         weights[:16] = weights[:16].tril()

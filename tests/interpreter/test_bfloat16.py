@@ -1,4 +1,4 @@
-"""bf16 in the interpreter is PyTorch's bf16: every operation exact, then rounded to nearest even."""
+"""bf16 in the interpreter equals PyTorch's bf16: every operation is exact, then rounded to nearest even."""
 
 import numpy as np
 import pytest
@@ -85,7 +85,7 @@ def test_as_in_pytorch(operation):
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 def test_products(dtype):
-    """Exact factors, a sum in fp32, rounded once if at all."""
+    """Factors are exact, sums are in fp32, and the result is rounded once or not at all."""
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(32, 32, generator=generator).to(BF16) for _ in range(2))
     out = torch.empty(32, 32, dtype=dtype)
@@ -94,7 +94,7 @@ def test_products(dtype):
 
 
 def test_rounding():
-    """Every kind of fp32 value: bit patterns at random, halfway ones, infinities, subnormal numbers, NaN."""
+    """Every kind of fp32 value: random bit patterns, halfway values, infinities, subnormal values, NaN."""
     patterns = np.random.default_rng(0).integers(0, 1 << 32, size=1 << 20, dtype=np.uint32)
     patterns[: 1 << 18] = patterns[: 1 << 18] & 0xFFFF0000 | 0x8000
     patterns[:6] = 0x7F800000, 0xFF800000, 0x7F800001, 0xFFFFFFFF, 0x7F7FFFFF, 1
@@ -104,6 +104,6 @@ def test_rounding():
 
 
 @pytest.mark.parametrize("operation", ["add", "exchange", "truncate"])
-def test_what_is_not_interpreted_is_refused(operation):
+def test_unsupported_operations_raise(operation):
     with pytest.raises(InterpreterError, match="of bf16 is not interpreted"):
         forbidden_kernel[(1,)](torch.ones(1, dtype=BF16), OPERATION=operation)

@@ -1,4 +1,4 @@
-"""The bench itself: each fault it looks for, planted."""
+"""Tests of the checks themselves: each fault is made on purpose and must be found."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def copy(length=20, shift=0, source=None, step=16):
     return target
 
 
-def test_nothing_to_complain_about():
+def test_correct_kernel_passes():
     torch.testing.assert_close(copy(), torch.arange(20.0))
 
 
@@ -44,7 +44,7 @@ def test_out_of_bounds(fault):
         copy(**fault)
 
 
-def test_what_nobody_wrote_is_not_a_number():
+def test_unwritten_memory_is_nan():
     assert copy(length=19).isnan().tolist() == [False] * 19 + [True]
 
 
@@ -58,7 +58,7 @@ def test_products_that_do_not_compile():
         product_kernel[(1,)](torch.ones(8, 8), torch.empty(8, 8), BLOCK=8)
 
 
-# Triton itself adds up running sums of bf16 in fp32.
+# Triton itself accumulates cumulative sums of bf16 in fp32.
 @pytest.mark.parametrize(("dtype", "running"), [(torch.float16, False), (torch.bfloat16, False), (torch.float16, True)])
 def test_sums_in_half_precision(dtype, running):
     with pytest.raises(InterpreterError, match=r"a sum of (fp|bf)16 values"):

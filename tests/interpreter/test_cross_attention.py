@@ -18,11 +18,11 @@ from tests.lynx_kernels.attention_cases import (
 from tests.lynx_kernels.attention_helpers import run
 from tests.lynx_kernels.helpers import permuted
 
-# The LSE of no keys is log 0; what a query does not see may overflow before it is hidden.
+# The LSE without keys is log 0. Scores that a query does not see may overflow before they are masked.
 pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|overflow):RuntimeWarning")
 
-# Spans that start and end inside tiles, span whole ones, overlap, are shared, are empty; no query sees the key 99, and
-# segment 4 shares a tile of the inverse with others but no key.
+# Spans that start and end inside tiles, cover whole tiles, overlap, are shared, are empty. No query sees key 99.
+# Segment 4 shares a tile of the inverse table with other segments, but no key.
 SEVERAL_TILES = [35, 3, 0, 18, 1, 5], [(0, 63), (33, 99), (5, 9), (70, 70), (0, 2), (0, 63)], 102
 SMALL = Launch(16, 32, 4, 1)
 
@@ -33,7 +33,7 @@ def case_of(batch=SEVERAL_TILES, heads=2, kv_heads=1, dim=24, dtype=torch.float3
 
 @pytest.fixture
 def cut(monkeypatch):
-    """Choose the launch, and into how many splits the keys are cut."""
+    """Sets the launch and the number of splits of the keys."""
 
     def choose(launch, num_splits=1):
         monkeypatch.setattr(implementation, "choose_launches", lambda *shape: (launch,) * 3)
@@ -53,25 +53,25 @@ def test_tiles(dtype, rows, num_splits, cut):
 
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "scale"), [(3, 1, 7, -0.3), (1, 1, 88, None), (2, 2, 33, 0.0)])
 def test_heads_and_scales(heads, kv_heads, dim, scale):
-    """As launched: splits of one tile."""
+    """With the shipped launches: splits of one tile."""
     batch = [3, 2, 0, 4, 1], [(0, 36), (30, 40), (1, 3), (5, 5), (38, 39)], 40
     assert_case_within_budget(case_of(batch, heads, kv_heads, dim, scale=scale))
 
 
 def test_spans_that_miss_one_key_of_a_tile(cut):
-    """Whole tiles of queries, which take no mask over tiles of keys that they see whole."""
+    """Full query tiles, which need no mask for key tiles that they see completely."""
     cut(SMALL)
     assert_case_within_budget(case_of(([16, 16], [(1, 64), (0, 63)], 64), 1, dim=16))
 
 
 def test_many_segments(cut):
-    """As texts between pictures: segments of a few tokens, each sees the picture before it."""
+    """Like texts between images: segments of a few tokens, each sees the image before it."""
     cut(SMALL)
     assert_case_within_budget(case_of(([2, 5, 1, 17] * 2, [(i * 9, i * 9 + 9) for i in range(8)], 72), 1))
 
 
 @pytest.mark.parametrize("num_splits", [1, 2])
-def test_runs_agree_bit_by_bit_whatever_the_strides(num_splits, cut):
+def test_strides_do_not_change_a_bit(num_splits, cut):
     cut(SMALL, num_splits)
     case = case_of(([20, 3], [(0, 36), (30, 40)], 40), 1)
     grads = grads_of(case.operation(*case.inputs))
@@ -97,7 +97,7 @@ def test_any_strides_of_results_and_tables(cut):
 
 
 @pytest.mark.parametrize("index", [0, 1])
-def test_absent_and_expanded_gradients(index):
+def test_omitted_and_expanded_gradients(index):
     case = case_of(([4], [(1, 9)], 9))
     leaves = [each.requires_grad_() for each in case.inputs]
     actual = torch.autograd.grad(case.operation(*leaves)[index].sum(), leaves, materialize_grads=True)
@@ -106,7 +106,7 @@ def test_absent_and_expanded_gradients(index):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_dtypes_that_differ():
+def test_mixed_dtypes():
     case = case_of(([4], [(1, 9)], 9))
     inputs = [case.inputs[0].half(), *case.inputs[1:]]
     grads = grads_of(case.operation(*case.inputs))
@@ -120,7 +120,7 @@ def test_dtypes_that_differ():
 @pytest.mark.parametrize(
     "batch", [([], [], 0), ([], [], 3), ([0], [(0, 2)], 3), ([2], [(0, 0)], 0), ([2, 1], [(1, 1), (0, 0)], 3)]
 )
-def test_nothing_to_attend(batch, num_splits, cut):
+def test_no_queries_or_keys(batch, num_splits, cut):
     cut(SMALL, num_splits)
     case = case_of(batch)
     grads = [torch.ones(case.inputs[0].shape), torch.ones(case.inputs[0].shape[:2])]
@@ -131,12 +131,12 @@ def test_nothing_to_attend(batch, num_splits, cut):
 
 
 @pytest.mark.parametrize("num_splits", [1, 3])
-def test_not_a_number_where_nobody_looks(num_splits, cut):
+def test_nan_in_unseen_keys_does_not_spread(num_splits, cut):
     cut(SMALL, num_splits)
     case = case_of(([20, 3], [(7, 40), (30, 45)], 70))
     grads = grads_of(case.operation(*case.inputs))
     expected = run(case.operation, case.inputs, grads)
-    seen = torch.arange(70)[:, None, None].sub(26).abs() <= 19  # 7 to 45, the last by nobody
+    seen = torch.arange(70)[:, None, None].sub(26).abs() <= 19  # keys 7 to 45; no query sees key 45
     seen[45] = False
     hidden = [case.inputs[0], *(each.where(seen, torch.nan) for each in case.inputs[1:])]
     for ours, theirs in zip(run(case.operation, hidden, grads), expected, strict=True):
@@ -144,8 +144,8 @@ def test_not_a_number_where_nobody_looks(num_splits, cut):
 
 
 @pytest.mark.parametrize("index", [1, 2], ids=["key", "value"])
-def test_not_a_number_reaches_those_that_see_it(index, cut):
-    """And the keys beside it that they see, but no others of their tiles."""
+def test_nan_reaches_only_queries_that_see_it(index, cut):
+    """In backward it also reaches the other keys that these queries see, but no further keys of their tiles."""
     cut(SMALL)
     case = case_of(([4, 3, 2], [(7, 20), (17, 28), (20, 31)], 31))
     grads = grads_of(case.operation(*case.inputs))
@@ -168,7 +168,7 @@ def test_large_scores():
 
 
 @pytest.mark.parametrize("large", [0, 1])
-def test_parts_of_very_different_weight(large):
+def test_splits_of_very_different_weight(large):
     num_splits, split_lse = torch.randn(2, 3, 16), torch.zeros(2, 3)
     split_lse[large] = 200
     splits.combine(num_splits, split_lse, out := torch.empty(3, 16), lse := torch.empty(3))
@@ -178,13 +178,13 @@ def test_parts_of_very_different_weight(large):
 
 @pytest.mark.parametrize("keys", [901, 4505])
 def test_few_queries_fill_a_gpu(keys):
-    """32 latents and 16 heads over one picture, or one video: as many programs as 132 multiprocessors, or more."""
+    """32 latents and 16 heads over one image or one video make at least 132 programs, one per multiprocessor."""
     assert 132 <= 16 * choose_num_splits(16, keys, 64) <= 2 * splits._PROGRAMS
     assert choose_num_splits(500, keys, 64) == 1
 
 
-def test_the_interpreter_runs_only_when_named():
+def test_interpreter_runs_only_when_named():
     case, layout = case_of(), SpanLayout.from_spans(*SEVERAL_TILES)
     assert explain(cross_attention, *case.inputs, layout).reasons == {
-        "triton": "the Triton interpreter runs only when named"
+        "triton": "the Triton interpreter runs only when named by impl="
     }

@@ -1,4 +1,4 @@
-"""The Triton kernels of pack_embeddings, with tiles so small that a row takes several, and uses of one row many."""
+"""The Triton kernels of pack_embeddings, with small tiles: a row takes several, and so do the uses of one row."""
 
 from dataclasses import replace
 
@@ -41,13 +41,13 @@ def test_strides():
     inputs, grad = make(width=20, dtype=torch.float32)
     check_permuted(interpreted, inputs, grad)
     token_ids, embedding, vision, vision_index = inputs
-    # In fp32 already, or its slice would be copied.
+    # In fp32 already, otherwise the slice would be copied.
     check_equal(interpreted, (token_ids, embedding[:, 3:], vision[:, 3:], vision_index), grad.float()[:, 3:])
 
 
 @pytest.mark.parametrize("distance", [1, 7, 8, 9, 20])
 def test_uses_of_a_vision_row(distance):
-    """Two and three that far apart: looked at at once, or in several goes."""
+    """Two and three uses at this distance: found in one scan, or in several."""
     rows = 2 * distance + 5
     vision_index = torch.full((rows,), -1, dtype=torch.int32)
     vision_index[[1, 1 + distance, 1 + 2 * distance]] = 2
@@ -56,7 +56,7 @@ def test_uses_of_a_vision_row(distance):
     check_equal(interpreted, (inputs[0].clamp(0, 10), inputs[1], inputs[2], vision_index), grad)
 
 
-def test_no_vision_no_text_no_width():
+def test_empty_inputs():
     inputs, grad = make(num_vision=0, dtype=torch.float32)
     check_equal(interpreted, inputs, grad)
     vision, index = torch.randn(3, 8), torch.tensor([2, 2, 0], dtype=torch.int32)
@@ -64,8 +64,8 @@ def test_no_vision_no_text_no_width():
     assert pack_embeddings(torch.zeros(3).long(), torch.ones(2, 0), vision[:, :0], index, impl="triton").shape == (3, 0)
 
 
-def test_long_sums_are_wide():
-    """In fp16 adding ones stops at 2048."""
+def test_long_sums_accumulate_in_fp32():
+    """An fp16 sum of ones stops at 2048."""
     vision = torch.ones(1, 2, dtype=torch.float16, requires_grad=True)
     index = torch.zeros(2100, dtype=torch.int32)
     interpreted(torch.zeros(2100, dtype=torch.int64), vision.detach(), vision, index).sum().backward()
@@ -73,7 +73,7 @@ def test_long_sums_are_wide():
 
 
 def test_indices_out_of_range(monkeypatch):
-    """As on a GPU, the kernel asserts; assertions are compiled only where they are asked for."""
+    """The kernel asserts, as on a GPU. Triton compiles assertions only with debug=True."""
     builder = interpreter.interpreter_builder
     monkeypatch.setattr(builder, "options", replace(builder.options, debug=True))
     (token_ids, embedding, vision, vision_index), _ = make(dtype=torch.float32)
@@ -88,8 +88,8 @@ def test_indices_out_of_range(monkeypatch):
         interpreted(token_ids, embedding, vision, vision_index.clamp(0) + 7)
 
 
-def test_backward_leaves_out_indices_out_of_range():
-    """Forward has refused them: nothing outside the gradient is written."""
+def test_backward_ignores_indices_out_of_range():
+    """Forward has already raised an error for them. Backward must not write outside the gradient."""
     grad, index = torch.ones(3, 2), torch.tensor([0, 5, 1], dtype=torch.int32)
     [gradient] = implementation.backward(
         PackEmbeddingsBackwardCall(grad, torch.zeros(3).long(), index, 4, 2, torch.float32, [False, True])
@@ -100,4 +100,4 @@ def test_backward_leaves_out_indices_out_of_range():
 def test_runs_only_when_named():
     inputs, _ = make(dtype=torch.float32)
     refused = dispatch.explain(pack_embeddings, *inputs).reasons
-    assert refused["triton"] == "the Triton interpreter runs only when named"
+    assert refused["triton"] == "the Triton interpreter runs only when named by impl="

@@ -1,6 +1,6 @@
-"""Prefix attention in Triton against plain attention.
+"""Prefix attention in Triton, compared with plain attention.
 
-Time goes by programs, whatever their size: where nothing else is the question, cases are a few tiles and few heads.
+The interpreter's time depends on the number of programs, not on their size. So most cases have few tiles and heads.
 """
 
 from functools import partial
@@ -20,9 +20,9 @@ from tests.lynx_kernels.helpers import permuted
 from tests.numbers import assert_within_budget
 
 FP32, FP16 = torch.float32, torch.float16
-SEVERAL_TILES = [(37, [0, 19, 5]), (0, [35])]  # tiles of 16: three of a root, that of another branch, and no root
+SEVERAL_TILES = [(37, [0, 19, 5]), (0, [35])]  # tiles of 16: three for a root; several branches; no root
 ONE_TILE_EACH = [(5, [3, 4]), (0, [6])]
-TILES = [Launch(16, 32, 4, 1), Launch(32, 16, 4, 1)]  # in both shapes that make the diagonal cross several tiles
+TILES = [Launch(16, 32, 4, 1), Launch(32, 16, 4, 1)]  # both make the diagonal cross several tiles
 NAMES = ["output", "lse", "gradient of q", "gradient of k", "gradient of v"]
 both_roots = pytest.mark.parametrize("root_is_causal", [True, False])
 
@@ -37,7 +37,7 @@ def _small_tiles(monkeypatch):
 
 
 def make(groups, root_is_causal, dtype=FP32, heads=1, kv_heads=1, dim=16, scale=None, impl="triton"):
-    """The operation and plain attention over ``groups``, inputs, and gradients of output and LSE."""
+    """The operation and plain attention over ``groups``, the inputs, and gradients for output and LSE."""
     layout = PackedLayout.from_groups(groups, root_is_causal=root_is_causal)
     operation = partial(prefix_attention, layout=layout, scale=scale, return_lse=True, impl=impl)
     naive = partial(dense_attention, visible=packed_visible(groups, root_is_causal), scale=scale)
@@ -46,7 +46,7 @@ def make(groups, root_is_causal, dtype=FP32, heads=1, kv_heads=1, dim=16, scale=
 
 
 def check_prefix(*case, magnitude=0.0, **options):
-    """Output, LSE and gradients through both are within the budget."""
+    """Output, LSE and the gradients through both are within the error budget."""
     operation, naive, inputs, grads = make(*case, **options)
     results = run(operation, inputs, grads)
     assert_results_within_budget(results, Case(operation, naive, inputs, []), grads, [magnitude] * len(results))
@@ -62,8 +62,8 @@ def test_tiles(dtype, launch, root_is_causal, monkeypatch):
 
 @pytest.mark.usefixtures("_small_tiles")
 @both_roots
-def test_roots_that_end_beside_a_tile(root_is_causal):
-    """The first query of a branch sees one key less than a tile, a tile, one more."""
+def test_roots_that_end_near_a_tile_boundary(root_is_causal):
+    """The first query of a branch sees one key less than a tile, exactly a tile, and one key more."""
     check_prefix([(14, [2]), (15, [2]), (16, [2])], root_is_causal, FP16)
 
 
@@ -105,15 +105,15 @@ FEW_GROUPS = st.lists(st.tuples(LENGTHS, st.lists(LENGTHS, max_size=2)), max_siz
 @settings(EXAMPLES, max_examples=5)
 @given(FEW_GROUPS, st.booleans())
 def test_any_layout(groups, root_is_causal):
-    # Of a token that sees only itself the gradient of q cancels: its rounding errors are those of numbers near 1.
+    # For a token that sees only itself, the gradient of q cancels; its rounding errors are those of values near 1.
     check_prefix(groups, root_is_causal, magnitude=1.0)
 
 
 @pytest.mark.usefixtures("_small_tiles")
 @both_roots
 @pytest.mark.parametrize("token", [36, 37, 61])
-def test_information_goes_where_it_may_and_nowhere_else(token, root_is_causal):
-    """Forward from a token to those that see it, backward from it to those that it sees."""
+def test_no_information_leaks(token, root_is_causal):
+    """Forward, a token reaches only the tokens that see it. Backward, it reaches only the tokens that it sees."""
     operation, _, inputs, grads = make(SEVERAL_TILES, root_is_causal)
     visible = packed_visible(SEVERAL_TILES, root_is_causal)
     leaves = [each.requires_grad_() for each in inputs]
@@ -134,14 +134,14 @@ def test_information_goes_where_it_may_and_nowhere_else(token, root_is_causal):
 
 
 def in_wider_rows(tensor):
-    """The same values between NaN, as in a slice of a fused projection."""
+    """The same values surrounded by NaN, as in a slice of a fused projection."""
     wider = torch.full((tensor.shape[0], tensor.shape[1] + 2, tensor.shape[2] + 3), torch.nan, dtype=tensor.dtype)
     return wider[:, 1:-1, 2:-1].copy_(tensor)
 
 
 @pytest.mark.usefixtures("_small_tiles")
 def test_any_strides():
-    """Tiles that need a mask for columns, rows, both and none; NaN behind every edge."""
+    """Tiles that need a mask for columns, rows, both, and none; with NaN beyond every edge."""
     operation, _, inputs, grads = make([(20, [19])], True, FP16, dim=40)
     expected = run(operation, inputs, grads)
     for spread in (permuted, in_wider_rows):
@@ -158,7 +158,7 @@ def test_any_strides():
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
-def test_rows_too_far_apart_for_offsets_of_32_bits_are_copied():
+def test_rows_with_too_large_strides_are_copied():
     for distance, is_copied in [(2**24 - 1, False), (2**24, True)]:
         rows = torch.empty_strided((2, 1, 8), (distance, 8, 1), device="meta")
         assert implementation._readable(rows, FP32).is_contiguous() == is_copied
@@ -166,7 +166,7 @@ def test_rows_too_far_apart_for_offsets_of_32_bits_are_copied():
 
 @pytest.mark.usefixtures("_small_tiles")
 @pytest.mark.parametrize("weights", [(1, 0), (0, 1), (1, 1)], ids=["output", "lse", "both"])
-def test_expanded_and_absent_gradients(weights):
+def test_expanded_and_omitted_gradients(weights):
     operation, naive, inputs, _ = make(ONE_TILE_EACH, True)
 
     def gradients(function, dtype):
@@ -177,7 +177,7 @@ def test_expanded_and_absent_gradients(weights):
     for ours, truth, theirs in zip(
         gradients(operation, FP32), gradients(naive, torch.float64), gradients(naive, FP32), strict=True
     ):
-        # Gradients of the sum of a softmax cancel to 0: their rounding errors are those of numbers near 1.
+        # The gradients of the sum of a softmax cancel to 0; their rounding errors are those of values near 1.
         assert_within_budget(ours, truth, theirs, magnitude=1.0)
 
 
@@ -185,7 +185,7 @@ def test_expanded_and_absent_gradients(weights):
 @pytest.mark.parametrize(("dtype", "size"), [(FP32, 30.0), (FP16, 30.0)])
 @pytest.mark.parametrize("scale", [1.0, -1.0])
 def test_huge_scores(dtype, size, scale):
-    """Scores of thousands: the weights are nearly 0 or 1, and no exponential overflows, seen or hidden."""
+    """Scores of thousands: P is nearly 0 or 1, and no exponential overflows, masked or not."""
     operation, naive, inputs, grads = make(ONE_TILE_EACH, True, dtype, scale=scale)
     inputs = [inputs[0] * size, inputs[1] * size, inputs[2]]
     exact = run(naive, [each.double() for each in inputs], grads)
@@ -195,7 +195,7 @@ def test_huge_scores(dtype, size, scale):
 
 @pytest.mark.usefixtures("_small_tiles")
 def test_delta_beyond_fp16():
-    """Of a token that sees only itself dS is 0, however large rowsum(dO * O)."""
+    """For a token that sees only itself dS is 0, however large rowsum(dO * O) is."""
     operation, _, inputs, grads = make([(0, [1, 1])], True, FP16)
     _, _, grad_q, grad_k, _ = run(operation, [*inputs[:2], inputs[2] * 1000], [grads[0] * 1000, grads[1] * 0])
     for gradient in (grad_q, grad_k):
@@ -217,7 +217,7 @@ def test_nan_stays_in_its_group(root_is_causal):
 
 @both_roots
 @pytest.mark.usefixtures("_small_tiles")
-def test_nan_in_a_branch_stays_out_of_root_and_other_branches(root_is_causal):
+def test_nan_in_a_branch_does_not_reach_root_or_other_branches(root_is_causal):
     operation, _, inputs, grads = make([(5, [3, 4, 2])], root_is_causal)
     branch, others = slice(8, 12), [*range(8), *range(12, 14)]
     expected = run(operation, inputs, grads)
@@ -240,7 +240,7 @@ def test_two_runs_agree_bit_by_bit():
 
 @pytest.mark.parametrize("dtypes", [(FP16, FP32, FP32), (FP32, FP16, FP16), (FP16, FP16, FP32)], ids=str)
 def test_mixed_dtypes(dtypes):
-    """Multiplied in fp32; every result in the dtype of what it belongs to, and as near the truth as the reference."""
+    """Products are in fp32. Every result has the dtype of its input and is as exact as the reference."""
     operation, naive, inputs, grads = make(ONE_TILE_EACH, True)
     reference, *_ = make(ONE_TILE_EACH, True, impl="reference")
     inputs = [each.to(dtype) for each, dtype in zip(inputs, dtypes, strict=True)]
@@ -269,13 +269,13 @@ def test_one_launch_forward_and_three_backward(monkeypatch):
     ]
 
 
-def test_the_interpreter_runs_only_when_named():
+def test_interpreter_runs_only_when_named():
     layout = PackedLayout.causal([3])
     inputs = [random(3, 1, 16, dtype=FP32)] * 3
     choice = dispatch.explain(prefix_attention, *inputs, layout)
     assert choice.name != "triton"
-    assert choice.reasons["triton"] == "the Triton interpreter runs only when named"
+    assert choice.reasons["triton"] == "the Triton interpreter runs only when named by impl="
     assert dispatch.explain(prefix_attention, *inputs, layout, impl="triton").name == "triton"
     wide = dispatch.explain(prefix_attention, *[random(3, 1, 257, dtype=FP32)] * 3, layout, impl="triton")
     assert wide.name is None
-    assert wide.reasons["triton"].endswith("head_dim is 257")
+    assert wide.reasons["triton"].endswith("support head_dim up to 256, and it is 257")

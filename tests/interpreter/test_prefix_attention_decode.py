@@ -16,14 +16,14 @@ from tests.lynx_kernels.attention_cases import (
 )
 from tests.lynx_kernels.helpers import permuted
 
-pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # the LSE of no keys is log 0
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # the LSE without keys is log 0
 
 case_of = partial(cache_case, impl="triton")
 
 
 @pytest.fixture
 def cut(monkeypatch):
-    """Choose the launch, into how many splits keys are cut, and how many branches are looked at at once."""
+    """Sets the launch, the number of splits, and how many branches are scanned at once."""
 
     def choose(launch, num_splits=1):
         monkeypatch.setattr(implementation, "choose_launch", lambda *shape: launch)
@@ -45,7 +45,7 @@ def cut(monkeypatch):
     ],
 )
 def test_tiles(queries, rows, num_splits, dtype, cut):
-    """In 16 rows, all 3 branches of a root, 2 of them, 1."""
+    """A tile of 16 rows holds all 3 branches of a root, 2 of them, or 1."""
     cut(Launch(rows, 16, 4, 1), num_splits)
     assert_case_within_budget(case_of(queries, dtype=dtype), gradients=False)
 
@@ -57,7 +57,7 @@ def test_more_rows_than_a_tile(cut):
 
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "scale"), [(4, 2, 7, -0.3), (3, 3, 88, -0.1), (2, 2, 33, 0.0)])
 def test_heads_and_scales(heads, kv_heads, dim, scale):
-    """As launched."""
+    """With the shipped launches."""
     case = case_of(
         2,
         ([2, 0, 1, 0], [40, 0, 3], [5, 33, 2, 4]),
@@ -89,7 +89,7 @@ def test_strides_of_indices():
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
-def test_caches_too_far_apart_for_offsets_of_32_bits_are_copied():
+def test_caches_with_too_large_strides_are_copied():
     for distance, is_copied in [(2**24 - 1, False), (2**24, True)]:
         cache = torch.empty_strided((1, 2, 1, 8), (2 * distance, distance, 8, 1), device="meta")
         for copy in implementation._alike(cache, cache, torch.float32):
@@ -97,7 +97,7 @@ def test_caches_too_far_apart_for_offsets_of_32_bits_are_copied():
 
 
 @pytest.mark.parametrize("narrow", [slice(0, 1), slice(1, 3), slice(3, 5)], ids=["queries", "roots", "branches"])
-def test_dtypes_that_differ(narrow):
+def test_mixed_dtypes(narrow):
     case = case_of(1, ([0, 0], [20], [3, 9]))
     inputs = list(case.inputs)
     inputs[narrow] = [each.half() for each in inputs[narrow]]
@@ -114,13 +114,13 @@ def test_roots_without_keys():
 
 
 @pytest.mark.parametrize(("branches", "queries"), [(0, 1), (2, 0)])
-def test_nothing_to_decode(branches, queries):
+def test_no_queries_to_decode(branches, queries):
     inputs = nothing_to_decode(branches, queries)
     assert prefix_attention_decode(*inputs, impl="triton").shape == inputs[0].shape
 
 
-def test_parts_are_counted_by_the_programs_that_work(monkeypatch):
-    """Over a root one for as many branches as fill a tile of 16 rows, though all branches have programs."""
+def test_num_splits_counts_only_programs_that_work(monkeypatch):
+    """For a root, one program works per tile of 16 rows, although every branch has programs."""
     counted = []
     monkeypatch.setattr(implementation, "choose_launch", lambda *shape: Launch(16, 16, 4, 1))
     monkeypatch.setattr(implementation, "choose_num_splits", lambda *shape: counted.append(shape) or 1)
@@ -129,17 +129,20 @@ def test_parts_are_counted_by_the_programs_that_work(monkeypatch):
     assert counted == [(2 * 2, 21, 16), (6 * 2, 5, 16)]
 
 
-def test_gradients_are_refused():
+def test_gradients_raise():
     case = case_of(1)
     call = prefix_attention_decode
     indices = [torch.tensor(each, dtype=torch.int32) for each in SEVERAL_TILES]
     for tensor in case.inputs:
         tensor.requires_grad_()
         reason = explain(call, *case.inputs, *indices).reasons["triton"]
-        assert reason == "the Triton kernels of decoding have no gradient, and an argument requires one"
+        assert reason == "the Triton kernels for decoding have no gradient, and an argument requires one"
         with pytest.raises(RuntimeError, match=r"impl='triton' cannot run this call: .* have no gradient"):
             case.operation(*case.inputs)
         with torch.no_grad():
             assert explain(call, *case.inputs, *indices, impl="triton").name == "triton"
         tensor.requires_grad_(False)
-    assert explain(call, *case.inputs, *indices).reasons["triton"] == "the Triton interpreter runs only when named"
+    assert (
+        explain(call, *case.inputs, *indices).reasons["triton"]
+        == "the Triton interpreter runs only when named by impl="
+    )

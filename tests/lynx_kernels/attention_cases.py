@@ -1,4 +1,4 @@
-"""Calls of the three attentions, each beside the same call of plain attention: the cases that their tests run over."""
+"""Test cases of the three attention operations: a call, and the same call of plain attention to compare with."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,16 +20,16 @@ from tests.lynx_kernels.helpers import permuted
 from tests.numbers import assert_within_budget
 
 GROUPS_OF_A_BATCH = [(3, [2, 0, 4]), (0, []), (0, [5]), (4, []), (2, [1]), (0, [2, 1]), (1, [0])]
-SPANS_OF_A_BATCH = [3, 2, 0, 4, 1, 2], [(0, 6), (4, 9), (1, 3), (5, 5), (8, 9), (0, 6)], 10  # key 9 is seen by none
+SPANS_OF_A_BATCH = [3, 2, 0, 4, 1, 2], [(0, 6), (4, 9), (1, 3), (5, 5), (8, 9), (0, 6)], 10  # no query sees key 9
 BRANCH_TO_ROOT, ROOT_LENGTHS, BRANCH_LENGTHS = [2, 0, 0, 2, 1], [5, 0, 7, 4], [3, 6, 4, 3, 5]  # root 3 has no branch
 
 
 @dataclass
 class Case:
-    """A call of an operation, returning its LSE too, and the same call of plain attention.
+    """A call of an operation that also returns the LSE, and the same call of plain attention.
 
     Attributes:
-        table: the tensors of integers that tell the operation who sees whom.
+        table: the integer tensors that tell the operation which keys each query sees.
     """
 
     operation: Callable
@@ -101,8 +101,8 @@ def decode_case(
     )
 
 
-def poison_behind_lengths(case):
-    """The same case of decoding, with NaN in the caches behind the lengths."""
+def poison_beyond_lengths(case):
+    """The same decoding case with NaN in the caches beyond the lengths."""
     _, root_lengths, branch_lengths = case.table
     lengths = [root_lengths] * 2 + [branch_lengths] * 2
     for cache, cache_lengths in zip(case.inputs[1:], lengths, strict=True):
@@ -111,31 +111,31 @@ def poison_behind_lengths(case):
     return case
 
 
-# Roots with several branches, one and none, of several tiles of keys and without any; the branches in no order.
+# Roots with several branches, one, and none; with several key tiles, and with none; the branches are not sorted.
 SEVERAL_TILES = [2, 0, 0, 1, 2, 0], [37, 0, 50, 5], [5, 40, 33, 17, 16, 18]
 
 
 def cache_case(queries, batch=SEVERAL_TILES, heads=2, kv_heads=1, dim=24, dtype=torch.float32, **options):
-    """A case of decoding whose caches hold NaN behind the lengths."""
-    return poison_behind_lengths(decode_case(queries, heads, kv_heads, dim, dtype, batch=batch, **options))
+    """A decoding case whose caches hold NaN beyond the lengths."""
+    return poison_beyond_lengths(decode_case(queries, heads, kv_heads, dim, dtype, batch=batch, **options))
 
 
 def without_root_keys(case_of):
-    """Cases of ``case_of`` in which no root has a key: there is room for some, and there is none."""
+    """Cases of ``case_of`` in which no root has a key: with room for keys, and without."""
     case = case_of(2, ([0, 1], [0, 0], [3, 2]))
     yield case
     yield replace(case, inputs=[each[:, :0] if i in (1, 2) else each for i, each in enumerate(case.inputs)])
 
 
 def nothing_to_decode(branches, queries):
-    """The arguments of decoding for a root and so many branches and queries, one of them 0."""
+    """The arguments of decoding for one root. One of ``branches`` and ``queries`` is 0."""
     root, branch, q = torch.ones(1, 3, 1, 16), torch.ones(branches, 2, 1, 16), torch.ones(branches, queries, 1, 16)
     to_root, branch_lengths = torch.zeros(branches, dtype=torch.int32), torch.ones(branches, dtype=torch.int32)
     return q, root, root, branch, branch, to_root, torch.ones(1, dtype=torch.int32), branch_lengths
 
 
 def other_strides(inputs):
-    """The inputs of decoding with the heads outside, as transformers keeps its caches, and with other strides."""
+    """The inputs of decoding with heads as the outer dimension, as in transformers' caches, and with other strides."""
     yield [inputs[0], *(each.transpose(1, 2).contiguous().transpose(1, 2) for each in inputs[1:])]
     yield [permuted(each) if i % 2 else each for i, each in enumerate(inputs)]
     yield [torch.cat([each + 1, each], -1)[..., each.shape[-1] :] for each in inputs]
@@ -158,23 +158,23 @@ def grads_of(outputs):
 
 
 def grads_of_case(case) -> list:
-    """Likewise, in the dtype of the inputs."""
+    """Gradients for the output and LSE of a case, in the dtype of the inputs."""
     q = case.inputs[0]
     return [grad.to(q.dtype) for grad in grads_of([q, q[..., 0]])]
 
 
 def assert_case_within_budget(case, *, gradients=True):
-    """Output and LSE of a case are within the budget, and the gradients through both; -inf is where it should be."""
+    """Output, LSE and the gradients through both are within the error budget. -inf is only where it should be."""
     grads = grads_of_case(case)
     actual = run(case.operation, case.inputs, grads) if gradients else case.operation(*case.inputs)
     assert_results_within_budget(actual, case, grads)
 
 
 def assert_results_within_budget(actual: Sequence, case, grads: Sequence, magnitudes: Sequence[float] | None = None):
-    """The same for output and LSE, and gradients if they follow, wherever they were computed.
+    """The same check for given results: output, LSE and, if present, gradients.
 
-    ``magnitudes`` are those of the budget, of each result; where they are smaller than what follows from the LSE, that
-    counts.
+    ``magnitudes``: for each result, the magnitude of its budget. The magnitude that follows from the LSE is used where
+    it is larger.
     """
     dtype, has_gradients = case.inputs[0].dtype, len(actual) > 2
 
@@ -182,11 +182,11 @@ def assert_results_within_budget(actual: Sequence, case, grads: Sequence, magnit
         return run(case.naive, inputs, grads) if has_gradients else list(case.naive(*inputs))
 
     exact, plain = results([each.double() for each in case.inputs]), results(case.inputs)
-    plain[1] = case.naive(*(each.float() for each in case.inputs))[1]  # the LSE promises fp32
+    plain[1] = case.naive(*(each.float() for each in case.inputs))[1]  # the LSE is in fp32
     names = ["output", "lse", *(f"gradient {i}" for i in range(len(case.inputs)))]
     seen = exact[1].isfinite()
     assert torch.equal(actual[1].isneginf(), ~seen)
-    # Gradients take weights from exp(score - LSE), whose relative error is the absolute one that the LSE has in fp32.
+    # Gradients use exp(score - LSE). Its relative error is the absolute error of the fp32 LSE.
     lse_error = exact[1][seen].abs().max().item() * torch.finfo(torch.float32).eps if seen.any() else 0.0
     magnitudes = magnitudes or [0.0] * len(names)
     for name, ours, truth, theirs, magnitude in zip(names, actual, exact, plain, magnitudes, strict=has_gradients):
@@ -199,7 +199,7 @@ def assert_results_within_budget(actual: Sequence, case, grads: Sequence, magnit
 
 
 def assert_huge_scores_within_budget(case):
-    """Output and LSE are as exact as plain attention in fp32, which does not overflow; gradients are finite."""
+    """Output and LSE are as exact as plain attention in fp32, which does not overflow. Gradients are finite."""
     grads = grads_of_case(case)
     out, lse, *gradients = run(case.operation, case.inputs, grads)
     exact_out, exact_lse = case.naive(*(each.double() for each in case.inputs))

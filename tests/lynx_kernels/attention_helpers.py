@@ -1,6 +1,6 @@
-"""Who sees whom, and attention, spelled out: what the tests of layouts and attentions compare with.
+"""Dense masks and plain attention, with which the tests of layouts and attention compare.
 
-Nothing here uses the layouts' tables: masks come from the lists that layouts are built from.
+Nothing here uses the tables of layouts. Masks come from the lists that layouts are built from.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ def spans(draw, max_keys: int = 12):
 
 
 def tokens_of(groups: Groups) -> list[tuple[int, int, int]]:
-    """Of every token its group, its part of the group (0 is the root, 1 the first branch) and its place in the part."""
+    """For every token: its group, its segment in the group (0: the root, 1: the first branch), its place in that."""
     return [
         (group, part, place)
         for group, (root_length, branch_lengths) in enumerate(groups)
@@ -59,7 +59,7 @@ def span_visible(query_lengths: Sequence[int], key_spans: Sequence[tuple[int, in
 def dense_attention(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Plain softmax attention in the dtype of its inputs: q (Q, H, D), k and v (K, Hkv, D), visible (Q, K)."""
+    """Plain softmax attention in the dtype of the inputs: q (Q, H, D), k and v (K, Hkv, D), visible (Q, K)."""
     copies = q.shape[1] // k.shape[1]
     k, v = (each.repeat_interleave(copies, dim=1) for each in (k, v))
     scale = q.shape[2] ** -0.5 if scale is None else scale
@@ -74,13 +74,15 @@ def dense_attention(
 def dense_decode(
     q, root_k, root_v, branch_k, branch_v, branch_to_root, root_lengths, branch_lengths, scale=None
 ) -> tuple[Tensor, Tensor]:
-    """Decoding by plain attention, branch after branch, over keys that are cut to their lengths and put together."""
+    """Decoding by plain attention, one branch at a time, over the root's and the branch's keys cut to their lengths."""
     outputs = []
     for branch, root in enumerate(branch_to_root.tolist()):
         root_length, branch_length = int(root_lengths[root]), int(branch_lengths[branch])
         k = torch.cat([root_k[root, :root_length], branch_k[branch, :branch_length]])
         v = torch.cat([root_v[root, :root_length], branch_v[branch, :branch_length]])
-        newer = [q.shape[1] - 1 - query for query in range(q.shape[1])]  # keys of the branch behind each query
+        newer = [
+            q.shape[1] - 1 - query for query in range(q.shape[1])
+        ]  # how many keys of the branch are newer than each query
         visible = torch.tensor([[key < len(k) - each for key in range(len(k))] for each in newer], dtype=torch.bool)
         outputs.append(dense_attention(q[branch], k, v, visible.to(q.device), scale))
     out, lse = zip(*outputs, strict=True)
@@ -88,12 +90,12 @@ def dense_decode(
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0, device: Device = "cpu") -> Tensor:
-    """Normally distributed values, the same for every dtype but for the rounding, and on every device."""
+    """Normally distributed values. They are the same for every dtype (except rounding) and device."""
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
 
 
 def run(function: Callable, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
-    """The outputs of ``function(*inputs)``, then the gradient of each input under ``grads`` of the outputs."""
+    """The outputs of ``function(*inputs)``, then the gradient of each input, given ``grads`` of the outputs."""
     leaves = [each.detach().requires_grad_() for each in inputs]
     outputs = function(*leaves)
     grads = [grad.to(output.dtype) for grad, output in zip(grads, outputs, strict=True)]

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of compiled code."""
+"""Fixtures for the tests of compiled code."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from lynx_kernels.backends import cpu as cpu_backend
 
 @pytest.fixture
 def poison():
-    """Fill uninitialised memory with NaN, so that an output that is not written does not pass for one that is."""
+    """Fill uninitialised memory with NaN, so that a test fails if an output is not written."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -16,7 +16,7 @@ def poison():
 
 @pytest.fixture(params=cpu_backend.instruction_sets())
 def instruction_set(request):
-    """Each one that this processor has, forced while the test runs."""
+    """Each instruction set that this CPU supports, forced while the test runs."""
     cpu_backend.force_instruction_set(request.param)
     yield request.param
     cpu_backend.force_instruction_set(None)

@@ -1,4 +1,4 @@
-"""Frames for tests of pack_frames, and what Pillow makes of them."""
+"""Frames for the tests of pack_frames, and Pillow's results for them."""
 
 import numpy as np
 import torch
@@ -12,13 +12,13 @@ OPTIONS = {"size": 28, "patch_size": 14, "mean": MEAN, "std": STD}
 
 
 def random_frame(generator: np.random.Generator, height: int, width: int, *, harsh: bool = False) -> np.ndarray:
-    """Uniform noise; harsh: black and white alone, so that the filter overshoots and clipping counts."""
+    """Uniform noise. ``harsh``: only black and white, so that the filter overshoots and values are clipped."""
     noise = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
     return np.where(noise < 128, 0, 255).astype(np.uint8) if harsh else noise
 
 
 def pack_bytes(frames, *, size: int, **options) -> np.ndarray:
-    """The (N, S, S, 3) bytes before normalisation: with mean 0 and std 1 they can be read off the result."""
+    """The (N, S, S, 3) bytes before normalisation, recovered from the result with mean 0 and std 1."""
     pixels = pack_frames(
         frames,
         size=size,
@@ -33,7 +33,7 @@ def pack_bytes(frames, *, size: int, **options) -> np.ndarray:
 
 
 def pillow_resize(frame: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Pillow's bicubic, horizontal pass first: Pillow 12.2 and later turns the passes around for some tall frames."""
+    """Pillow's bicubic, horizontal pass first. (Pillow 12.2 and later swap the passes for some tall frames.)"""
     bicubic = Image.Resampling.BICUBIC
     image = Image.fromarray(np.ascontiguousarray(frame))
     return np.asarray(image.resize((width, image.height), bicubic).resize((width, height), bicubic))

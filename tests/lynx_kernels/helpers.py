@@ -1,4 +1,4 @@
-"""What the tests of every operation need."""
+"""Helpers for the tests of all operations."""
 
 import os
 import signal
@@ -20,18 +20,18 @@ Function = Callable[..., Tensor]
 
 
 def permuted(tensor: Tensor) -> Tensor:
-    """The same values, spread over storage twice as large with the dimensions in reverse order."""
+    """The same values in storage twice as large, with the dimensions in reverse order."""
     storage = torch.full((*reversed(tensor.shape), 2), -7, dtype=tensor.dtype, device=tensor.device)
     return storage[..., 0].permute(tuple(reversed(range(tensor.dim())))).copy_(tensor.detach())
 
 
 def shifted(tensor: Tensor, by: int) -> Tensor:
-    """The same values, ``by`` elements behind the start of a storage."""
+    """The same values, starting ``by`` elements after the start of their storage."""
     return tensor.new_empty(tensor.numel() + by)[by:].view(tensor.shape).copy_(tensor)
 
 
 def run(function: Function, inputs: Sequence[Tensor | None], grad: Tensor | None) -> list[Tensor]:
-    """The output of ``function(*inputs)`` and the gradient of each floating-point input; ``grad`` None sums."""
+    """The output of ``function(*inputs)`` and the gradient of each floating-point input. ``grad=None`` uses the sum."""
     leaves = [
         each.detach().requires_grad_() if each is not None and each.is_floating_point() else each for each in inputs
     ]
@@ -51,7 +51,7 @@ def check(
     *,
     last_magnitude: float = 0.0,
 ) -> None:
-    """Hold output and gradients of ``operation`` to the budget that ``naive`` sets in fp64 and in their own dtype.
+    """Check output and gradients of ``operation`` against the error budget from ``naive`` in fp64 and in their dtype.
 
     ``last_magnitude`` is the ``magnitude`` of the budget of the last gradient.
     """
@@ -66,12 +66,12 @@ def check_results(
     *,
     last_magnitude: float = 0.0,
 ) -> None:
-    """The same for what ``run`` gave, wherever it ran."""
+    """The same check for the results of ``run``."""
     exact_inputs = [each.double() if each is not None and each.is_floating_point() else each for each in inputs]
     exact, plain = run(naive, exact_inputs, grad), run(naive, inputs, grad)
     for index, (ours, truth, theirs) in enumerate(zip(actual, exact, plain, strict=True)):
         assert ours.dtype == theirs.dtype
-        if ours.dtype == torch.float64:  # the budget has no meaning where plain is the truth itself
+        if ours.dtype == torch.float64:  # no budget where the plain result is itself the exact one
             torch.testing.assert_close(ours, truth, rtol=1e-12, atol=1e-12)
         else:
             magnitude = last_magnitude if index == len(actual) - 1 else 0.0
@@ -79,7 +79,7 @@ def check_results(
 
 
 def count_compilations(function: Callable, calls: Sequence[tuple], backend: str = "aot_eager") -> list[int]:
-    """Compile ``function`` into one graph, run it forward and backward; the number of graphs after each call."""
+    """Compile ``function`` as one graph, run it forward and backward. Return the number of graphs after each call."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(function, backend=counter, fullgraph=True)
@@ -91,7 +91,7 @@ def count_compilations(function: Callable, calls: Sequence[tuple], backend: str 
 
 
 def assert_child_ends_well(function: Callable[[], bool]) -> None:
-    """Run ``function`` in a forked process: it must return True there, and not hang."""
+    """Run ``function`` in a forked process. It must return True there and must not hang."""
     child = os.fork()
     if child == 0:
         os._exit(0 if function() else 1)
@@ -103,13 +103,13 @@ def assert_child_ends_well(function: Callable[[], bool]) -> None:
     else:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        pytest.fail("the child hangs")
+        pytest.fail("the child process hangs")
     assert os.waitstatus_to_exitcode(status) == 0
 
 
 @contextmanager
 def dtensors(folder: Path) -> Iterator[Callable[[Tensor], DTensor]]:
-    """A function that makes DTensors, in a process group of one that ends with the block."""
+    """A function that makes DTensors, in a process group of one process that ends with the block."""
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))

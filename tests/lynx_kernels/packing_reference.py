@@ -1,6 +1,6 @@
-"""The definition of the planner in plain Python, slow: the planner of lynx_kernels.packing must give the same steps.
+"""A slow reference of the planner in plain Python. The planner of lynx_kernels.packing must make the same steps.
 
-How a step is made, and why, is said there.
+lynx_kernels.packing explains how a step is made, and why.
 """
 
 from bisect import bisect_left, bisect_right, insort
@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 Step = list[list[int]]
 
-SWAPS = 16  # at most, for each rank: as in lynx_kernels.packing.balance
+SWAPS = 16  # limit per rank, as in lynx_kernels.packing.balance
 
 
 class Sample(NamedTuple):
-    """A sample's costs: sorted, they stand as the swaps try them."""
+    """The costs of a sample. Sorting gives the order in which swaps are tried."""
 
     tokens: int
     patches: int
@@ -25,7 +25,7 @@ NOTHING = Sample(0, 0, -1)
 
 
 class Pack:
-    """The samples of one rank, the tokens that are left of its budget and the patches of all of them."""
+    """The samples of one rank, the remaining tokens of its budget, and the sum of its patches."""
 
     def __init__(self, room: int):
         self.room = room
@@ -44,7 +44,7 @@ class Pack:
 
 
 class Planner:
-    """What waits, and the steps made of it. The arguments are checked by the caller."""
+    """The waiting samples and the steps made from them. The caller checks the arguments."""
 
     def __init__(self, token_budget: int, ranks: int, lookahead: int):
         self._token_budget, self._ranks = token_budget, ranks
@@ -52,17 +52,17 @@ class Planner:
         self.restore(0, [])
 
     def restore(self, num_seen: int, waiting: Iterable[tuple[int, int, int]]) -> None:
-        """Start from samples ``(number, tokens, patches)`` that wait, in order of arrival."""
+        """Start from waiting samples ``(number, tokens, patches)``, in order of arrival."""
         self.num_seen = num_seen
         self._waiting_tokens = self.num_waiting = 0
-        self._arrivals: deque[Sample] = deque()  # those that were taken out of turn are still among them
+        self._arrivals: deque[Sample] = deque()  # still includes samples that were taken by length
         self._by_length: dict[int, deque[Sample]] = {}
         self._lengths: list[int] = []  # the keys of _by_length, sorted
         for index, tokens, patches in waiting:
             self._add(Sample(tokens, patches, index))
 
     def push(self, all_tokens: Sequence[int], all_patches: Sequence[int]) -> list[Step]:
-        """Take in the next samples; those longer than the budget only count as seen."""
+        """Add the next samples. Those longer than the budget are only counted."""
         steps = []
         for tokens, patches in zip(all_tokens, all_patches, strict=True):
             sample = Sample(tokens, patches, self.num_seen)
@@ -75,7 +75,7 @@ class Planner:
         return steps
 
     def flush(self) -> list[Step]:
-        """The steps of all that waits."""
+        """The steps of all waiting samples."""
         steps = []
         while self.num_waiting:
             steps.append(_balanced(self.fill_packs()))
@@ -91,7 +91,7 @@ class Planner:
         self.num_waiting += 1
 
     def _waits(self, sample: Sample) -> bool:
-        # Of one length the oldest leaves first, so those that wait are the newest.
+        # Of equal lengths the oldest is taken first, so the waiting ones are the newest.
         same = self._by_length.get(sample.tokens)
         return same is not None and same[0].number <= sample.number
 
@@ -115,10 +115,12 @@ class Planner:
         return sample
 
     def fill_packs(self) -> list[Pack]:
-        """The packs of the next step, not yet balanced. Some sample must wait."""
+        """The packs of the next step, not yet balanced. At least one sample must be waiting."""
         packs = [Pack(self._token_budget) for _ in range(self._ranks)]
         average = self._waiting_tokens // self.num_waiting
-        kept = self._ranks * min(average * 3 // 2, self._token_budget * 3 // 4)  # room for what is chosen
+        kept = self._ranks * min(
+            average * 3 // 2, self._token_budget * 3 // 4
+        )  # room left for samples chosen by length
         while sum(pack.room for pack in packs) > kept:
             sample = self._take_oldest(max(pack.room for pack in packs))
             if sample is None:
@@ -141,8 +143,8 @@ def _fewest_patches(packs: list[Pack]) -> Pack:
 def plan_known(all_tokens: Sequence[int], all_patches: Sequence[int], token_budget: int, ranks: int) -> list[Step]:
     """Steps for samples that are all known.
 
-    Packs are filled as if the samples waited in order of their length, the longest first. Those with like numbers of
-    patches then make a step. What is in the last few packs is dealt out anew, so that no rank is without.
+    Packs are filled with the longest samples first. Packs with similar numbers of patches form a step. The samples of
+    the left-over packs are distributed again, so that no rank is without samples.
     """
     known = [
         Sample(tokens, patches, number)
@@ -191,7 +193,7 @@ def _balance(packs: list[Pack]) -> None:
 
 def _best_swap(giver: Pack, taker: Pack) -> tuple[Sample, Sample] | None:
     difference = giver.patches - taker.patches
-    best, smallest_error = None, difference  # |2 moved - difference| is below it only where 0 < moved < difference
+    best, smallest_error = None, difference  # |2 moved - difference| is smaller only if 0 < moved < difference
     returns = [NOTHING, *_distinct(taker.samples)]
     for given in _distinct(giver.samples):
         first = bisect_left(returns, given.tokens - taker.room, key=lambda sample: sample.tokens)
@@ -205,6 +207,6 @@ def _best_swap(giver: Pack, taker: Pack) -> tuple[Sample, Sample] | None:
 
 
 def _distinct(samples: list[Sample]) -> list[Sample]:
-    # Of the samples that cost the same, the oldest.
+    # Of samples with equal costs, only the oldest.
     found = {each[:2]: each for each in sorted(samples, reverse=True)}
     return sorted(found.values())

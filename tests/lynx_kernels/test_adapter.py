@@ -53,7 +53,7 @@ def runs(impl, dtype, device="cpu"):
     return impl not in dispatch.explain(adapter, *inputs).reasons
 
 
-# Whatever can run on this machine, in every dtype that it takes.
+# All implementations that can run on this machine, in every dtype they support.
 CASES = [(impl, dtype) for impl in OPERATION.names for dtype in DTYPES if runs(impl, dtype)]
 FP32 = [impl for impl, dtype in CASES if dtype == torch.float32]
 
@@ -63,13 +63,13 @@ def with_options(function, **options):
 
 
 def check_adapter(impl, inputs, grad=None, **options):
-    """Against the composition."""
+    """Compare with the composition of PyTorch functions."""
     check_adapter_results(run(with_options(adapter, impl=impl, **options), inputs, grad), inputs, grad, **options)
 
 
 def check_forward(function, inputs, **options):
-    """Output, statistics and pre-activation of an implementation that only goes forward: ``function`` is as ``adapter``
-    and gives all four."""
+    """Check output, statistics and pre-activation of a forward-only implementation. ``function`` takes the arguments of
+    ``adapter`` and returns all four."""
     out, mean, rstd, preactivation = function(*inputs, **options)
     wide = [each if each is None else each.double() for each in inputs]
     assert (out.shape, out.dtype) == (inputs[0].shape, inputs[0].dtype)
@@ -82,14 +82,14 @@ def check_forward(function, inputs, **options):
     names = ("mean", "rstd", "preactivation")
     for name, ours, truth, theirs in zip(names, (mean, rstd, preactivation), exact[1:], plain[1:], strict=True):
         assert ours.dtype == theirs.dtype, name
-        # Terms of a mean cancel, their rounding errors do not.
+        # The terms of a mean may cancel; their rounding errors do not.
         magnitude = inputs[0].double().abs().max().item() if name == "mean" and truth.numel() else 0.0
         assert_within_budget(ours, truth, theirs, name, magnitude)
 
 
 def scale_magnitude(inputs, grad=None, **options):
-    """The gradient of the scale is one inner product, of grad with the scaled branch, and is as exact as its factors
-    are long (Cauchy-Schwarz)."""
+    """The magnitude for the gradient of scale. It is one inner product, so its error is bounded by the norms of the two
+    factors (Cauchy-Schwarz)."""
     exact = [each if each is None else each.double() for each in inputs]
     branch = naive(*exact[:-1], torch.ones_like(exact[-1]), **options) - exact[0]
     return ((torch.ones_like(branch) if grad is None else grad).norm() * branch.norm()).item()
@@ -107,7 +107,7 @@ def check_permuted(impl, inputs, grad):
 
 
 def check_autocast(function, inputs, grad):
-    """bf16 products between an fp32 stream and an fp32 norm."""
+    """bf16 products with x and norm in fp32."""
     with torch.autocast(grad.device.type, torch.bfloat16):
         actual, plain = run(function, inputs, grad), run(naive, inputs, grad)
     exact = run(naive, [each.double() for each in inputs], grad)
@@ -117,7 +117,7 @@ def check_autocast(function, inputs, grad):
 
 
 def check_autocast_forward(function, inputs):
-    """The same of an implementation that only goes forward, ``function`` as in check_forward."""
+    """The same check for a forward-only implementation; ``function`` as in check_forward."""
     with torch.autocast(inputs[0].device.type, torch.bfloat16):
         ours, _, _, preactivation = function(*inputs)
         plain = naive(*inputs)
@@ -164,7 +164,7 @@ def test_gradcheck(activation, absent):
 
 
 @pytest.mark.parametrize(("impl", "dtype"), [case for case in CASES if case[1] != torch.float64])
-def test_mean_far_above_deviation(impl, dtype):
+def test_mean_much_larger_than_std(impl, dtype):
     inputs, grad = make((70,), width=64, dtype=dtype)
     inputs[0] = inputs[0] + 1000
     check_adapter(impl, inputs, grad)
@@ -172,7 +172,7 @@ def test_mean_far_above_deviation(impl, dtype):
 
 @pytest.mark.parametrize(("impl", "dtype"), [case for case in CASES if case[1] != torch.float64])
 def test_layer_norm_gradients_over_many_tokens(impl, dtype):
-    """Plain PyTorch sums them up in bf16, and so is no measure here."""
+    """Plain PyTorch accumulates them in bf16, so it cannot serve as a comparison."""
     inputs, grad = make((20000,), 16, 8, dtype)
     actual = run(with_options(adapter, impl=impl), inputs, grad)
     exact = run(naive, [each.double() for each in inputs], grad.to(dtype).double())
@@ -208,8 +208,8 @@ def test_expanded_inputs():
 
 @pytest.mark.parametrize("tokens", [37, 70])
 @pytest.mark.parametrize("impl", FP32)
-def test_trainable_weights_wider_than_the_stream(impl, tokens):
-    """bf16 stream, fp32 weights: only the output and the gradient of x are rounded."""
+def test_fp32_weights_with_bf16_x(impl, tokens):
+    """bf16 x and fp32 weights: only the output and the gradient of x are rounded."""
     inputs, grad = make((tokens,), dtype=torch.float32)
     inputs[0], grad = inputs[0].bfloat16(), grad.bfloat16()
     actual = run(with_options(adapter, impl=impl), inputs, grad)
@@ -223,9 +223,9 @@ def test_trainable_weights_wider_than_the_stream(impl, tokens):
 @pytest.mark.parametrize("absent", [(), ("norm_weight", "norm_bias")])
 @pytest.mark.parametrize("trained", NAMES)
 @pytest.mark.parametrize("impl", FP32)
-def test_only_the_gradients_asked_for(impl, trained, absent):
+def test_only_needed_gradients(impl, trained, absent):
     if trained in absent:
-        pytest.skip("an argument that is absent has no gradient")
+        pytest.skip("an omitted argument has no gradient")
     inputs, grad = make(dtype=torch.float32, absent=absent)
     names = [name for name in NAMES if name not in absent]
     _, *expected = run(with_options(adapter, impl=impl), inputs, grad)
@@ -272,7 +272,7 @@ def test_compiled_equals_eager(impl):
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("impl", FP32)
 def test_autocast(impl, compiled):
-    """The products are in bf16, the stream and the norm stay in fp32."""
+    """Products are in bf16; x and the norm stay in fp32."""
     inputs, grad = make(dtype=torch.float32)
     function = with_options(adapter, impl=impl)
     if compiled:
@@ -284,7 +284,7 @@ def test_autocast(impl, compiled):
 
 
 def test_autocast_casts_fake_tensors_too():
-    """What a compiler sees: the kernel itself, which would be cast inside, does not run."""
+    """A compiler runs fake tensors through the operator, not through the kernel."""
     inputs, _ = make(dtype=torch.float32)
     with FakeTensorMode() as fake, torch.autocast("cpu", torch.bfloat16):
         *_, preactivation = FORWARD(*(fake.from_tensor(each) for each in inputs), 1e-5, "silu", "reference")
@@ -300,7 +300,7 @@ def test_autocast_leaves_fp64_alone():
 
 
 def test_backward_inside_autocast():
-    """Forward has fixed the dtypes; a region around backward does not narrow them."""
+    """Forward fixes the dtypes. An autocast region around backward does not change them."""
     inputs, grad = make(dtype=torch.float32)
     leaves = [each.requires_grad_() for each in inputs]
     output = adapter(*leaves)
@@ -311,23 +311,23 @@ def test_backward_inside_autocast():
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
-def test_a_second_derivative_is_refused():
+def test_second_derivative_raises():
     (x, *weights), _ = make()
     [gradient] = torch.autograd.grad(adapter(x.requires_grad_(), *weights).sum(), [x], create_graph=True)
     with pytest.raises(RuntimeError, match="have no second derivatives"):
         gradient.sum().backward()
 
 
-def test_triton_refuses_fp64(monkeypatch):
+def test_triton_rejects_fp64(monkeypatch):
     monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_90")
     assert dispatch.explain(adapter, *make()[0]).reasons["triton"].endswith("an argument is fp64")
 
 
-def test_which_and_unknown_implementation():
+def test_explain_and_unknown_implementation():
     inputs, _ = make()
     choice = dispatch.explain(adapter, *inputs)
     assert choice.name == "reference"
-    assert choice.reasons["cpu"] == "computes in fp32 and bf16, x would be torch.float64"
+    assert choice.reasons["cpu"] == "it computes in fp32 and bf16, and x would be torch.float64"
     assert choice.reasons["triton"].startswith("it is written for sm_80, sm_90, sm_100, gfx942, and the tensors")
     assert dispatch.explain(adapter, *make(dtype=torch.float32)[0]).name == "cpu"
     with pytest.raises(RuntimeError, match="impl='triton' cannot run this call: it is written for sm_80"):
@@ -350,7 +350,7 @@ def test_which_and_unknown_implementation():
         ({"up_weight": torch.zeros(5, 13)}, ValueError, "up_weight has shape .5, 13., expected .13, 5."),
         ({"up_bias": torch.zeros(5)}, ValueError, "up_bias has shape .5,., expected .13,."),
         ({"scale": torch.zeros(2)}, ValueError, "scale must have one element, got shape .2,."),
-        ({"norm_weight": None}, ValueError, "norm_bias without norm_weight"),
+        ({"norm_weight": None}, ValueError, "norm_bias is given without norm_weight"),
         ({"up_weight": torch.zeros(13, 5)}, TypeError, "up_weight is torch.float32, down_weight torch.float64"),
         ({"up_bias": torch.zeros(13, device="meta")}, ValueError, "up_bias is on meta, expected cpu"),
         ({"activation": "nonsense"}, ValueError, "activation='nonsense', expected one of"),
@@ -362,13 +362,13 @@ def test_errors(changed, error, message):
         adapter(**{**dict(zip(NAMES, inputs, strict=True)), **changed})
 
 
-def test_dtensor_is_refused(tmp_path):
+def test_dtensor_raises(tmp_path):
     inputs, _ = make()
     with dtensors(tmp_path) as distribute, pytest.raises(TypeError, match="down_weight is a DTensor"):
         adapter(*inputs[:3], distribute(inputs[3]), *inputs[4:])
 
 
-def test_cpu_refuses(monkeypatch):
+def test_cpu_unsupported_reasons(monkeypatch):
     inputs, _ = make(dtype=torch.float32)
 
     def reason(*given):
@@ -382,7 +382,7 @@ def test_cpu_refuses(monkeypatch):
         assert reason(*inputs).endswith("the products would be torch.float16")
         assert adapter(*inputs).isfinite().all()
     monkeypatch.setattr(onednn, "HAS_BF16", False)
-    assert reason(*make(dtype=torch.bfloat16)[0]) == "oneDNN has no bf16 on this processor"
+    assert reason(*make(dtype=torch.bfloat16)[0]) == "oneDNN does not support bf16 on this CPU"
     monkeypatch.setattr(onednn, "HAS_LINEAR", False)
     assert "without oneDNN" in reason(*inputs)
     with pytest.raises(RuntimeError, match="impl='cpu' cannot run this call: this PyTorch is built without oneDNN"):

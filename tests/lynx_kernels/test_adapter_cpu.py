@@ -1,4 +1,4 @@
-"""The compiled adapter of CPUs: every instruction set, any number of threads, forked processes."""
+"""The compiled CPU adapter: every instruction set, any number of threads, forked processes."""
 
 from functools import partial
 
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("poison")
 
 @pytest.fixture(autouse=True)
 def calls(monkeypatch):
-    """The arguments of the calls that were compiled ones."""
+    """The arguments of the calls that reached the compiled module."""
     counted = []
     forward = cpu._compiled_forward
     monkeypatch.setattr(cpu, "_compiled_forward", lambda *arguments: counted.append(arguments) or forward(*arguments))
@@ -44,7 +44,7 @@ def calls(monkeypatch):
 
 
 def saved(x, norm_weight, norm_bias, down_weight, down_bias, *rest):
-    """What forward keeps for backward."""
+    """The values that forward saves for backward."""
     mean = x.mean(-1)
     rstd = ((x - mean[:, None]).square().mean(-1) + 1e-5).rsqrt()
     normalized = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias)
@@ -52,11 +52,15 @@ def saved(x, norm_weight, norm_bias, down_weight, down_bias, *rest):
 
 
 def check_saved(inputs):
-    """By the budget too, the statistics in fp32."""
+    """Check the saved values against the error budget, with the statistics in fp32."""
     exact = saved(*(each.double() for each in inputs))
     plain = [*saved(*(each.float() for each in inputs))[:2], saved(*inputs)[2]]
     _, *actual = FORWARD(*inputs, 1e-5, "silu", "cpu")
-    magnitudes = [inputs[0].abs().amax().item() if inputs[0].numel() else 0.0, 0.0, 0.0]  # a mean may cancel to 0
+    magnitudes = [
+        inputs[0].abs().amax().item() if inputs[0].numel() else 0.0,
+        0.0,
+        0.0,
+    ]  # the terms of a mean may cancel to 0
     names = ("mean", "rstd", "preactivation")
     for name, found, truth, theirs, magnitude in zip(names, actual, exact, plain, magnitudes, strict=True):
         assert found.dtype == theirs.dtype
@@ -66,7 +70,7 @@ def check_saved(inputs):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [0, 1, 2, 3, 7, 16, 63, 64])
 def test_every_instruction_set(instruction_set, dtype, tokens, calls):
-    """Blocks of 16 columns, register tiles of 4 rows and 2 or 6 tokens, vectors of 4 to 32 numbers, all with rests."""
+    """Blocks of 16 columns, register tiles of 4 rows and 2 or 6 tokens, vectors of 4 to 32 values; with remainders."""
     for width, bottleneck in [(13, 5), (16, 16), (64, 32), (67, 35), (40, 83)]:
         inputs, grad = make((tokens,), width, bottleneck, dtype)
         check_adapter("cpu", inputs, grad)
@@ -76,19 +80,19 @@ def test_every_instruction_set(instruction_set, dtype, tokens, calls):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_more_tokens_take_the_other_form(dtype, calls):
+def test_many_tokens_use_onednn(dtype, calls):
     for tokens, compiled in [(64, True), (65, False)]:
         adapter(*make((tokens,), dtype=dtype)[0], impl="cpu")
         assert bool(calls) == compiled
         calls.clear()
 
 
-def test_weights_that_are_not_contiguous_take_the_other_form(calls):
+def test_non_contiguous_weights_use_onednn(calls):
     inputs, _ = make((3,), dtype=torch.float32)
     for index in (3, 5):
         spread = [permuted(each) if i == index else each for i, each in enumerate(inputs)]
         torch.testing.assert_close(ours(*spread), ours(*inputs))
-        assert len(calls) == 1  # the other one
+        assert len(calls) == 1  # only the contiguous call
         calls.clear()
 
 
@@ -123,7 +127,7 @@ def test_activations_and_eps(instruction_set, dtype, activation):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_everywhere(instruction_set, activation):
-    """Where they bend, in both tails, and where an exponential would overflow."""
+    """Near 0, in both tails, and where an exponential would overflow."""
     points = torch.cat([torch.linspace(-15, 15, 601), torch.tensor([-1e4, -300.0, -90.0, 90.0, 300.0, 1e4])])
     zeros, identity = torch.zeros(len(points), len(points)), torch.eye(len(points))
     actual = ours(zeros[:1], None, None, zeros, points, identity, None, torch.tensor(1.0), activation=activation)[0]
@@ -145,7 +149,7 @@ def test_nan_stays_in_its_token(instruction_set, activation):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_mean_far_above_deviation(instruction_set, dtype):
+def test_mean_much_larger_than_std(instruction_set, dtype):
     inputs, grad = make((9,), 67, 19, dtype)
     inputs[0] = inputs[0] + 1000
     check_adapter("cpu", inputs, grad)
@@ -157,7 +161,7 @@ def test_mean_far_above_deviation(instruction_set, dtype):
 @pytest.mark.parametrize("weights", DTYPES)
 @pytest.mark.parametrize("others", MIXED)
 def test_mixed_dtypes(instruction_set, stream, weights, others):
-    """Every argument in its own dtype; those that the kernels do not know are cast."""
+    """Every argument in its own dtype. Dtypes that the kernels do not support are cast."""
     inputs, _ = make((9,), 35, 19, torch.float32)
     mixed = [each.to(others) for each in inputs]
     mixed[0] = inputs[0].to(stream)
@@ -170,7 +174,7 @@ def test_mixed_dtypes(instruction_set, stream, weights, others):
     assert_within_budget(actual, exact, plain, precision=precision)
 
 
-@pytest.mark.skipif(len(DTYPES) == 1, reason="this processor has no bf16")
+@pytest.mark.skipif(len(DTYPES) == 1, reason="this CPU has no bf16")
 def test_autocast(instruction_set, calls):
     check_autocast(ours, *make((9,), dtype=torch.float32))
     assert calls
@@ -178,7 +182,7 @@ def test_autocast(instruction_set, calls):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "width", "bottleneck"), [(1, 200, 35), (7, 67, 130), (64, 40, 83)])
-def test_the_number_of_threads_changes_nothing(instruction_set, dtype, tokens, width, bottleneck, restore_threads):
+def test_result_does_not_depend_on_threads(instruction_set, dtype, tokens, width, bottleneck, restore_threads):
     inputs, _ = make((tokens,), width, bottleneck, dtype)
     results = []
     for threads in (1, 2, 3, 40):
@@ -189,7 +193,7 @@ def test_the_number_of_threads_changes_nothing(instruction_set, dtype, tokens, w
             assert torch.equal(first, second)
 
 
-# Of the tokens LayerNorm's gradients are summed up in blocks of 256.
+# LayerNorm's gradients are summed over blocks of 256 tokens.
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "width"), [(255, 67), (256, 16), (257, 13), (600, 35)])
 def test_backward_over_several_blocks(instruction_set, dtype, tokens, width, restore_threads):
@@ -206,7 +210,7 @@ def test_backward_over_several_blocks(instruction_set, dtype, tokens, width, res
 
 
 @pytest.mark.parametrize("needed", [(0,), (1,), (2,), (0, 2), (1, 2)])
-def test_only_what_is_needed_of_layer_norm(needed):
+def test_only_needed_gradients_of_layer_norm(needed):
     inputs, grad = make((300,), 35, 19, torch.float32)
     _, *saved = FORWARD(*inputs, 1e-5, "silu", "cpu")
     every = BACKWARD(grad, *inputs, *saved, "silu", [True] * 8, "cpu")
@@ -216,7 +220,7 @@ def test_only_what_is_needed_of_layer_norm(needed):
         assert torch.equal(found, every[index])
 
 
-def test_a_forked_child_does_not_hang(restore_threads):
+def test_forked_child_does_not_hang(restore_threads):
     torch.set_num_threads(2)
     inputs, _ = make((7,), 200, 35, torch.float32)
     expected = ours(*inputs)
@@ -224,9 +228,9 @@ def test_a_forked_child_does_not_hang(restore_threads):
 
 
 def test_backward_of_layer_norm_in_a_forked_child(restore_threads):
-    """The rest of backward is PyTorch's products, which do hang there."""
+    """Only LayerNorm, because PyTorch's own products do hang in a forked child."""
     torch.set_num_threads(2)
-    (x, weight, bias, *_), grad = make((700,), 20, 35, torch.float32)  # PyTorch compares larger ones by threads
+    (x, weight, bias, *_), grad = make((700,), 20, 35, torch.float32)  # PyTorch compares larger tensors with threads
     mean, rstd, grad = x.mean(-1), x.var(-1).rsqrt(), grad.float()
 
     def both():
@@ -243,5 +247,5 @@ def test_backward_of_layer_norm_in_a_forked_child(restore_threads):
 def test_without_the_compiled_module(monkeypatch, dtype, absent, calls):
     monkeypatch.setattr(cpu_backend, "module", None)
     check_adapter("cpu", *make((7,), 35, 19, dtype, absent))
-    check_adapter("cpu", *make((5000,), 16, 8, dtype, absent))  # where sums in bf16 are far out
+    check_adapter("cpu", *make((5000,), 16, 8, dtype, absent))  # enough tokens for bf16 accumulation to be far off
     assert not calls

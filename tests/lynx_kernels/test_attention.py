@@ -35,14 +35,14 @@ from tests.lynx_kernels.helpers import permuted
 
 @pytest.fixture(autouse=True)
 def poison():
-    """Fill uninitialised memory with NaN, so that an output that is not written does not pass for one that is."""
+    """Fill uninitialised memory with NaN, so that a test fails if an output is not written."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
 
 
 def assert_equal_to_naive(case):
-    """Outputs and gradients are those of plain attention, in fp64."""
+    """Outputs and gradients equal those of plain attention in fp64."""
     with torch.no_grad():
         grads = grads_of(case.naive(*case.inputs))
     actual, expected = run(case.operation, case.inputs, grads), run(case.naive, case.inputs, grads)
@@ -117,7 +117,7 @@ def test_expanded_and_absent_gradients(make):
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-11)
 
 
-def test_return_lse_changes_nothing():
+def test_return_lse_does_not_change_the_output():
     q, k, v = packed_case(True).inputs
     layout = PackedLayout.from_groups(GROUPS_OF_A_BATCH)
     assert torch.equal(prefix_attention(q, k, v, layout), prefix_attention(q, k, v, layout, return_lse=True)[0])
@@ -126,8 +126,8 @@ def test_return_lse_changes_nothing():
     assert torch.equal(cross_attention(q, k, v, layout), cross_attention(q, k, v, layout, return_lse=True)[0])
 
 
-def test_the_definition_where_a_query_sees_nothing():
-    """Layouts have no such row beside rows that see something, but the definition holds for any mask."""
+def test_reference_where_a_query_sees_no_key():
+    """Layouts never mix such rows with others in one block, but the reference's formulas hold for any mask."""
     visible = torch.rand(6, 8, generator=torch.Generator().manual_seed(0)) < 0.4
     visible[2] = False
     inputs = [random(6, 4, 3), random(8, 2, 3, seed=1), random(8, 2, 3, seed=2)]
@@ -139,7 +139,7 @@ def test_the_definition_where_a_query_sees_nothing():
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-11)
 
 
-def test_a_span_that_is_empty():
+def test_empty_span():
     out, lse, grad_q, grad_k, grad_v = run(
         (case := span_case()).operation, case.inputs, grads_of(case.naive(*case.inputs))
     )
@@ -163,7 +163,7 @@ def test_a_span_that_is_empty():
         span_case(([2, 1], [(1, 1), (0, 0)], 3)),
     ],
 )
-def test_nothing_to_attend(case):
+def test_no_queries_or_keys(case):
     grads = [torch.ones(case.inputs[0].shape), torch.ones(case.inputs[0].shape[:-1])]
     out, lse, *gradients = run(case.operation, case.inputs, grads)
     assert out.shape == case.inputs[0].shape
@@ -176,7 +176,7 @@ def test_nothing_to_attend(case):
 
 
 @pytest.mark.parametrize(("branches", "roots", "queries"), [(0, 0, 1), (0, 2, 1), (2, 1, 0)])
-def test_nothing_to_decode(branches, roots, queries):
+def test_no_queries_to_decode(branches, roots, queries):
     q, root, branch = random(branches, queries, 4, 3), random(roots, 5, 2, 3), random(branches, 6, 2, 3)
     indices = [torch.zeros(n, dtype=torch.int32) for n in (branches, roots, branches)]
     operation = partial(prefix_attention_decode, return_lse=True)
@@ -205,7 +205,7 @@ def test_huge_scores(make, dtype, size):
     st.sampled_from([0.5, 1e30]),
     st.data(),
 )
-def test_information_goes_where_it_may_and_nowhere_else(groups, root_is_causal, size, data):
+def test_no_information_leaks(groups, root_is_causal, size, data):
     case = packed_case(root_is_causal, groups, dim=3)
     token = data.draw(st.integers(0, len(case.inputs[0]) - 1))
     may_see = packed_visible(groups, root_is_causal)[:, token]
@@ -234,12 +234,12 @@ def test_nan_stays_in_its_group(root_is_causal):
         assert ours[group].isnan().all()
 
 
-def test_nan_stays_out_of_spans_that_do_not_see_it():
+def test_nan_does_not_reach_other_spans():
     case = span_case()
     grads = grads_of(case.naive(*case.inputs))
     expected = run(case.operation, case.inputs, grads)
     q, k, v = (each.clone() for each in case.inputs)
-    k[8], v[8], q[9] = float("nan"), float("nan"), float("nan")  # key 8 is seen by the queries 3, 4 and 9
+    k[8], v[8], q[9] = float("nan"), float("nan"), float("nan")  # queries 3, 4 and 9 see key 8
     others = torch.ones(12, dtype=torch.bool)
     others[[3, 4, 9]] = False
     out, lse, grad_q, grad_k, grad_v = run(case.operation, [q, k, v], grads)
@@ -251,7 +251,7 @@ def test_nan_stays_out_of_spans_that_do_not_see_it():
 
 
 @pytest.mark.parametrize("queries", [1, 3])
-def test_decode_ignores_what_stands_behind_the_lengths(queries):
+def test_decode_ignores_the_caches_beyond_the_lengths(queries):
     case = decode_case(queries)
     grads = grads_of(case.naive(*case.inputs))
     expected = run(case.operation, case.inputs, grads)
@@ -266,7 +266,7 @@ def test_decode_ignores_what_stands_behind_the_lengths(queries):
 @pytest.mark.parametrize("queries", [1, 2])
 @pytest.mark.parametrize("is_shared", [True, False])
 def test_decode_equals_prefix_attention(queries, is_shared):
-    """A batch whose roots stand once, and one in which every branch has a copy, say what decoding says."""
+    """Decoding equals a packed batch with shared roots, and one in which every branch has a copy of its root."""
     heads, kv_heads, dim, roots, branches = 4, 2, 5, {0: 4, 1: 0, 2: 3}, [(0, 2), (0, 5), (1, 3), (2, 2), (2, 4)]
     root_k, root_v = random(3, 4, kv_heads, dim, seed=1), random(3, 4, kv_heads, dim, seed=2)
     branch_k, branch_v = random(5, 6, kv_heads, dim, seed=3), random(5, 6, kv_heads, dim, seed=4)
@@ -306,13 +306,13 @@ def test_decode_equals_prefix_attention(queries, is_shared):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-11)
 
 
-def test_partial_results_merge():
-    """Attention to two halves of the keys, merged by their LSEs, is attention to all of them."""
+def test_partial_results_combine():
+    """Attention to two halves of the keys, combined by LSE, equals attention to all keys."""
     query_lengths, key_spans, num_keys = (
         [3, 2, 4],
         [(0, 7), (2, 9), (6, 9)],
         9,
-    )  # the last sees nothing of the first half
+    )  # the last query sees no key of the first half
     cut = 5
     halves = [
         SpanLayout.from_spans(query_lengths, [(min(a, cut), min(b, cut)) for a, b in key_spans], num_keys),

@@ -1,4 +1,4 @@
-"""The compiled attention of CPUs: every instruction set, any number of threads, forked processes."""
+"""The compiled CPU attention: every instruction set, any number of threads, forked processes."""
 
 from functools import partial
 
@@ -27,18 +27,19 @@ pytestmark = pytest.mark.usefixtures("poison")
 packed_case = partial(attention_cases.packed_case, impl="cpu")
 span_case = partial(attention_cases.span_case, impl="cpu")
 
-# Several blocks and tiles of queries and keys, with parts left over; one group, and one with many branches.
+# Several blocks and tiles of queries and keys, with remainders; one group, and one with many branches.
 LONG_GROUPS = [(150, [70]), (0, [131]), (40, [1, 37, 90]), (129, [])]
 LONG_SPANS = [50, 1, 0, 13, 7], [(0, 200), (150, 331), (3, 9), (331, 331), (330, 340)], 345
-# Long enough for several units of queries and several parts of keys.
+# Long enough for several work units of queries and several splits of keys.
 SPLIT_GROUPS = [(500, [600, 3]), (30, [20])]
 
 
 def assert_case_within_budget(case, spread=lambda each: each, cancels=False):
-    """``cancels``: measure dq and dk by what the sums of dO * O are taken from: scale * sum P dP k, and q likewise.
+    """``cancels``: the magnitudes of dq and dk are those of scale * sum P dP k, and the same for q.
 
-    The two are alike with a head dimension of 1. The LSE is given in fp32, and where it is near 12, the rounding alone
-    makes P wrong by up to 4 eps, differently for every query, which plain PyTorch, that keeps P, does not meet.
+    With a head dimension of 1, dP and delta are nearly equal, so dP - delta cancels. The LSE is in fp32. Where it is
+    near 12, its rounding alone gives P a relative error of up to 4 eps, different for every query. Plain PyTorch keeps
+    P and does not have this error.
     """
     grads, magnitudes = grads_of_case(case), [0.0] * 5
     actual = run(case.operation, [spread(each) for each in case.inputs], [spread(grad) for grad in grads])
@@ -46,7 +47,7 @@ def assert_case_within_budget(case, spread=lambda each: each, cancels=False):
         exact_inputs = [each.double() for each in case.inputs]
         out, lse = case.naive(*exact_inputs)
         uncancelled = run(case.naive, exact_inputs, [grads[0], (grads[0].double() * out).sum(-1)])
-        lse_error = max(1, lse[lse.isfinite()].abs().max().item() / 2)  # in eps of a weight
+        lse_error = max(1, lse[lse.isfinite()].abs().max().item() / 2)  # in eps of P
         magnitudes[2:4] = [lse_error * each.abs().max().item() for each in uncancelled[2:4]]
     assert_results_within_budget(actual, case, grads, magnitudes)
 
@@ -59,7 +60,7 @@ def cases(dtype, dim, heads=2, kv_heads=1, **options):
 
 
 def split_case(root_is_causal, **options):
-    """The mask comes from the layout here: spelled out in Python it would take seconds."""
+    """The mask comes from the layout here, because building it in Python would take seconds."""
     case = packed_case(root_is_causal, [], **options)
     layout = PackedLayout.from_groups(SPLIT_GROUPS, root_is_causal=root_is_causal)
     case.operation = lambda q, k, v: prefix_attention(q, k, v, layout, return_lse=True, impl="cpu")
@@ -87,7 +88,7 @@ def test_heads_and_scales(dtype, heads, kv_heads, scale):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("root_is_causal", [True, False])
-def test_groups_that_are_split(dtype, root_is_causal):
+def test_split_groups(dtype, root_is_causal):
     assert_case_within_budget(split_case(root_is_causal, heads=1, kv_heads=1, dim=8, dtype=dtype))
 
 
@@ -122,7 +123,7 @@ def test_expanded_and_absent_gradients(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_number_of_threads_changes_nothing(dtype, restore_threads):
+def test_result_does_not_depend_on_threads(dtype, restore_threads):
     split = split_case(False, heads=2, kv_heads=1, dim=8, dtype=dtype)
     for case in (*cases(dtype, 24), split):
         results = []
@@ -135,7 +136,7 @@ def test_the_number_of_threads_changes_nothing(dtype, restore_threads):
                 assert torch.equal(ours, theirs)
 
 
-def test_a_forked_child_does_not_hang(restore_threads):
+def test_forked_child_does_not_hang(restore_threads):
     torch.set_num_threads(2)
     case = packed_case(True, LONG_GROUPS, dtype=torch.float32)
     expected = case.operation(*case.inputs)[0]
@@ -159,11 +160,11 @@ def test_nan_stays_in_its_group(instruction_set, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nan_stays_out_of_spans_that_do_not_see_it(dtype):
+def test_nan_does_not_reach_other_spans(dtype):
     case = span_case(dtype=dtype)
     before = case.operation(*case.inputs)
     q, k, v = (each.clone() for each in case.inputs)
-    k[8], v[8] = float("nan"), float("nan")  # seen by the queries 3, 4 and 9
+    k[8], v[8] = float("nan"), float("nan")  # queries 3, 4 and 9 see key 8
     others = torch.ones(12, dtype=torch.bool)
     others[[3, 4, 9]] = False
     for ours, theirs in zip(case.operation(q, k, v), before, strict=True):
@@ -173,7 +174,7 @@ def test_nan_stays_out_of_spans_that_do_not_see_it(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scores_far_apart(instruction_set, dtype):
-    """The running maximum rises by much and often, falls, and starts far below 0."""
+    """The running maximum rises often and by large steps, falls, and starts far below 0."""
     layout = PackedLayout.causal([400])
     q = torch.ones(400, 1, 4, dtype=dtype)
     v = random(400, 1, 4, dtype=dtype)
@@ -187,7 +188,7 @@ def test_scores_far_apart(instruction_set, dtype):
         torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-6, atol=1e-4)
 
 
-def test_which_and_refusals(monkeypatch):
+def test_explain_and_unsupported_reasons(monkeypatch):
     q, layout = torch.zeros(5, 2, 4), PackedLayout.from_groups([(3, [2])])
     assert explain(prefix_attention, q, q, q, layout).name == "cpu"
     span_layout = SpanLayout.from_spans([5], [(0, 5)], 5)
@@ -208,7 +209,7 @@ def test_instruction_sets():
         cpu_backend.force_instruction_set("mmx")
 
 
-def test_tables_that_do_not_fit_are_refused():
+def test_invalid_tables():
     q = torch.zeros(5, 1, 4)
     operators = torch.ops.lynx_kernels
     packed, spans = PackedLayout.from_groups([(3, [2])]).segments, SpanLayout.from_spans([5], [(0, 5)], 5)
@@ -228,7 +229,7 @@ def test_tables_that_do_not_fit_are_refused():
         operators.cross_attention(q[:4], q, q, spans.segments, *inverse, 1.0, "cpu")
 
 
-def test_small_batches_of_the_shared_cases(instruction_set):
+def test_small_shared_cases(instruction_set):
     for dtype in (torch.float32, torch.bfloat16):
         for dim in (5, 40):
             assert_case_within_budget(packed_case(True, GROUPS_OF_A_BATCH, dim=dim, dtype=dtype))

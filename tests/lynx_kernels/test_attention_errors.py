@@ -1,4 +1,4 @@
-"""What the attentions refuse, and how they say so."""
+"""Invalid calls of the attention operations, and their error messages."""
 
 import pytest
 import torch
@@ -47,11 +47,11 @@ def meta(*shape, dtype=torch.float32):
         (decoded, "prefix_attention_decode", (3, 1, 4, 6)),
     ],
 )
-def test_which_and_impl(attend, name, shape):
+def test_explain_and_impl(attend, name, shape):
     assert attend(impl="reference", ask=True).name == "reference"
     assert attend(ask=True).name
     assert attend(impl="reference").shape == shape
-    with pytest.raises(ValueError, match=f"{name}: impl='nope' is not an implementation; there are .*'reference'"):
+    with pytest.raises(ValueError, match=f"{name}: impl='nope' is not an implementation; choose one of .*'reference'"):
         attend(impl="nope")
 
 
@@ -77,32 +77,44 @@ def test_which_and_impl(attend, name, shape):
         (
             lambda: packed(k=torch.zeros(5, 2, 6).double()),
             TypeError,
-            "k is torch.float64 and q torch.float32, but fp64",
+            "k is torch.float64 and q is torch.float32; fp64",
         ),
         (
             lambda: spanned(q=torch.zeros(5, 4, 6).double()),
             TypeError,
-            "k is torch.float32 and q torch.float64, but fp64",
+            "k is torch.float32 and q is torch.float64; fp64",
         ),
-        (lambda: packed(k=meta(5, 2, 6)), ValueError, "k is on meta, expected cpu like the rest"),
-        (lambda: spanned(q=meta(5, 4, 6)), ValueError, "k is on cpu, expected meta like the rest"),
-        (lambda: decoded(root_v=meta(2, 8, 2, 6)), ValueError, "root_v is on meta, expected cpu like the rest"),
-        (lambda: packed(layout=LAYOUT.to("meta")), ValueError, "layout is on meta, expected cpu like the rest"),
-        (lambda: spanned(layout=SPAN_LAYOUT.to("meta")), ValueError, "layout is on meta, expected cpu like the rest"),
+        (lambda: packed(k=meta(5, 2, 6)), ValueError, "k is on meta, expected cpu like the other arguments"),
+        (lambda: spanned(q=meta(5, 4, 6)), ValueError, "k is on cpu, expected meta like the other arguments"),
+        (
+            lambda: decoded(root_v=meta(2, 8, 2, 6)),
+            ValueError,
+            "root_v is on meta, expected cpu like the other arguments",
+        ),
+        (
+            lambda: packed(layout=LAYOUT.to("meta")),
+            ValueError,
+            "layout is on meta, expected cpu like the other arguments",
+        ),
+        (
+            lambda: spanned(layout=SPAN_LAYOUT.to("meta")),
+            ValueError,
+            "layout is on meta, expected cpu like the other arguments",
+        ),
         (
             lambda: decoded(root_lengths=meta(2, dtype=torch.int32)),
             ValueError,
-            "root_lengths is on meta, expected cpu like the rest",
+            "root_lengths is on meta, expected cpu like the other arguments",
         ),
         (lambda: packed(v=(5, 2, 7)), ValueError, "v has head dimension 7, q has 6"),
         (lambda: spanned(q=(5, 4, 5)), ValueError, "k has head dimension 6, q has 5"),
-        (lambda: packed(v=(5, 1, 6)), ValueError, "v has 1 heads, the other keys 2"),
-        (lambda: decoded(branch=(3, 9, 4, 6)), ValueError, "branch_k has 4 heads, the other keys 2"),
-        (lambda: packed(q=(5, 3, 6)), ValueError, "q has 3 heads, which is no multiple of the 2 of the keys"),
+        (lambda: packed(v=(5, 1, 6)), ValueError, "v has 1 heads, the other keys have 2"),
+        (lambda: decoded(branch=(3, 9, 4, 6)), ValueError, "branch_k has 4 heads, the other keys have 2"),
+        (lambda: packed(q=(5, 3, 6)), ValueError, "q has 3 heads, which is not a multiple of the 2 heads of the keys"),
         (
             lambda: spanned(k=(7, 0, 6), v=(7, 0, 6)),
             ValueError,
-            "q has 4 heads, which is no multiple of the 0 of the keys",
+            "q has 4 heads, which is not a multiple of the 0 heads of the keys",
         ),
         (lambda: packed(q=(6, 4, 6)), ValueError, "q has 6 rows, but the layout describes 5"),
         (lambda: packed(k=(4, 2, 6)), ValueError, "k has 4 rows, but the layout describes 5"),
@@ -115,8 +127,12 @@ def test_which_and_impl(attend, name, shape):
             r"keys and values differ in shape: root \(2, 8, 2, 6\) and \(2, 7, 2, 6\)",
         ),
         (lambda: decoded(branch_v=(3, 8, 2, 6)), ValueError, r"branch \(3, 9, 2, 6\) and \(3, 8, 2, 6\)"),
-        (lambda: decoded(branch=(2, 9, 2, 6)), ValueError, "branch_k holds 2 branches, q 3"),
-        (lambda: decoded(q=(3, 10, 4, 6)), ValueError, "branch_k holds 9 keys a branch, fewer than the 10 queries"),
+        (lambda: decoded(branch=(2, 9, 2, 6)), ValueError, "branch_k has 2 branches, but q has 3"),
+        (
+            lambda: decoded(q=(3, 10, 4, 6)),
+            ValueError,
+            "branch_k has room for 9 keys per branch, fewer than the 10 queries",
+        ),
         (
             lambda: decoded(branch_to_root=torch.zeros(3)),
             TypeError,
@@ -128,10 +144,26 @@ def test_which_and_impl(attend, name, shape):
             TypeError,
             "root_lengths is torch.int16, expected int32",
         ),
-        (lambda: decoded(branch_to_root=torch.tensor([0, 1, -1])), ValueError, "branch_to_root is .* expected 0 to 1"),
-        (lambda: decoded(branch_to_root=torch.tensor([0, 2, 1])), ValueError, "branch_to_root is .* expected 0 to 1"),
-        (lambda: decoded(root_lengths=torch.tensor([9, 0])), ValueError, r"root_lengths is \[9, 0\], expected 0 to 8"),
-        (lambda: decoded(branch_lengths=torch.tensor([1, 0, 9])), ValueError, "branch_lengths is .* expected 1 to 9"),
+        (
+            lambda: decoded(branch_to_root=torch.tensor([0, 1, -1])),
+            ValueError,
+            "branch_to_root is .* expected values from 0 to 1",
+        ),
+        (
+            lambda: decoded(branch_to_root=torch.tensor([0, 2, 1])),
+            ValueError,
+            "branch_to_root is .* expected values from 0 to 1",
+        ),
+        (
+            lambda: decoded(root_lengths=torch.tensor([9, 0])),
+            ValueError,
+            r"root_lengths is \[9, 0\], expected values from 0 to 8",
+        ),
+        (
+            lambda: decoded(branch_lengths=torch.tensor([1, 0, 9])),
+            ValueError,
+            "branch_lengths is .* expected values from 1 to 9",
+        ),
         (lambda: packed(q=(5, 4, 0), k=(5, 2, 0), v=(5, 2, 0)), ValueError, "q has head dimension 0"),
         (
             lambda: decoded(branch_lengths=torch.zeros(2).int()),
@@ -150,7 +182,7 @@ def test_errors(call, error, message):
         call()
 
 
-def test_dtensors_are_refused(tmp_path):
+def test_dtensors_raise(tmp_path):
     with dtensors(tmp_path) as distribute:
         for attend, shape in ((packed, (5, 4, 6)), (spanned, (5, 4, 6)), (decoded, (3, 1, 4, 6))):
             with pytest.raises(TypeError, match="q is a DTensor"):

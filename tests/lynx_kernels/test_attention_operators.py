@@ -1,4 +1,4 @@
-"""The attentions as registered operators: compiled, exported, under autocast."""
+"""The attention operations as registered operators: compiled, exported, under autocast."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ OPERATORS = {
     ("spread", "dtype"), [(torch.clone, torch.float64), (permuted, torch.float64), (torch.clone, torch.bfloat16)]
 )
 @pytest.mark.parametrize("name", OPERATORS)
-def test_operators_keep_their_promises(name, spread, dtype):
+def test_opcheck(name, spread, dtype):
     case, offsets, options = OPERATORS[name]
     inputs = [spread(each.to(dtype)) for each in case.inputs]
     arguments = [*offsets, *options, "reference"]
@@ -159,7 +159,7 @@ def test_mixed_dtypes_without_autocast(make):
 
 
 @all_cases
-def test_second_derivatives_are_refused(make):
+def test_second_derivatives_raise(make):
     case = make()
     inputs = [each.requires_grad_() for each in case.inputs]
     (grad,) = torch.autograd.grad(case.operation(*inputs)[0].sum(), inputs[:1], create_graph=True)

@@ -1,4 +1,4 @@
-"""Which implementation runs: by architecture, by reason, by name; and what explain says of it."""
+"""Which implementation runs: by architecture, by reason, by name; and what ``explain`` reports."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ class Call(NamedTuple):
 
 
 def operation(**reasons):
-    """Three implementations: for sm_90 only, for CPUs, for anything."""
+    """An operation with three implementations: for sm_90 only, for CPUs only, for every device."""
     return Operation(
         "made_up",
         Call,
@@ -38,7 +38,7 @@ CALL = Call(torch.zeros(3))
 
 
 @pytest.mark.parametrize(("found", "expected"), [("cpu", "cpu"), ("sm_90", "hopper"), ("sm_80", "plain")])
-def test_the_first_of_an_architecture_runs(monkeypatch, found, expected):
+def test_first_implementation_of_the_architecture_runs(monkeypatch, found, expected):
     monkeypatch.setattr(dispatch, "architecture", lambda device: found)
     table = operation()
     assert table.choose(None, CALL) == table.explain(None, CALL).name == expected
@@ -50,17 +50,17 @@ def test_reasons():
     assert str(table.explain(None, CALL)) == (
         "plain\n  not hopper: it is written for sm_90, and the tensors are on cpu\n  not cpu: it is slow"
     )
-    assert table.choose("cpu", CALL) == table.explain("cpu", CALL).name == "cpu"  # named, it runs
+    assert table.choose("cpu", CALL) == table.explain("cpu", CALL).name == "cpu"  # runs when named
     table = operation(unsupported_reason=lambda call: "it cannot")
     assert table.explain("cpu", CALL).name is None
     with pytest.raises(RuntimeError, match="made_up: impl='cpu' cannot run this call: it cannot"):
         table.choose("cpu", CALL)
     for ask in (table.choose, table.explain):
-        with pytest.raises(ValueError, match=r"impl='fast' is not an implementation; there are .*'hopper'"):
+        with pytest.raises(ValueError, match=r"impl='fast' is not an implementation; choose one of .*'hopper'"):
             ask("fast", CALL)
 
 
-def test_nothing_can_run():
+def test_no_implementation_can_run():
     table = Operation("made_up", Call, None, Implementation("hopper", print, architectures=("sm_90",)))
     assert table.explain(None, CALL).name is None
     with pytest.raises(RuntimeError, match=r"no implementation can run this call: .*sm_90"):
@@ -102,7 +102,7 @@ def test_explain_runs_nothing():
         explain(prefix_attention, *torch.zeros(3, 5, 2, 4), None)
 
 
-def test_frames_on_a_gpu_without_cuda_kernels_warn_once(monkeypatch):
+def test_pack_frames_on_a_gpu_without_cuda_kernels_warns_once(monkeypatch):
     from lynx_kernels.ops import pack_frames as module
 
     monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_90")

@@ -16,7 +16,7 @@ LENGTHS = st.lists(st.integers(0, 5), max_size=6)
 
 
 def blocks(lengths, is_causal):
-    """(T, T) bool: sequences of these lengths, each seeing itself."""
+    """(T, T) bool: sequences of these lengths. Each sees only itself."""
     return packed_visible([(length, []) for length in lengths], is_causal)
 
 
@@ -24,8 +24,8 @@ def offsets_of(lengths):
     return [sum(lengths[:index]) for index in range(len(lengths) + 1)]
 
 
-def sayable(visible):
-    """The values of ``is_causal`` with which blocks say this matrix; none, if blocks cannot."""
+def expressible(visible):
+    """The values of ``is_causal`` for which ``blocks`` gives this matrix; empty if there is none."""
     ends = [t for t in range(1, len(visible) + 1) if not visible[t:, :t].any() and not visible[:t, t:].any()]
     lengths = [end - start for start, end in pairwise([0, *ends])]
     return {is_causal for is_causal in (True, False) if torch.equal(visible, blocks(lengths, is_causal))}
@@ -50,11 +50,11 @@ def test_cu_seqlens(make, lengths, is_causal):
 @example([(1, [2]), (0, [3])], False)
 @example([(1, []), (0, [2])], False)
 @example([(1, []), (0, [1, 1]), (2, [])], False)
-def test_to_cu_seqlens_says_the_same_or_refuses(groups, root_is_causal):
+def test_to_cu_seqlens_keeps_the_layout_or_raises(groups, root_is_causal):
     layout = PackedLayout.from_groups(groups, root_is_causal=root_is_causal)
-    answers = sayable(packed_visible(groups, root_is_causal))
+    answers = expressible(packed_visible(groups, root_is_causal))
     if not answers:
-        with pytest.raises(ValueError, match="cu_seqlens cannot say this layout"):
+        with pytest.raises(ValueError, match="cu_seqlens cannot express this layout"):
             formats.to_cu_seqlens(layout)
         return
     cu_seqlens, _, is_causal = formats.to_cu_seqlens(layout)
@@ -68,17 +68,17 @@ def test_to_cu_seqlens_says_the_same_or_refuses(groups, root_is_causal):
 @pytest.mark.parametrize(
     ("groups", "root_is_causal", "why"),
     [
-        ([(0, [3]), (2, [4, 1])], True, "in the group of the tokens 3 to 9, 2 branches share a root"),
-        ([(1, [1, 1])], False, "in the group of the tokens 0 to 2, 2 branches share a root"),
-        ([(2, [1])], False, "in the group of the tokens 0 to 2, a causal branch follows a full root"),
-        ([(2, []), (0, [2])], False, "the group of the tokens 2 to 3 is causal, .* tokens 0 to 1 is full"),
+        ([(0, [3]), (2, [4, 1])], True, "in the group of tokens 3 to 9, 2 branches share a root"),
+        ([(1, [1, 1])], False, "in the group of tokens 0 to 2, 2 branches share a root"),
+        ([(2, [1])], False, "in the group of tokens 0 to 2, a causal branch follows a full root"),
+        ([(2, []), (0, [2])], False, "the group of tokens 2 to 3 is causal, .* tokens 0 to 1 is full"),
     ],
 )
-def test_refusals_name_the_reason(groups, root_is_causal, why):
+def test_errors_state_the_reason(groups, root_is_causal, why):
     layout = PackedLayout.from_groups(groups, root_is_causal=root_is_causal)
-    with pytest.raises(ValueError, match=f"cu_seqlens cannot say this layout: .*{why}"):
+    with pytest.raises(ValueError, match=f"cu_seqlens cannot express this layout: .*{why}"):
         formats.to_cu_seqlens(layout)
-    with pytest.raises(ValueError, match=f"position_ids cannot say this layout: .*{why}"):
+    with pytest.raises(ValueError, match=f"position_ids cannot express this layout: .*{why}"):
         formats.to_position_ids(layout)
 
 
@@ -96,7 +96,7 @@ def test_layouts_of_padded_batches():
     [
         ([], ValueError, r"shape \(0,\), expected \(sequences \+ 1,\)"),
         ([[0, 1]], ValueError, r"shape \(1, 2\)"),
-        ([1, 2], ValueError, "starts at 1, must start at 0"),
+        ([1, 2], ValueError, "starts at 1, it must start at 0"),
         ([0, 3, 2], ValueError, "decreases after index 1: 3, 2"),
         ([0.0, 2.0], TypeError, "cu_seqlens is torch.float32, expected integers"),
         (torch.tensor([False, True]), TypeError, "cu_seqlens is torch.bool, expected integers"),
@@ -107,7 +107,7 @@ def test_layouts_of_padded_batches():
         ),
     ],
 )
-def test_broken_cu_seqlens_are_refused(cu_seqlens, error, message):
+def test_invalid_cu_seqlens(cu_seqlens, error, message):
     with pytest.raises(error, match=message):
         formats.from_cu_seqlens(cu_seqlens)
 
@@ -128,7 +128,7 @@ def test_position_ids(lengths, two_dimensional):
 def test_position_ids_of_prefixes_and_single_tokens():
     assert formats.to_position_ids(PackedLayout.from_prefixes([2, 0], [1, 2])).tolist() == [[0, 1, 2, 0, 1]]
     assert formats.to_position_ids(PackedLayout.full([1, 1])).tolist() == [[0, 0]]
-    with pytest.raises(ValueError, match="its sequences are full, theirs are causal"):
+    with pytest.raises(ValueError, match="they describe causal sequences, and these are full"):
         formats.to_position_ids(PackedLayout.full([1, 2]))
 
 
@@ -145,14 +145,14 @@ def test_position_ids_of_prefixes_and_single_tokens():
         (torch.zeros(2, dtype=torch.int64, device="meta"), ValueError, "position_ids is on meta"),
     ],
 )
-def test_broken_position_ids_are_refused(position_ids, error, message):
+def test_invalid_position_ids(position_ids, error, message):
     with pytest.raises(error, match=message):
         formats.from_position_ids(position_ids)
 
 
 @pytest.mark.parametrize("convert", [formats.to_cu_seqlens, formats.to_position_ids, formats.to_xformers])
-def test_layouts_on_a_device_are_refused(convert):
-    with pytest.raises(ValueError, match=r"on meta, but is read on the host; convert before .to\(device\)"):
+def test_layouts_on_a_device_raise(convert):
+    with pytest.raises(ValueError, match=r"on meta, but is read on the host; convert it before .to\(device\)"):
         convert(PackedLayout.causal([2]).to("meta"))
 
 
@@ -164,7 +164,7 @@ def attn_bias():
 
 
 class BlockDiagonalMask:
-    """A stand-in with as much of xformers' class as we use, for machines without xformers."""
+    """Replaces xformers' class on machines without xformers; it has only what we use."""
 
     is_causal = False
 
@@ -234,13 +234,15 @@ def test_xformers_bottom_right(attn_bias):
 def test_xformers_refusals(attn_bias):
     cpu = torch.device("cpu")
     block_diagonal = attn_bias.BlockDiagonalMask
-    with pytest.raises(ValueError, match="a SpanLayout says cross-attention"):
+    with pytest.raises(ValueError, match="use a SpanLayout for cross-attention"):
         formats.from_xformers(block_diagonal.from_seqlens([2, 2], [1, 3], device=cpu))
     gaps = attn_bias._GappySeqInfo.from_seqlens_gappy([0, 3, 5], [2, 2], True, device=cpu)
     with pytest.raises(ValueError, match="leave gaps"):
         formats.from_xformers(block_diagonal(q_seqinfo=gaps, k_seqinfo=gaps))
     for mask in (block_diagonal.from_seqlens([4], device=cpu).make_local_attention(2), attn_bias.LowerTriangularMask()):
-        with pytest.raises(TypeError, match=f"a {type(mask).__name__} has no PackedLayout; these have: BlockDiagonal"):
+        with pytest.raises(
+            TypeError, match=f"cannot convert a {type(mask).__name__} to a PackedLayout; .*: BlockDiagonal"
+        ):
             formats.from_xformers(mask)
-    with pytest.raises(ValueError, match=r"an xformers mask cannot say this layout: .* 2 branches share a root"):
+    with pytest.raises(ValueError, match=r"an xformers mask cannot express this layout: .* 2 branches share a root"):
         formats.to_xformers(PackedLayout.from_groups([(1, [1, 1])]))

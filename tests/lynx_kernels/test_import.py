@@ -1,4 +1,4 @@
-"""What importing lynx_kernels costs, and what can be imported by its path."""
+"""Importing lynx_kernels loads nothing slow, and every operation can be imported by its path."""
 
 import importlib
 import subprocess
@@ -6,15 +6,15 @@ import sys
 
 import pytest
 
-HEAVY = ("triton", "torch._dynamo", "torch._inductor", "transformers", "lynx")
+SLOW = ("triton", "torch._dynamo", "torch._inductor", "transformers", "lynx")
 
 
-def test_nothing_heavy_is_imported():
+def test_import_loads_no_slow_module():
     code = f"""
 import sys, torch
 before = set(sys.modules)
 import lynx_kernels
-print([name for name in {HEAVY!r} if name in set(sys.modules) - before])
+print([name for name in {SLOW!r} if name in set(sys.modules) - before])
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
@@ -24,11 +24,11 @@ print([name for name in {HEAVY!r} if name in set(sys.modules) - before])
     "name",
     ["adapter", "cross_attention", "linear_cross_entropy", "pack_embeddings", "pack_frames", "prefix_attention"],
 )
-def test_an_operation_is_a_room_of_its_name(name):
-    """The package has the function; the rooms, reference among them, lie under ops."""
+def test_operation_has_a_folder_of_its_name(name):
+    """``lynx_kernels`` exports the function. Its folder, with reference and call, is under ``ops``."""
     package = importlib.import_module("lynx_kernels")
-    room = importlib.import_module(f"lynx_kernels.ops.{name}")
-    assert getattr(package, name) is getattr(room, name)
+    folder = importlib.import_module(f"lynx_kernels.ops.{name}")
+    assert getattr(package, name) is getattr(folder, name)
     assert importlib.import_module(f"lynx_kernels.ops.{name}.reference").forward
     assert importlib.import_module(f"lynx_kernels.ops.{name}.call")
     namespace = {}

@@ -17,7 +17,7 @@ LENGTHS = st.lists(st.integers(0, 6), max_size=6)
 
 
 def assert_same(layout, expected):
-    """Both layouts describe the same tokens, whatever their tables look like."""
+    """Both layouts describe the same tokens. Their tables may differ."""
     assert torch.equal(layout.visible(), expected.visible())
     assert torch.equal(layout.position_ids, expected.position_ids)
 
@@ -55,7 +55,7 @@ def test_every_key_is_seen_by_one_interval(groups, root_is_causal):
 
 @EXAMPLES
 @given(GROUPS, st.booleans())
-def test_the_table_is_as_documented(groups, root_is_causal):
+def test_table_is_as_documented(groups, root_is_causal):
     segments = PackedLayout.from_groups(groups, root_is_causal=root_is_causal).segments
     rows, start = [], 0
     for root, branches in groups:
@@ -87,11 +87,11 @@ def test_causal_and_full(lengths):
     assert causal.position_ids.tolist() == full.position_ids.tolist() == positions
 
 
-def test_equal_sequences_are_full_ones():
+def test_equal_is_full_with_equal_lengths():
     for count, length in ((1, 5), (4, 7)):
         assert_same(PackedLayout.equal(count, length), PackedLayout.full([length] * count))
     assert torch.equal(PackedLayout.equal(0, 3).segments, PackedLayout.full([]).segments)
-    with pytest.raises(ValueError, match="more than int32 offsets can say"):
+    with pytest.raises(ValueError, match="too many for int32 offsets"):
         PackedLayout.equal(2**16, 2**15, device="meta")
 
 
@@ -106,12 +106,12 @@ def test_lengths_may_be_any_integers():
 
 
 @pytest.mark.parametrize("groups", [[(1, [2]), (-1, [2])], [(1, [2]), (3, [2, -1])]])
-def test_negative_lengths_are_refused(groups):
+def test_negative_lengths(groups):
     with pytest.raises(ValueError, match=r"group 1 is .* lengths must be >= 0"):
         PackedLayout.from_groups(groups)
 
 
-def test_broken_lengths_are_refused():
+def test_invalid_lengths():
     with pytest.raises(TypeError, match="float"):
         PackedLayout.from_groups([(1.5, [2])])
     with pytest.raises(TypeError, match="float"):
@@ -120,7 +120,7 @@ def test_broken_lengths_are_refused():
         PackedLayout.from_prefixes([1, 2], [3])
 
 
-# A row length, and of each row the first and the end of its tokens.
+# A row length, and for each row the start and the end of its tokens.
 PADDED = st.integers(0, 6).flatmap(
     lambda length: st.tuples(
         st.just(length), st.lists(st.tuples(st.integers(0, length), st.integers(0, length)), max_size=5)
@@ -176,17 +176,19 @@ def test_from_padding_mask_with_full_roots(batch, data):
     assert layout.max_branches == min(length, 1)
 
 
-def test_padding_mask_says_what_it_cannot_say():
-    with pytest.raises(ValueError, match="a row has a pad between tokens"):
+def test_invalid_padding_masks():
+    with pytest.raises(ValueError, match="a row has padding between tokens"):
         PackedLayout.from_padding_mask(torch.tensor([[1, 1, 1], [1, 0, 1]]))
     with pytest.raises(ValueError, match=r"\(batch, length\), got shape \(3,\)"):
         PackedLayout.from_padding_mask(torch.ones(3))
-    with pytest.raises(ValueError, match="a root is longer than its row"):
+    with pytest.raises(ValueError, match="a root is negative or longer than its row"):
         PackedLayout.from_padding_mask(torch.tensor([[0, 1, 1]]), root_lengths=torch.tensor([3]))
-    with pytest.raises(ValueError, match="a root is longer than its row"):
+    with pytest.raises(ValueError, match="a root is negative or longer than its row"):
         PackedLayout.from_padding_mask(torch.ones(1, 3), root_lengths=torch.tensor([-1]))
     for options in ({"is_causal": False, "root_lengths": torch.ones(1)}, {"root_lengths": torch.ones(2)}):
-        with pytest.raises(ValueError, match=r"root_lengths, of shape .* must be \(1,\) beside is_causal=True"):
+        with pytest.raises(
+            ValueError, match=r"root_lengths has shape .*; it must have shape \(1,\) and needs is_causal=True"
+        ):
             PackedLayout.from_padding_mask(torch.ones(1, 3), **options)
 
 
@@ -198,8 +200,8 @@ def test_shift_labels(groups, root_is_causal, ignore_index, data):
     for token, (group, part, place) in enumerate(tokens):
         root, branches = groups[group]
         is_shared = root > 0 and sum(branch > 0 for branch in branches) > 1
-        is_refused = (part > 0 and place == 0 and is_shared) or (part == 0 and not root_is_causal)
-        labels.append(ignore_index if is_refused or data.draw(st.booleans()) else 1000 + token)
+        is_invalid = (part > 0 and place == 0 and is_shared) or (part == 0 and not root_is_causal)
+        labels.append(ignore_index if is_invalid or data.draw(st.booleans()) else 1000 + token)
         has_predictor = place > 0 or (part > 0 and root > 0 and not is_shared)
         if has_predictor:
             expected[token - 1] = labels[token]
@@ -216,7 +218,7 @@ def test_shift_labels_across_padding():
     assert (layout.shift_labels(labels)[10:] == -100).all()
 
 
-def test_shift_labels_refuses_what_has_no_predictor():
+def test_shift_labels_without_a_predictor():
     def shift(groups, supervised, root_is_causal=True):
         layout = PackedLayout.from_groups(groups, root_is_causal=root_is_causal)
         labels = torch.full((layout.num_tokens,), -100)
@@ -228,18 +230,18 @@ def test_shift_labels_refuses_what_has_no_predictor():
             shift([(2, [2, 1])], first)
     with pytest.raises(ValueError, match="a token of a full root is supervised"):
         shift([(0, [1]), (2, [2])], 1, root_is_causal=False)
-    # Its neighbours are fine: one branch, whatever the root; several without a root; an empty second branch.
+    # Similar layouts are valid: one branch, whatever the root; several branches without a root; an empty branch.
     assert shift([(2, [2])], 2, root_is_causal=False) == [-100, 7, -100, -100]
     assert shift([(0, [2, 1])], 2) == [-100] * 3
     assert shift([(2, []), (0, [2])], 2) == [-100] * 4
     assert shift([(2, [0, 2, 0])], 2) == [-100, 7, -100, -100]
-    with pytest.raises(ValueError, match=r"labels must be \(4,\) as the layout, got \(3,\)"):
+    with pytest.raises(ValueError, match=r"labels must be \(4,\) like the layout, got \(3,\)"):
         PackedLayout.causal([4]).shift_labels(torch.zeros(3, dtype=torch.int64))
 
 
 @EXAMPLES
 @given(spans(max_keys=3 * KEY_TILE + 1))
-def test_spans_and_their_inverse(arguments):
+def test_spans_and_their_inverse_table(arguments):
     query_lengths, key_spans, num_keys = arguments
     layout = SpanLayout.from_spans(*arguments)
     visible = span_visible(*arguments)
@@ -264,7 +266,7 @@ def test_spans_and_their_inverse(arguments):
 @EXAMPLES
 @given(spans(max_keys=3 * KEY_TILE + 1), st.integers(1, 3))
 def test_equal_segments(arguments, query_length):
-    """On the device the same layout as on the host."""
+    """from_equal_segments gives the same layout as from_spans."""
     _, key_spans, num_keys = arguments
     expected = SpanLayout.from_spans([query_length] * len(key_spans), key_spans, num_keys)
     layout = SpanLayout.from_equal_segments(
@@ -280,7 +282,7 @@ def test_equal_segments(arguments, query_length):
     assert (layout.max_query_length, layout.max_span_length) == (query_length, num_keys)
 
 
-def test_equal_segments_refuse():
+def test_invalid_equal_segments():
     def make(key_spans, query_length=1):
         return SpanLayout.from_equal_segments(torch.tensor(key_spans), query_length, 4, max_span_length=4)
 
@@ -298,13 +300,13 @@ def test_equal_segments_refuse():
     [
         (([1, 2], [(0, 1)], 4), "2 query_lengths but 1 key_spans"),
         (([1, -2], [(0, 1), (0, 1)], 4), r"query_lengths\[1\] is -2"),
-        (([1, 2], [(0, 1), (0, 5)], 4), r"key_spans\[1\] is \(0, 5\), must lie in \[0, 4\]"),
+        (([1, 2], [(0, 1), (0, 5)], 4), r"key_spans\[1\] is \(0, 5\); it must lie in \[0, 4\]"),
         (([1], [(-1, 1)], 4), r"key_spans\[0\] is \(-1, 1\)"),
-        (([1], [(2, 1)], 4), r"key_spans\[0\] is \(2, 1\), must lie in \[0, 4\] and not run back"),
+        (([1], [(2, 1)], 4), r"key_spans\[0\] is \(2, 1\); it must lie in \[0, 4\], and its start must not"),
         (([], [], -1), "num_keys is -1, must be >= 0"),
     ],
 )
-def test_broken_spans_are_refused(arguments, message):
+def test_invalid_spans(arguments, message):
     with pytest.raises(ValueError, match=message):
         SpanLayout.from_spans(*arguments)
 
@@ -316,7 +318,7 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_to_moves_every_tensor_and_nothing_else(layout):
+def test_to_moves_all_tensors_and_only_them(layout):
     moved = layout.to("meta", non_blocking=True)
     assert type(moved) is type(layout)
     for each in fields(layout):
@@ -352,7 +354,7 @@ def test_loads_with_weights_only(layout):
     assert torch.equal(torch.load(file, weights_only=True).visible(), layout.visible())
 
 
-def test_is_an_input_of_compiled_code():
+def test_layout_as_input_of_compiled_code():
     def use(x, layout):
         first, last = layout.key_intervals()
         return x * (last - first + layout.position_ids) * layout.max_group_length
@@ -367,12 +369,12 @@ def test_is_an_input_of_compiled_code():
         torch.testing.assert_close(torch.compile(use, backend="aot_eager", fullgraph=True)(x, layout), use(x, layout))
 
 
-def test_is_made_and_used_inside_compiled_code():
+def test_layout_built_inside_compiled_code():
     def shift(mask, labels):
         return PackedLayout.from_padding_mask(mask).shift_labels(labels)
 
     mask, labels = torch.tensor([[0, 1, 1], [1, 1, 0]]), torch.tensor([-100, 1, 2, 3, 4, -100])
     compiled = torch.compile(shift, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(mask, labels), shift(mask, labels))
-    with pytest.raises(RuntimeError, match="a row has a pad between tokens"):
+    with pytest.raises(RuntimeError, match="a row has padding between tokens"):
         compiled(torch.tensor([[0, 1, 1], [1, 0, 1]]), labels)

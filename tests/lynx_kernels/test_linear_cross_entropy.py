@@ -19,7 +19,7 @@ BACKWARD = torch.ops.lynx_kernels.linear_cross_entropy_backward.default
 
 @pytest.fixture(params=["cpu", "device"], autouse=True)
 def host(request, monkeypatch):
-    """Small chunks, and every test also the way a device runs it: over all rows."""
+    """Small chunks. Every test runs twice: as on a CPU, and as on a GPU, over all rows."""
     monkeypatch.setattr(reference, "CHUNK", 7)
     monkeypatch.setattr(chunked, "CHUNK", 7)
     if request.param == "device":
@@ -29,7 +29,7 @@ def host(request, monkeypatch):
 
 @pytest.fixture(params=["chunked", "reference"], autouse=True)
 def preferred(request, monkeypatch):
-    """Every test with each implementation, where it can run."""
+    """Run the test with each implementation that can run it."""
     if request.param == "reference":
         only = dispatch.Implementation("reference", loss._losses)
         operation = dispatch.Operation("linear_cross_entropy", LossCall, None, only, check=loss._check)
@@ -39,7 +39,7 @@ def preferred(request, monkeypatch):
 
 @pytest.fixture
 def products(monkeypatch):
-    """The shapes (inner, rows, columns) of all products from here on."""
+    """Records the shapes (inner, rows, columns) of all products."""
     found = []
 
     def spy(module, name):
@@ -95,8 +95,8 @@ def test_equals_cross_entropy(rows, dtype, reduction, label_smoothing):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_large_weight(dtype):
-    """In fp32 on CPUs its products are other functions'."""
+def test_large_weight(dtype):
+    """In fp32 on CPUs, products with a large weight use oneDNN."""
     inputs = make(37, 70, 2000, dtype=dtype)
     assert inputs[1].numel() > onednn.SMALL_WEIGHT
     check(linear_cross_entropy, naive, inputs)
@@ -124,7 +124,7 @@ def test_ignore_index(ignore_index):
     assert losses[3] > 0
 
 
-def test_nothing_supervised():
+def test_no_supervised_rows():
     hidden, weight, labels = make()
     for reduction in REDUCTIONS:
         for results in (
@@ -171,7 +171,7 @@ def test_logits_beyond_fp16():
 
 
 def test_sums_of_gradients_beyond_fp16():
-    """The mean's gradient fits where the sum's does not."""
+    """The gradient of the mean fits into fp16 where the gradient of the sum does not."""
     rows = 400
     hidden = torch.full((rows, 4), 300.0, dtype=torch.float16)
     weight = torch.zeros(2, 4, dtype=torch.float16, requires_grad=True)
@@ -196,7 +196,7 @@ def test_expanded_inputs():
 
 
 def test_mixed_dtypes():
-    """As if all were in the wider dtype; each gradient in that of its own."""
+    """The result is as if all were in the wider dtype. Each gradient has the dtype of its input."""
     hidden, weight, labels = make()
     inputs = (hidden.float(), weight.bfloat16(), labels)
     actual = run(linear_cross_entropy, inputs, None)
@@ -208,7 +208,7 @@ def test_mixed_dtypes():
 
 
 @pytest.mark.parametrize("trained", ["hidden", "weight"])
-def test_only_the_gradients_asked_for(trained, products, preferred):
+def test_only_needed_gradients(trained, products, preferred):
     hidden, weight, labels = make(7)
     _, *expected = run(linear_cross_entropy, (hidden, weight, labels), None)
     leaf = (hidden if trained == "hidden" else weight).requires_grad_()
@@ -232,7 +232,7 @@ def test_logits_never_exist_for_all_rows(products, host):
     assert sum(shape[0] for shape in products) == (130 if host == "device" else (labels != -100).sum())
 
 
-def test_a_bound_spares_a_device_the_other_rows(products, host, preferred):
+def test_max_supervised_limits_the_rows_on_a_gpu(products, host, preferred):
     inputs = make(130)
     count = int((inputs[2] != -100).sum())
     expected = run(linear_cross_entropy, inputs, None)
@@ -252,7 +252,7 @@ def test_a_bound_spares_a_device_the_other_rows(products, host, preferred):
         assert linear_cross_entropy(hidden, weight, torch.full_like(labels, -100), max_supervised=0) == 0
 
 
-def test_one_graph_serves_two_backwards_and_no_second_derivative(preferred):
+def test_backward_twice_and_no_second_derivative(preferred):
     hidden, weight, labels = make()
     leaves = hidden.requires_grad_(), weight.requires_grad_()
     output = linear_cross_entropy(hidden, weight, labels)
@@ -264,7 +264,7 @@ def test_one_graph_serves_two_backwards_and_no_second_derivative(preferred):
         second[0].sum().backward()
 
 
-def test_what_is_saved(preferred):
+def test_saved_tensors(preferred):
     for dtype, trained, expected in (
         (torch.bfloat16, False, 37 * 13 * 2),
         (torch.bfloat16, True, 37 * 13 * 2 + 19 * 13 * 2),
@@ -297,7 +297,7 @@ def test_opcheck(layout):
     torch.library.opcheck(FORWARD, (*leaves, labels, *options, "reference"))
     for needs in ([True, True], [True, False], [False, True]):
         inputs = [each.detach().requires_grad_(needed) for each, needed in zip(leaves, needs, strict=True)]
-        # Not test_aot_dynamic_dispatch: it differentiates the gradients, which are outputs here, and that is refused.
+        # Not test_aot_dynamic_dispatch: it differentiates the gradients, which are outputs here; that is an error.
         tests = ("test_schema", "test_autograd_registration", "test_faketensor")
         torch.library.opcheck(SUM, (*inputs, labels, *options, 9, needs, "chunked"), test_utils=tests)
 
@@ -358,7 +358,7 @@ def test_labels_out_of_range(wrong, host):
     labels[5] = wrong
     if host == "cpu":
         with pytest.raises(
-            IndexError, match=rf"shift_labels\[5\] is {wrong}, neither in \[0, 19\) nor ignore_index=-100"
+            IndexError, match=rf"shift_labels\[5\] is {wrong}, which is neither in \[0, 19\) nor ignore_index=-100"
         ):
             linear_cross_entropy(hidden, weight, labels)
     else:
@@ -366,12 +366,12 @@ def test_labels_out_of_range(wrong, host):
             linear_cross_entropy(hidden, weight, labels)
 
 
-def test_which_and_unknown_implementation(preferred):
+def test_explain_and_unknown_implementation(preferred):
     inputs = make()
     assert loss.OPERATION.explain(None, LossCall(*inputs)).name == preferred
     if preferred == "chunked":
         choice = dispatch.explain(linear_cross_entropy, *inputs, reduction="none")
-        assert str(choice) == "reference\n  not chunked: it sums the losses, reduction='none' asks for each"
+        assert str(choice) == "reference\n  not chunked: it returns only the sum of the losses, not reduction='none'"
     with pytest.raises(ValueError, match="impl='nonsense' is not an implementation"):
         linear_cross_entropy(*inputs, impl="nonsense")
 
@@ -391,7 +391,7 @@ def test_which_and_unknown_implementation(preferred):
         ({"label_smoothing": 1.5}, ValueError, "label_smoothing=1.5, expected 0 to 1"),
         ({"label_smoothing": -0.1}, ValueError, "label_smoothing=-0.1, expected 0 to 1"),
         ({"reduction": "max"}, ValueError, "reduction='max', expected one of"),
-        ({"reduction": "sum", "num_items": 3}, ValueError, "num_items is for reduction='mean', not 'sum'"),
+        ({"reduction": "sum", "num_items": 3}, ValueError, "num_items needs reduction='mean', got 'sum'"),
         ({"num_items": -3}, ValueError, "num_items=-3, expected at least 0"),
         ({"num_items": torch.ones(1)}, ValueError, "num_items has shape .1,., expected .. or a number"),
         ({"max_supervised": -1}, ValueError, "max_supervised=-1, expected at least 0"),
@@ -403,7 +403,7 @@ def test_errors(changed, error, message):
         linear_cross_entropy(**{**arguments, **changed})
 
 
-def test_dtensor_is_refused(tmp_path):
+def test_dtensor_raises(tmp_path):
     hidden, weight, labels = make()
     with dtensors(tmp_path) as distribute, pytest.raises(TypeError, match="weight is a DTensor"):
         linear_cross_entropy(hidden, distribute(weight), labels)

@@ -15,7 +15,7 @@ ACTIVATIONS = {
 
 
 def randomized(module):
-    """The module in fp64 with no parameter at a value that would hide it."""
+    """The module in fp64 with random parameters: 0 and 1 could hide that one is not used."""
     module = module.double()
     for index, parameter in enumerate(module.parameters()):
         parameter.data = random(*parameter.shape, seed=100 + index)
@@ -23,7 +23,7 @@ def randomized(module):
 
 
 def assert_same(module, composition, parameters, *inputs):
-    """Outputs, and gradients of inputs and parameters, are those of ``composition`` on the same parameters."""
+    """Outputs and gradients of inputs and parameters equal those of ``composition`` with the same parameters."""
     results = []
     for function in (module, composition):
         leaves = [each.clone().requires_grad_() for each in inputs]
@@ -43,7 +43,7 @@ def test_adapter_equals_torch_modules(activation, shape):
     assert_same(module, lambda x: x + module.scale * bottleneck(x), list(module.parameters()), random(*shape, 7))
 
 
-def test_adapter_starts_as_lynx_does():
+def test_adapter_initialises_as_lynx():
     module = nn.Adapter(64, 16)
     assert list(module.state_dict()) == [
         "scale", "norm.weight", "norm.bias", "down.weight", "down.bias", "up.weight", "up.bias",
@@ -108,7 +108,7 @@ def test_adapter_variants_equal_torch_modules(norm, options):
     assert_same(module, compositions[norm], list(module.parameters()), random(2, 3, 7))
 
 
-def test_adapter_that_starts_as_the_identity():
+def test_adapter_starts_as_identity():
     x = torch.randn(4, 12)
     module = nn.Adapter(12, 5, norm=None, starts_as_identity=True)
     assert torch.equal(module(x), x)
@@ -116,7 +116,7 @@ def test_adapter_that_starts_as_the_identity():
         parameter.data.fill_(3)
     module.reset_parameters()
     assert torch.equal(module(x), x)
-    assert module.down.weight.std() > 0  # or nothing would ever train
+    assert module.down.weight.std() > 0  # otherwise no gradient would reach the up-projection
     assert module.scale.item() == 1
 
 
@@ -129,7 +129,7 @@ def test_adapter_with_a_fixed_scale():
 @pytest.mark.parametrize(
     ("options", "message"), [({"norm": "both"}, "norm='both'"), ({"activation": "nonsense"}, "nonsense")]
 )
-def test_adapter_names_what_it_lacks(options, message):
+def test_adapter_rejects_unknown_options(options, message):
     with pytest.raises(ValueError, match=message):
         nn.Adapter(12, 5, **options)
 
@@ -139,7 +139,7 @@ def gated(width=6, media_width=5, **options):
 
 
 def gated_composition(module, mask):
-    """The block from its description: torch's modules and a dense mask."""
+    """The block of the docstring, from torch's modules and a dense mask."""
 
     def composition(x, media):
         def norm(each, x):
@@ -174,8 +174,8 @@ def test_gated_cross_attention_equals_torch_modules(media_width, shape, expansio
     )
 
 
-def test_gated_cross_attention_of_nothing():
-    """Without media only the feed-forward acts, and every parameter still has a gradient, as DDP wants it."""
+def test_gated_cross_attention_without_media():
+    """Without media only the feed-forward acts. Every parameter still has a gradient, because DDP needs one."""
     module = gated()
     x = random(4, 6)
     out = module(x, random(0, 5), SpanLayout.from_spans([4], [(0, 0)], 0))
@@ -185,7 +185,7 @@ def test_gated_cross_attention_of_nothing():
     assert module(x[:0], random(3, 5), SpanLayout.from_spans([], [], 3)).shape == (0, 6)
 
 
-def test_new_gates_are_closed():
+def test_new_gates_are_zero():
     torch.manual_seed(0)
     module = nn.GatedCrossAttention(64, 32, num_heads=2, head_dim=8)
     x, media, layout = torch.randn(5, 64), torch.randn(3, 32), SpanLayout.from_spans([5], [(0, 3)], 3)
@@ -193,7 +193,9 @@ def test_new_gates_are_closed():
         assert torch.equal(module(x, media, layout), x)
         torch.autograd.backward(module(x, media, layout).square().sum())
         gates = module.attention_gate, module.feed_forward_gate
-        assert all(gate.shape == (1,) and gate.grad.abs() > 1e-3 for gate in gates), "or it would never train"
+        assert all(gate.shape == (1,) and gate.grad.abs() > 1e-3 for gate in gates), (
+            "a gate without a gradient never trains"
+        )
         for each in (module.to_q, module.to_kv, module.to_out, module.feed_forward_in, module.feed_forward_out):
             assert each.bias is None
             assert each.weight.std().item() == pytest.approx((3 * each.in_features) ** -0.5, rel=0.1)
@@ -208,7 +210,7 @@ def test_new_gates_are_closed():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16])
 def test_gated_cross_attention_in_mixed_dtypes(dtype, parameters):
-    """A frozen decoder in bf16 around blocks in fp32, and the other way round."""
+    """Blocks in fp32 inside a frozen bf16 decoder, and the reverse."""
     module = gated()
     layout = SpanLayout.from_spans(*SPANS)
     x, media = random(8, 6).to(dtype), random(9, 5, seed=1)
@@ -222,7 +224,7 @@ def test_gated_cross_attention_in_mixed_dtypes(dtype, parameters):
 
 
 def test_perceiver_attention_over_media_and_latents():
-    """One softmax over an item's media and its latents; an item without media has its latents alone."""
+    """One softmax over an item's media and its latents. An item without media uses its latents only."""
     query_lengths, _, num_keys = batch = [2, 3, 1], [(0, 4), (4, 9), (9, 9)], 9
     module = randomized(nn.PerceiverAttention(6, num_heads=2, head_dim=3))
     own = [(0, 2), (2, 5), (5, 6)]

@@ -25,7 +25,7 @@ def naive(token_ids, embedding, vision, vision_index):
 
 
 def make(rows=37, vocabulary=11, num_vision=7, width=5, dtype=torch.float64, device="cpu"):
-    """Inputs with repeated and unused rows on both sides and nonsense token ids under the vision rows."""
+    """Inputs with repeated and unused rows in both tables, and invalid token ids at the vision rows."""
     generator = torch.Generator().manual_seed(rows)
     token_ids = torch.randint(0, vocabulary - 1, (rows,), generator=generator)  # the last token never occurs
     vision_index = torch.randint(-3, max(num_vision - 1, 1), (rows,), generator=generator, dtype=torch.int32)
@@ -44,7 +44,7 @@ def runs(impl, dtype, device="cpu"):
     return impl not in dispatch.explain(pack_embeddings, *inputs).reasons
 
 
-# Whatever can run on this machine, in every dtype that it takes.
+# All implementations that can run on this machine, in every dtype they support.
 CASES = [(impl, dtype) for impl in OPERATION.names for dtype in DTYPES if runs(impl, dtype)]
 FP32 = [impl for impl, dtype in CASES if dtype == torch.float32]
 
@@ -54,7 +54,7 @@ def calls(impl):
 
 
 def check_equal(function, inputs, grad=None):
-    """Outputs are copies: equal to the last bit. Gradients are sums, held to the budget."""
+    """Outputs are copies, so they must be equal bit for bit. Gradients are sums, so they have an error budget."""
     output = function(*inputs)
     assert output.dtype == inputs[1].dtype
     torch.testing.assert_close(output, naive(*inputs), rtol=0, atol=0)
@@ -69,7 +69,7 @@ def check_permuted(function, inputs, grad):
 
 
 def check_mixed(function, inputs, grad):
-    """Every pair of narrow dtypes: rows are converted as ``.to`` does, gradients to the dtype they are of."""
+    """Every pair of narrow dtypes. Rows are converted like ``.to``; gradients have the dtype of their input."""
     token_ids, embedding, vision, vision_index = inputs
     for table in NARROW:
         for source in NARROW:
@@ -77,7 +77,7 @@ def check_mixed(function, inputs, grad):
 
 
 def check_conversions(function, device="cpu"):
-    """All numbers of 16 bits widen, and what lies on them, between them and beside the middle rounds, as in PyTorch."""
+    """Conversions equal PyTorch's: all 16-bit values to fp32, and fp32 values at, between and near halfway of them."""
     bits = torch.arange(2**16, dtype=torch.int32).to(torch.uint16)
     index = torch.arange(2**10, dtype=torch.int32, device=device)
 
@@ -108,7 +108,7 @@ def test_equals_indexing(rows, impl, dtype):
 @pytest.mark.parametrize("width", [1, 64, 1300])
 @pytest.mark.parametrize(("impl", "dtype"), CASES)
 def test_widths(width, impl, dtype):
-    """Enough bytes for several threads at the last one."""
+    """The last width has enough bytes for several threads."""
     check_equal(calls(impl), *make(90, width=width, dtype=dtype))
 
 
@@ -139,11 +139,11 @@ def test_slices_and_expanded_inputs(impl):
     inputs = (token_ids, embedding[:, :1].expand_as(embedding), vision[:1].expand_as(vision), vision_index)
     check_equal(calls(impl), inputs, grad)
     inputs = (token_ids, embedding[:, 1:4], vision[:, 2:], vision_index)
-    check_equal(calls(impl), inputs, grad.float()[:, :3])  # in its dtype already, or its slice would be copied
+    check_equal(calls(impl), inputs, grad.float()[:, :3])  # in the output's dtype, otherwise the slice would be copied
 
 
 @pytest.mark.parametrize("impl", FP32)
-def test_no_vision_and_no_text(impl):
+def test_only_text_and_only_vision(impl):
     pack_embeddings = calls(impl)
     inputs, grad = make(num_vision=0, dtype=torch.float32)
     output, grad_embedding, grad_vision = run(pack_embeddings, inputs, grad)
@@ -165,8 +165,8 @@ def test_repeated_and_unused_rows(impl):
 
 
 @pytest.mark.parametrize("impl", FP32)
-def test_long_sums_are_wide(impl):
-    """In bf16 adding ones stops at 256."""
+def test_long_sums_accumulate_in_fp32(impl):
+    """A bf16 sum of ones stops at 256."""
     embedding = torch.ones(1, 2, dtype=torch.bfloat16, requires_grad=True)
     vision = torch.ones(1, 2, dtype=torch.bfloat16, requires_grad=True)
     index = torch.tensor([0, -1], dtype=torch.int32).repeat(1024)
@@ -177,7 +177,7 @@ def test_long_sums_are_wide(impl):
 
 @pytest.mark.parametrize("trained", ["embedding", "vision"])
 @pytest.mark.parametrize("impl", FP32)
-def test_only_the_gradients_asked_for(impl, trained, monkeypatch):
+def test_only_needed_gradients(impl, trained, monkeypatch):
     (token_ids, embedding, vision, vision_index), grad = make(dtype=torch.float32)
     _, *expected = run(calls(impl), (token_ids, embedding, vision, vision_index), grad)
     leaf = (embedding if trained == "embedding" else vision).requires_grad_()
@@ -222,7 +222,7 @@ def test_compiled_equals_eager(impl):
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("impl", FP32)
-def test_autocast_leaves_it_alone(impl, compiled):
+def test_autocast_does_not_change_it(impl, compiled):
     (token_ids, embedding, vision, vision_index), _ = make(dtype=torch.float32)
     inputs = (token_ids, embedding, vision.bfloat16(), vision_index)
     function = torch.compile(calls(impl), backend="aot_eager", fullgraph=True) if compiled else calls(impl)
@@ -247,7 +247,7 @@ def test_indices_out_of_range(impl):
         pack_embeddings(token_ids, embedding, vision, index, impl=impl)
 
 
-def test_a_device_asserts(monkeypatch):
+def test_device_assertion(monkeypatch):
     monkeypatch.setattr(reference, "_host_may_read", lambda tensor: False)
     inputs, _ = make()
     torch.testing.assert_close(pack_embeddings(*inputs), naive(*inputs))
@@ -255,11 +255,11 @@ def test_a_device_asserts(monkeypatch):
         pack_embeddings(*inputs[:3], inputs[3] + 7, impl="reference")
 
 
-def test_which_and_unknown_implementation(monkeypatch):
+def test_explain_and_unknown_implementation(monkeypatch):
     inputs, _ = make()
     wide = dispatch.explain(pack_embeddings, *inputs)
     assert wide.name == "reference"
-    assert wide.reasons["cpu"] == (cpu_backend.MISSING or "adds up in fp32, embedding is torch.float64")
+    assert wide.reasons["cpu"] == (cpu_backend.MISSING or "it accumulates in fp32, and embedding is torch.float64")
     narrow = [*inputs[:1], inputs[1].float(), inputs[2].half(), inputs[3]]
     assert dispatch.explain(pack_embeddings, *narrow).reasons["cuda"] == (
         "it is written for sm_80, sm_90, sm_100, and the tensors are on cpu"
@@ -294,7 +294,7 @@ def test_errors(changed, error, message):
         pack_embeddings(**{**dict(zip(names, inputs, strict=True)), **changed})
 
 
-def test_dtensor_is_refused(tmp_path):
+def test_dtensor_raises(tmp_path):
     (token_ids, embedding, vision, vision_index), _ = make()
     with dtensors(tmp_path) as distribute, pytest.raises(TypeError, match="embedding is a DTensor"):
         pack_embeddings(token_ids, distribute(embedding), vision, vision_index)
@@ -311,7 +311,7 @@ def threads():
 
 
 @needs_host
-def test_the_number_of_threads_changes_nothing(threads):
+def test_result_does_not_depend_on_threads(threads):
     inputs, grad = make(300, width=1300, dtype=torch.bfloat16)
     results = []
     for count in (1, 2, 3):
@@ -323,16 +323,16 @@ def test_the_number_of_threads_changes_nothing(threads):
 
 
 @needs_host
-def test_a_forked_child_does_not_hang(threads):
+def test_forked_child_does_not_hang(threads):
     threads(2)
     inputs, _ = make(300, width=1300, dtype=torch.float32)
     expected = pack_embeddings(*inputs, impl="cpu")
-    # NumPy compares: PyTorch's own threads would hang there.
+    # Compare with NumPy, because PyTorch's own threads would hang there.
     assert_child_ends_well(lambda: np.array_equal(pack_embeddings(*inputs, impl="cpu").numpy(), expected.numpy()))
 
 
 @needs_host
-def test_backward_refuses_indices_that_no_row_has():
+def test_backward_checks_indices():
     (token_ids, _, _, vision_index), grad = make(dtype=torch.float32)
     for needs, message in ([True, False], "token_ids"), ([False, True], "vision_index"):
         with pytest.raises(IndexError, match=message):

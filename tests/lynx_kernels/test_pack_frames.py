@@ -25,7 +25,7 @@ from tests.lynx_kernels.frame_helpers import (
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """The products here are tiny: on a busy machine threads would only wait for each other."""
+    """The products here are tiny; on a busy machine, threads would only wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -51,19 +51,19 @@ def test_bytes_equal_pillow(resize, impl):
 
 
 @pytest.mark.parametrize(("height", "width"), [(48, 64), (64, 48), (45, 80), (20, 30), (100, 101), (28, 28)])
-def test_one_call_of_pillow_gives_the_same_on_everyday_frames(height, width, impl):
+def test_one_pillow_call_gives_the_same_for_ordinary_frames(height, width, impl):
     frame = random_frame(np.random.default_rng(1), height, width)
     expected = Image.fromarray(frame).resize((28, 28), Image.Resampling.BICUBIC)
     np.testing.assert_array_equal(pack_bytes([frame], size=28, resize="exact", impl=impl)[0], np.asarray(expected))
 
 
-def test_size_that_does_not_change_is_a_copy(impl):
+def test_unchanged_size_is_a_copy(impl):
     frame = random_frame(np.random.default_rng(2), 28, 28, harsh=True)
     np.testing.assert_array_equal(pack_bytes([frame], size=28, impl=impl)[0], frame)
 
 
 @pytest.mark.parametrize("resize", ["exact", "short_side"])
-def test_crop_boxes_and_flips_equal_pillow_on_the_cut_frame(resize, impl):
+def test_crop_boxes_and_flips_equal_pillow_on_the_cropped_frame(resize, impl):
     generator = np.random.default_rng(3)
     frames, boxes, flips, expected = [], [], [], []
     for index, (height, width) in enumerate(random_shapes(generator, 60)):
@@ -143,7 +143,7 @@ def test_dtypes(dtype, impl):
     torch.testing.assert_close(actual, ((levels / 255 - mean) / std).to(dtype), rtol=0, atol=0)
 
 
-def test_layouts_of_the_input_give_the_same(impl):
+def test_input_strides_do_not_change_the_result(impl):
     generator = np.random.default_rng(10)
     frame = random_frame(generator, 40, 50)
     expected = pack_frames([frame], **OPTIONS, impl=impl)
@@ -181,7 +181,7 @@ def test_no_frames(impl):
     assert pack_frames([], **OPTIONS, impl=impl, crop_boxes=[], flip=[]).shape == (0, 588)
 
 
-def test_which():
+def test_explain():
     frame = np.zeros((9, 9, 3), np.uint8)
     choice = explain(pack_frames, [frame], **OPTIONS)
     assert choice.name == ("reference" if cpu_backend.MISSING else "cpu")
@@ -210,7 +210,7 @@ GOOD = np.zeros((30, 40, 3), np.uint8)
         (torch.empty(30, 40, 3, dtype=torch.uint8, device="meta"), ValueError, r"frames\[1\] is on meta"),
     ],
 )
-def test_bad_frames_are_refused(frame, error, message):
+def test_invalid_frames(frame, error, message):
     with pytest.raises(error, match=message):
         pack_frames([GOOD, frame], **OPTIONS)
 
@@ -221,7 +221,7 @@ def test_bad_frames_are_refused(frame, error, message):
         ({"resize": "long_side"}, ValueError, "resize='long_side'"),
         ({"output": "tokens"}, ValueError, "output='tokens'"),
         ({"crop_rounding": "ceil"}, ValueError, "crop_rounding='ceil'"),
-        ({"size": 30}, ValueError, "size=30 is not divisible by patch_size=14"),
+        ({"size": 30}, ValueError, "size=30 is not a multiple of patch_size=14"),
         ({"size": 0}, ValueError, "size=0"),
         ({"size": 28.0}, TypeError, "size must be an int"),
         ({"patch_size": None}, TypeError, "patch_size must be an int"),
@@ -248,7 +248,7 @@ def test_bad_frames_are_refused(frame, error, message):
         ({"out": torch.empty(4, 588, requires_grad=True)}, ValueError, "out requires a gradient"),
     ],
 )
-def test_bad_options_are_refused(options, error, message):
+def test_invalid_options(options, error, message):
     with pytest.raises(error, match=message):
         pack_frames([GOOD], **(OPTIONS | options))
 
@@ -273,7 +273,7 @@ def test_opcheck(patch_size, impl):
 
 
 def test_compiles_as_one_graph():
-    """With sizes and boxes that change, two recompilations at the most: otherwise fullgraph makes it an error."""
+    """With changing sizes and boxes there are at most two recompilations; fullgraph makes more an error."""
 
     def function(frames, box, out):
         packed = pack_frames(frames, **OPTIONS, crop_boxes=[box, (0, 0, 9, 8)], flip=[True, False])

@@ -1,4 +1,4 @@
-"""The compiled pack_frames of CPUs: every instruction set, any strides and sizes, threads, forked processes."""
+"""The compiled CPU pack_frames: every instruction set, any strides and sizes, threads, forked processes."""
 
 import threading
 import time
@@ -29,7 +29,7 @@ from tests.lynx_kernels.helpers import assert_child_ends_well
 if cpu_backend.MISSING is not None:
     pytest.skip(cpu_backend.MISSING, allow_module_level=True)
 
-# One pixel, one row or column, ten to one, up, down, a side that stays, blocks of rows and groups of columns left over.
+# One pixel; one row or column; ten to one; up; down; an unchanged side; remainders of row blocks and column groups.
 SHAPES = [
     (1, 1), (1, 9), (9, 1), (3, 2), (400, 40), (40, 400), (7, 70), (28, 28), (28, 31), (33, 28), (16, 16), (17, 15),
     (64, 48), (47, 65), (100, 101), (257, 31), (30, 333),
@@ -46,7 +46,7 @@ def one_thread(restore_threads):
 
 
 def assert_same(frames, **options):
-    """Bit for bit what the reference gives."""
+    """The result equals the reference bit for bit."""
     expected = pack_frames(frames, **options, impl="reference")
     actual = pack_frames(frames, **options, impl="cpu")
     assert torch.equal(actual, expected), f"{[frame.shape for frame in frames]} {options}"
@@ -76,7 +76,7 @@ def test_bytes_equal_pillow(instruction_set, resize):
 
 @st.composite
 def calls(draw):
-    """A frame, what is cut out of it, and how it is packed."""
+    """A frame, a crop box, and options."""
     height, width = draw(st.integers(1, 90)), draw(st.integers(1, 90))
     top, left = draw(st.integers(0, height - 1)), draw(st.integers(0, width - 1))
     box = top, left, draw(st.integers(1, height - top)), draw(st.integers(1, width - left))
@@ -132,7 +132,7 @@ def test_patch_sizes(instruction_set, patch_size):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-# The last divisors' reciprocals are subnormal, so products with them are no quotients: levels must be looked up.
+# The reciprocals of the last divisors are subnormal, so multiplying by them is not dividing: a table is needed.
 @pytest.mark.parametrize(
     ("mean", "std"), [(MEAN, STD), ((0, 0.5, 1), (1, 0.5, 1e-30)), ((0.1, 0.2, 0.3), (1e38, 2e38, 3e38))]
 )
@@ -143,7 +143,7 @@ def test_levels(instruction_set, dtype, mean, std):
 
 
 def layouts(frame):
-    """The frame with other strides, by name."""
+    """Name -> the frame with other strides."""
     height, width, _ = frame.shape
     wide = torch.full((2 * height, 3 * width, 5), 9, dtype=torch.uint8)
     wide[::2, ::3, 1:4] = frame
@@ -176,7 +176,7 @@ def test_expanded_frames():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(28, 28), (45, 37)])
-def test_nothing_is_written_beside_the_output(instruction_set, dtype, shape):
+def test_no_writes_outside_the_output(instruction_set, dtype, shape):
     frames = [random_frame(np.random.default_rng(4), *shape)] * 2
     storage = torch.full((10, 588), 77.0, dtype=dtype)
     out = pack_frames(frames, **OPTIONS, dtype=dtype, out=storage[1:9], impl="cpu")
@@ -208,7 +208,7 @@ def test_patches_times_the_weight_equal_a_convolution():
 
 
 @pytest.mark.parametrize("count", [1, 3, 7])
-def test_the_number_of_threads_changes_nothing(instruction_set, count):
+def test_result_does_not_depend_on_threads(instruction_set, count):
     generator = np.random.default_rng(7)
     frames = [random_frame(generator, 150 + index, 130) for index in range(count)]
     options = {"size": 126, "patch_size": 14, "mean": MEAN, "std": STD}
@@ -222,7 +222,7 @@ def test_the_number_of_threads_changes_nothing(instruction_set, count):
         )
 
 
-def test_a_forked_child_does_not_hang():
+def test_forked_child_does_not_hang():
     torch.set_num_threads(2)
     frames = [random_frame(np.random.default_rng(8), 90, 80)] * 4
     expected = pack_frames(frames, **OPTIONS, impl="cpu")
@@ -230,7 +230,7 @@ def test_a_forked_child_does_not_hang():
 
 
 class Packed(torch.utils.data.Dataset):
-    """Frames that are packed where they are loaded."""
+    """Packs frames in the workers that load them."""
 
     def __init__(self):
         generator = np.random.default_rng(9)
@@ -252,7 +252,7 @@ def test_workers_of_a_data_loader(start):
     assert torch.equal(torch.cat(list(loader)), torch.stack(expected))
 
 
-def test_other_threads_of_python_go_on():
+def test_the_call_releases_the_gil():
     frames = [random_frame(np.random.default_rng(10), 400, 400)] * 100
     out = torch.empty(100, 3, 224, 224)
     seconds = []
@@ -270,10 +270,10 @@ def test_other_threads_of_python_go_on():
         time.sleep(0.0005)
     [(start, end)] = seconds
     tenths = {int(10 * (moment - start) / (end - start)) for moment in moments if start < moment < end}
-    assert len(tenths) >= 3, "the call kept Python to itself"  # else only the first and the last are seen
+    assert len(tenths) >= 3, "the call did not release the GIL"  # then only the first and the last are seen
 
 
-def test_which_and_refusals(monkeypatch):
+def test_explain_and_unsupported_reasons(monkeypatch):
     frame = np.zeros((9, 9, 3), np.uint8)
     assert explain(pack_frames, [frame], **OPTIONS).name == "cpu"
     elsewhere = torch.zeros(9, 9, 3, dtype=torch.uint8, device="meta")

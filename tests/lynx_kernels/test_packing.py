@@ -13,7 +13,7 @@ from tests.lynx_kernels import packing_reference as reference
 
 BUDGET = 20
 
-# Few different lengths and patches, so that equals meet; zero patches as often as not.
+# Few distinct lengths and patches, so that ties occur; half of the samples have no patches.
 samples = st.lists(
     st.tuples(st.integers(1, BUDGET), st.one_of(st.just(0), st.sampled_from([1, 2, 3, 7, 90]))), max_size=80
 )
@@ -30,7 +30,7 @@ def online(costs, **chosen):
 
 
 def check_packs(steps, costs, ranks, left_out=()):
-    """Every sample in exactly one pack, in order there, the budget kept, every rank given a pack."""
+    """Every sample is in exactly one pack, packs are in order and within the budget, every rank has a pack."""
     assert all(len(step) == ranks for step in steps)
     packs = [pack for step in steps for pack in step]
     assert sorted(index for pack in packs for index in pack) == [i for i in range(len(costs)) if i not in left_out]
@@ -53,7 +53,7 @@ def test_every_sample_is_in_one_pack(costs, chosen):
 
 
 def check_against_reference(tokens, patches, token_budget, ranks, lookahead):
-    """The same steps as the definition's, from a stream and with all costs known."""
+    """The steps equal the reference's, from a stream and with all costs known."""
     made = PackPlanner(token_budget, ranks=ranks, lookahead=lookahead)
     definition = reference.Planner(token_budget, ranks, lookahead)
     assert made.push(tokens, patches) == definition.push(tokens, patches)
@@ -64,7 +64,7 @@ def check_against_reference(tokens, patches, token_budget, ranks, lookahead):
 
 @settings(max_examples=300)
 @given(costs=samples, chosen=options)
-def test_steps_are_those_of_the_definition(costs, chosen):
+def test_steps_equal_the_reference(costs, chosen):
     check_against_reference(*arrays(costs).tolist(), BUDGET, chosen["ranks"], chosen["lookahead"])
 
 
@@ -78,7 +78,7 @@ def test_steps_are_those_of_the_definition(costs, chosen):
     lengths=st.sampled_from([0.02, 0.2, 1.0]),  # the longest sample, as a share of the budget
     patches=st.sampled_from([[0, 1], [0, 901, 4505], range(30), range(5000), [0, 2**31 - 1, 2**31 - 2]]),
 )
-def test_steps_of_many_ranks_are_those_of_the_definition(seed, count, token_budget, ranks, lookahead, lengths, patches):
+def test_steps_of_many_ranks_equal_the_reference(seed, count, token_budget, ranks, lookahead, lengths, patches):
     generator = np.random.default_rng(seed)
     tokens = generator.integers(1, max(1, int(lengths * token_budget)), count, endpoint=True)
     drawn = generator.choice(patches, count)
@@ -86,7 +86,7 @@ def test_steps_of_many_ranks_are_those_of_the_definition(seed, count, token_budg
 
 
 @pytest.mark.parametrize("ranks", [1, 8, 64])
-def test_steps_at_full_size_are_those_of_the_definition(ranks):
+def test_steps_at_full_size_equal_the_reference(ranks):
     generator = np.random.default_rng(0)
     tokens = np.minimum(4096, generator.lognormal(5, 1, 5000).astype(np.int64) + 1)
     patches = generator.integers(0, 5, 5000) * generator.integers(200, 1000, 5000)
@@ -94,7 +94,7 @@ def test_steps_at_full_size_are_those_of_the_definition(ranks):
 
 
 @given(costs=samples, chosen=options, data=st.data())
-def test_neither_chunks_nor_saving_change_the_steps(costs, chosen, data):
+def test_steps_do_not_depend_on_chunks_or_saving(costs, chosen, data):
     made, steps, start = PackPlanner(BUDGET, **chosen), [], 0
     while start < len(costs):
         stop = data.draw(st.integers(start + 1, len(costs)))
@@ -103,7 +103,7 @@ def test_neither_chunks_nor_saving_change_the_steps(costs, chosen, data):
         if data.draw(st.booleans()):
             state = json.loads(json.dumps(made.state_dict()))
             made = PackPlanner(BUDGET, **chosen)
-            made.push([BUDGET, 1])  # what a planner held before is gone
+            made.push([BUDGET, 1])  # loading a state discards this sample
             made.load_state_dict(state)
             assert made.state_dict() == state
     assert steps + made.flush() == online(costs, **chosen)
@@ -111,7 +111,7 @@ def test_neither_chunks_nor_saving_change_the_steps(costs, chosen, data):
 
 @settings(max_examples=200)
 @given(costs=samples, chosen=options)
-def test_nothing_waits_longer_than_the_bound(costs, chosen):
+def test_no_sample_waits_longer_than_max_wait(costs, chosen):
     made = PackPlanner(BUDGET, **chosen)
     came, left, count = {}, {}, 0
     for index, cost in enumerate(costs):
@@ -126,16 +126,16 @@ def test_nothing_waits_longer_than_the_bound(costs, chosen):
     assert max((left[index] - came[index] for index in came), default=0) <= made.max_wait
 
 
-def test_samples_that_fit_better_do_not_starve_one():
+def test_better_fitting_samples_do_not_starve_one():
     made = PackPlanner(10, lookahead=2)
-    steps = made.push([6] + [7, 3] * 50)  # 7 and 3 fill every pack: the 6 leaves none as full
+    steps = made.push([6] + [7, 3] * 50)  # 7 and 3 fill every pack; no pack with the 6 is as full
     assert 0 in steps[0][0]
     made = PackPlanner(10, lookahead=2)
     steps = made.push([7, 6] + [7, 3] * 50)
     assert [index for index, step in enumerate(steps) if 1 in step[0]] == [1]
 
 
-def test_a_step_is_made_as_soon_as_enough_waits():
+def test_step_is_made_as_soon_as_enough_tokens_wait():
     made = PackPlanner(10, ranks=2, lookahead=1)
     assert made.push([10, 10, 9]) == []
     assert made.push(1) == [[[0], [1]]]
@@ -144,23 +144,27 @@ def test_a_step_is_made_as_soon_as_enough_waits():
     assert made.push([1, 10]) == [[[0]], [[1]]]  # one sample may complete two steps
 
 
-def test_order_of_arrival_then_the_longest_that_fits():
+def test_order_of_arrival_then_longest_that_fits():
     made = PackPlanner(10, lookahead=4)
     made.push([3, 4, 5, 2, 3, 3, 1])
-    # 3 and 4 in order; 5 does not fit, of the rest a 3 does, the older one. Then 5 2 3, and 1 is left.
+    # 3 and 4 are placed in order. 5 does not fit; the longest that fits is the older 3. Then 5 2 3, and 1 is left.
     assert made.flush() == [[[0, 1, 4]], [[2, 3, 5]], [[6]]]
 
 
 @pytest.mark.parametrize(
     ("budget", "tokens", "expected"),
     [
-        (10, [4, 3, 6, 3], [[0, 2], [1, 3]]),  # the average is 4: order ends where room for 6 is left
-        (10, [3, 4, 6, 3], [[0, 1, 3], [2]]),  # with 7 left it goes on
-        (8, [1, 8, 8, 8], [[0], [1], [2], [3]]),  # a quarter of the budget goes by order, whatever the average
-        (8, [2, 1, 6, 7, 8], [[0, 2], [1, 3], [4]]),  # but no more than that
+        (10, [4, 3, 6, 3], [[0, 2], [1, 3]]),  # the average is 4, so the first phase ends with room for 6
+        (10, [3, 4, 6, 3], [[0, 1, 3], [2]]),  # with room for 7 it continues
+        (
+            8,
+            [1, 8, 8, 8],
+            [[0], [1], [2], [3]],
+        ),  # at least a quarter of the budget is placed in order, whatever the average
+        (8, [2, 1, 6, 7, 8], [[0, 2], [1, 3], [4]]),  # but not more than that
     ],
 )
-def test_the_last_of_a_pack_is_chosen_among_all(budget, tokens, expected):
+def test_last_sample_of_a_pack_is_chosen_among_all(budget, tokens, expected):
     made = PackPlanner(budget, lookahead=9)
     assert made.push(tokens) == []
     assert [step[0] for step in made.flush()] == expected
@@ -168,21 +172,21 @@ def test_the_last_of_a_pack_is_chosen_among_all(budget, tokens, expected):
 
 def test_patches_are_balanced_within_the_budget():
     made = PackPlanner(10, ranks=2, lookahead=9)
-    # Dealt out in order every pack gets 10 tokens; 8 against 0 patches, then, were it not for the swap of equals.
+    # Placed in order, both packs get 10 tokens, but 8 and 0 patches. Swapping two samples of equal length fixes this.
     made.push([5, 5, 5, 5], [4, 0, 0, 4])
     assert [sorted(loads(step, [(5, 4), (5, 0), (5, 0), (5, 4)])) for step in made.flush()] == [[4, 4]]
     packs = [Pack(10), Pack(10)]
     for index, (rank, tokens, patches) in enumerate([(0, 6, 4), (0, 3, 4), (1, 5, 0), (1, 4, 0)]):
         packs[rank].add((tokens, patches, index))
     balance(packs)
-    # 6 cannot go to where 1 is left and 4 comes back; 3 for 4 fits both: 6 + 4 and 5 + 3.
+    # Exchanging 6 for 4 does not fit, because the taker has room for 1. Exchanging 3 for 4 fits both: 6 + 4 and 5 + 3.
     assert [pack.numbers() for pack in packs] == [[0, 3], [1, 2]]
     assert [(pack.room, pack.patches) for pack in packs] == [(0, 4), (2, 4)]
 
 
 @given(costs=samples, chosen=options)
 def test_no_single_swap_would_balance_better(costs, chosen):
-    """Neither a move nor an exchange that the budgets allow lowers the largest load, but for the last of many swaps."""
+    """No further swap within the budgets lowers the largest load, unless the limit of swaps was reached."""
     for step in online(costs, **chosen):
         patches = loads(step, costs)
         rooms = [BUDGET - sum(costs[index][0] for index in pack) for pack in step]
@@ -196,7 +200,7 @@ def test_no_single_swap_would_balance_better(costs, chosen):
 
 
 def test_swaps_are_limited():
-    """16 for each rank; 49 would be possible here, each of which moves one patch."""
+    """The limit is 16 per rank. Here 49 would be possible, each moving one patch."""
     tokens, patches = [1] * 200, [0] * 100 + [1000] + [1] * 99
     step = PackPlanner(100, ranks=2, lookahead=0).push(tokens, patches)[0]
     assert step == reference.Planner(100, 2, 0).push(tokens, patches)[0]
@@ -212,20 +216,20 @@ def test_ranks_share_the_last_step():
     assert made.flush() == []
 
 
-def test_known_samples_fill_packs_as_first_fit_decreasing():
+def test_plan_packs_is_first_fit_decreasing():
     tokens = [4, 1, 6, 3, 7, 9, 5, 5, 2]
-    # 9 1, 7 3, 6 4, 5 5, 2; steps in the order of their first samples, the short one last.
+    # 9 1, 7 3, 6 4, 5 5, 2. Steps are in the order of their first samples; the short one is last.
     expected = [[[0, 2]], [[1, 5]], [[3, 4]], [[6, 7]], [[8]]]
     assert plan_packs(tokens, token_budget=10) == expected
     assert plan_packs([], token_budget=10, ranks=2) == []
     assert plan_packs([2, 3], token_budget=10, ranks=3) == [[[1], [0], []]]
 
 
-def test_known_packs_of_like_patches_make_a_step():
+def test_plan_packs_groups_packs_with_similar_patches():
     patches = [9, 0, 1, 8, 0, 0, 3, 2]
     steps = plan_packs([10] * 8, patches, token_budget=10, ranks=2)
     assert steps == [[[0], [3]], [[2], [1]], [[4], [5]], [[6], [7]]]
-    # Three packs for two ranks: the samples of the one left over are shared out.
+    # Three packs for two ranks: the samples of the left-over pack are distributed.
     assert plan_packs([10, 10, 5, 5], token_budget=10, ranks=2) == [[[0], [1]], [[2], [3]]]
 
 
@@ -262,14 +266,14 @@ def test_state():
     }  # fmt: skip
     for changed in ({"version": 2}, {"token_budget": 11}, {"ranks": 1}, {"lookahead": 0}):
         [(name, value)] = changed.items()
-        with pytest.raises(ValueError, match=f"the state has {name}={value}, this planner"):
+        with pytest.raises(ValueError, match=f"the state has {name}={value}, but this planner"):
             made.load_state_dict(state | changed)
     with pytest.raises(ValueError, match="the state has version=None"):
         made.load_state_dict({})
 
 
-def test_a_state_of_the_first_version_goes_on():
-    """Stored at commit f69d88f, and the steps that its planner made next."""
+def test_state_of_the_first_version_loads():
+    """A state stored at commit f69d88f, and the steps that its planner made next."""
     made = PackPlanner(20, ranks=2, lookahead=1, too_long="skip")
     state = {
         "version": 1, "token_budget": 20, "ranks": 2, "lookahead": 1, "num_seen": 15, "skipped": 1,

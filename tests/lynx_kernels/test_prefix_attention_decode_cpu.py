@@ -1,4 +1,4 @@
-"""The compiled decoding of CPUs: every instruction set, any number of threads, forked processes."""
+"""The compiled CPU decoding: every instruction set, any number of threads, forked processes."""
 
 from dataclasses import replace
 from functools import partial
@@ -27,17 +27,17 @@ pytestmark = pytest.mark.usefixtures("poison")
 case_of = partial(cache_case, impl="cpu")
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
-# A root of several parts, the last of them short; own keys of two tiles and of two parts.
-SEVERAL_PARTS = [1, 0, 1], [64, 300], [70, 3, 131]
-# A root of more keys than the most parts have in a tile each.
+# A root of several splits, the last of them short; branch keys of two tiles and of two splits.
+SEVERAL_SPLITS = [1, 0, 1], [64, 300], [70, 3, 131]
+# A root with more keys than the maximum number of splits has with one tile each.
 LONG = [0, 0], [2100], [9, 4]
-# More rows of one root than a block holds, in two tiles of keys.
+# More rows of one root than a block holds, with two key tiles.
 MANY_ROWS = [0] * 7, [90], [3, 4, 5, 6, 7, 8, 9]
 
 
 @st.composite
 def batches(draw):
-    """branch_to_root, root_lengths and branch_lengths; two queries a branch."""
+    """branch_to_root, root_lengths and branch_lengths, for two queries per branch."""
     roots = draw(st.lists(st.integers(0, 140), min_size=1, max_size=4))
     branches = draw(st.lists(st.tuples(st.integers(0, len(roots) - 1), st.integers(2, 70)), min_size=1, max_size=6))
     return [root for root, _ in branches], roots, [length for _, length in branches]
@@ -46,7 +46,7 @@ def batches(draw):
 @both_dtypes
 @pytest.mark.parametrize("dim", [1, 7, 16, 33, 64, 88, 128, 256])
 def test_every_instruction_set(instruction_set, dtype, dim):
-    for queries, batch in ((1, SEVERAL_TILES), (3, SEVERAL_TILES), (2, SEVERAL_PARTS)):
+    for queries, batch in ((1, SEVERAL_TILES), (3, SEVERAL_TILES), (2, SEVERAL_SPLITS)):
         assert_case_within_budget(case_of(queries, batch, dim=dim, dtype=dtype), gradients=False)
 
 
@@ -60,7 +60,7 @@ def test_long_roots(instruction_set, dtype):
     ("heads", "kv_heads", "scale"), [(1, 1, 0.5), (6, 2, None), (3, 3, -0.3), (8, 1, -0.1), (2, 2, 0.0)]
 )
 def test_heads_and_scales(dtype, heads, kv_heads, scale):
-    for batch in (SEVERAL_PARTS, MANY_ROWS):
+    for batch in (SEVERAL_SPLITS, MANY_ROWS):
         case = case_of(2, batch, heads, kv_heads, dtype=dtype, scale=scale, index_dtype=torch.int64)
         assert_case_within_budget(case, gradients=False)
 
@@ -94,8 +94,8 @@ def test_strides_of_indices(dtype):
 
 
 @both_dtypes
-def test_the_number_of_threads_changes_nothing(dtype, restore_threads):
-    """Of batches that keep several threads busy."""
+def test_result_does_not_depend_on_threads(dtype, restore_threads):
+    """For batches large enough for several threads."""
     for batch in (([1, 0, 1], [640, 1500], [70, 3, 131]), LONG):
         case = case_of(2, batch, heads=8, kv_heads=4, dim=64, dtype=dtype)
         results = []
@@ -108,10 +108,10 @@ def test_the_number_of_threads_changes_nothing(dtype, restore_threads):
 
 
 @both_dtypes
-def test_neighbours_change_nothing(dtype):
-    """A branch's result is the same to the last bit, whichever roots and branches stand beside it in the batch."""
-    to_root, root_lengths, branch_lengths = SEVERAL_PARTS
-    case = case_of(1, SEVERAL_PARTS, heads=4, kv_heads=2, dim=16, dtype=dtype)
+def test_result_does_not_depend_on_the_rest_of_the_batch(dtype):
+    """The result of a branch is the same bit for bit, whatever other roots and branches are in the batch."""
+    to_root, root_lengths, branch_lengths = SEVERAL_SPLITS
+    case = case_of(1, SEVERAL_SPLITS, heads=4, kv_heads=2, dim=16, dtype=dtype)
     q, root_k, root_v, branch_k, branch_v = case.inputs
     together = case.operation(*case.inputs)
     for branch, root in enumerate(to_root):
@@ -124,7 +124,7 @@ def test_neighbours_change_nothing(dtype):
             assert torch.equal(ours, theirs[one])
 
 
-def test_a_forked_child_does_not_hang(restore_threads):
+def test_forked_child_does_not_hang(restore_threads):
     torch.set_num_threads(2)
     case = case_of(1, LONG, heads=8, kv_heads=8, dim=64)
     expected = case.operation(*case.inputs)[0]
@@ -132,10 +132,10 @@ def test_a_forked_child_does_not_hang(restore_threads):
 
 
 @both_dtypes
-def test_nan_stays_with_the_branches_that_read_it(instruction_set, dtype):
-    case = case_of(1, SEVERAL_PARTS, heads=4, kv_heads=2, dtype=dtype)
+def test_nan_reaches_only_branches_that_see_it(instruction_set, dtype):
+    case = case_of(1, SEVERAL_SPLITS, heads=4, kv_heads=2, dtype=dtype)
     expected = case.operation(*case.inputs)
-    # Root 0 is read by branch 1, root 1 by the others; all heads but the first two keep their keys.
+    # Branch 1 reads root 0, the others read root 1. Only the first two heads get NaN.
     for index, entry, branches in ((0, 1, [1]), (1, 0, [1]), (2, 1, [0, 2]), (3, 2, [2]), (4, 0, [0])):
         inputs = [each.clone() for each in case.inputs]
         inputs[index][entry, 0, :1] = float("nan")
@@ -150,7 +150,7 @@ def test_nan_stays_with_the_branches_that_read_it(instruction_set, dtype):
 
 @both_dtypes
 def test_scores_far_apart(instruction_set, dtype):
-    """The running maximum rises by much and often, falls, and parts differ by hundreds."""
+    """The running maximum rises often and by large steps, falls, and differs by hundreds between splits."""
     q, v = torch.ones(1, 1, 1, 4, dtype=dtype), random(1, 2400, 1, 4, dtype=dtype)
     indices = [torch.tensor(each) for each in ([0], [2400], [400])]
     for sign in (1, -1):
@@ -166,7 +166,7 @@ def test_scores_far_apart(instruction_set, dtype):
 
 @pytest.mark.parametrize("narrow", [slice(0, 1), slice(1, 3), slice(3, 5)], ids=["queries", "roots", "branches"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_dtypes_that_differ(narrow, dtype):
+def test_mixed_dtypes(narrow, dtype):
     case = case_of(1, ([0, 0], [20], [3, 9]))
     inputs = list(case.inputs)
     inputs[narrow] = [each.to(dtype) for each in inputs[narrow]]
@@ -185,15 +185,15 @@ def test_roots_without_keys():
 
 
 @pytest.mark.parametrize(("branches", "queries"), [(0, 1), (2, 0)])
-def test_nothing_to_decode(branches, queries):
+def test_no_queries_to_decode(branches, queries):
     root, branch, q = torch.ones(1, 3, 1, 16), torch.ones(branches, 2, 1, 16), torch.ones(branches, queries, 1, 16)
     indices = [torch.zeros(branches, dtype=torch.int32), torch.ones(1, dtype=torch.int32)]
     indices.append(torch.ones(branches, dtype=torch.int32))
     assert prefix_attention_decode(q, root, root, branch, branch, *indices, impl="cpu").shape == q.shape
 
 
-def test_indices_out_of_range_are_refused():
-    """By the operator too, which compiled graphs call without the checks in front of it."""
+def test_indices_out_of_range():
+    """The operator checks them too, because compiled graphs call it without the checks of the public function."""
     case = case_of(2, ([0, 1], [4, 9], [3, 2]))
     indices = [torch.tensor(each) for each in ([0, 1], [4, 9], [3, 2])]
     call = torch.ops.lynx_kernels.prefix_attention_decode
@@ -220,7 +220,7 @@ def test_compiled_equals_eager():
             assert torch.equal(ours, theirs)
 
 
-def test_which_and_refusals(monkeypatch):
+def test_explain_and_unsupported_reasons(monkeypatch):
     case = case_of(1)
     indices = [torch.tensor(each) for each in SEVERAL_TILES]
     ask = partial(explain, prefix_attention_decode)
@@ -233,7 +233,7 @@ def test_which_and_refusals(monkeypatch):
         tensor.requires_grad_()
         choice = ask(*case.inputs, *indices)
         assert choice.name == "reference"
-        assert choice.reasons["cpu"] == "the C++ kernels of decoding have no gradient, and an argument requires one"
+        assert choice.reasons["cpu"] == "the C++ kernels for decoding have no gradient, and an argument requires one"
         with torch.no_grad():
             assert ask(*case.inputs, *indices).name == "cpu"
         tensor.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""An operator is passed by only where nothing would notice."""
+"""A call bypasses the dispatcher only where nothing needs to see the operator."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from tests.lynx_kernels.test_adapter import make
 
 
 class Operators(TorchDispatchMode):
-    """Notes the operators that run inside."""
+    """Records the operators that run inside."""
 
     def __init__(self):
         super().__init__()
@@ -23,7 +23,7 @@ class Operators(TorchDispatchMode):
 
 @pytest.fixture
 def direct(monkeypatch):
-    """Whether the operator is passed by, asked by a function that runs ``call``."""
+    """A function that runs ``call`` and returns whether it bypassed the operator."""
     operator = torch.ops.lynx_kernels.adapter.default
     calls = []
     monkeypatch.setattr(type(operator), "__call__", _counting(type(operator).__call__, operator, calls))
@@ -45,7 +45,7 @@ def _counting(original, operator, calls):
     return call
 
 
-def test_inference_calls_the_kernel_itself(direct):
+def test_inference_bypasses_the_operator(direct):
     inputs, _ = make(dtype=torch.float32)
     assert direct(lambda: adapter(*inputs))
     inputs[0].requires_grad_()
@@ -54,7 +54,7 @@ def test_inference_calls_the_kernel_itself(direct):
         assert direct(lambda: adapter(*inputs))
 
 
-def test_modes_and_regions_see_the_operator(direct):
+def test_dispatch_modes_and_autocast_see_the_operator(direct):
     inputs, _ = make(dtype=torch.float32)
     with Operators() as seen:
         adapter(*inputs)
@@ -66,7 +66,7 @@ def test_modes_and_regions_see_the_operator(direct):
     assert not direct(lambda: adapter(*fakes, impl="reference"))
 
 
-def test_the_kernel_itself_gives_the_same():
+def test_bypassing_gives_the_same_result():
     inputs, _ = make(dtype=torch.float32)
     expected = adapter(*inputs[:-1], inputs[-1].clone().requires_grad_())
     torch.testing.assert_close(adapter(*inputs), expected, rtol=0, atol=0)
@@ -77,4 +77,4 @@ def test_a_profiler_sees_the_operator(direct):
     with torch.no_grad(), torch.profiler.profile() as profile:
         adapter(*inputs)
     assert "lynx_kernels::adapter" in {event.key for event in profile.key_averages()}
-    assert direct(lambda: adapter(*inputs))  # nobody records any more
+    assert direct(lambda: adapter(*inputs))  # the profiler has stopped

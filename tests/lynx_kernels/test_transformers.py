@@ -296,5 +296,5 @@ def test_calls_that_contradict_themselves_are_refused():
     for other in (None, torch.ones(1, 4, dtype=torch.int64)):
         with pytest.raises(ValueError, match="beside a layout stands attention_mask=packed_mask"):
             model(ids[None], attention_mask=other, layout=layout)
-    with pytest.raises(ValueError, match="a row has a pad between tokens"):
+    with pytest.raises(ValueError, match="a row has padding between tokens"):
         model(ids[None], attention_mask=torch.tensor([[1, 0, 1, 1]]))

@@ -38,7 +38,7 @@ def _check(call: AdapterCall) -> None:
     if call.scale.numel() != 1:
         raise ValueError(f"adapter: scale must have one element, got shape {tuple(call.scale.shape)}")
     if call.norm_weight is None and call.norm_bias is not None:
-        raise ValueError("adapter: norm_bias without norm_weight; pass both, the weight alone, or neither")
+        raise ValueError("adapter: norm_bias is given without norm_weight; pass both, only norm_weight, or neither")
     if call.up_weight.dtype != call.down_weight.dtype:
         raise TypeError(
             f"adapter: up_weight is {call.up_weight.dtype}, down_weight {call.down_weight.dtype}; use one dtype"
@@ -93,23 +93,23 @@ def adapter(
 
     Args:
         x: (..., d), fp64, fp32, fp16 or bf16.
-        norm_weight, norm_bias: (d,) of the LayerNorm; no weight means no LayerNorm, no bias none.
+        norm_weight, norm_bias: (d,), weight and bias of the LayerNorm. Without a weight there is no LayerNorm.
         down_weight, down_bias: (r, d) and (r,) of the projection into the bottleneck; the bias may be None.
         up_weight, up_bias: (d, r) and (d,) of the projection out of it; the bias may be None.
         scale: one element, the learned weight of the branch.
         eps: added to the LayerNorm's variance.
         activation: ``"silu"``, ``"relu"``, ``"gelu"`` (exact) or ``"gelu_tanh"``.
-        impl: an implementation by name; None takes the best that can run.
+        impl: the name of an implementation; None takes the best that can run.
 
-    Both products run in the dtype of the weights (under autocast, in the autocast dtype), LayerNorm's statistics and
-    the residual sum in at least fp32. Saved for backward: x, two statistics a token and the pre-activation.
+    Both products run in the dtype of the weights (under autocast, in the autocast dtype). LayerNorm's statistics and
+    the residual sum are in at least fp32. Saved for backward: x, two statistics per token, and the pre-activation.
 
     Returns:
         (..., d) in the dtype of x.
 
     Raises:
-        ValueError: shapes, devices or the activation do not fit; the message names the argument.
-        TypeError: an argument is not floating point, the two weights differ in dtype, or one is a DTensor.
+        ValueError: a shape, a device or the activation is invalid; the message names the argument.
+        TypeError: an argument is not floating point or is a DTensor, or the two weights differ in dtype.
     """
     call = AdapterCall(x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, scale, eps, activation)
     impl = OPERATION.choose(impl, call)

@@ -1,4 +1,4 @@
-"""A call of the adapter, as its operators and every implementation take it. T tokens, width d, bottleneck r."""
+"""The arguments of the adapter's operators and implementations. T tokens, width d, bottleneck r."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class AdapterCall(NamedTuple):
-    """The forward call; absent tensors are None."""
+    """The forward call. Omitted tensors are None."""
 
     x: Tensor  # (T, d); from the public function (..., d)
     norm_weight: Tensor | None  # (d,); None: no LayerNorm
@@ -27,12 +27,12 @@ class AdapterCall(NamedTuple):
 
     @property
     def device(self) -> torch.device:
-        """Where it runs."""
+        """The device it runs on."""
         return self.x.device
 
 
 class AdapterBackwardCall(NamedTuple):
-    """The backward call: what came in, and what forward kept."""
+    """The backward call: the gradient of the output, the inputs, and what forward saved."""
 
     grad: Tensor  # (T, d)
     x: Tensor  # (T, d)
@@ -47,7 +47,7 @@ class AdapterBackwardCall(NamedTuple):
     rstd: Tensor  # (T,)
     preactivation: Tensor  # (T, r)
     activation: str
-    needs: list[bool]  # which of forward's eight tensors want a gradient
+    needs: list[bool]  # which of forward's eight tensors need a gradient
 
     @property
     def inputs(self) -> tuple[Tensor | None, ...]:
@@ -55,7 +55,7 @@ class AdapterBackwardCall(NamedTuple):
         return self[1:9]
 
     def wanted(self, gradients: dict[str, Tensor]) -> list[Tensor]:
-        """Of the gradients by name those that ``needs`` asks for, in order and in the dtype of what they are of."""
+        """Select the gradients listed in ``needs``, in order, each in the dtype of its input."""
         return [
             gradients[name].to(tensor.dtype).contiguous()
             for name, tensor, needed in zip(self._fields[1:9], self.inputs, self.needs, strict=True)

@@ -1,16 +1,15 @@
-"""The adapter on CPUs: PyTorch's own fused operators, put together as measured best; few tokens forward in C++.
+"""The adapter on CPUs: PyTorch's fused operators, in the combination measured fastest. Small M runs forward in C++.
 
-The C++ of csrc/adapter reads each weight once, as fast as memory is, and goes back over the LayerNorm in a pass.
-Elsewhere LayerNorm is ATen's kernel, the products
-are oneDNN's, and the up-projection adds bias and residual before it writes: with scale * (a Wu^T + bu) = (scale * a)
-Wu^T + scale * bu the scale costs a pass over the bottleneck, not over the full width. Backward recomputes the LayerNorm
-and the activation, both cheap beside a product. The gradient of the scale is sum(grad * (a Wu^T)) = sum((grad Wu) * a).
-Contracts as in reference.py, whose products run in the dtype of the weights too. Shapes: T tokens, width d, bottleneck
-r.
+The C++ of csrc/adapter (small M forward, LayerNorm backward) reads each weight once, at memory bandwidth, and computes
+LayerNorm's backward in one pass. Otherwise LayerNorm is ATen's kernel and the products are oneDNN's. The up-projection
+adds bias and residual before it writes: with scale * (a Wu^T + bu) = (scale * a) Wu^T + scale * bu, the scale costs one
+pass over the bottleneck instead of one over the full width. Backward recomputes LayerNorm's output and the activation,
+both cheap compared with a product. The gradient of the scale is sum(grad * (a Wu^T)) = sum((grad Wu) * a). Dtypes are
+as in reference.py: products run in the dtype of the weights. Shapes: T tokens, width d, bottleneck r.
 
-The oneDNN call can also apply the activation, which would save the inference path a pass. Measured (Zen 4, d=1024,
-r=512, T=64, 512, 2048) that is 1.01, 1.00, 1.00 times as fast in fp32 and 1.07, 1.01, 1.01 in bf16: no second operator
-for that.
+oneDNN can also fuse the activation, which would save one pass at inference. Measured on Zen 4 with d=1024, r=512,
+T=64, 512, 2048, this is 1.01, 1.00, 1.00 times as fast in fp32 and 1.07, 1.01, 1.01 times in bf16. That is too little
+for a second operator.
 """
 
 from typing import TypeVar
@@ -25,11 +24,12 @@ from lynx_kernels.ops.adapter.activations import ACTIVATION_GRADIENTS, ACTIVATIO
 from lynx_kernels.ops.adapter.call import AdapterBackwardCall, AdapterCall
 
 _DTYPES = (torch.float32, torch.bfloat16)
-# Below this many, a product of fp32 with a small weight is PyTorch's (lynx_kernels.backends.onednn says how small).
-_FEW_TOKENS = 64
+# Below this many tokens, fp32 products with a small weight use PyTorch's matmul (backends/onednn.py: SMALL_WEIGHT).
+_SMALL_M = 64
 
-# Up to here the C++ form wins. On Zen 4 with two threads and cold weights, d=1024, r=512, T = 1, 16, 64, eager takes
-# 1.9, 2.7, 1.25 times its time in fp32 and 2.1, 1.7, 1.05 times in bf16; the form below 0.8-1.1 times everywhere.
+# The C++ form runs up to this many tokens, because it is fastest there. Measured on Zen 4, two threads, cold weights,
+# d=1024, r=512, T = 1, 16, 64: eager takes 1.9, 2.7, 1.25 times its time in fp32 and 2.1, 1.7, 1.05 times in bf16. The
+# form below takes 0.8-1.1 times the time of eager.
 _COMPILED_TOKENS = 64
 
 _T = TypeVar("_T", Tensor, Tensor | None)
@@ -46,45 +46,45 @@ def unsupported_reason(call: AdapterCall) -> str | None:
         compute = torch.get_autocast_dtype("cpu")
     for name, dtype in (("x", call.x.dtype), ("the products", compute)):
         if dtype not in _DTYPES:
-            return f"computes in fp32 and bf16, {name} would be {dtype}"
+            return f"it computes in fp32 and bf16, and {name} would be {dtype}"
     if compute == torch.bfloat16 and not onednn.HAS_BF16:
-        return "oneDNN has no bf16 on this processor"
+        return "oneDNN does not support bf16 on this CPU"
     return None
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if x.dtype == torch.float32 and x.shape[0] < _FEW_TOKENS and weight.numel() <= onednn.SMALL_WEIGHT:
+    if x.dtype == torch.float32 and x.shape[0] < _SMALL_M and weight.numel() <= onednn.SMALL_WEIGHT:
         return F.linear(x, weight, bias)
     return onednn.linear(x, weight, bias)
 
 
 def _cast(tensor: _T, dtype: torch.dtype) -> _T:
-    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)  # asking first spares 1 us
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)  # this check saves 1 us
 
 
 def forward(call: AdapterCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the output (T, d) and what backward needs: mean (T,), rstd (T,) and the pre-activation (T, r)."""
     x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, scale, eps, activation = call
     compute = down_weight.dtype
-    is_few = x.shape[0] <= _COMPILED_TOKENS
-    if is_few and cpu_backend.module is not None and down_weight.is_contiguous() and up_weight.is_contiguous():
+    is_small_m = x.shape[0] <= _COMPILED_TOKENS
+    if is_small_m and cpu_backend.module is not None and down_weight.is_contiguous() and up_weight.is_contiguous():
         return _compiled_forward(call)
     stream = _cast(x, torch.promote_types(x.dtype, compute)).contiguous()
-    scale = scale.reshape(())  # without dimensions it multiplies a tensor of any dtype unrounded
+    scale = scale.reshape(())  # a 0-dim tensor multiplies any dtype without being rounded to it
     if norm_weight is None:
         normalized, mean, rstd = stream, x.new_empty(0, dtype=torch.float32), x.new_empty(0, dtype=torch.float32)
     else:
-        # Its weights in fp32 make LayerNorm keep its statistics in fp32.
+        # With fp32 weights ATen keeps LayerNorm's statistics in fp32.
         normalized, mean, rstd = torch.native_layer_norm(
             stream, stream.shape[1:], _cast(norm_weight, torch.float32), _cast(norm_bias, torch.float32), eps
         )  # (T, d), (T, 1), (T, 1)
     up_bias = _cast(up_bias, compute)
     preactivation = _linear(_cast(normalized, compute), down_weight, _cast(down_bias, compute))  # (T, r)
     activated = ACTIVATIONS[activation](preactivation)  # (T, r)
-    if stream.dtype == compute and x.shape[0] >= _FEW_TOKENS:
+    if stream.dtype == compute and x.shape[0] >= _SMALL_M:
         up_bias = None if up_bias is None else scale * up_bias
         out = onednn.linear_add(activated.mul_(scale), up_weight, up_bias, stream)
-    else:  # few tokens: one pass over the output is quicker than the two small operations before the product
+    else:  # small M: one pass over the output is faster than two small operations before the product
         up = _cast(_linear(activated, up_weight, up_bias), stream.dtype)  # (T, d)
         out = torch.addcmul(stream, up, scale, out=up)
     return _cast(out, x.dtype), mean.view(-1), rstd.view(-1), preactivation
@@ -95,25 +95,25 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def _numbers(tensor: Tensor | None) -> tuple[int, bool]:
-    """A contiguous tensor as the compiled module takes it."""
+    """Address of a contiguous tensor, and whether it is bf16: the form that the compiled module takes."""
     return (0, False) if tensor is None else (tensor.data_ptr(), tensor.dtype == torch.bfloat16)
 
 
 def _readable(tensor: _T) -> _T:
-    """As the compiled module can read it."""
+    """A contiguous tensor in fp32 or bf16, which the compiled module can read."""
     if tensor is None:
         return None
     return (tensor if tensor.dtype in _DTYPES else tensor.to(torch.float32)).contiguous()
 
 
 def _compiled_forward(call: AdapterCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """forward in C++; the weights are contiguous."""
+    """``forward`` in C++. The weights must be contiguous."""
     x, down_weight = call.x, call.down_weight
     (tokens, width), bottleneck = x.shape, down_weight.shape[0]
     statistics = 0 if call.norm_weight is None else tokens
     mean, rstd = x.new_empty(statistics, dtype=torch.float32), x.new_empty(statistics, dtype=torch.float32)
     out, preactivation = x.new_empty(tokens, width), down_weight.new_empty(tokens, bottleneck)
-    # The list keeps copies alive while their addresses are in use.
+    # The list keeps the copies alive while their addresses are in use.
     readable = [_readable(each) for each in call.tensors]
     cpu_backend.module.adapter_forward(
         (tokens, width, bottleneck), call.eps, call.activation, *map(_numbers, readable),
@@ -123,7 +123,7 @@ def _compiled_forward(call: AdapterCall) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 
 def backward(call: AdapterBackwardCall) -> list[Tensor]:
-    """Return the gradients that ``needs`` asks for, in order; the rest is not computed."""
+    """Return the gradients listed in ``needs``, in order. The others are not computed."""
     grad, x, norm_weight, norm_bias, down_weight, _, up_weight, up_bias, scale = call[:9]
     mean, rstd, preactivation, activation = call.mean, call.rstd, call.preactivation, call.activation
     needs_x, needs_norm, needs_norm_bias, needs_down, needs_down_bias, needs_up, needs_up_bias, needs_scale = call.needs
@@ -134,13 +134,13 @@ def backward(call: AdapterBackwardCall) -> list[Tensor]:
     grad_compute, factor = grad.to(compute), scale.reshape(())
     gradients: dict[str, Tensor] = {}
     if needs_up_bias or (needs_scale and up_bias is not None):
-        grad_sum = grad.sum(0)  # (d,), like every sum added up in fp32
+        grad_sum = grad.sum(0)  # (d,), accumulated in fp32 like every sum
     if needs_up_bias:
         gradients["up_bias"] = factor * grad_sum
     if needs_scale or needs_up:
         activated = ACTIVATIONS[activation](preactivation)  # (T, r)
     if needs_scale or needs_preactivation:
-        grad_activated = _linear(grad_compute, up_weight.t())  # (T, r), the scale not yet in it
+        grad_activated = _linear(grad_compute, up_weight.t())  # (T, r), not yet scaled
     if needs_scale:
         gradients["scale"] = (grad_activated.float() * activated).sum().reshape(scale.shape)
         if up_bias is not None:
@@ -167,7 +167,7 @@ def backward(call: AdapterBackwardCall) -> list[Tensor]:
 def _normalize(
     x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """LayerNorm's output (T, d) again."""
+    """Recompute LayerNorm's output (T, d)."""
     if cpu_backend.module is None:
         normalized = (x - mean[:, None]).mul_(rstd[:, None]).mul_(weight)
         return (normalized if bias is None else normalized.add_(bias)).to(dtype)
@@ -183,10 +183,10 @@ def _norm_backward(
     grad_normalized: Tensor, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor | None,
     needs: tuple[bool, ...],
 ) -> dict[str, Tensor]:  # fmt: skip
-    """LayerNorm's gradients, to that of x what comes past the adapter added: of x, weight and bias what ``needs`` asks.
+    """LayerNorm's gradients of x, weight and bias, as listed in ``needs``. That of x includes the residual's gradient.
 
-    ATen's own sums the gradients of weight and bias up in the dtype of x, which in bf16 was seen to be wrong by a fifth
-    over 8192 tokens, and takes two passes more.
+    ATen's backward accumulates the gradients of weight and bias in the dtype of x. In bf16 over 8192 tokens they were
+    seen to be wrong by a fifth. It also takes two more passes.
     """
     if cpu_backend.module is None:
         grad_x, *grads = torch.ops.aten.native_layer_norm_backward(

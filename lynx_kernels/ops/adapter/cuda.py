@@ -1,10 +1,10 @@
-"""The adapter for a few tokens in the CUDA C++ of csrc/adapter: two launches, forward only.
+"""The adapter for small M in the CUDA C++ of csrc/adapter: two launches, forward only.
 
-Each byte of the weights is read from memory once, in loads of 16 bytes (one number after another where rows do not
-start and end at multiples of 16 bytes), for 8 tokens at a time; further 8 tokens find them in L2. Every block computes
-the statistics of its tokens while its first weights are on their way. Products are of fp32 values: what LayerNorm gives
-is not rounded. No atomics: two runs agree bit by bit. x, weights, norms, biases and scale may be of any of fp32, fp16
-and bf16, as under autocast.
+Tokens are processed 8 at a time. The first 8 read each byte of the weights from memory once; the next 8 find it in L2.
+Loads are 16 bytes wide (one value each where rows do not start and end at multiples of 16 bytes). Every block computes
+the statistics of its tokens while its first weights are being loaded. Products are of fp32 values: LayerNorm's output
+is not rounded. No atomics: two runs agree bit by bit. x, weights, norms, biases and scale may each be fp32, fp16 or
+bf16, as under autocast.
 """
 
 import torch
@@ -17,11 +17,11 @@ from lynx_kernels.ops.adapter.call import AdapterCall
 
 _ACTIVATIONS = tuple(ACTIVATIONS)  # in the order of csrc/adapter/activations.h
 MAX_TOKENS = 64
-# Up to here it runs unasked, by bytes of a weight. A weight is multiplied once for every token, in fp32, by the plain
-# units of a multiprocessor. An H200 has 132 of them with 128 products a clock, 30 T a second at 1.75 GHz, and reads 4.8
-# TB/s, 2.4 T weights of 2 bytes: 12 products a weight take as long as reading it. A third more instructions load,
-# convert and add up, so 8 tokens fill that time. Weights of 4 bytes come half as fast. Beyond, Triton's tensor cores
-# keep up. A guess, as is that this form is the faster one below: no GPU has run either.
+# Bytes of a weight value -> the most tokens for which it is preferred. Each weight value is multiplied once per token,
+# in fp32, without tensor cores. An H200 has 132 multiprocessors with 128 products per clock: 30 T products/s at 1.75
+# GHz. It reads 4.8 TB/s, or 2.4 T values/s of 2 bytes. So 12 products take as long as reading their value. Loads,
+# conversions and additions take a third more instructions, so 8 tokens fill the time. Values of 4 bytes arrive at half
+# the rate. With more tokens Triton's tensor cores are faster. This is an estimate: neither form has run on a GPU.
 PREFERRED_TOKENS = {2: 8, 4: 16}
 
 
@@ -30,22 +30,22 @@ def unsupported_reason(call: AdapterCall) -> str | None:
     if why := dispatch.gradient_unsupported_reason("the CUDA kernels of the adapter", *call.tensors):
         return why
     if any(each is not None and each.dtype == torch.float64 for each in call.tensors):
-        return "the CUDA kernels add up in fp32, and an argument is fp64"
+        return "the CUDA kernels accumulate in fp32, and an argument is fp64"
     if 0 in call.down_weight.shape:
         return f"down_weight is empty: {tuple(call.down_weight.shape)}"
     if (tokens := _tokens(call.x)) > MAX_TOKENS:
-        return f"the CUDA kernels take up to {MAX_TOKENS} tokens, x has {tokens}"
+        return f"the CUDA kernels take at most {MAX_TOKENS} tokens, and x has {tokens}"
     return cuda_backend.MISSING
 
 
 def not_preferred_reason(call: AdapterCall) -> str | None:
-    """Why it runs only when named, or None."""
+    """Why it runs only when named by ``impl=``, or None."""
     compute, device_type = call.down_weight.dtype, call.x.device.type
     if torch.is_autocast_enabled(device_type):
         compute = torch.get_autocast_dtype(device_type)
     most, tokens = PREFERRED_TOKENS[compute.itemsize], _tokens(call.x)
     if tokens > most:
-        return f"beyond {most} tokens, and x has {tokens}, plain products are taken to be slower than tensor cores"
+        return f"x has {tokens} tokens, and above {most} tensor cores are expected to be faster"
     return None
 
 

@@ -1,9 +1,9 @@
-"""The definition of the adapter, in plain PyTorch.
+"""The reference implementation of the adapter, in plain PyTorch.
 
     y = x + scale * (act(LayerNorm(x) Wd^T + bd) Wu^T + bu)
 
-Products run in the dtype of the weights, statistics and the residual sum in fp32 (fp64 for fp64 inputs), and the
-output has the dtype of x. Shapes: T tokens, width d, bottleneck r.
+Products run in the dtype of the weights. Statistics and the residual sum are in fp32 (fp64 for fp64 inputs). The output
+has the dtype of x. Shapes: T tokens, width d, bottleneck r.
 """
 
 import torch
@@ -23,12 +23,12 @@ def forward(call: AdapterCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the output (T, d) and what backward needs: mean (T,), rstd (T,) and the pre-activation (T, r)."""
     x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, scale, eps, activation = call
     compute = down_weight.dtype
-    x_wide = x.to(acc_dtype(x.dtype))
-    mean, rstd = _statistics(x_wide, eps, norm_weight is not None)
-    normalized = _normalize(x_wide, mean, rstd, norm_weight, norm_bias).to(compute)  # (T, d)
+    x_acc = x.to(acc_dtype(x.dtype))
+    mean, rstd = _statistics(x_acc, eps, norm_weight is not None)
+    normalized = _normalize(x_acc, mean, rstd, norm_weight, norm_bias).to(compute)  # (T, d)
     preactivation = F.linear(normalized, down_weight, _cast(down_bias, compute))  # (T, r)
     up = F.linear(ACTIVATIONS[activation](preactivation), up_weight, _cast(up_bias, compute))  # (T, d)
-    out = x_wide + scale.to(x_wide.dtype) * up.to(x_wide.dtype)
+    out = x_acc + scale.to(x_acc.dtype) * up.to(x_acc.dtype)
     return out.to(x.dtype).contiguous(), mean, rstd, preactivation
 
 
@@ -36,8 +36,8 @@ def _statistics(x: Tensor, eps: float, has_norm: bool) -> tuple[Tensor, Tensor]:
     if not has_norm:
         return x.new_empty(0), x.new_empty(0)
     mean = x.mean(-1)  # (T,)
-    mean = mean + (x - mean[:, None]).mean(-1)  # where |mean| >> std the first one is not exact enough
-    variance = (x - mean[:, None]).square().mean(-1)  # two passes: the one-pass form fails where |mean| >> std
+    mean = mean + (x - mean[:, None]).mean(-1)  # where |mean| >> std, the first mean is not exact enough
+    variance = (x - mean[:, None]).square().mean(-1)  # E[x^2] - mean^2 would cancel where |mean| >> std
     return mean, torch.rsqrt(variance + eps)
 
 
@@ -49,7 +49,7 @@ def _normalize(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bia
 
 
 def backward(call: AdapterBackwardCall) -> list[Tensor]:
-    """Return the gradients that ``needs`` asks for, in order; the rest is not computed."""
+    """Return the gradients listed in ``needs``, in order. The others are not computed."""
     grad, x, norm_weight, norm_bias, down_weight, _, up_weight, up_bias, scale = call[:9]
     mean, rstd, preactivation = call.mean, call.rstd, call.preactivation
     needs_x, needs_norm, needs_norm_bias, needs_down, needs_down_bias, needs_up, needs_up_bias, needs_scale = call.needs
@@ -57,7 +57,7 @@ def backward(call: AdapterBackwardCall) -> list[Tensor]:
     x = x.to(acc_dtype(x.dtype))
     grad = grad.to(x.dtype)
     activated = ACTIVATIONS[call.activation](preactivation)  # (T, r)
-    grad_up = (scale.to(grad.dtype) * grad).to(compute)  # (T, d), into the up-projection's output
+    grad_up = (scale.to(grad.dtype) * grad).to(compute)  # (T, d), the gradient of the up-projection's output
     grad_preactivation = ACTIVATION_GRADIENTS[call.activation](grad_up @ up_weight, preactivation)  # (T, r)
     gradients = {}
     if needs_scale:

@@ -1,7 +1,7 @@
-"""What prefix_attention and cross_attention share on CPUs: checks, allocations, the calls of csrc/attention_common.
+"""CPU code that prefix_attention and cross_attention share: checks, allocations, calls into csrc/attention_common.
 
-fp32, and bf16 with fp32 sums; mixed inputs are computed in the dtype they promote to. The kernels take any strides but
-of the head dimension, so slices and transposed views are not copied.
+Computes in fp32, or in bf16 with fp32 accumulation. Mixed inputs use the dtype they promote to. The kernels need unit
+stride only along the head dimension, so slices and transposed views are not copied.
 """
 
 from typing import Any
@@ -22,32 +22,32 @@ def unsupported_reason(call: Any) -> str | None:
     if torch.is_autocast_enabled("cpu") and dtype != torch.float64:
         dtype = torch.get_autocast_dtype("cpu")
     if dtype not in _DTYPES:
-        return f"computes in fp32 and bf16, this call would be in {dtype}"
+        return f"it computes in fp32 and bf16, and this call would be in {dtype}"
     return None
 
 
 def common_dtype(first: Tensor, *others: Tensor) -> torch.dtype:
-    """The dtype that a call of mixed dtypes is computed in."""
+    """The dtype in which a call with these tensors is computed."""
     dtype = first.dtype
     for each in others:
-        if each.dtype != dtype:  # asking first spares 0.3 us
+        if each.dtype != dtype:  # this check saves 0.3 us
             dtype = torch.promote_types(dtype, each.dtype)
     return dtype
 
 
 def prepare(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """As the compiled module can read it."""
-    tensor = tensor if tensor.dtype == dtype else tensor.to(dtype)  # asking first spares 1 us
+    """The tensor in ``dtype`` with unit stride along the last dimension, as the compiled module needs it."""
+    tensor = tensor if tensor.dtype == dtype else tensor.to(dtype)  # this check saves 1 us
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _view(tensor: Tensor) -> tuple[int, int, int]:
-    """(rows, heads, head dimension) as the compiled module takes it."""
+    """Address and strides of a (rows, heads, head dimension) tensor, as the compiled module takes them."""
     return tensor.data_ptr(), tensor.stride(0), tensor.stride(1)
 
 
 def forward(layout: Any, call: Any) -> tuple[Tensor, Tensor]:
-    """Return the output (Q, H, D) and the LSE (Q, H) of a call whose layout the compiled module knows as ``layout``."""
+    """Return the output (Q, H, D) and the LSE (Q, H). ``layout`` is the compiled module's object for the layout."""
     q, k, v = call.floats
     dtype = common_dtype(q, k, v)
     out, lse = q.new_empty(q.shape, dtype=dtype), q.new_empty(q.shape[:2], dtype=torch.float32)
@@ -60,7 +60,7 @@ def forward(layout: Any, call: Any) -> tuple[Tensor, Tensor]:
 
 
 def backward(layout: Any, call: Any, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Return the gradients of q, k and v. They are written to ``gradients``, of the dtype that is computed in."""
+    """Return the gradients of q, k and v. Computes in the dtype of ``gradients`` and writes the results there first."""
     q, k, v, dtype = call.q, call.k, call.v, gradients[0].dtype
     grad = torch.zeros_like(call.out, dtype=dtype) if call.grad is None else call.grad
     grad, out, queries, keys, values = (prepare(each, dtype) for each in (grad, call.out, q, k, v))

@@ -1,4 +1,4 @@
-"""What the three attentions share: their checks, and their registration as operators."""
+"""Checks and operator registration that the three attention operations share."""
 
 from collections.abc import Callable
 from typing import Any, get_type_hints
@@ -13,15 +13,15 @@ from lynx_kernels.backends.registration import autocast_to, define
 
 
 def define_attention(operation: dispatch.Operation, num_floats: int) -> Callable:
-    """Register an attention, forward and backward, and return what runs the forward operator.
+    """Register an attention operation, forward and backward. Return a function that runs the forward operator.
 
     Args:
-        operation: its calls begin with ``num_floats`` differentiable tensors, queries first. Its backward calls hold
-            the gradients and the values of both results, then all that the call holds.
-        num_floats: how many.
+        operation: its call starts with the differentiable tensors, queries first. Its backward call holds the gradients
+            of both results, then both results, then all fields of the call.
+        num_floats: the number of differentiable tensors.
 
     Returns:
-        A function of a call's fields and the implementation's name, which gives the output and the LSE.
+        A function of a call's fields and the name of the implementation; it returns the output and the LSE.
     """
     fields = operation.call._fields
     num_tensors = sum(annotation is Tensor for annotation in get_type_hints(operation.call).values())
@@ -63,7 +63,7 @@ def define_attention(operation: dispatch.Operation, num_floats: int) -> Callable
 
 
 def _fit(num_dimensions: int, q: Tensor, keys_and_values: tuple[Tensor, ...]) -> bool:
-    """Whether nothing is wrong, and dtypes are alike: a third of the time that it takes to look for what is wrong."""
+    """Whether everything is valid and all dtypes are equal. Takes a third of the time of the full checks."""
     shape, heads = q.shape, keys_and_values[0].shape[-2:]
     if type(q) not in dispatch.PLAIN_TENSORS or q.dtype not in dispatch.FLOATING or len(shape) != num_dimensions:
         return False
@@ -76,11 +76,12 @@ def _fit(num_dimensions: int, q: Tensor, keys_and_values: tuple[Tensor, ...]) ->
 
 
 def check_heads(operation: str, num_dimensions: int, q: Tensor, **keys_and_values: Tensor) -> None:
-    """Raise unless q (..., H, D) and every key or value (..., Hkv, D) fit together.
+    """Check that q (..., H, D) and every key or value (..., Hkv, D) are valid and match.
 
     Raises:
-        TypeError: a tensor is not floating point, or a DTensor; or fp64 is mixed with narrower dtypes.
-        ValueError: ranks, devices, head dimensions or head counts do not fit; the message names the argument.
+        TypeError: a tensor is not floating point or is a DTensor, or fp64 is mixed with narrower dtypes.
+        ValueError: dimensions, devices, head dimensions or numbers of heads do not match; the message names the
+            argument.
     """
     if _fit(num_dimensions, q, tuple(keys_and_values.values())):
         return
@@ -90,29 +91,32 @@ def check_heads(operation: str, num_dimensions: int, q: Tensor, **keys_and_value
     dispatch.require_same_device(operation, q.device, **keys_and_values)
     for name, tensor in keys_and_values.items():
         if (tensor.dtype == torch.float64) != (q.dtype == torch.float64):
-            raise TypeError(f"{operation}: {name} is {tensor.dtype} and q {q.dtype}, but fp64 does not mix")
+            raise TypeError(
+                f"{operation}: {name} is {tensor.dtype} and q is {q.dtype}; fp64 cannot be mixed, use one dtype"
+            )
     for name, tensor in tensors.items():
         if tensor.dim() != num_dimensions:
             raise ValueError(
                 f"{operation}: {name} has shape {tuple(tensor.shape)}, expected {num_dimensions} dimensions, the last "
-                "two heads and head dimension"
+                "two being heads and head dimension"
             )
     num_kv_heads = next(iter(keys_and_values.values())).shape[-2]
     for name, tensor in keys_and_values.items():
         if tensor.shape[-1] != q.shape[-1]:
             raise ValueError(f"{operation}: {name} has head dimension {tensor.shape[-1]}, q has {q.shape[-1]}")
         if tensor.shape[-2] != num_kv_heads:
-            raise ValueError(f"{operation}: {name} has {tensor.shape[-2]} heads, the other keys {num_kv_heads}")
+            raise ValueError(f"{operation}: {name} has {tensor.shape[-2]} heads, the other keys have {num_kv_heads}")
     if q.shape[-1] == 0:
         raise ValueError(f"{operation}: q has head dimension 0")
     if num_kv_heads == 0 or q.shape[-2] % num_kv_heads != 0:
         raise ValueError(
-            f"{operation}: q has {q.shape[-2]} heads, which is no multiple of the {num_kv_heads} of the keys"
+            f"{operation}: q has {q.shape[-2]} heads, which is not a multiple of the {num_kv_heads} heads of the keys; "
+            "use a number of query heads that the number of key heads divides"
         )
 
 
 def check_rows(operation: str, layout: Tensor, **rows: tuple[Tensor, int]) -> None:
-    """Raise ValueError unless the layout is on the tensors' device and describes as many rows as each of them has."""
+    """Raise ValueError unless the layout is on the tensors' device and each tensor has the expected number of rows."""
     for name, (tensor, expected) in rows.items():
         dispatch.require_same_device(operation, tensor.device, layout=layout)
         if tensor.shape[0] != expected:
@@ -120,12 +124,12 @@ def check_rows(operation: str, layout: Tensor, **rows: tuple[Tensor, int]) -> No
 
 
 def resolve_scale(scale: float | None, q: Tensor) -> float:
-    """``scale``, or 1 / sqrt(D) where it is None."""
+    """``scale``, or 1 / sqrt(D) if it is None."""
     return q.shape[-1] ** -0.5 if scale is None else float(scale)
 
 
 def triton_unsupported_reason(call: Any) -> str | None:
     """Why the Triton kernels cannot take the call, or None if they can."""
     if (head_dim := call.q.shape[-1]) > 256:
-        return f"Triton attention holds a head in one tile of at most 256 columns, and head_dim is {head_dim}"
+        return f"the Triton kernels support head_dim up to 256, and it is {head_dim}"
     return triton_backend.unsupported_reason(*call.floats)

@@ -1,11 +1,11 @@
-"""What the definitions of the three attentions share: one equation, in plain PyTorch.
+"""The equation that the references of the three attention operations share, in plain PyTorch.
 
     S = scale * Q K^T where the query sees the key, -inf elsewhere
     LSE = log sum_k exp(S)        P = exp(S - LSE)        out = P V
 
 Everything is computed in at least fp32 (fp64 for fp64). A query that sees no key has output 0, LSE -inf and gradient 0.
-Blocks of one shape are computed together. The loops over shapes read the layout's table on the host, which costs a
-device a wait; the kernels do not.
+Blocks of equal shape are computed together. The loops over shapes read the layout's table on the host, which
+synchronises a GPU; the kernels do not.
 Shapes: H query heads share Hkv key heads in groups of H / Hkv; D is the head dimension.
 """
 
@@ -16,16 +16,16 @@ from torch import Tensor
 
 from lynx_kernels.backends.dtypes import acc_dtype
 
-_MAX_CELLS = 2**18  # pairs of query and key, a head, that are computed at once: bounds the memory
+_MAX_CELLS = 2**18  # pairs of query and key per head and batch; limits the memory
 
 
 def _grouped(tensor: Tensor, num_kv_heads: int) -> Tensor:
-    """(..., Q, H, D) -> (..., Q, Hkv, H / Hkv, D) in the wide dtype."""
+    """(..., Q, H, D) -> (..., Q, Hkv, H / Hkv, D) in the accumulation dtype."""
     return tensor.to(acc_dtype(tensor.dtype)).unflatten(-2, (num_kv_heads, -1))
 
 
 def _scores(q: Tensor, k: Tensor, visible: Tensor, scale: float) -> Tensor:
-    """(..., Hkv, H / Hkv, Q, K): S of the equation above."""
+    """S of the module docstring, (..., Hkv, H / Hkv, Q, K)."""
     scores = scale * torch.einsum("...qhgd,...khd->...hgqk", _grouped(q, k.shape[-2]), k.to(acc_dtype(k.dtype)))
     return scores.masked_fill(~visible[..., None, None, :, :], float("-inf"))
 
@@ -37,7 +37,7 @@ def attend(
     visible: Tensor,  # (..., Q, K) bool
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return the output (..., Q, H, D) in the dtype of q, and the LSE (..., Q, H) in the wide dtype."""
+    """Return the output (..., Q, H, D) in the dtype of q, and the LSE (..., Q, H) in the accumulation dtype."""
     scores = _scores(q, k, visible, scale)
     lse = scores.logsumexp(-1)  # (..., Hkv, H / Hkv, Q)
     weights = torch.exp(scores - lse.masked_fill(lse.isneginf(), 0)[..., None])
@@ -56,7 +56,7 @@ def attend_backward(
     visible: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k and v in the wide dtype.
+    """Return the gradients of q, k and v in the accumulation dtype.
 
     dV = P^T dO        dS = P * (dO V^T - (rowsum(dO * O) - dLSE))        dQ = scale dS K        dK = scale dS^T Q
     """
@@ -76,14 +76,14 @@ def attend_backward(
     return grad_q, grad_k, grad_v
 
 
-def part_of(tensor: Tensor | None, rows: Tensor) -> Tensor | None:
+def take_rows(tensor: Tensor | None, rows: Tensor) -> Tensor | None:
     return None if tensor is None else tensor[rows]
 
 
 def batches_of_shape(
     starts_by_shape: Mapping[tuple[int, int], list], device: torch.device
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """Yield the shape (queries, keys) and the starts of blocks of one shape, as many as a batch may hold."""
+    """Yield (queries, keys, starts) for batches of blocks of equal shape, each batch as large as memory allows."""
     for (queries, keys), starts in starts_by_shape.items():
         for batch in torch.tensor(starts, device=device).split(max(1, _MAX_CELLS // max(1, queries * keys))):
             yield queries, keys, batch

@@ -1,4 +1,4 @@
-"""Who sees whom, as kernels read it: the table of a PackedLayout or of a SpanLayout."""
+"""The table of a PackedLayout or of a SpanLayout, as the kernels read it."""
 
 from typing import NamedTuple
 
@@ -6,18 +6,18 @@ from torch import Tensor
 
 
 class Table(NamedTuple):
-    """The segments of a PackedLayout, or those of a SpanLayout with its inverse."""
+    """The segments of a PackedLayout, or the segments and the inverse table of a SpanLayout."""
 
     segments: Tensor
     root_is_causal: bool = False
-    inverse: tuple[Tensor, Tensor] | None = None  # tile_offsets and tile_segments, which only gradients read
+    inverse: tuple[Tensor, Tensor] | None = None  # tile_offsets and tile_segments, used only for gradients
 
     @property
     def num_segments(self) -> int:
-        """How many segments of queries there are."""
+        """The number of query segments."""
         return self.segments.shape[0] - 1
 
     @property
     def has_spans(self) -> bool:
-        """Whether it is of a SpanLayout."""
+        """Whether it belongs to a SpanLayout."""
         return self.inverse is not None

@@ -1,4 +1,4 @@
-"""Attention of query segments to spans of other tokens, as their SpanLayout says."""
+"""Attention of query segments to spans of other tokens, described by a SpanLayout."""
 
 from typing import Literal, overload
 
@@ -80,22 +80,23 @@ def cross_attention(
     return_lse: bool = False,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Softmax attention in which every query sees the span of keys that ``layout`` gives its segment.
+    """Softmax attention in which every query sees the span of keys of its segment.
 
     Args:
         q: (Q, H, D), fp64, fp32, fp16 or bf16, any strides.
-        k, v: (K, Hkv, D); query head h reads key head ``h // (H / Hkv)``.
+        k, v: (K, Hkv, D); query head h uses key head ``h // (H / Hkv)``.
         layout: the segments of the Q queries and their spans of the K keys, on the same device.
-        scale: of the scores before the softmax, 1 / sqrt(D) by default.
-        return_lse: also return the log of each query's softmax denominator, differentiable; -inf over an empty span.
-        impl: an implementation by name; None takes the best that can run.
+        scale: factor on the scores before the softmax, 1 / sqrt(D) by default.
+        return_lse: also return the LSE, the log of each query's softmax denominator. Differentiable; -inf for an empty
+            span.
+        impl: the name of an implementation; None takes the best that can run.
 
     Returns:
-        (Q, H, D) in the dtype of q, 0 over an empty span; with ``return_lse`` also (Q, H) in fp32 (fp64 for fp64).
+        (Q, H, D) in the dtype of q, 0 for an empty span; with ``return_lse`` also (Q, H) in fp32 (fp64 for fp64).
 
     Raises:
-        ValueError: shapes or devices do not fit, or the layout describes other numbers of queries or keys.
-        TypeError: ``layout`` is no SpanLayout, a tensor is not floating point, or a DTensor.
+        ValueError: a shape or a device is invalid, or the layout has another number of queries or keys.
+        TypeError: ``layout`` is not a SpanLayout, or a tensor is not floating point or is a DTensor.
     """
     call = _call(q, k, v, layout, scale)
     out, lse = _OPERATOR(*call, OPERATION.choose(impl, call))

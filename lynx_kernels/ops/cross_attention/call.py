@@ -1,4 +1,4 @@
-"""A call of cross_attention, as its operators and every implementation take it.
+"""The arguments of cross_attention's operators and implementations.
 
 Q queries, K keys, H query heads, Hkv key heads, head dimension D.
 """
@@ -18,28 +18,28 @@ class CrossAttentionCall(NamedTuple):
     k: Tensor  # (K, Hkv, D)
     v: Tensor  # (K, Hkv, D)
     segments: Tensor  # SpanLayout.segments
-    tile_offsets: Tensor  # SpanLayout's inverse, from which GPUs take the gradients of keys
+    tile_offsets: Tensor  # SpanLayout's inverse table, which GPUs use for the gradients of keys
     tile_segments: Tensor
     scale: float
 
     @property
     def floats(self) -> tuple[Tensor, ...]:
-        """What is differentiable, queries first."""
+        """The differentiable tensors, queries first."""
         return self[:3]
 
     @property
     def device(self) -> torch.device:
-        """Where it runs."""
+        """The device it runs on."""
         return self.q.device
 
     @property
     def table(self) -> Table:
-        """Who sees whom."""
+        """The table that says which keys each query sees."""
         return Table(self.segments, inverse=(self.tile_offsets, self.tile_segments))
 
 
 class CrossAttentionBackwardCall(NamedTuple):
-    """The backward call: gradients and values of the results, then what came in."""
+    """The backward call: the gradients of the results, the results, then the inputs."""
 
     grad: Tensor | None  # (Q, H, D)
     grad_lse: Tensor | None  # (Q, H)
@@ -55,5 +55,5 @@ class CrossAttentionBackwardCall(NamedTuple):
 
     @property
     def table(self) -> Table:
-        """Who sees whom."""
+        """The table that says which keys each query sees."""
         return Table(self.segments, inverse=(self.tile_offsets, self.tile_segments))

@@ -1,4 +1,4 @@
-"""cross_attention on CPUs, in the C++ of csrc/attention_common, which cuts keys itself: the inverse is for GPUs."""
+"""cross_attention on CPUs, in the C++ of csrc/attention_common. It tiles keys itself and needs no inverse table."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def forward(call: CrossAttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def backward(call: CrossAttentionBackwardCall) -> tuple[Tensor, ...]:
-    """Return the gradients of q, k and v; of what sees nothing, or nothing sees, they are 0."""
+    """Return the gradients of q, k and v: 0 for queries that see no key and for keys that no query sees."""
     inputs = call.q, call.k, call.v
     dtype = common.common_dtype(*inputs)
     return common.backward(_layout(call), call, tuple(each.new_zeros(each.shape, dtype=dtype) for each in inputs))

@@ -1,4 +1,4 @@
-"""The definition of cross_attention, in plain PyTorch; the equation stands in attention_common/reference.py."""
+"""The reference of cross_attention, in plain PyTorch. attention_common/reference.py has the equation."""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from lynx_kernels.backends.dtypes import acc_dtype
-from lynx_kernels.ops.attention_common.reference import attend, attend_backward, batches_of_shape, part_of
+from lynx_kernels.ops.attention_common.reference import attend, attend_backward, batches_of_shape, take_rows
 from lynx_kernels.ops.cross_attention.call import CrossAttentionBackwardCall, CrossAttentionCall
 
 
 def _spans(segments: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield the segments of a span layout, n of one shape at once: queries (n, Q), keys (n, K), who sees whom: all."""
+    """Yield batches of n segments of equal shape: queries (n, Q), keys (n, K), and visibility (n, Q, K), all true."""
     starts: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for (query, key, key_end), (query_end, *_) in pairwise(segments.tolist()):
         starts.setdefault((query_end - query, key_end - key), []).append((query, key))
@@ -32,14 +32,14 @@ def forward(call: CrossAttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def backward(call: CrossAttentionBackwardCall) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k and v; keys seen by several segments sum theirs, keys seen by none get 0."""
+    """Return the gradients of q, k and v. A key sums over the segments that see it; a key that none sees gets 0."""
     grad, grad_lse, out, lse, q, k, v, segments, _, _, scale = call
     grad_q = q.new_empty(q.shape)
     grad_k, grad_v = (x.new_zeros(x.shape, dtype=acc_dtype(x.dtype)) for x in (k, v))
     for queries, keys, visible in _spans(segments):
-        results = part_of(grad, queries), part_of(grad_lse, queries), out[queries], lse[queries]
-        part_q, part_k, part_v = attend_backward(*results, q[queries], k[keys], v[keys], visible, scale)
-        grad_q[queries] = part_q.to(q.dtype)
-        grad_k.index_add_(0, keys.flatten(), part_k.flatten(0, 1))
-        grad_v.index_add_(0, keys.flatten(), part_v.flatten(0, 1))
+        results = take_rows(grad, queries), take_rows(grad_lse, queries), out[queries], lse[queries]
+        batch_q, batch_k, batch_v = attend_backward(*results, q[queries], k[keys], v[keys], visible, scale)
+        grad_q[queries] = batch_q.to(q.dtype)
+        grad_k.index_add_(0, keys.flatten(), batch_k.flatten(0, 1))
+        grad_v.index_add_(0, keys.flatten(), batch_v.flatten(0, 1))
     return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)

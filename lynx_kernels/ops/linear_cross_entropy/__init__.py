@@ -1,4 +1,4 @@
-"""The language model's loss, from its last hidden states: output head and cross entropy in one operation."""
+"""The loss of a language model from its last hidden states: output head and cross entropy in one operation."""
 
 from typing import Any
 
@@ -28,20 +28,22 @@ def _check(call: LossCall) -> None:
         raise ValueError(f"linear_cross_entropy: hidden has shape {tuple(hidden.shape)}, expected (T, d)")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[1]:
         raise ValueError(
-            f"linear_cross_entropy: weight has shape {tuple(weight.shape)}, expected (V, {hidden.shape[1]}) as "
+            f"linear_cross_entropy: weight has shape {tuple(weight.shape)}, expected (V, {hidden.shape[1]}), as "
             "wide as hidden"
         )
     if shift_labels.dim() != 1 or shift_labels.shape[0] != hidden.shape[0]:
         raise ValueError(
             f"linear_cross_entropy: shift_labels has shape {tuple(shift_labels.shape)}, expected "
-            f"({hidden.shape[0]},), one label a row of hidden"
+            f"({hidden.shape[0]},), one label per row of hidden"
         )
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"linear_cross_entropy: label_smoothing={label_smoothing}, expected 0 to 1")
     if reduction not in _REDUCTIONS:
         raise ValueError(f"linear_cross_entropy: reduction={reduction!r}, expected one of {_REDUCTIONS}")
     if num_items is not None and reduction != "mean":
-        raise ValueError(f"linear_cross_entropy: num_items is for reduction='mean', not {reduction!r}")
+        raise ValueError(
+            f"linear_cross_entropy: num_items needs reduction='mean', got {reduction!r}; omit it or use 'mean'"
+        )
     if isinstance(num_items, int | float) and num_items < 0:
         raise ValueError(f"linear_cross_entropy: num_items={num_items}, expected at least 0")
     if isinstance(num_items, Tensor) and num_items.dim() != 0:
@@ -51,14 +53,14 @@ def _check(call: LossCall) -> None:
 
 
 def _sum(call: LossCall) -> Tensor:
-    """The sum of the losses, by the operator that computes their gradients with them."""
+    """The sum of the losses, from the operator that computes the gradients in forward."""
     needs = [torch.is_grad_enabled() and each.requires_grad for each in (call.hidden, call.weight)]
-    at_most = call.shift_labels.shape[0] if call.max_supervised is None else call.max_supervised
-    return _SUM(*LossSumCall(*call[:5], at_most, needs), "chunked")[0]
+    max_supervised = call.shift_labels.shape[0] if call.max_supervised is None else call.max_supervised
+    return _SUM(*LossSumCall(*call[:5], max_supervised, needs), "chunked")[0]
 
 
 def _losses(call: LossCall) -> Tensor:
-    """The loss of each row, or their sum."""
+    """The loss of each row, or the sum of all."""
     losses = _LOSSES(*call[:5], "reference")
     return losses if call.reduction == "none" else losses.sum()
 
@@ -88,39 +90,38 @@ def linear_cross_entropy(
 ) -> Tensor:
     """``cross_entropy(hidden @ weight.T, shift_labels)`` at the supervised rows, without the (T, V) logits.
 
-    A head with a bias, a soft cap or a logit scale is another function: compute its logits and their loss plainly.
+    A head with a bias, a soft cap or a logit scale is not supported. Compute its logits and their loss directly.
 
     Args:
         hidden: (T, d), fp64, fp32, fp16 or bf16.
-        weight: (V, d), fp64, fp32, fp16 or bf16, of the output head.
+        weight: (V, d), fp64, fp32, fp16 or bf16, the weight of the output head.
         shift_labels: (T,) int64, the target of each row, already shifted: in [0, V), or ignore_index.
         label_smoothing: in [0, 1], as in ``torch.nn.functional.cross_entropy``.
-        ignore_index: the label of rows that are not supervised. They may hold anything, nan included: their loss and
-            their gradient are 0.
-        reduction: ``"mean"`` divides the sum by the number of supervised rows, ``"sum"`` does not, ``"none"`` gives
-            each row's loss.
-        num_items: a number or a tensor of shape (), for ``"mean"``: divide by it instead (transformers'
+        ignore_index: the label of unsupervised rows. Their loss and gradient are 0, even if hidden holds NaN there.
+        reduction: ``"mean"`` divides the sum by the number of supervised rows, ``"sum"`` does not, ``"none"`` returns
+            the loss of each row.
+        num_items: a number or a tensor of shape (). ``"mean"`` divides by it instead (transformers'
             ``num_items_in_batch``).
-        max_supervised: at least the number of supervised rows, where it is known on the host, which builds the batch.
-            On a device, whose labels the host does not read, only so many rows then reach the projection, else all do;
-            on CPUs the supervised rows are counted, and the bound is only checked.
-        impl: an implementation by name; None takes the best that can run.
+        max_supervised: an upper bound of the number of supervised rows, if the host knows one when it builds the
+            batch. The host does not read labels on a GPU. There only this many rows reach the projection; without the
+            bound all rows do. On CPUs the supervised rows are counted, and the bound is only checked.
+        impl: the name of an implementation; None takes the best that can run.
 
-    A mean over 0 divides by 1, so that without a supervised row the loss and its gradients are 0, not nan. Logits
-    and loss are in fp32, or fp64 if an input is (``"chunked"`` on CPUs rounds bf16 logits to bf16); under autocast
-    hidden and weight are cast to its dtype first. A frozen weight's gradient is not computed. ``"chunked"``, for
-    ``"mean"`` and ``"sum"``, computes the gradients that are wanted in forward and saves them for backward: (T, d) in
-    hidden's dtype and, where the weight trains, (V, d) in its own, in fp32 for fp16. ``"reference"`` saves nothing but
-    the arguments.
+    A mean over 0 items divides by 1, so that without supervised rows the loss and its gradients are 0, not NaN. Logits
+    and loss are in fp32, or fp64 if an input is fp64 (``"chunked"`` on CPUs rounds bf16 logits to bf16). Under autocast
+    hidden and weight are first cast to its dtype. The gradient of a frozen weight is not computed. ``"chunked"``, for
+    ``"mean"`` and ``"sum"``, computes the needed gradients in forward and saves them for backward: (T, d) in hidden's
+    dtype and, if the weight trains, (V, d) in the weight's dtype (fp32 for fp16). ``"reference"`` saves only the
+    arguments.
 
     Returns:
-        () or, with ``"none"``, (T,), in fp32, or fp64 if an input is.
+        () or, with ``"none"``, (T,), in fp32, or fp64 if an input is fp64.
 
     Raises:
-        ValueError: shapes, devices or an option do not fit; the message names the argument.
+        ValueError: a shape, a device or an option is invalid; the message names the argument.
         TypeError: an argument has the wrong dtype or is a DTensor.
-        IndexError: a label is out of range. On a device, whose values the host does not read, the device asserts
-            instead, as it does for max_supervised.
+        IndexError: a label is out of range. On a GPU this is a device-side assertion, and so is a violated
+            max_supervised.
     """
     call = LossCall(
         hidden, weight, shift_labels, label_smoothing, ignore_index, reduction, num_items, max_supervised

@@ -1,4 +1,4 @@
-"""Calls of linear_cross_entropy: the operation's own, and those of its two operators.
+"""The arguments of linear_cross_entropy and of its two operators.
 
 T rows, width d, vocabulary V.
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class LossCall(NamedTuple):
-    """What is asked for: by this an implementation is chosen."""
+    """The call of the operation. It chooses the implementation."""
 
     hidden: Tensor  # (T, d)
     weight: Tensor  # (V, d)
@@ -23,12 +23,12 @@ class LossCall(NamedTuple):
 
     @property
     def device(self) -> torch.device:
-        """Where it runs."""
+        """The device it runs on."""
         return self.hidden.device
 
 
 class LossesCall(NamedTuple):
-    """The operator that gives each row's loss."""
+    """The operator that returns the loss of each row."""
 
     hidden: Tensor
     weight: Tensor
@@ -38,7 +38,7 @@ class LossesCall(NamedTuple):
 
 
 class LossesBackwardCall(NamedTuple):
-    """Its backward."""
+    """The backward of LossesCall."""
 
     grad: Tensor  # (T,)
     hidden: Tensor
@@ -46,16 +46,16 @@ class LossesBackwardCall(NamedTuple):
     shift_labels: Tensor
     label_smoothing: float
     ignore_index: int
-    needs: list[bool]  # which of hidden and weight want a gradient
+    needs: list[bool]  # which of hidden and weight need a gradient
 
 
 class LossSumCall(NamedTuple):
-    """The operator that gives the sum of the losses, and its gradients with it."""
+    """The operator that returns the sum of the losses together with its gradients."""
 
     hidden: Tensor
     weight: Tensor
     shift_labels: Tensor
     label_smoothing: float
     ignore_index: int
-    max_supervised: int  # at least the number of supervised rows
-    needs: list[bool]  # which of hidden and weight want a gradient
+    max_supervised: int  # upper bound of the number of supervised rows
+    needs: list[bool]  # which of hidden and weight need a gradient

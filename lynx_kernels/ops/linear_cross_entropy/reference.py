@@ -1,9 +1,9 @@
-"""The definition of linear_cross_entropy, in plain PyTorch.
+"""The reference of linear_cross_entropy, in plain PyTorch.
 
     loss[t] = cross_entropy(hidden[t] W^T, label[t]) where label[t] is not ignore_index, else 0
 
-Logits exist for a chunk of rows at a time, in fp32 (fp64 for fp64 inputs), and are computed again for backward, so
-nothing is saved. Shapes: T rows, width d, vocabulary V, n rows in a chunk.
+Logits exist for one chunk of rows at a time, in fp32 (fp64 for fp64 inputs). Backward recomputes them, so nothing is
+saved. Shapes: T rows, width d, vocabulary V, n rows in a chunk.
 """
 
 import torch
@@ -33,7 +33,7 @@ def forward(call: LossesCall) -> Tensor:
 
 
 def backward(call: LossesBackwardCall) -> list[Tensor]:
-    """Return the gradients of hidden and weight that ``needs`` asks for; the rest is not computed."""
+    """Return the gradients of hidden and weight listed in ``needs``. The others are not computed."""
     grad, hidden, weight, labels, label_smoothing, ignore_index, needs = call
     needs_hidden, needs_weight = needs
     compute = supervised_rows.compute_dtype(hidden, weight)
@@ -43,7 +43,7 @@ def backward(call: LossesBackwardCall) -> list[Tensor]:
     for rows in supervised_rows.chunks(labels, ignore_index, CHUNK):
         label = labels[rows][:, None]  # (n, 1)
         supervised = label != ignore_index
-        x = torch.where(supervised, hidden[rows], 0).to(compute)  # (n, d); 0 * nan would spoil the weight's gradient
+        x = torch.where(supervised, hidden[rows], 0).to(compute)  # (n, d); 0 * NaN would make the weight's gradient NaN
         grad_logits = _product(x, weight_compute.t()).softmax(-1).sub_(label_smoothing / weight.shape[0])  # (n, V)
         grad_logits.scatter_add_(
             1, torch.where(supervised, label, 0), torch.full_like(grad_logits[:, :1], label_smoothing - 1)
@@ -58,7 +58,7 @@ def backward(call: LossesBackwardCall) -> list[Tensor]:
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    # left @ right in at least fp32, though the factors, of one dtype, may be narrower.
+    # left @ right with the result in at least fp32. Both factors have one dtype, which may be narrower.
     if left.is_cuda and left.dtype.itemsize == 2:
         return torch.mm(left, right, out_dtype=torch.float32)
     return left.to(acc_dtype(left.dtype)) @ right.to(acc_dtype(right.dtype))

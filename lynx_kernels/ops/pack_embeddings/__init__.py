@@ -1,4 +1,4 @@
-"""The packed input row of the language model: vision rows and token embeddings, interleaved."""
+"""The packed input of the language model: vision rows and token embeddings, interleaved."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ def _check(call: PackEmbeddingsCall) -> None:
         raise ValueError(f"pack_embeddings: embedding has shape {tuple(embedding.shape)}, expected (V, d)")
     if vision.dim() != 2 or vision.shape[1] != embedding.shape[1]:
         raise ValueError(
-            f"pack_embeddings: vision has shape {tuple(vision.shape)}, expected (M, {embedding.shape[1]}) as "
+            f"pack_embeddings: vision has shape {tuple(vision.shape)}, expected (M, {embedding.shape[1]}), as "
             "wide as embedding"
         )
 
@@ -76,29 +76,28 @@ def pack_embeddings(
     *,
     impl: str | None = None,
 ) -> Tensor:
-    """Row t is ``vision[vision_index[t]]`` where that index is >= 0, else ``embedding[token_ids[t]]``.
+    """Row t is ``vision[vision_index[t]]`` where that index is >= 0, otherwise ``embedding[token_ids[t]]``.
 
     Args:
-        token_ids: (T,) int64, each in [0, V). Where a vision row stands, any value at all.
-        embedding: (V, d), fp64, fp32, fp16 or bf16, the table of the language model.
+        token_ids: (T,) int64, each in [0, V). At vision rows, any value.
+        embedding: (V, d), fp64, fp32, fp16 or bf16, the embedding table of the language model.
         vision: (M, d), fp64, fp32, fp16 or bf16; M may be 0.
-        vision_index: (T,) int32, each < M; negative says that row t is a token. Vision rows may be used several times
-            or never.
-        impl: an implementation by name; None takes the best that can run.
+        vision_index: (T,) int32, each < M. Negative: row t is a token. Vision rows may be used several times or never.
+        impl: the name of an implementation; None takes the best that can run.
 
-    The gradient of a vision row or of a table row is the sum over the rows it went to, added up in at least fp32, and
-    0 if it went nowhere. The table's gradient is dense, and computed only if it requires one; ``padding_idx`` and
-    ``max_norm`` of an ``nn.Embedding`` do not take part. Autocast leaves the operation alone, as it does an embedding:
-    nothing is multiplied, and the vision rows that arrive in autocast's dtype are cast to the table's anyway.
+    The gradient of a vision row or of a table row is the sum over the rows it was copied to, accumulated in at least
+    fp32; it is 0 if there are none. The table's gradient is dense, and computed only if the table requires one.
+    ``padding_idx`` and ``max_norm`` of an ``nn.Embedding`` are ignored. Autocast does not change the operation, as it
+    does not change an embedding: there is no product, and vision rows in the autocast dtype are cast to the table's
+    dtype.
 
     Returns:
         (T, d) in the dtype of embedding.
 
     Raises:
-        ValueError: shapes or devices do not fit; the message names the argument.
+        ValueError: a shape or a device is invalid; the message names the argument.
         TypeError: an argument has the wrong dtype or is a DTensor.
-        IndexError: a token id or a vision index is out of range. On a device, whose values the host does not read,
-            the device asserts instead.
+        IndexError: a token id or a vision index is out of range. On a GPU this is a device-side assertion.
     """
     call = PackEmbeddingsCall(token_ids, embedding, vision, vision_index)
     return _FORWARD(*call, OPERATION.choose(impl, call))

@@ -1,4 +1,4 @@
-"""A call of pack_embeddings, as its operators and every implementation take it.
+"""The arguments of pack_embeddings's operators and implementations.
 
 T rows, V tokens in the table, M vision rows, width d.
 """
@@ -19,17 +19,17 @@ class PackEmbeddingsCall(NamedTuple):
 
     @property
     def device(self) -> torch.device:
-        """Where it runs."""
+        """The device it runs on."""
         return self.embedding.device
 
 
 class PackEmbeddingsBackwardCall(NamedTuple):
     """The backward call."""
 
-    grad: Tensor  # (T, d), in the dtype of the table
+    grad: Tensor  # (T, d), in the dtype of embedding
     token_ids: Tensor  # (T,)
     vision_index: Tensor  # (T,)
     num_embeddings: int
     num_vision: int
     vision_dtype: torch.dtype
-    needs: list[bool]  # which of the table and the vision rows want a gradient
+    needs: list[bool]  # which of embedding and vision need a gradient

@@ -1,7 +1,7 @@
-"""pack_embeddings on CPUs, in the C++ of csrc/pack_embeddings: this file allocates and hands over addresses.
+"""pack_embeddings on CPUs, in the C++ of csrc/pack_embeddings. This file allocates outputs and passes addresses.
 
-Rows may stand anywhere, as long as their columns stand side by side. Nothing is converted or copied but what the result
-takes: rows of the table's own dtype go over byte by byte.
+Rows may have any stride; the columns of a row must be contiguous. Only rows that the result uses are copied. Rows in
+the table's dtype are copied byte by byte, others are converted.
 """
 
 import torch
@@ -20,17 +20,17 @@ def unsupported_reason(call: PackEmbeddingsCall) -> str | None:
         return cpu_backend.MISSING
     for name, tensor in (("embedding", call.embedding), ("vision", call.vision)):
         if tensor.dtype not in _DTYPES:
-            return f"adds up in fp32, {name} is {tensor.dtype}"
+            return f"it accumulates in fp32, and {name} is {tensor.dtype}"
     return None
 
 
 def _view(tensor: Tensor) -> tuple[int, int, int, int]:
-    """Rows as the compiled module takes them."""
+    """Address, dtype, number of rows and row stride, as the compiled module takes them."""
     return tensor.data_ptr(), _DTYPES.index(tensor.dtype), tensor.shape[0], tensor.stride(0)
 
 
 def forward(call: PackEmbeddingsCall) -> Tensor:
-    """Return the packed rows (T, d) in the dtype of the table."""
+    """Return the packed rows (T, d) in the dtype of embedding."""
     token_ids, vision_index = call.token_ids.contiguous(), call.vision_index.contiguous()
     embedding, vision = dense(call.embedding), dense(call.vision)
     rows, width = token_ids.shape[0], embedding.shape[1]
@@ -43,7 +43,7 @@ def forward(call: PackEmbeddingsCall) -> Tensor:
 
 
 def backward(call: PackEmbeddingsBackwardCall) -> list[Tensor]:
-    """Return the gradients (V, d) and (M, d) that ``needs`` asks for; the rest is not computed."""
+    """Return the gradients (V, d) and (M, d) listed in ``needs``. The others are not computed."""
     grad, token_ids, vision_index = dense(call.grad), call.token_ids.contiguous(), call.vision_index.contiguous()
     rows, width = grad.shape
     gradients = []

@@ -1,8 +1,8 @@
 """pack_embeddings in the CUDA C++ of csrc/pack_embeddings: one launch forward, two for the gradient of the vision rows.
 
-Forward reads and writes each row once, in accesses of 16 bytes where rows allow them, and asserts on the device that
-indices are in range. The gradient finds the first and last use of every vision row, then adds up what stands between
-them: no floating-point atomics, so it is reproducible. A table that trains takes PyTorch's own gradient.
+Forward reads and writes each row once, 16 bytes at a time where rows are aligned. It asserts on the device that indices
+are in range. The gradient finds the first and last use of every vision row, then sums over the uses between them. It
+uses no floating-point atomics, so it is reproducible. The gradient of a table that trains is PyTorch's own.
 """
 
 import torch
@@ -14,7 +14,7 @@ from lynx_kernels.ops.pack_embeddings.rows import backward_by, dense
 
 
 def forward(call: PackEmbeddingsCall) -> Tensor:
-    """Return the packed rows (T, d) in the dtype of the table."""
+    """Return the packed rows (T, d) in the dtype of embedding."""
     return cuda_backend.kernels().pack_embeddings(
         call.token_ids.contiguous(), dense(call.embedding), dense(call.vision), call.vision_index.contiguous()
     )
@@ -23,7 +23,7 @@ def forward(call: PackEmbeddingsCall) -> Tensor:
 def unsupported_reason(call: PackEmbeddingsCall) -> str | None:
     """Why this implementation cannot run the call, or None."""
     if torch.float64 in (call.embedding.dtype, call.vision.dtype):
-        return "the CUDA kernels add up in fp32, and an argument is fp64"
+        return "the CUDA kernels accumulate in fp32, and an argument is fp64"
     return cuda_backend.MISSING
 
 

@@ -1,4 +1,4 @@
-"""The definition of pack_embeddings, in plain PyTorch.
+"""The reference of pack_embeddings, in plain PyTorch.
 
     row t = vision[vision_index[t]] where vision_index[t] >= 0, else embedding[token_ids[t]]
 
@@ -13,7 +13,7 @@ from lynx_kernels.ops.pack_embeddings.rows import backward_by, sum_rows
 
 
 def forward(call: PackEmbeddingsCall) -> Tensor:
-    """Return the packed rows (T, d) in the dtype of the table."""
+    """Return the packed rows (T, d) in the dtype of embedding."""
     token_ids, embedding, vision, vision_index = call
     is_vision = vision_index >= 0
     _check("token_ids", token_ids, embedding.shape[0], ~is_vision)
@@ -30,7 +30,7 @@ backward = backward_by(_vision_gradient)
 
 
 def _host_may_read(tensor: Tensor) -> bool:
-    return tensor.is_cpu  # reading a value from a device would stall it
+    return tensor.is_cpu  # reading a value from a GPU would synchronise it
 
 
 def _check(name: str, index: Tensor, size: int, used: Tensor) -> None:
@@ -43,7 +43,7 @@ def _check(name: str, index: Tensor, size: int, used: Tensor) -> None:
 
 
 def _rows(table: Tensor, index: Tensor) -> Tensor:
-    # Rows that the other source fills may hold any index, and need none to exist.
+    # Rows filled from the other source may have any index, and the table may be empty.
     if table.shape[0] == 0:
         return table.new_zeros(index.shape[0], table.shape[1])
     return table.index_select(0, index.clamp(0, table.shape[0] - 1))

@@ -1,4 +1,4 @@
-"""Rows of an embedding table: what several implementations do with them."""
+"""Functions on the rows of an embedding table, shared by the implementations."""
 
 from collections.abc import Callable
 
@@ -10,17 +10,17 @@ from lynx_kernels.ops.pack_embeddings.call import PackEmbeddingsBackwardCall
 
 
 def dense(tensor: Tensor) -> Tensor:
-    """The same values, those of a row side by side, or loads are no vectors."""
+    """The same values with contiguous columns, which vector loads need."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def sum_rows(grad: Tensor, index: Tensor, used: Tensor, size: int) -> Tensor:
     """Return (size, d) in at least fp32: row i is the sum of ``grad[used & (index == i)]``.
 
-    It is an embedding's gradient, with rows that are not used as its padding: a row past the end. On a GPU it sorts
-    the index and adds up parts of long runs side by side, without atomics, so that sums are reproducible and the rows
-    of a frequent token do not wait for each other. It rounds to the dtype of what it is given in between, so that is
-    made wide first; where a table trains it is fp32 already, and nothing is copied.
+    This is the gradient of an embedding. Unused rows get a padding index past the end. On a GPU PyTorch sorts the index
+    and sums chunks of long runs in parallel, without atomics. So sums are reproducible, and a frequent token is not a
+    bottleneck. PyTorch rounds partial sums to the dtype of grad, so grad is converted to the accumulation dtype first.
+    A table that trains is fp32 already, so then nothing is copied.
     """
     index = torch.where(used, index, size)
     return torch.ops.aten.embedding_dense_backward(grad.to(acc_dtype(grad.dtype)), index, size + 1, size, False)[:size]
@@ -29,11 +29,11 @@ def sum_rows(grad: Tensor, index: Tensor, used: Tensor, size: int) -> Tensor:
 def backward_by(
     vision_gradient: Callable[[Tensor, Tensor, int, torch.dtype], Tensor],
 ) -> Callable[[PackEmbeddingsBackwardCall], list[Tensor]]:
-    """The backward of an implementation: the table's gradient is PyTorch's own, that of the vision rows (M, d) is
-    ``vision_gradient(grad, vision_index, num_vision, dtype)``."""
+    """Make the backward of an implementation. The table's gradient is PyTorch's own; the gradient (M, d) of the vision
+    rows is ``vision_gradient(grad, vision_index, num_vision, dtype)``."""
 
     def backward(call: PackEmbeddingsBackwardCall) -> list[Tensor]:
-        """Return the gradients (V, d) and (M, d) that ``needs`` asks for; the rest is not computed."""
+        """Return the gradients (V, d) and (M, d) listed in ``needs``. The others are not computed."""
         needs_embedding, needs_vision = call.needs
         gradients = []
         if needs_embedding:

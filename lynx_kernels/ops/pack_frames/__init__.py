@@ -1,4 +1,4 @@
-"""From uint8 frames of any sizes to the vision tower's input: crop, resize, normalise, cut into patches."""
+"""Prepare uint8 frames of any size for the vision tower: crop, resize, normalise, cut into patches."""
 
 import warnings
 from collections.abc import Sequence
@@ -76,38 +76,40 @@ def pack_frames(
     out: Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor:
-    """Resize RGB frames to squares exactly as Pillow does, normalise them, and cut them into patches.
+    """Resize RGB frames to squares exactly like Pillow, normalise them, and cut them into patches.
 
-    Up to the normalisation the result equals Pillow's ``Image.crop`` and ``Image.resize(..., BICUBIC)`` byte for byte,
-    horizontal pass first, as Pillow up to 12.1 always has it. Later ones turn the passes around for some tall frames:
-    12.2 and 12.3 over 100 times as high as wide, 13 where rows are lost, and more than twice as many as columns (with
-    ``"short_side"``: over twice as high as wide). ``image.resize((new_width, height)).resize((new_width, new_height))``
-    gives these bytes in every version. The operation has no gradient.
+    Before normalisation the result equals Pillow's ``Image.crop`` and ``Image.resize(..., BICUBIC)`` byte for byte,
+    with the horizontal pass first. Pillow up to 12.1 always uses this order. Later versions run the vertical pass first
+    for some tall frames: 12.2 and 12.3 if a frame is more than 100 times as high as wide; 13 if it reduces the rows and
+    there are more than twice as many rows as columns (with ``"short_side"``: more than twice as high as wide).
+    ``image.resize((new_width, height)).resize((new_width, new_height))`` gives these bytes in every version. The
+    operation has no gradient.
 
     Args:
-        frames: N frames (height, width, 3), uint8, of any sizes and strides, tensors on one device or numpy arrays;
-            or one stacked (N, height, width, 3). Read-only and reversed arrays are copied first.
+        frames: N uint8 frames (height, width, 3) of any sizes and strides, tensors on one device or numpy arrays; or
+            one stacked (N, height, width, 3). Read-only and reversed arrays are copied first.
         size: side S of the square output, in pixels.
-        patch_size: side p of a patch; it divides ``size``. Not used (and may be None) with ``output="pixels"``.
-        mean, std: of the three channels, for pixels in 0 ... 1.
-        dtype: of the output: fp64, fp32, fp16 or bf16. Computed in fp32 (fp64 for fp64), then rounded.
-        resize: ``"short_side"``: the short side becomes S and the long side int(S * long / short), of which the centre
-            is kept (CLIP, Lynx); ``"exact"``: both sides become S (SigLIP, and RandomResizedCrop of a box).
-        crop_boxes: for every frame (top, left, height, width) in pixels, cut out before anything else: the filter
-            sees no pixel outside. None keeps the frames whole.
-        flip: for every frame whether the result is mirrored left to right. None mirrors none.
-        crop_rounding: where the centre crop of n pixels starts: ``"round"``: round((n - S) / 2), halves to even
-            (torchvision, Lynx); ``"floor"``: (n - S) // 2 (transformers).
+        patch_size: side p of a patch; must divide ``size``. Ignored with ``output="pixels"``, and may then be None.
+        mean, std: mean and standard deviation of the three channels, for pixels in 0 ... 1.
+        dtype: dtype of the output: fp64, fp32, fp16 or bf16. Computed in fp32 (fp64 for fp64), then rounded.
+        resize: ``"short_side"``: the short side becomes S and the long side int(S * long / short); the centre is kept
+            (CLIP, Lynx). ``"exact"``: both sides become S (SigLIP, and RandomResizedCrop of a box).
+        crop_boxes: for every frame (top, left, height, width) in pixels. Frames are cropped before anything else, so
+            the filter sees no pixel outside the box. None: no crop.
+        flip: for every frame, whether the result is mirrored left to right. None: no frame is.
+        crop_rounding: the start of the centre crop of n pixels. ``"round"``: round((n - S) / 2), halves to even
+            (torchvision, Lynx). ``"floor"``: (n - S) // 2 (transformers).
         output: ``"patches"`` or ``"pixels"``.
         out: a contiguous tensor of the result's shape and dtype on the frames' device, to be filled and returned.
-        impl: an implementation by name; None takes the best that can run.
+        impl: the name of an implementation; None takes the best that can run.
 
     Returns:
-        ``"patches"``: (N * (S / p)^2, 3 * p * p), frame after frame, patches row by row, inside a patch channel, row,
-        column: the order of a convolution's weight reshaped to (out_channels, 3 * p * p). ``"pixels"``: (N, 3, S, S).
+        ``"patches"``: (N * (S / p)^2, 3 * p * p): frames in order, patches row by row, and in each patch channel, row,
+        column. This is the order of a convolution's weight reshaped to (out_channels, 3 * p * p). ``"pixels"``:
+        (N, 3, S, S).
 
     Raises:
-        ValueError: a shape, a box, a length or an option does not fit; the message names the argument and the frame.
+        ValueError: a shape, a box, a length or an option is invalid; the message names the argument and the frame.
         TypeError: a frame is not a uint8 tensor or array, an option has the wrong type, or a tensor is a DTensor.
     """
     call = _call(
@@ -122,7 +124,7 @@ def pack_frames(
 
 @cache
 def _warn_of_reference(device: torch.device) -> None:
-    """Say once that frames take the slow way, which on a GPU nobody expects."""
+    """Warn once that frames are packed by the slow reference, which is unexpected on a GPU."""
     missing = cpu_backend.MISSING if device.type == "cpu" else cuda_backend.MISSING
     if missing is not None:
         warnings.warn(f"pack_frames runs in plain PyTorch on {device.type}: {missing}", stacklevel=3)
@@ -145,7 +147,10 @@ def _check_options(
         if side < 1:
             raise ValueError(f"pack_frames: {name}={side}, expected at least 1")
     if output == "patches" and size % patch_size != 0:
-        raise ValueError(f"pack_frames: size={size} is not divisible by patch_size={patch_size}")
+        raise ValueError(
+            f"pack_frames: size={size} is not a multiple of patch_size={patch_size}; choose a patch_size that divides "
+            "size"
+        )
     for name, channels in (("mean", mean), ("std", std)):
         if len(channels) != 3:
             raise ValueError(f"pack_frames: {name} must have one value for each of 3 channels, got {channels!r}")
@@ -195,7 +200,8 @@ def _flat_boxes(frames: list[Tensor], crop_boxes: Any) -> list[int]:
         return [value for frame in frames for value in (0, 0, frame.shape[0], frame.shape[1])]
     if isinstance(crop_boxes, Tensor):
         raise TypeError(
-            "pack_frames: crop_boxes is a tensor, expected ints (reading a tensor would wait for its device)"
+            "pack_frames: crop_boxes is a tensor, expected ints (reading a tensor would synchronise its device); pass "
+            "crop_boxes.tolist()"
         )
     if len(crop_boxes) != len(frames):
         raise ValueError(f"pack_frames: crop_boxes has {len(crop_boxes)} entries for {len(frames)} frames")
@@ -205,13 +211,13 @@ def _flat_boxes(frames: list[Tensor], crop_boxes: Any) -> list[int]:
             raise ValueError(f"pack_frames: crop_boxes[{index}] is {box!r}, expected (top, left, height, width)")
         if not all(isinstance(value, int | np.integer) for value in box):
             raise TypeError(f"pack_frames: crop_boxes[{index}] is {box!r}, expected ints")
-        # int() would make torch.compile take a symbolic int for a constant, and recompile for every box
+        # int() would turn a symbolic int into a constant, and torch.compile would recompile for every box.
         top, left, height, width = (value if isinstance(value, int) else int(value) for value in box)
         inside = top >= 0 and left >= 0 and top + height <= frame.shape[0] and left + width <= frame.shape[1]
         if not inside or height < 1 or width < 1:
             raise ValueError(
                 f"pack_frames: crop_boxes[{index}] is top={top}, left={left}, height={height}, width={width}: "
-                f"empty, or not inside frames[{index}] of shape {tuple(frame.shape)}"
+                f"it is empty, or not inside frames[{index}] of shape {tuple(frame.shape)}"
             )
         boxes += [top, left, height, width]
     return boxes
@@ -231,7 +237,7 @@ def _check_out(out: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: 
 
 
 def _fake(call: PackFramesCall) -> None:
-    """The operator returns nothing: its output is the argument it fills."""
+    """The operator returns nothing; it fills the argument ``out``."""
 
 
 _PACK_FRAMES = define("pack_frames", PackFramesCall, "()", OPERATION.forward, fake=_fake, mutated="out")

@@ -1,6 +1,6 @@
-"""A call of pack_frames, as its operator and every implementation take it.
+"""The arguments of pack_frames's operator and implementations.
 
-N frames, squares of side S, patches of side p.
+N frames, square outputs of side S, patches of side p.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ class PackFramesCall(NamedTuple):
     """The call. Its result is written to ``out``."""
 
     frames: list[Tensor]  # N of (height, width, 3) uint8
-    out: Tensor  # (N * patches, 3 * p * p), or (N, 3, S, S) where patch_size is None
+    out: Tensor  # (N * patches, 3 * p * p), or (N, 3, S, S) if patch_size is None
     crop_boxes: list[int]  # (4 * N,): top, left, height, width
     flips: list[bool]  # (N,)
     size: int
@@ -25,5 +25,5 @@ class PackFramesCall(NamedTuple):
 
     @property
     def device(self) -> torch.device:
-        """Where it runs."""
+        """The device it runs on."""
         return self.out.device

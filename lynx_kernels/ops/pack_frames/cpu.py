@@ -1,8 +1,8 @@
-"""Frame packing on CPUs, in the C++ of csrc/pack_frames: this file hands over addresses and the table of levels.
+"""Frame packing on CPUs, in the C++ of csrc/pack_frames. This file passes addresses and the table of levels.
 
-Bit for bit what the reference gives: the weights are Pillow's, the sums are exact, and what becomes of each byte is
-computed here once, as the reference computes it. Frames may have any strides; interleaved channels (RGBRGB...) and
-separate planes are the fast ones.
+The result equals the reference bit for bit: weights are Pillow's, sums are exact, and normalised values come from a
+table that is computed like the reference. Frames may have any strides. Interleaved channels (RGBRGB...) and separate
+planes are fast.
 """
 
 import torch
@@ -21,7 +21,7 @@ def forward(call: PackFramesCall) -> None:
         [tuple(crop_boxes[4 * index : 4 * index + 4]) for index in range(len(frames))],
         flips,
         size,
-        size if patch_size is None else patch_size,  # one patch as large as the square: (channel, row, column)
+        size if patch_size is None else patch_size,  # pixels: one patch of size S, in the order (channel, row, column)
         resize == "exact",
         crop_rounding == "floor",
         getattr(cpu_backend.module.Dtype, str(out.dtype).removeprefix("torch.")),

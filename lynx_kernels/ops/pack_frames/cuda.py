@@ -1,8 +1,8 @@
-"""Frame packing in the CUDA C++ of csrc/pack_frames: frames that keep their size take one launch, others two.
+"""Frame packing in the CUDA C++ of csrc/pack_frames: one launch for frames that keep their size, two for others.
 
-Bit for bit what the reference gives: weights are computed on the device as Pillow computes them, in fp64, sums are of
-whole numbers, and what becomes of each byte is looked up. Frames and boxes go along with the launch, 32 of them with
-each, so nothing is copied to the device and nothing waits for it; only a new mean or std is, once.
+The result equals the reference bit for bit: weights are computed on the device in fp64 like Pillow's, sums are of
+integers, and normalised values come from a table. Frame addresses and boxes are kernel arguments, 32 frames per launch.
+So nothing is copied to the device and nothing waits, except that the table for a new mean or std is copied once.
 """
 
 from functools import lru_cache
@@ -25,7 +25,7 @@ def forward(call: PackFramesCall) -> None:
         call.crop_boxes,
         [int(flip) for flip in call.flips],
         size,
-        size if patch_size is None else patch_size,  # one patch as large as the square: (channel, row, column)
+        size if patch_size is None else patch_size,  # pixels: one patch of size S, in the order (channel, row, column)
         call.resize == "exact",
         call.crop_rounding == "floor",
     )

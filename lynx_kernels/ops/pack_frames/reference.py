@@ -1,12 +1,12 @@
-"""The definition of frame packing, in plain PyTorch.
+"""The reference of frame packing, in plain PyTorch.
 
     resized = byte(R byte(frame C^T))            byte(s) = clip(floor((s + 2^21) / 2^22), 0, 255)
-    out     = (resized / 255 - mean) / std       flipped and cut into patches where asked
+    out     = (resized / 255 - mean) / std       flipped and cut into patches if requested
 
-C (S, w) and R (S, h) hold Pillow's bicubic weights in units of 2^-22: the horizontal pass comes first, and what lies
-between the two passes is rounded to bytes again. All entries are whole numbers and all sums stay far below 2^53, so
-the products are exact in fp64 on any device. Where a side keeps its size, its matrix is the identity times 2^22.
-(Pillow 12.2 and later runs the vertical pass first for some tall frames; here the order never changes.)
+C (S, w) and R (S, h) hold Pillow's bicubic weights in units of 2^-22. The horizontal pass comes first, and its result
+is rounded to bytes. All entries are integers and all sums are far below 2^53, so the products are exact in fp64 on any
+device. If a side keeps its size, its matrix is the identity times 2^22. (Pillow 12.2 and later run the vertical pass
+first for some tall frames; here the order never changes.)
 Shapes: frames of height h and width w, square outputs of side S, patches of side p.
 """
 
@@ -20,7 +20,7 @@ _ONE = 2**22  # 1.0 in Pillow's fixed-point weights
 
 
 def forward(call: PackFramesCall) -> None:
-    """Fill ``out``; computed in fp32, for an fp64 output in fp64."""
+    """Fill ``out``. Normalisation is in fp32 (fp64 for an fp64 output)."""
     frames, out, crop_boxes, flips, size, patch_size, mean, std, resize, crop_rounding = call
     compute = acc_dtype(out.dtype)
     channel_mean = torch.tensor(mean, dtype=compute, device=out.device)[:, None, None]  # (3, 1, 1)
@@ -34,7 +34,7 @@ def forward(call: PackFramesCall) -> None:
         )  # (S, h) and (S, w)
         resized = torch.stack(
             [_to_bytes(row_weights @ _to_bytes(plane.double() @ column_weights.t())) for plane in crop.unbind(2)]
-        )  # (3, S, S), whole numbers
+        )  # (3, S, S), integers
         if flips[index]:
             resized = resized.flip(2)
         pixels = ((resized / 255).to(compute) - channel_mean) / channel_std
@@ -56,7 +56,7 @@ def _patchify(pixels: Tensor, patch_size: int) -> Tensor:
 
 
 def _square_weights(side: int, short_side: int, size: int, resize: str, crop_rounding: str) -> Tensor:
-    """The weights (S, side) that resize one side of a frame and keep what the centre crop leaves of it."""
+    """The weights (S, side) that resize one side of a frame and crop its centre."""
     if resize == "exact":
         return _bicubic_weights(side, size, 0, size)
     resized = int(size * side / short_side)
@@ -68,12 +68,12 @@ def _square_weights(side: int, short_side: int, size: int, resize: str, crop_rou
 def _bicubic_weights(side: int, resized: int, start: int, count: int) -> Tensor:
     """Pillow's weights (count, side) for outputs start ... start + count - 1 of a side resized to ``resized``."""
     scale = side / resized
-    stretch = max(scale, 1.0)  # shrinking widens the filter: this is the antialiasing
+    stretch = max(scale, 1.0)  # shrinking widens the filter, for antialiasing
     outputs = torch.arange(start, start + count, dtype=torch.float64)[:, None]  # (count, 1)
     inputs = torch.arange(side, dtype=torch.float64)  # (side,)
     centre = (outputs + 0.5) * scale
     weights = _bicubic((inputs - centre + 0.5) * (1.0 / stretch))  # (count, side)
-    weights = weights / weights.cumsum(1)[:, -1:]  # cumsum, not sum: Pillow adds from left to right
+    weights = weights / weights.cumsum(1)[:, -1:]  # cumsum, because Pillow adds from left to right
     return torch.trunc(weights * _ONE + 0.5 * weights.sign())  # half away from zero
 
 

@@ -1,4 +1,4 @@
-"""Attention of a packed row to itself, as its PackedLayout says."""
+"""Self-attention over a packed row of tokens, described by a PackedLayout."""
 
 from typing import Literal, overload
 
@@ -79,22 +79,23 @@ def prefix_attention(
     return_lse: bool = False,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Softmax attention in which every token sees what ``layout`` says: its root, and its own branch causally.
+    """Softmax attention in which every token sees its root and, causally, its own branch, as ``layout`` describes.
 
     Args:
         q: (T, H, D), fp64, fp32, fp16 or bf16, any strides.
-        k, v: (T, Hkv, D); query head h reads key head ``h // (H / Hkv)``.
-        layout: who sees whom among the T tokens, on the same device.
-        scale: of the scores before the softmax, 1 / sqrt(D) by default.
-        return_lse: also return the log of each query's softmax denominator, differentiable, to merge partial results.
-        impl: an implementation by name; None takes the best that can run.
+        k, v: (T, Hkv, D); query head h uses key head ``h // (H / Hkv)``.
+        layout: which of the T tokens see which, on the same device.
+        scale: factor on the scores before the softmax, 1 / sqrt(D) by default.
+        return_lse: also return the LSE, the log of each query's softmax denominator. Differentiable; use it to combine
+            partial results.
+        impl: the name of an implementation; None takes the best that can run.
 
     Returns:
         (T, H, D) in the dtype of q; with ``return_lse`` also (T, H) in fp32 (fp64 for fp64).
 
     Raises:
-        ValueError: shapes or devices do not fit, or the layout describes another number of tokens.
-        TypeError: ``layout`` is no PackedLayout, a tensor is not floating point, or a DTensor.
+        ValueError: a shape or a device is invalid, or the layout has another number of tokens.
+        TypeError: ``layout`` is not a PackedLayout, or a tensor is not floating point or is a DTensor.
     """
     call = _call(q, k, v, layout, scale)
     out, lse = _OPERATOR(*call, OPERATION.choose(impl, call))

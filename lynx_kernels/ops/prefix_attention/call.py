@@ -1,4 +1,4 @@
-"""A call of prefix_attention, as its operators and every implementation take it.
+"""The arguments of prefix_attention's operators and implementations.
 
 T tokens, H query heads, Hkv key heads, head dimension D.
 """
@@ -23,22 +23,22 @@ class PrefixAttentionCall(NamedTuple):
 
     @property
     def floats(self) -> tuple[Tensor, ...]:
-        """What is differentiable, queries first."""
+        """The differentiable tensors, queries first."""
         return self[:3]
 
     @property
     def device(self) -> torch.device:
-        """Where it runs."""
+        """The device it runs on."""
         return self.q.device
 
     @property
     def table(self) -> Table:
-        """Who sees whom."""
+        """The table that says which keys each query sees."""
         return Table(self.segments, self.root_is_causal)
 
 
 class PrefixAttentionBackwardCall(NamedTuple):
-    """The backward call: gradients and values of the results, then what came in."""
+    """The backward call: the gradients of the results, the results, then the inputs."""
 
     grad: Tensor | None  # (T, H, D)
     grad_lse: Tensor | None  # (T, H)
@@ -53,5 +53,5 @@ class PrefixAttentionBackwardCall(NamedTuple):
 
     @property
     def table(self) -> Table:
-        """Who sees whom."""
+        """The table that says which keys each query sees."""
         return Table(self.segments, self.root_is_causal)

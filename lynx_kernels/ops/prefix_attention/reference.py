@@ -1,4 +1,4 @@
-"""The definition of prefix_attention, in plain PyTorch; the equation stands in attention_common/reference.py."""
+"""The reference of prefix_attention, in plain PyTorch. attention_common/reference.py has the equation."""
 
 from collections.abc import Iterator
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 from lynx_kernels.backends.dtypes import acc_dtype
 from lynx_kernels.layout import key_intervals
-from lynx_kernels.ops.attention_common.reference import attend, attend_backward, batches_of_shape, part_of
+from lynx_kernels.ops.attention_common.reference import attend, attend_backward, batches_of_shape, take_rows
 from lynx_kernels.ops.prefix_attention.call import PrefixAttentionBackwardCall, PrefixAttentionCall
 
 
 def _groups(segments: Tensor, num_tokens: int, root_is_causal: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the groups of a packed layout, n of one length L at once: their rows (n, L), who sees whom (n, L, L)."""
+    """Yield batches of n groups of equal length L: their rows (n, L), and which query sees which key (n, L, L)."""
     first, last = key_intervals(segments, num_tokens, root_is_causal)
     starts: dict[tuple[int, int], list[int]] = {}
     for start, end in sorted({(start, end) for _, start, _, end in segments.tolist() if end > start}):
@@ -37,8 +37,8 @@ def backward(call: PrefixAttentionBackwardCall) -> tuple[Tensor, ...]:
     grad, grad_lse, out, lse, q, k, v, segments, root_is_causal, scale = call
     gradients = tuple(x.new_empty(x.shape) for x in (q, k, v))
     for rows, visible in _groups(segments, q.shape[0], root_is_causal):
-        results = part_of(grad, rows), part_of(grad_lse, rows), out[rows], lse[rows]
-        parts = attend_backward(*results, q[rows], k[rows], v[rows], visible, scale)
-        for gradient, part in zip(gradients, parts, strict=True):
-            gradient[rows] = part.to(gradient.dtype)
+        results = take_rows(grad, rows), take_rows(grad_lse, rows), out[rows], lse[rows]
+        batch = attend_backward(*results, q[rows], k[rows], v[rows], visible, scale)
+        for gradient, batch_gradient in zip(gradients, batch, strict=True):
+            gradient[rows] = batch_gradient.to(gradient.dtype)
     return gradients

@@ -1,4 +1,4 @@
-"""Attention of the newest tokens of many branches to a cache in which a root's keys stand once."""
+"""Decoding attention: the newest tokens of many branches attend to a cache that stores each root's keys once."""
 
 from collections.abc import Callable
 
@@ -18,10 +18,10 @@ from lynx_kernels.ops.prefix_attention_decode import cpu, cuda, reference
 from lynx_kernels.ops.prefix_attention_decode.call import DecodeBackwardCall, DecodeCall
 
 
-def _check_range(name: str, index: Tensor, least: int, most: int) -> None:
-    values = index.tolist()  # as a list: each reduction of a tensor takes as long as a list of hundreds
-    if values and not (least <= min(values) and max(values) <= most):
-        raise ValueError(f"prefix_attention_decode: {name} is {values}, expected {least} to {most}")
+def _check_range(name: str, index: Tensor, lowest: int, highest: int) -> None:
+    values = index.tolist()  # one reduction of a tensor takes as long as min() of a list of hundreds of numbers
+    if values and not (lowest <= min(values) and max(values) <= highest):
+        raise ValueError(f"prefix_attention_decode: {name} is {values}, expected values from {lowest} to {highest}")
 
 
 def _check(call: DecodeCall) -> None:
@@ -37,11 +37,11 @@ def _check(call: DecodeCall) -> None:
             f"branch {tuple(branch_k.shape)} and {tuple(branch_v.shape)}"
         )
     if branch_k.shape[0] != num_branches:
-        raise ValueError(f"{operation}: branch_k holds {branch_k.shape[0]} branches, q {num_branches}")
+        raise ValueError(f"{operation}: branch_k has {branch_k.shape[0]} branches, but q has {num_branches}")
     if branch_k.shape[1] < q.shape[1]:
         raise ValueError(
-            f"{operation}: branch_k holds {branch_k.shape[1]} keys a branch, fewer than the {q.shape[1]} queries of q, "
-            "whose own keys belong there"
+            f"{operation}: branch_k has room for {branch_k.shape[1]} keys per branch, fewer than the {q.shape[1]} "
+            "queries in q; the cache must include the keys of the queries themselves"
         )
     expected = {"branch_to_root": num_branches, "root_lengths": num_roots, "branch_lengths": num_branches}
     for name, length in expected.items():
@@ -56,8 +56,8 @@ def _check(call: DecodeCall) -> None:
 
 
 def _forward_only(kernels: str, unsupported_reason: Callable[[DecodeCall], str | None]) -> Callable[..., str | None]:
-    who = f"the {kernels} kernels of decoding"
-    return lambda call: dispatch.gradient_unsupported_reason(who, *call.floats) or unsupported_reason(call)
+    name = f"the {kernels} kernels for decoding"
+    return lambda call: dispatch.gradient_unsupported_reason(name, *call.floats) or unsupported_reason(call)
 
 
 OPERATION = dispatch.Operation(
@@ -112,30 +112,30 @@ def prefix_attention_decode(
     return_lse: bool = False,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Softmax attention of each branch's newest tokens to its root's keys and its own.
+    """Softmax attention of the newest tokens of each branch to the keys of its root and its own keys.
 
-    A root (a picture, a shared prompt) is cached once, however many branches (beams, answers) read it. The queries of
-    a branch are its last Q tokens, whose keys the branch's cache already holds; among themselves they are causal.
+    A root (an image, a shared prompt) is cached once for any number of branches (beams, answers). The queries of a
+    branch are its last Q tokens. The cache of the branch already holds their keys. Among themselves they are causal.
 
     Args:
         q: (B, Q, H, D), fp64, fp32, fp16 or bf16, any strides; B branches.
-        root_k, root_v: (R, Lr, Hkv, D), of which the first ``root_lengths`` of each root are read.
-        branch_k, branch_v: (B, Lb, Hkv, D), of which the first ``branch_lengths`` of each branch are read.
+        root_k, root_v: (R, Lr, Hkv, D). Of each root, the first ``root_lengths`` are used.
+        branch_k, branch_v: (B, Lb, Hkv, D). Of each branch, the first ``branch_lengths`` are used.
         branch_to_root: (B,) int32 or int64, the root of each branch. The values of the three index tensors are checked
-            on the CPU only.
+            only on the CPU.
         root_lengths: (R,) int32 or int64, 0 to Lr.
-        branch_lengths: (B,) int32 or int64, Q to Lb, the queries' own keys counted.
-        scale: of the scores before the softmax, 1 / sqrt(D) by default.
-        return_lse: also return the log of each query's softmax denominator.
-        impl: an implementation by name; None takes the best that can run. Only the reference has gradients: the others
-            want ``torch.no_grad()`` or inputs that require none.
+        branch_lengths: (B,) int32 or int64, Q to Lb; includes the keys of the queries themselves.
+        scale: factor on the scores before the softmax, 1 / sqrt(D) by default.
+        return_lse: also return the LSE, the log of each query's softmax denominator.
+        impl: the name of an implementation; None takes the best that can run. Only the reference has gradients. The
+            others need ``torch.no_grad()`` or inputs that do not require gradients.
 
     Returns:
         (B, Q, H, D) in the dtype of q; with ``return_lse`` also (B, Q, H) in fp32 (fp64 for fp64).
 
     Raises:
-        ValueError: shapes, devices or, on the CPU, indices do not fit; the message names the argument.
-        TypeError: an index tensor is not int32 or int64, another not floating point, or one is a DTensor.
+        ValueError: a shape, a device or (on the CPU) an index is invalid; the message names the argument.
+        TypeError: an index tensor is not int32 or int64, another tensor is not floating point, or one is a DTensor.
     """
     call = _call(q, root_k, root_v, branch_k, branch_v, branch_to_root, root_lengths, branch_lengths, scale)
     out, lse = _OPERATOR(*call, OPERATION.choose(impl, call))

@@ -1,6 +1,6 @@
-"""A call of prefix_attention_decode, as its operators and every implementation take it.
+"""The arguments of prefix_attention_decode's operators and implementations.
 
-B branches of Q queries, R roots, room for Lr keys a root and Lb a branch, heads H and Hkv, head dimension D.
+B branches of Q queries, R roots, room for Lr keys per root and Lb per branch, heads H and Hkv, head dimension D.
 """
 
 from typing import NamedTuple
@@ -24,7 +24,7 @@ class DecodeCall(NamedTuple):
 
     @property
     def floats(self) -> tuple[Tensor, ...]:
-        """What is differentiable, queries first."""
+        """The differentiable tensors, queries first."""
         return self[:5]
 
     @property
@@ -34,17 +34,17 @@ class DecodeCall(NamedTuple):
 
     @property
     def indices(self) -> dict[str, Tensor]:
-        """What says which of them are read, by name."""
+        """The index tensors, which say what parts of the caches are used, by name."""
         return dict(zip(self._fields[5:8], self[5:8], strict=True))
 
     @property
     def device(self) -> torch.device:
-        """Where it runs."""
+        """The device it runs on."""
         return self.q.device
 
 
 class DecodeBackwardCall(NamedTuple):
-    """The backward call: gradients and values of the results, then what came in."""
+    """The backward call: the gradients of the results, the results, then the inputs."""
 
     grad: Tensor | None  # (B, Q, H, D)
     grad_lse: Tensor | None  # (B, Q, H)

@@ -1,7 +1,7 @@
-"""Decoding on CPUs, in the C++ of csrc/prefix_attention_decode: this file allocates and hands over addresses.
+"""Decoding on CPUs, in the C++ of csrc/prefix_attention_decode. This file allocates outputs and passes addresses.
 
-The caches are read where they stand, with any strides but of the head dimension; only where dtypes differ are they
-converted first. Roots and branches are cut into parts by their lengths alone: the number of threads changes nothing.
+The caches are read in place, with unit stride only along the head dimension. They are converted first only if dtypes
+differ. Splits of roots and branches depend only on lengths, so the number of threads does not change the result.
 """
 
 import torch
@@ -13,7 +13,7 @@ from lynx_kernels.ops.prefix_attention_decode.call import DecodeCall
 
 
 def _cache(tensor: Tensor) -> tuple[int, int, int, int]:
-    """(entries, rows, heads, head dimension) as the compiled module takes it."""
+    """Address and strides of an (entries, rows, heads, head dimension) tensor, as the compiled module takes them."""
     entry, row, head, _ = tensor.stride()
     return tensor.data_ptr(), entry, row, head
 
@@ -27,11 +27,11 @@ def forward(call: DecodeCall) -> tuple[Tensor, Tensor]:
     q, root_k, branch_k = call.q, call.root_k, call.branch_k
     (branches, queries, heads, head_dim), (roots, root_room, kv_heads, _) = q.shape, root_k.shape
     dtype = common_dtype(*call.floats)
-    # Not new_empty, which takes twice as long: generation comes here for every layer and token.
+    # new_empty takes twice as long, and generation runs this for every layer and token.
     out = torch.empty(q.shape, dtype=dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     if out.numel() > 0:
-        # Kept while their addresses are in use.
+        # The lists keep copies alive while their addresses are in use.
         readable = [prepare(each, dtype) for each in call.floats]
         indices = [each.contiguous() for each in call.indices.values()]
         cpu_backend.module.attention_decode(

@@ -1,4 +1,4 @@
-"""The definition of prefix_attention_decode, in plain PyTorch; the equation stands in attention_common/reference.py."""
+"""The reference of prefix_attention_decode, in plain PyTorch. attention_common/reference.py has the equation."""
 
 import torch
 from torch import Tensor
@@ -8,10 +8,10 @@ from lynx_kernels.ops.prefix_attention_decode.call import DecodeBackwardCall, De
 
 
 def _decode_view(call: DecodeCall | DecodeBackwardCall) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values (B, Lr + Lb, Hkv, D) of every branch with its root's copied, and who sees whom (B, Q, Lr + Lb).
+    """Keys and values (B, Lr + Lb, Hkv, D), the root's copied for every branch, and the visibility (B, Q, Lr + Lb).
 
-    The queries of a branch are its last tokens: query i of Q sees all but the Q - 1 - i newest of its keys. What stands
-    behind the lengths is 0 here, whatever the caches hold there, NaN included.
+    The queries of a branch are its last tokens: query i of Q does not see the Q - 1 - i newest keys of the branch. Keys
+    and values beyond the lengths are replaced by 0, because the caches may hold anything there, including NaN.
     """
     branch_to_root, root_lengths, branch_lengths = call.branch_to_root, call.root_lengths, call.branch_lengths
     device, num_queries = call.q.device, call.q.shape[1]
@@ -31,7 +31,7 @@ def forward(call: DecodeCall) -> tuple[Tensor, Tensor]:
 
 
 def backward(call: DecodeBackwardCall) -> tuple[Tensor, ...]:
-    """Return the gradients of q and of the four caches; a root's keys sum those of its branches."""
+    """Return the gradients of q and of the four caches. The gradient of a root sums over its branches."""
     q, root_k, root_v, branch_k, branch_v, branch_to_root = call[4:10]
     keys, values, visible = _decode_view(call)
     grad_q, grad_keys, grad_values = attend_backward(*call[:4], q, keys, values, visible, call.scale)

@@ -1,13 +1,14 @@
-"""The adapter in Triton. Three forms, chosen in launches.py by shape:
+"""The adapter in Triton. launches.py chooses one of three forms by shape:
 
-- tiled: three launches. Statistics; normalise, down-projection, bias, activation; up-projection, bias, scale, sum.
-- fused, for small bottlenecks: one launch, in which a block of rows keeps its bottleneck on the chip.
-- small_m, for a few tokens: three launches. The down-projection, its sum split; the splits combined; the up-projection
-  in narrow tiles. Each byte of the weights is read once, by as many programs as occupy the GPU.
+- tiled: three launches. Statistics; normalise, down-projection, bias, activation; up-projection, bias, scale, residual.
+- fused, for small bottlenecks: one launch. A block of rows keeps its bottleneck on the chip.
+- small_m, for small M: three launches. The down-projection with its sum split; the combine of the splits; the
+  up-projection in narrow tiles. Each byte of the weights is read once, by enough programs to occupy the GPU.
 
-Besides the output only r-wide tensors are written. Backward is tiled or fused, in at most three launches and two; it
-recomputes the activation and, where the down-projection trains, LayerNorm's output; the weights' gradients are products
-that cuBLAS does best. No atomics: two runs agree bit by bit. Nothing is read back from the device.
+Forward writes the output and tensors of width r, nothing else. Backward is tiled (at most three launches) or fused (at
+most two). It recomputes the activation and, if the down-projection trains, LayerNorm's output. The gradients of the
+weights are plain products, which cuBLAS computes best. No atomics: two runs agree bit by bit. The host reads nothing
+from the device.
 """
 
 from functools import cache
@@ -21,16 +22,16 @@ from lynx_kernels.ops.adapter.call import AdapterBackwardCall, AdapterCall
 from lynx_kernels.ops.adapter.triton import bwd, fwd, small_m
 from lynx_kernels.ops.adapter.triton.launches import Call, Launch, choose_plan
 
-_GROUP = 8  # tiles of rows that go together; 8 of 128 rows times d = 4096 in bf16 are 8 MiB, well inside L2
-_BLOCK_WIDTH = 1024  # row kernels: one block of 4 warps reads 8 values a thread, one or two vector loads
+_GROUP = 8  # row tiles per group; 8 tiles of 128 rows and d = 4096 in bf16 are 8 MiB, which fit in L2
+_BLOCK_WIDTH = 1024  # row kernels: one block of 4 warps reads 8 values per thread, in one or two vector loads
 _ROW_WARPS = 4
-_COMBINE_ROWS, _COMBINE_COLUMNS = 16, 64  # combining splits: 64 tokens and r = 2048 make 128 programs
-_LEAST_FACTOR = 2.0**-6
+_COMBINE_ROWS, _COMBINE_COLUMNS = 16, 64  # combine: 64 tokens and r = 2048 make 128 programs
+_MIN_FACTOR = 2.0**-6
 
 
 def _with_dense_rows(tensor: Tensor) -> Tensor:
-    # The kernels take any distance between rows, but values of a row side by side: strided ones would turn every
-    # vector load into single ones, which costs more than the copy.
+    # The kernels take any row stride but need unit stride inside a row. Without it, every vector load would become
+    # scalar loads, which cost more than this copy.
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
@@ -39,12 +40,12 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
 
 
 def describe(direction: str, x: Tensor, down_weight: Tensor, *others: Tensor) -> Call:
-    """The call as plans know it, given every tensor of two dimensions that its kernels read."""
+    """The properties of a call that plans depend on. Takes every 2-D tensor that the kernels read."""
     (tokens, width), bottleneck = x.shape, down_weight.shape[0]
-    distances = [width, bottleneck, *(each.stride(0) for each in (x, down_weight, *others))]
+    strides = [width, bottleneck, *(each.stride(0) for each in (x, down_weight, *others))]
     return Call(
         direction, tokens, width, bottleneck, x.dtype, down_weight.dtype,
-        all(each % 16 == 0 for each in distances), *(_gpu(x.device) if x.is_cuda else ()),
+        all(each % 16 == 0 for each in strides), *(_gpu(x.device) if x.is_cuda else ()),
     )  # fmt: skip
 
 
@@ -81,7 +82,7 @@ def forward(call: AdapterCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     preactivation = x.new_empty(tokens, bottleneck, dtype=down_weight.dtype)
     out = x.new_empty(tokens, width)
     plan = choose_plan(describe("forward", x, down_weight, up_weight))
-    with torch.cuda.device_of(x):  # Triton launches on the current device, whatever its arguments are on
+    with torch.cuda.device_of(x):  # Triton launches on the current device, not on that of the arguments
         if plan.form == "fused":
             fwd.adapter_fwd_fused_kernel[(plan.down.programs(tokens, 1),)](
                 x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, scale,
@@ -119,10 +120,10 @@ def forward(call: AdapterCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _split_down(
     launch: Launch, call: AdapterCall, mean: Tensor, rstd: Tensor, preactivation: Tensor, activated: Tensor
 ) -> None:
-    """The down-projection and its activation, written to the last two; the tensors of ``call`` are dense."""
+    """Write the down-projection and its activation to the last two arguments. The tensors of ``call`` are dense."""
     x, norm_weight, norm_bias, down_weight, down_bias, _, _, _, eps, activation = call
     (tokens, width), bottleneck = x.shape, down_weight.shape[0]
-    # Whole steps, so that no split is left without columns.
+    # A multiple of block_k, so that no split is empty.
     split_size = triton.cdiv(triton.cdiv(width, launch.num_splits), launch.block_k) * launch.block_k
     num_splits = triton.cdiv(width, split_size)
     sums = x.new_empty(num_splits, tokens, bottleneck, dtype=torch.float32)
@@ -144,7 +145,7 @@ def _split_down(
 
 
 def backward(call: AdapterBackwardCall) -> list[Tensor]:
-    """Return the gradients that ``needs`` asks for, in order; the rest is not computed."""
+    """Return the gradients listed in ``needs``, in order. The others are not computed."""
     grad, x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, scale = call[:9]
     mean, rstd, preactivation, activation = call.mean, call.rstd, call.preactivation, call.activation
     needs_x, needs_norm, needs_norm_bias, needs_down, needs_down_bias, needs_up, needs_up_bias, needs_scale = call.needs
@@ -158,8 +159,8 @@ def backward(call: AdapterBackwardCall) -> list[Tensor]:
     def empty(wanted: bool, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
         return x.new_empty(shape, dtype=dtype) if wanted else None
 
-    below = needs_x or needs_norm or needs_norm_bias  # something needs the gradient of LayerNorm's output
-    down = below or needs_down or needs_down_bias  # ... of the pre-activation
+    below = needs_x or needs_norm or needs_norm_bias  # the gradient of LayerNorm's output is needed
+    down = below or needs_down or needs_down_bias  # the gradient of the pre-activation is needed
     plan = choose_plan(describe("backward" if below else "weights", x, down_weight, up_weight, grad))
     fused = plan.form == "fused"
     row_tiles = triton.cdiv(tokens, plan.up.block_m)
@@ -235,8 +236,9 @@ def backward(call: AdapterBackwardCall) -> list[Tensor]:
 
 
 def _overflow_guard(scale: Tensor) -> Tensor:
-    """What to multiply a wider gradient with before it becomes fp16: |scale|, as the definition does, within bounds.
+    """The factor on a wider gradient before it is cast to fp16: |scale|, as in the reference, within bounds.
 
-    Not below 2^-6, for the gradient of scale divides by it again; not above 1, for nothing is won there.
+    The factor is at least 2^-6, because the gradient of scale divides by it again. It is at most 1, because a larger
+    factor gains nothing.
     """
-    return scale.detach().float().reshape(()).abs().clamp(_LEAST_FACTOR, 1.0)
+    return scale.detach().float().reshape(()).abs().clamp(_MIN_FACTOR, 1.0)

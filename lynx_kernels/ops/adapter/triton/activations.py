@@ -14,19 +14,19 @@ def activate(b_x, ACTIVATION: tl.constexpr):
     if ACTIVATION == "silu":
         b_out = b_x * tl.sigmoid(b_x)
     elif ACTIVATION == "relu":
-        b_out = tl.where(b_x < 0, 0.0, b_x)  # not maximum, which would swallow a NaN
+        b_out = tl.where(b_x < 0, 0.0, b_x)  # tl.maximum would drop a NaN
     elif ACTIVATION == "gelu":
         b_out = 0.5 * b_x * (1 + tl.erf(b_x * _ROOT_HALF))
     else:
         tl.static_assert(ACTIVATION == "gelu_tanh", "no such activation")
-        # (1 + tanh(u)) / 2 is sigmoid(2u)
+        # (1 + tanh(u)) / 2 equals sigmoid(2u)
         b_out = b_x * tl.sigmoid(b_x * (1 + b_x * b_x * _CUBIC) * _TWICE_ROOT_TWO_OVER_PI)
     return b_out
 
 
 @triton.jit
 def act_grad(b_x, ACTIVATION: tl.constexpr):
-    """The activation's derivative at b_x."""
+    """The derivative of the activation at b_x."""
     if ACTIVATION == "silu":
         b_gate = tl.sigmoid(b_x)
         b_out = b_gate * (1 + b_x * (1 - b_gate))
@@ -39,6 +39,6 @@ def act_grad(b_x, ACTIVATION: tl.constexpr):
         b_square = b_x * b_x * _CUBIC
         b_twice_u = b_x * (1 + b_square) * _TWICE_ROOT_TWO_OVER_PI
         b_gate = tl.sigmoid(b_twice_u)
-        # sigmoid(-2u), not 1 - sigmoid(2u): at x = 3 the cancellation would come out 10 times as large.
+        # sigmoid(-2u) instead of 1 - sigmoid(2u): at x = 3 the cancellation error would be 10 times as large.
         b_out = b_gate + b_x * b_gate * tl.sigmoid(-b_twice_u) * (1 + 3 * b_square) * _TWICE_ROOT_TWO_OVER_PI
     return b_out

@@ -1,8 +1,8 @@
-"""What the adapter's Triton kernels share. Shapes everywhere: T tokens, width d, bottleneck r.
+"""Functions that the adapter's Triton kernels share. Shapes everywhere: T tokens, width d, bottleneck r.
 
-Dialect of flash-linear-attention: ``b_`` a block's values, ``p_`` a pointer, ``o_`` offsets, ``m_`` a mask, ``i_`` an
-index. An absent pointer is None and takes its code with it. Products run in the dtype of the weights and add up in
-fp32; "ieee" keeps TF32 out of fp32 products. Row offsets are int64: T * d passes 2^31.
+Names follow flash-linear-attention: ``b_`` values of a block, ``p_`` a pointer, ``o_`` offsets, ``m_`` a mask, ``i_``
+an index. A pointer may be None; its code is then not compiled. Products run in the dtype of the weights and accumulate
+in fp32. "ieee" excludes TF32 from fp32 products. Row offsets are int64, because T * d can exceed 2^31.
 """
 
 import triton
@@ -11,7 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def own_tile(rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """This program's tile. GROUP tiles of rows go together over all columns, so that both operands stay in L2."""
+    """The tile of this program. GROUP row tiles are processed together over all columns: both operands stay in L2."""
     i_program = tl.program_id(0)
     n_rows = tl.cdiv(rows, BLOCK_M)
     n_columns = tl.cdiv(columns, BLOCK_N)
@@ -23,11 +23,11 @@ def own_tile(rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP:
 
 @triton.jit
 def mean_and_squares(p_x_rows, m_t, i_from, i_to, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Of the columns i_from..i_to of some rows: their mean, and the sum of squares around it; each [BLOCK_M].
+    """The mean of each row over the columns i_from..i_to, and the sum of squares around it; each [BLOCK_M].
 
-    One pass, around the mean of the first BLOCK_K columns. Sums of plain squares would lose everything where
-    |mean| >> deviation; these cannot: that mean is at most sqrt(columns / BLOCK_K) deviations from the true one, so
-    that at most a factor of columns / BLOCK_K cancels (64 of the 1.7e7 that fp32 has), and usually none.
+    One pass, shifted by the mean of the first BLOCK_K columns. Without the shift, squares would cancel completely where
+    |mean| >> std. The shift is at most sqrt(columns / BLOCK_K) standard deviations from the true mean. So cancellation
+    costs at most a factor of columns / BLOCK_K (64 of the 1.7e7 of fp32), and usually nothing.
     """
     o_d = tl.arange(0, BLOCK_K)
     p_tile = p_x_rows + i_from
@@ -43,11 +43,11 @@ def mean_and_squares(p_x_rows, m_t, i_from, i_to, BLOCK_M: tl.constexpr, BLOCK_K
         b_sums += b_centred
         b_squares += b_centred * b_centred
     b_sum = tl.sum(b_sums, 1)
-    b_rest = b_sum / (i_to - i_from)  # of the mean, beyond the shift
+    b_rest = b_sum / (i_to - i_from)  # the mean minus the shift
     return b_shift + b_rest, tl.maximum(tl.sum(b_squares, 1) - b_sum * b_rest, 0.0)
 
 
 @triton.jit
 def rstd_of(b_squares, n, eps):
-    """1 / sqrt(variance + eps) of n values, from the sum of squares around their mean."""
-    return tl.rsqrt(b_squares / n + tl.cast(eps, tl.float32))  # a cast, for torch.compile hands floats over as fp64
+    """1 / sqrt(variance + eps) of n values, given the sum of squares around their mean."""
+    return tl.rsqrt(b_squares / n + tl.cast(eps, tl.float32))  # a cast, because torch.compile passes floats as fp64

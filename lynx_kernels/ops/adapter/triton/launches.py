@@ -1,13 +1,13 @@
-"""How the adapter's Triton kernels are launched: which form, and how each product is cut. Data, with the reasons.
+"""Launches of the adapter's Triton kernels: the form, and the tiles of each product. Tables with their reasons.
 
-A plan depends on Python numbers alone (shapes, dtypes, the name of the GPU), so that choosing one reads nothing from
-the device, may stand in a CUDA graph, and is the same on every rank. Plans for shapes that were timed come from
-a file in the cache folder, where ``python -m lynx_kernels.ops.adapter.triton.tune`` has been run; the rest follow
-the rules below. Nothing is timed unless that is run.
+A plan depends only on Python values (shapes, dtypes, the name of the GPU). So choosing one reads nothing from the
+device, works inside a CUDA graph, and gives the same plan on every rank. ``python -m
+lynx_kernels.ops.adapter.triton.tune`` times shapes and stores their plans in the cache folder. All other shapes follow
+the rules below. Nothing else is timed.
 
-None of the rules is measured: no GPU yet. The reasons are arithmetic and what the compiler reports (tests/compilation).
-Compiled for sm_80 every launch stays under 99 KiB of shared memory, what sm_86, 89 and 120 have, which compile alike:
-one table serves every GPU.
+The rules are not measured, because no GPU was available. Their reasons are arithmetic and the compiler's reports
+(tests/compilation). Compiled for sm_80, every launch uses less than 99 KiB of shared memory, the limit of sm_86, sm_89
+and sm_120, which run that code. So one table works for every GPU.
 """
 
 import json
@@ -24,9 +24,9 @@ TUNED = cache_folder() / "adapter-tuned.json"
 
 @dataclass(frozen=True)
 class Launch:
-    """How one product is cut: the output's tile, the step along the sum, and what Triton makes of it.
+    """Tiles of one product: the output tile (block_m, block_n), the step along the sum (block_k), warps and stages.
 
-    ``num_splits`` splits the sum itself over programs: only the down-projection for a few tokens takes more than 1.
+    ``num_splits`` splits the sum over several programs. It exceeds 1 only in the small_m down-projection.
     """
 
     block_m: int
@@ -42,9 +42,9 @@ class Launch:
 
 @dataclass(frozen=True)
 class Plan:
-    """A form, ``"tiled"``, ``"fused"`` or ``"small_m"`` (``__init__.py`` describes them), and the launches it takes.
+    """A form, ``"tiled"``, ``"fused"`` or ``"small_m"`` (see ``__init__.py``), and its launches.
 
-    ``down`` cuts the product into the bottleneck, ``up`` the one out of it; in the fused form they are one.
+    ``down`` is the product into the bottleneck, ``up`` the product out of it. In the fused form both are one launch.
     """
 
     form: str
@@ -54,62 +54,63 @@ class Plan:
 
 @dataclass(frozen=True)
 class Call:
-    """What a plan depends on."""
+    """The properties of a call that a plan depends on."""
 
-    direction: str  # "forward", "backward", or "weights": backward where nothing below the weights needs a gradient
+    direction: str  # "forward"; "backward"; "weights": backward where neither x nor LayerNorm needs a gradient
     tokens: int
     width: int
     bottleneck: int
     stream: torch.dtype
-    compute: torch.dtype  # of the weights
-    aligned: bool  # whether every row starts at a multiple of 16 values, which Triton must know to load vectors
+    compute: torch.dtype  # dtype of the weights
+    aligned: bool  # whether all row strides are multiples of 16 values, which Triton needs for vector loads
     gpu: str = ""
     multiprocessors: int = 132  # of an H100; an A100 has 108
 
     @property
-    def wide(self) -> bool:
-        """Whether the stream takes more bytes than the weights, as under autocast."""
+    def has_wide_stream(self) -> bool:
+        """Whether x has more bytes per value than the weights, as under autocast."""
         return self.stream.itemsize > self.compute.itemsize
 
     def key(self) -> str:
-        """Names the calls that share a tuned plan: shapes as they are, tokens up to the next power of two."""
+        """The key of a tuned plan. Calls share it if they differ only in tokens with the same next power of two."""
         tokens = triton.next_power_of_2(max(self.tokens, 1))
         dtypes = f"{self.stream}/{self.compute}".replace("torch.", "")
         return f"{self.gpu} {self.direction} T<={tokens} d={self.width} r={self.bottleneck} {dtypes}"
 
 
-# Tiled, many tokens. 128 x 128 outputs use every loaded value 128 times, so L2 keeps up with the tensor cores; on 8
-# warps the fp32 sum takes 64 registers a thread and leaves room to normalise; three stages take 96 KiB.
+# Tiled, many tokens. Tiles of 128 x 128 use every loaded value 128 times, so L2 keeps up with the tensor cores. On 8
+# warps the fp32 accumulator takes 64 registers per thread, which leaves room to normalise. Three stages take 96 KiB.
 LARGE = Launch(128, 128, 64, num_warps=8, num_stages=3)
-# An fp32 stream through half-precision weights (autocast): x takes twice the bytes, and steps of 64 spill on sm_80.
+# fp32 x with half-precision weights (autocast): x takes twice the bytes, and block_k = 64 spills on sm_80.
 LARGE_WIDE = Launch(128, 128, 32, num_warps=8, num_stages=3)
-# Too few large tiles to occupy the GPU: half the rows on half the warps (all of them for a wide stream). Not half the
-# columns: with 64 of them ptxas serialises sm_90's products, whose left operand comes normalised from registers.
+# Where large tiles are too few to occupy the GPU: half the rows on half the warps (on all warps for a wide stream). Not
+# half the columns: with 64 of them ptxas serialises the products of sm_90, whose left operand is normalised in
+# registers.
 MEDIUM = Launch(64, 128, 64, num_warps=4, num_stages=3)
 MEDIUM_WIDE = Launch(64, 128, 64, num_warps=8, num_stages=3)
-# Backward's epilogues hold up to four tiles at once (sum, pre-activation, activation, act_grad): 128 x 128 spills 1 KiB
-# on 8 warps and 0.5 KiB on 16, half the columns on 8 warps nothing, on 4 warps 1 KiB again.
+# Backward's epilogues hold up to four tiles (accumulator, pre-activation, activation, act_grad). 128 x 128 spills 1 KiB
+# on 8 warps and 0.5 KiB on 16. 128 x 64 spills nothing on 8 warps and 1 KiB on 4.
 LARGE_BACKWARD = Launch(128, 64, 64, num_warps=8, num_stages=3)
 MEDIUM_BACKWARD = Launch(64, 64, 64, num_warps=4, num_stages=4)
-# Rows that start anywhere: values are loaded one by one, past the asynchronous copies, and wait in registers. 32 x 64
-# in steps of 32 is what spills nothing; the larger tiles spill up to 2 KiB.
+# Unaligned rows: values are loaded one by one, without asynchronous copies, and wait in registers. 32 x 64 with
+# block_k = 32 spills nothing. Larger tiles spill up to 2 KiB.
 UNALIGNED = Launch(32, 64, 32, num_warps=4, num_stages=2)
-# IEEE fp32 has no tensor cores: operands live in registers, and a short step keeps them few. Fewer than 64 rows:
-# from there on Triton 3.7 compiles an fp32 product of widened bf16 or fp16 values to TF32 on sm_100, whatever was asked
-# for (triton-lang/triton #10176).
+# IEEE fp32 does not use tensor cores. Operands are in registers, and a small block_k keeps them few. Fewer than 64
+# rows: with more, Triton 3.7 compiles an fp32 product of widened bf16 or fp16 values to TF32 on sm_100, despite "ieee"
+# (triton-lang/triton #10176).
 IEEE = Launch(32, 64, 16, num_warps=4, num_stages=3)
 
-# Few tokens, by rows of a tile: 16 is the least a tensor core takes. The floor is the time to read both weights once,
-# 2 * d * r values: 33.5 MB in bf16 at d = 4096, r = 2048, 10 us at an H100's 3.35 TB/s. To come near it a
-# multiprocessor must have some 32 KB of loads in flight, so steps are long and stages many: 12 to 24 KiB of weights in
-# flight a program, and two to four programs side by side. A tile is about as wide as it is high, which keeps what
-# is read of x from L2 at what is read of the weights; for the same reason the up-projection of 64 rows stops at 32
-# columns, where d = 4096 still makes 128 programs.
-# Inward 64 tokens are two tiles of rows that share the weights through L2. From 64 rows on products are asynchronous on
-# sm_90, and as their left operand comes normalised from registers, ptxas serialises them under Triton 3.6, whatever the
-# width and the steps.
+# Small M, by rows of a tile; 16 is the minimum for a tensor core. The lower bound is the time to read both weights
+# once, 2 * d * r values: 33.5 MB in bf16 at d = 4096, r = 2048, or 10 us at an H100's 3.35 TB/s. To get close to it, a
+# multiprocessor needs about 32 KB of loads in flight. So block_k is large and stages are many: 12 to 24 KiB of weights
+# in flight per program, two to four programs per multiprocessor. Tiles are about square, so that reads of x from L2 do
+# not exceed reads of the weights. For the same reason the up-projection of 64 rows has 32 columns, which still makes
+# 128 programs at d = 4096.
+# In the down-projection 64 tokens are two row tiles that share the weights through L2. From 64 rows on, products are
+# asynchronous on sm_90. Their left operand is normalised in registers, so ptxas serialises them under Triton 3.6, at
+# every block_n and block_k.
 SMALL_M_DOWN = {
-    16: Launch(16, 16, 128, num_warps=4, num_stages=4),  # steps of 256 spill 20 bytes on sm_100
+    16: Launch(16, 16, 128, num_warps=4, num_stages=4),  # block_k = 256 spills 20 bytes on sm_100
     32: Launch(32, 32, 128, num_warps=4, num_stages=4),
 }
 SMALL_M_UP = {
@@ -117,30 +118,30 @@ SMALL_M_UP = {
     32: Launch(32, 16, 128, num_warps=4, num_stages=4),
     64: Launch(64, 32, 128, num_warps=4, num_stages=3),
 }
-FEW_UNALIGNED = Launch(32, 32, 32, num_warps=4, num_stages=2)
-FEW_IEEE = Launch(32, 32, 32, num_warps=4, num_stages=3)
+SMALL_M_UNALIGNED = Launch(32, 32, 32, num_warps=4, num_stages=2)
+SMALL_M_IEEE = Launch(32, 32, 32, num_warps=4, num_stages=3)
 
-FEW_TOKENS = 64
+SMALL_M_TOKENS = 64
 SMALL_BOTTLENECK = 256
-# Backward holds four tiles as wide as the bottleneck: 64 rows x 256 spill 0.9 KiB on 8 warps. 32 rows do not, but each
-# such block of rows would read all of both weights from L2, eight times the tiled form's traffic.
+# Backward holds four tiles as wide as the bottleneck. 64 rows x 256 columns spill 0.9 KiB on 8 warps. 32 rows do not
+# spill, but every block of rows reads both weights from L2: eight times the traffic of the tiled form.
 SMALL_BOTTLENECK_BACKWARD = 128
-# Up to here one multiprocessor reads both weights (at some 100 GB/s, 512 KiB in bf16) in the 5 us that two launches
-# more would cost: a few tokens take the fused form too.
+# Up to this size, one multiprocessor reads both weights (512 KiB in bf16, at about 100 GB/s) in 5 us, the cost of two
+# more launches. So small M takes the fused form too.
 LIGHT_WEIGHT = 2**17
 
 
 @cache
 def choose_plan(call: Call) -> Plan:
-    """The plan of a call: the tuned one where there is one, else by the rules."""
+    """The plan of a call: the tuned plan if there is one, otherwise by the rules."""
     tuned = tuned_plans().get(call.key()) if call.aligned else None
     return tuned or plan_by_rule(call)
 
 
 def plan_by_rule(call: Call) -> Plan:
-    """The plan of a call by the rules, whatever was timed."""
+    """The plan of a call by the rules, without tuned plans."""
     heavy = call.width * call.bottleneck > LIGHT_WEIGHT
-    if call.direction == "forward" and call.tokens <= FEW_TOKENS and heavy:
+    if call.direction == "forward" and call.tokens <= SMALL_M_TOKENS and heavy:
         return small_m_plan(call)
     small = SMALL_BOTTLENECK if call.direction == "forward" else SMALL_BOTTLENECK_BACKWARD
     if call.bottleneck <= small and call.direction != "weights":
@@ -149,7 +150,7 @@ def plan_by_rule(call: Call) -> Plan:
 
 
 def small_m_plan(call: Call) -> Plan:
-    """As many splits as make two programs a multiprocessor, and no split shorter than a step."""
+    """Enough splits for two programs per multiprocessor, but no split shorter than block_k."""
     down = _small_m_launch(call, SMALL_M_DOWN)
     num_splits = triton.cdiv(2 * call.multiprocessors, max(down.programs(call.tokens, call.bottleneck), 1))
     num_splits = max(min(num_splits, triton.cdiv(call.width, down.block_k)), 1)
@@ -158,15 +159,15 @@ def small_m_plan(call: Call) -> Plan:
 
 def _small_m_launch(call: Call, by_rows: dict[int, Launch]) -> Launch:
     if call.compute == torch.float32:
-        return FEW_IEEE
+        return SMALL_M_IEEE
     if not call.aligned:
-        return FEW_UNALIGNED
-    most = 32 if call.wide else max(by_rows)  # a wide stream spills at 64 rows on sm_80
-    return by_rows[min(max(triton.next_power_of_2(call.tokens), 16), most)]
+        return SMALL_M_UNALIGNED
+    max_rows = 32 if call.has_wide_stream else max(by_rows)  # a wide stream spills at 64 rows on sm_80
+    return by_rows[min(max(triton.next_power_of_2(call.tokens), 16), max_rows)]
 
 
 def fused_plan(call: Call) -> Plan:
-    """All of the bottleneck in one tile, 16 columns at least, and as many rows as registers and programs allow."""
+    """The whole bottleneck in one tile of at least 16 columns, with as many rows as registers and occupancy allow."""
     launch = _fused_launch(call, max(16, triton.next_power_of_2(call.bottleneck)))
     return Plan("fused", launch, launch)
 
@@ -177,11 +178,11 @@ def _fused_launch(call: Call, columns: int) -> Launch:
         return Launch(32 if columns <= 64 else 16, columns, 16, num_warps=4, num_stages=2)
     if not call.aligned:
         return Launch(16, columns, 32, num_warps=warps, num_stages=2)
-    if call.wide:  # 64 rows: ptxas serialises sm_90's products, or spills
+    if call.has_wide_stream:  # with 64 rows ptxas spills, or serialises the products of sm_90
         return Launch(32, columns, 64, num_warps=warps, num_stages=2)
-    # Every block of rows reads all of both weights from L2: as many rows as spill nothing, as soon as they occupy a
-    # third of the GPU; else 16. 64 rows, but half as many of 256 columns, whose products on sm_90 ptxas serialises
-    # under Triton 3.6.
+    # Every block of rows reads both weights from L2, so it should have many rows. 64 rows do not spill. With 256
+    # columns it is 32, because ptxas serialises the products of sm_90 under Triton 3.6. If these blocks would occupy
+    # less than a third of the GPU: 16 rows.
     many = Launch(64 if columns <= 128 else 32, columns, 64, num_warps=warps, num_stages=2)
     if 3 * many.programs(call.tokens, 1) >= call.multiprocessors:
         return many
@@ -193,7 +194,7 @@ def tiled_plan(call: Call) -> Plan:
 
 
 def _tiled_launch(call: Call, columns: int) -> Launch:
-    if call.tokens <= FEW_TOKENS and call.direction != "forward":
+    if call.tokens <= SMALL_M_TOKENS and call.direction != "forward":
         return _small_m_launch(call, SMALL_M_UP)
     if call.compute == torch.float32:
         return IEEE
@@ -201,7 +202,7 @@ def _tiled_launch(call: Call, columns: int) -> Launch:
         return UNALIGNED
     if call.direction != "forward":
         large, medium = LARGE_BACKWARD, MEDIUM_BACKWARD
-    elif call.wide:
+    elif call.has_wide_stream:
         large, medium = LARGE_WIDE, MEDIUM_WIDE
     else:
         large, medium = LARGE, MEDIUM
@@ -210,7 +211,7 @@ def _tiled_launch(call: Call, columns: int) -> Launch:
 
 @cache
 def tuned_plans() -> dict[str, Plan]:
-    """What the file of tuned plans holds, by ``Call.key``; nothing where there is no such file."""
+    """``Call.key()`` -> tuned plan, from the file; empty if there is no file."""
     if not TUNED.exists():
         return {}
     return {key: _plan(**each) for key, each in json.loads(TUNED.read_text()).items()}
@@ -221,7 +222,7 @@ def _plan(form: str, down: dict, up: dict) -> Plan:
 
 
 def use_plan(call: Call, plan: Plan | None) -> None:
-    """Give calls with the key of ``call`` this plan, in this process; None gives them back to the rules."""
+    """Use ``plan`` for calls with the key of ``call``, in this process. None returns to the rules."""
     tuned_plans().pop(call.key(), None)
     if plan is not None:
         tuned_plans()[call.key()] = plan

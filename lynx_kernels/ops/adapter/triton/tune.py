@@ -1,11 +1,11 @@
-"""Time the launches of the adapter's Triton kernels on this GPU and store the best, for the shapes one asks for.
+"""Time the launches of the adapter's Triton kernels on this GPU, for the given shapes, and store the fastest.
 
     python -m lynx_kernels.ops.adapter.triton.tune 8192x4096x2048 64x4096x2048 --dtype bf16
 
-From the plan that the rules give each form, forward and backward, one number after another is changed for as long as
-that is faster. A plan must give right numbers before it is timed. The winners are kept in ``adapter-tuned.json`` in
-the cache folder ($LYNX_CACHE, by default ~/.cache/lynx_kernels), and every later process uses them. Nothing else
-starts any of this.
+The search starts from the plans that the rules give, for forward and backward. It changes one number at a time as long
+as this is faster. A plan must give correct results before it is timed. The fastest plans are stored in
+``adapter-tuned.json`` in the cache folder ($LYNX_CACHE, by default ~/.cache/lynx_kernels). Every later process uses
+them. Only this command starts the search.
 """
 
 import argparse
@@ -28,17 +28,17 @@ from lynx_kernels.ops.adapter.call import AdapterBackwardCall, AdapterCall
 from lynx_kernels.ops.adapter.triton import launches
 from lynx_kernels.ops.adapter.triton.launches import Call, Launch, Plan
 
-_LEAST = {"block_m": 16, "block_n": 16, "block_k": 16, "num_warps": 1, "num_stages": 1, "num_splits": 1}
-_MOST = {"block_m": 256, "block_n": 256, "block_k": 512, "num_warps": 16, "num_stages": 8, "num_splits": 64}
+_MIN = {"block_m": 16, "block_n": 16, "block_k": 16, "num_warps": 1, "num_stages": 1, "num_splits": 1}
+_MAX = {"block_m": 256, "block_n": 256, "block_k": 512, "num_warps": 16, "num_stages": 8, "num_splits": 64}
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-Clock = Callable[[Callable[[], object]], float]  # how long a call takes, in ms
+Clock = Callable[[Callable[[], object]], float]  # returns the time of a call, in ms
 
 
 def make_inputs(
     tokens: int, width: int, bottleneck: int, stream: torch.dtype, compute: torch.dtype, device: str
 ) -> list[Tensor]:
-    """Arguments of the adapter as ``forward`` takes them."""
+    """Random tensors for ``forward``."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int, dtype: torch.dtype = compute, deviation: float = 1.0) -> Tensor:
@@ -53,27 +53,27 @@ def make_inputs(
 
 
 def neighbours(plan: Plan, compute: torch.dtype) -> Iterator[Plan]:
-    """The plans one number away: stages and splits by one, the rest doubled or halved."""
+    """The plans that differ in one number: stages and splits by one, the others doubled or halved."""
     for names in (("down", "up"),) if plan.form == "fused" else (("down",), ("up",)):
         launch = getattr(plan, names[0])
         for field, value in asdict(launch).items():
             if field == "num_splits" and (plan.form != "small_m" or "up" in names):
                 continue
-            if field == "block_n" and plan.form == "fused":  # all of the bottleneck, no more and no less
+            if field == "block_n" and plan.form == "fused":  # always the whole bottleneck
                 continue
             changed = (value - 1, value + 1) if field in ("num_stages", "num_splits") else (value // 2, value * 2)
             for other in changed:
                 near = replace(launch, **{field: other})
-                if _LEAST[field] <= other <= _MOST[field] and _is_ieee(near, compute):
+                if _MIN[field] <= other <= _MAX[field] and _is_ieee(near, compute):
                     yield replace(plan, **dict.fromkeys(names, near))
 
 
 def _is_ieee(launch: Launch, compute: torch.dtype) -> bool:
-    return compute != torch.float32 or launch.block_m < 64  # launches.IEEE says why
+    return compute != torch.float32 or launch.block_m < 64  # for the reason at launches.IEEE
 
 
-def starts(call: Call) -> list[Plan]:
-    """Where the search begins: what the rules give, and the other forms that can take the call."""
+def initial_plans(call: Call) -> list[Plan]:
+    """The plans from which the search starts: the one of the rules, and the other forms that can run the call."""
     plans = [launches.plan_by_rule(call), launches.tiled_plan(call)]
     if call.direction == "forward":
         plans.append(launches.small_m_plan(call))
@@ -83,13 +83,13 @@ def starts(call: Call) -> list[Plan]:
 
 
 def tune(inputs: list[Tensor], clock: Clock) -> dict[Call, dict[Plan, float]]:
-    """Search plans for forward and backward of these arguments; the winners serve from now on.
+    """Search plans for forward and backward of these arguments. From then on this process uses the fastest.
 
     Returns:
-        What each plan took, in ms, infinite where it does not run or gives wrong numbers. By call: forward, backward.
+        For each call (forward, backward), the time of each plan in ms; infinite if it fails or gives wrong results.
 
     Raises:
-        ValueError: rows do not start at multiples of 16 values; no plan is looked up for such a call.
+        ValueError: row strides are not multiples of 16 values; such calls never use tuned plans.
     """
     x, down_weight, up_weight = inputs[0], inputs[3], inputs[5]
     grad = x.flip(0).contiguous()
@@ -104,13 +104,13 @@ def tune(inputs: list[Tensor], clock: Clock) -> dict[Call, dict[Plan, float]]:
     for direction, run in runs.items():
         call = implementation.describe(direction, x, down_weight, up_weight)
         if not call.aligned:
-            raise ValueError(f"tune: d={call.width}, r={call.bottleneck} and row strides must be multiples of 16")
+            raise ValueError(f"tune: d={call.width}, r={call.bottleneck} and all row strides must be multiples of 16")
         results[call] = _search(call, run, _allowed(direction, inputs, grad), clock)
     return results
 
 
 def _allowed(direction: str, inputs: list[Tensor], grad: Tensor) -> list[tuple[Tensor, float]]:
-    """The exact results in fp64, and how far off each may be: four times what the definition is, or eps."""
+    """The results in fp64, each with its allowed error: four times the reference's own error, plus four eps."""
 
     def define(*tensors: Tensor) -> list[Tensor]:
         *arguments, grad = tensors
@@ -122,7 +122,7 @@ def _allowed(direction: str, inputs: list[Tensor], grad: Tensor) -> list[tuple[T
     exact, plain = define(*(each.double() for each in (*inputs, grad))), define(*inputs, grad)
     allowed = []
     for truth, other in zip(exact, plain, strict=True):
-        # The gradient of scale sums over everything: its terms may cancel, their rounding errors do not.
+        # The gradient of scale sums over all tokens and columns. Its terms may cancel, but rounding errors do not.
         magnitude = truth.abs().max() if truth.dim() else math.sqrt(grad.numel()) * 4
         error = (other.double() - truth).abs().max()
         allowed.append((truth, float(4 * (error + torch.finfo(inputs[3].dtype).eps * magnitude))))
@@ -140,13 +140,13 @@ def _search(
             launches.use_plan(call, plan)
             try:
                 times[plan] = clock(run) if _is_right(run(), allowed) else math.inf
-            except TritonError:  # more shared memory or registers than there are, or a tile that does not compile
+            except TritonError:  # too much shared memory or too many registers, or the tile does not compile
                 times[plan] = math.inf
         return times[plan]
 
     try:
-        for plan in dict.fromkeys([before, *starts(call)]):
-            measure(plan)  # first: among equals the first stays
+        for plan in dict.fromkeys([before, *initial_plans(call)]):
+            measure(plan)  # measured first, so that it wins ties
             while measure(better := min(neighbours(plan, call.compute), key=measure)) < measure(plan):
                 plan = better
     finally:
@@ -160,18 +160,18 @@ def _is_right(results: Sequence[Tensor], allowed: list[tuple[Tensor, float]]) ->
 
 
 def store(results: dict[Call, dict[Plan, float]], path: Path) -> None:
-    """Add the best plan of every call to the file, which keeps what else it holds."""
+    """Add the fastest plan of every call to the file. Other entries stay."""
     content = json.loads(path.read_text()) if path.exists() else {}
     for call, times in results.items():
         content[call.key()] = asdict(min(times, key=times.__getitem__))
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     unfinished.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
-    unfinished.replace(path)  # at once: nobody reads half a file
+    unfinished.replace(path)  # atomic: no process reads an incomplete file
 
 
 def table(results: dict[Call, dict[Plan, float]]) -> str:
-    """Every call, what the rules give it, and the five best plans."""
+    """A text table: for every call, the plan of the rules and the five fastest plans."""
     lines = []
     for call, times in results.items():
         rule = launches.plan_by_rule(call)
@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=launches.TUNED, help="default: where the kernels look")
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        parser.error("launches are timed on a GPU, and this machine has none that PyTorch can use")
+        parser.error("PyTorch finds no GPU on this machine; run the search on a machine with a GPU")
     for shape in options.shapes:
         tokens, width, bottleneck = map(int, shape.split("x"))
         compute, stream = _DTYPES[options.dtype], _DTYPES[options.stream or options.dtype]

@@ -1,9 +1,9 @@
-"""Attention of rows of queries to rows of keys in Triton: what prefix and cross attention share but for the table.
+"""prefix_attention and cross_attention in Triton. They share all kernels and differ only in the table.
 
-One launch forward (two where few queries split their keys), three backward. Grids follow from shapes alone, and
-programs find their tiles in the layout's table: nothing is read on the host and nothing planned, so calls capture into
-CUDA graphs. Work is cut by tiles, not by samples: a grid's programs are as long as their tile sees keys, and a long
-causal sequence starts with its longest.
+Forward takes one launch, or two if few queries split their keys. Backward takes three. Grids depend on shapes only, and
+programs find their tiles in the layout's table. The host reads nothing and plans nothing, so calls can be captured into
+CUDA graphs. Work is divided into tiles, not samples. The time of a program grows with the keys that its tile sees. In a
+long causal sequence the longest programs start first.
 """
 
 from typing import Any
@@ -29,26 +29,26 @@ _PREPROCESS_ROWS = 32
 
 
 def _query_grid(table: Table, q: Tensor, keys: int, launch: Launch) -> tuple[int, int, int]:
-    """Tiles of queries, heads, and the splits of the keys."""
+    """The grid over query tiles, heads, and splits of the keys."""
     (queries, heads, _), block = q.shape, launch.block_m
     splits = choose_num_splits(triton.cdiv(queries, block) * heads, keys, launch.block_n) if table.has_spans else 1
     return queries // block + table.num_segments, heads, splits
 
 
 def _key_grid(table: Table, k: Tensor, launch: Launch) -> tuple[int, int]:
-    """Tiles of keys, and their heads."""
+    """The grid over key tiles and key heads."""
     (keys, kv_heads, _), block = k.shape, launch.block_n
     return triton.cdiv(keys, block) if table.has_spans else keys // block + table.num_segments, kv_heads
 
 
 def _readable(tensor: Tensor, compute: torch.dtype) -> Tensor:
-    # Values of a row side by side, or loads are no vectors; rows near enough for the offsets inside a tile to be int32.
+    # Vector loads need unit stride inside a row. Row strides must be small enough for int32 offsets inside a tile.
     tensor = tensor.to(compute)
     return tensor if tensor.stride(-1) == 1 and tensor.stride(0) < 2**24 else tensor.contiguous()
 
 
 def _strides(*tensors: Tensor) -> tuple[list[int], int]:
-    """Strides of tokens and heads of every tensor in units, and the elements of a unit."""
+    """Token and head strides of every tensor, in units, and the number of elements in a unit."""
     return in_units(*(tensor.stride(dim) for tensor in tensors for dim in (0, 1)))
 
 
@@ -67,7 +67,7 @@ def forward(call: Any) -> tuple[Tensor, Tensor]:
     outs, lses = out, lse
     if num_splits > 1:
         outs, lses = (each.new_empty(num_splits, *each.shape, dtype=torch.float32) for each in (out, lse))
-    with torch.cuda.device_of(q):  # Triton launches on the current device, whatever its arguments are on
+    with torch.cuda.device_of(q):  # Triton launches on the current device, not on that of the arguments
         fwd.attention_fwd_kernel[grid](
             q, k, v, table.segments.contiguous(), outs, lses, *strides,
             table.num_segments, queries, heads // kv_heads, exponent(scale),
@@ -95,7 +95,7 @@ def backward(call: Any) -> tuple[Tensor, Tensor, Tensor]:
     inverse = (None, None) if table.inverse is None else [each.contiguous() for each in table.inverse]
     lse_delta = q.new_empty(2, heads, queries, dtype=torch.float32)
     strides, unit = _strides(grad, q, k, v)
-    who_sees_whom = {"SPANS": table.has_spans, "ROOT_IS_CAUSAL": table.root_is_causal}
+    visibility = {"SPANS": table.has_spans, "ROOT_IS_CAUSAL": table.root_is_causal}
     _, dq_launch, dkdv_launch = choose_launches(head_dim, compute, queries, table.num_segments, table.has_spans)
     grid = *_, num_splits = _query_grid(table, q, keys, dq_launch)
     grads_q = grad_q.new_empty(num_splits, *grad_q.shape, dtype=torch.float32) if num_splits > 1 else grad_q
@@ -107,11 +107,11 @@ def backward(call: Any) -> tuple[Tensor, Tensor, Tensor]:
         bwd.attention_bwd_dq_kernel[grid](
             grad, q, k, v, lse_delta, segments, grads_q, *strides,
             table.num_segments, queries, heads // kv_heads, scale,
-            **who_sees_whom, **constants(dq_launch, head_dim, unit),
+            **visibility, **constants(dq_launch, head_dim, unit),
         )  # fmt: skip
         bwd.attention_bwd_dkdv_kernel[_key_grid(table, k, dkdv_launch)](
             grad, q, k, v, lse_delta, segments, *inverse, grad_k, grad_v, *strides,
             table.num_segments, queries, keys, heads // kv_heads, scale,
-            **who_sees_whom, KEY_TILE=KEY_TILE, **constants(dkdv_launch, head_dim, unit),
+            **visibility, KEY_TILE=KEY_TILE, **constants(dkdv_launch, head_dim, unit),
         )  # fmt: skip
     return grads_q.sum(0).to(grad_q.dtype) if num_splits > 1 else grad_q, grad_k, grad_v

@@ -1,10 +1,10 @@
-"""The backward kernels of prefix and cross attention in Triton. Dialect: tiles.py.
+"""The backward kernels of prefix and cross attention in Triton. tiles.py explains the names.
 
     P = exp(S - LSE)    dV = P^T dO    dS = P * (dO V^T - delta)    dQ = scale dS K    dK = scale dS^T Q
 
-delta is rowsum(dO * O) - dLSE. Gradients of queries visit keys as the forward does; those of keys visit the queries
-that see them, with all scores computed transposed, S^T = K Q^T: a transposed accumulator as an operand of a product is
-miscompiled for Hopper by Triton before 3.7.1. Nobody shares an output: no atomics, two runs agree bit by bit.
+delta is rowsum(dO * O) - dLSE. The dQ kernel visits keys like the forward. The dK/dV kernel visits the queries that see
+its keys. It computes scores transposed, S^T = K Q^T, because Triton before 3.7.1 miscompiles a transposed accumulator
+as an operand of a product on Hopper. Each program writes its own outputs: no atomics, two runs agree bit by bit.
 """
 
 import triton
@@ -42,7 +42,7 @@ def attention_bwd_preprocess_kernel(
     BD: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """What backward reads of each query, for tokens side by side."""
+    """LSE and delta of each query, stored so that the values of neighbouring tokens are contiguous."""
     i_first = tl.program_id(0).to(tl.int64) * BLOCK_M
     i_h = tl.program_id(1)
     n_heads = tl.num_programs(1)
@@ -65,20 +65,18 @@ def attention_bwd_preprocess_kernel(
 
 @triton.jit
 def _bwd_dq_tile(
-    b_q, b_q_rest, b_grad, b_grad_rest, b_lse, b_delta, b_sum, b_sum_rest,
+    b_q, b_q_rest, b_grad, b_grad_rest, b_lse, b_delta, b_acc, b_acc_rest,
     p_k, p_v, stride_k, stride_v, n_keys, o_seen, scale,
     MASKED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, REST: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """What one tile of keys adds to dQ / scale; its arguments as the forward's."""
+    """Add the contribution of one key tile to dQ / scale. Arguments as in ``fwd.attend``."""
     b_k, b_k_rest = load_rows(p_k, stride_k, n_keys, MASKED, D, BD, REST, BLOCK_N)
-    b_weights = tl.exp2(
-        products_of_rows(b_q, b_q_rest, b_k, b_k_rest, REST) * scale - b_lse[:, None]
-    )  # [BLOCK_M, BLOCK_N]
+    b_p = tl.exp2(products_of_rows(b_q, b_q_rest, b_k, b_k_rest, REST) * scale - b_lse[:, None])  # [BLOCK_M, BLOCK_N]
     if MASKED:
-        b_weights = tl.where(tl.arange(0, BLOCK_N)[None, :] < o_seen[:, None], b_weights, 0.0)
+        b_p = tl.where(tl.arange(0, BLOCK_N)[None, :] < o_seen[:, None], b_p, 0.0)
     b_v, b_v_rest = load_rows(p_v, stride_v, n_keys, MASKED, D, BD, REST, BLOCK_N)
-    b_grad_scores = b_weights * (products_of_rows(b_grad, b_grad_rest, b_v, b_v_rest, REST) - b_delta[:, None])
-    return add_weighted_rows(b_sum, b_sum_rest, b_grad_scores, b_k, b_k_rest, REST)
+    b_ds = b_p * (products_of_rows(b_grad, b_grad_rest, b_v, b_v_rest, REST) - b_delta[:, None])
+    return add_weighted_rows(b_acc, b_acc_rest, b_ds, b_k, b_k_rest, REST)
 
 
 @triton.jit(repr=named("bwd_dq"))
@@ -89,7 +87,7 @@ def attention_bwd_dq_kernel(
     p_v,  # (K, Hkv, D)
     p_lse_delta,  # (2, H, T)
     p_segments,  # the layout's table
-    p_grad_q,  # (num_splits, T, H, D), one split but for spans
+    p_grad_q,  # (num_splits, T, H, D); num_splits > 1 only for spans
     stride_grad,
     stride_grad_head,
     stride_q,
@@ -111,7 +109,7 @@ def attention_bwd_dq_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One tile of queries and one head, as in the forward."""
+    """dQ of one query tile and one head, as in the forward."""
     i_first, i_end, ranges = tile_of_queries(p_segments, n_segments, SPANS, ROOT_IS_CAUSAL, BLOCK_M, BLOCK_N)
     if i_first >= i_end:
         return
@@ -131,37 +129,37 @@ def attention_bwd_dq_kernel(
     b_grad, b_grad_rest = load_rows(p_grad, stride_grad * UNIT, n_rows, True, D, BD, REST, BLOCK_M)
     b_lse = tl.load(p_lse_delta, mask=o_q < i_end, other=0.0)
     b_delta = tl.load(p_lse_delta + n_heads.to(tl.int64) * n_queries, mask=o_q < i_end, other=0.0)
-    b_sum, b_sum_rest = zero_rows(BD, REST, BLOCK_M)
+    b_acc, b_acc_rest = zero_rows(BD, REST, BLOCK_M)
     scale_log2 = scale * _LOG2E
     n_unmasked, n_masked, counts = tiles_of_keys(i_first, ranges, BLOCK_N)
     for i in range(n_unmasked):
         i_key = unmasked_tile(i, ranges, counts, BLOCK_N)
-        b_sum, b_sum_rest = _bwd_dq_tile(
-            b_q, b_q_rest, b_grad, b_grad_rest, b_lse, b_delta, b_sum, b_sum_rest,
+        b_acc, b_acc_rest = _bwd_dq_tile(
+            b_q, b_q_rest, b_grad, b_grad_rest, b_lse, b_delta, b_acc, b_acc_rest,
             p_k + i_key * stride_k, p_v + i_key * stride_v, stride_k, stride_v, BLOCK_N, o_q, scale_log2,
             False, D, BD, REST, BLOCK_N,
         )  # fmt: skip
     for i in range(n_masked):
         i_key, n_keys, o_seen = masked_tile(i, o_q, ranges, counts, BLOCK_N)
-        b_sum, b_sum_rest = _bwd_dq_tile(
-            b_q, b_q_rest, b_grad, b_grad_rest, b_lse, b_delta, b_sum, b_sum_rest,
+        b_acc, b_acc_rest = _bwd_dq_tile(
+            b_q, b_q_rest, b_grad, b_grad_rest, b_lse, b_delta, b_acc, b_acc_rest,
             p_k + i_key * stride_k, p_v + i_key * stride_v, stride_k, stride_v, n_keys, o_seen, scale_log2,
             True, D, BD, REST, BLOCK_N,
         )  # fmt: skip
     i_row = (tl.program_id(2).to(tl.int64) * n_queries + i_first) * n_heads + i_h
-    store_rows(p_grad_q + i_row * D, n_heads * D, n_rows, b_sum * scale, b_sum_rest * scale, D, BD, REST, BLOCK_M)
+    store_rows(p_grad_q + i_row * D, n_heads * D, n_rows, b_acc * scale, b_acc_rest * scale, D, BD, REST, BLOCK_M)
 
 
 @triton.jit
 def _bwd_dkdv_tile(
     b_k, b_k_rest, b_v, b_v_rest, b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest,
-    p_q, p_grad, p_lse, p_delta, stride_q, stride_grad, n_queries, o_blind, scale,
+    p_q, p_grad, p_lse, p_delta, stride_q, stride_grad, n_queries, o_unseen, scale,
     SPANS: tl.constexpr, MASKED: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, REST: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """What one tile of queries adds to dK / scale and dV; of the n_queries there the first o_blind miss a key.
+    """Add the contribution of one query tile to dK / scale and dV. The first o_unseen queries do not see the key.
 
-    Queries beyond n_queries add nothing by themselves: q, dO, LSE and delta are 0, so P^T is 1 and dS^T is 0.
+    Queries beyond n_queries contribute nothing: there q, dO, LSE and delta are 0, so P^T is 1 and dS^T is 0.
     """
     o_q = tl.arange(0, BLOCK_M)
     b_q, b_q_rest = load_rows(p_q, stride_q, n_queries, MASKED, D, BD, REST, BLOCK_M)
@@ -171,18 +169,16 @@ def _bwd_dkdv_tile(
     else:
         b_lse = tl.load(p_lse + o_q)
         b_delta = tl.load(p_delta + o_q)
-    b_weights = tl.exp2(
-        products_of_rows(b_k, b_k_rest, b_q, b_q_rest, REST) * scale - b_lse[None, :]
-    )  # [BLOCK_N, BLOCK_M]
+    b_p = tl.exp2(products_of_rows(b_k, b_k_rest, b_q, b_q_rest, REST) * scale - b_lse[None, :])  # [BLOCK_N, BLOCK_M]
     if MASKED:
-        m_seen = o_q[None, :] >= o_blind[:, None]
-        b_weights = tl.where(m_seen, b_weights, 0.0)
+        m_seen = o_q[None, :] >= o_unseen[:, None]
+        b_p = tl.where(m_seen, b_p, 0.0)
     b_grad, b_grad_rest = load_rows(p_grad, stride_grad, n_queries, MASKED, D, BD, REST, BLOCK_M)
-    b_grad_v, b_grad_v_rest = add_weighted_rows(b_grad_v, b_grad_v_rest, b_weights, b_grad, b_grad_rest, REST)
-    b_grad_scores = b_weights * (products_of_rows(b_v, b_v_rest, b_grad, b_grad_rest, REST) - b_delta[None, :])
-    if MASKED and SPANS:  # again: a key that these queries do not see may make them 0 times what is not a number
-        b_grad_scores = tl.where(m_seen, b_grad_scores, 0.0)
-    b_grad_k, b_grad_k_rest = add_weighted_rows(b_grad_k, b_grad_k_rest, b_grad_scores, b_q, b_q_rest, REST)
+    b_grad_v, b_grad_v_rest = add_weighted_rows(b_grad_v, b_grad_v_rest, b_p, b_grad, b_grad_rest, REST)
+    b_ds = b_p * (products_of_rows(b_v, b_v_rest, b_grad, b_grad_rest, REST) - b_delta[None, :])
+    if MASKED and SPANS:  # masked again: if a key that these queries do not see holds NaN or inf, 0 * NaN gives NaN
+        b_ds = tl.where(m_seen, b_ds, 0.0)
+    b_grad_k, b_grad_k_rest = add_weighted_rows(b_grad_k, b_grad_k_rest, b_ds, b_q, b_q_rest, REST)
     return b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest
 
 
@@ -193,14 +189,14 @@ def _bwd_dkdv_range(
     i_first, i_last, n_masked, o_first, i_kv_head, n_shared, n_heads, n_queries, scale,
     SPANS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, REST: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """What the queries i_first <= q < i_last of all heads that share the keys add.
+    """Add the contribution of the queries i_first <= q < i_last, over all heads that share the keys.
 
-    A key misses the queries before o_first, all of which are in the first n_masked tiles or beyond i_last.
+    A key is not seen by queries before o_first. All of these are in the first n_masked tiles or beyond i_last.
     """
     n_unmasked = (i_last - i_first) // BLOCK_M
     n_tiles = tl.cdiv(i_last - i_first, BLOCK_M)
     n_masked = tl.minimum(n_masked, n_tiles)
-    n_inner = tl.maximum(n_unmasked, n_masked)  # tiles from n_masked to here need no mask
+    n_inner = tl.maximum(n_unmasked, n_masked)  # tiles n_masked .. n_inner - 1 need no mask
     for i_shared in range(n_shared):
         i_h = i_kv_head * n_shared + i_shared
         p_q_head = p_q + i_h * stride_q_head
@@ -217,12 +213,12 @@ def _bwd_dkdv_range(
         for i in range(n_masked + n_tiles - n_inner):
             i_q = i_first + tl.where(i < n_masked, i, i - n_masked + n_inner) * BLOCK_M
             n_left = i_last - i_q
-            o_blind = o_first - i_q
+            o_unseen = o_first - i_q
             i_q = i_q.to(tl.int64)
             b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest = _bwd_dkdv_tile(
                 b_k, b_k_rest, b_v, b_v_rest, b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest,
                 p_q_head + i_q * stride_q, p_grad_head + i_q * stride_grad, p_lse + i_q, p_delta + i_q,
-                stride_q, stride_grad, n_left, o_blind, scale, SPANS, True, D, BD, REST, BLOCK_M,
+                stride_q, stride_grad, n_left, o_unseen, scale, SPANS, True, D, BD, REST, BLOCK_M,
             )  # fmt: skip
     return b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest
 
@@ -235,7 +231,7 @@ def attention_bwd_dkdv_kernel(
     p_v,  # (K, Hkv, D)
     p_lse_delta,  # (2, H, T)
     p_segments,  # the layout's table
-    p_tile_offsets,  # SpanLayout's inverse, or None
+    p_tile_offsets,  # SpanLayout's inverse table, or None
     p_tile_segments,
     p_grad_k,  # (K, Hkv, D)
     p_grad_v,  # (K, Hkv, D)
@@ -254,7 +250,7 @@ def attention_bwd_dkdv_kernel(
     scale,
     SPANS: tl.constexpr,
     ROOT_IS_CAUSAL: tl.constexpr,
-    KEY_TILE: tl.constexpr,  # keys a tile of the inverse
+    KEY_TILE: tl.constexpr,  # keys per tile of the inverse table
     UNIT: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
@@ -262,10 +258,10 @@ def attention_bwd_dkdv_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One tile of keys and one of their heads.
+    """dK and dV of one key tile and one key head.
 
-    Packed rows: the queries that see a key are one range, whose first tiles hold the diagonal. Spans: a range for each
-    segment that sees a key of the tile.
+    PackedLayout: the queries that see a key are one range; its first tiles hold the diagonal. SpanLayout: one range for
+    each segment that sees a key of the tile.
     """
     i_kv_head = tl.program_id(1).to(tl.int64)
     n_kv_heads = tl.num_programs(1)
@@ -300,13 +296,13 @@ def attention_bwd_dkdv_kernel(
             i_q_last = tl.load(p_row + 3)
             i_seen = tl.load(p_row + 1)
             i_seen_end = tl.load(p_row + 2)
-            # A key outside misses all queries, and those that fill up the last tile.
+            # A key outside the span is seen by no query, not even by those beyond i_q_last in the last tile.
             o_first = tl.where((i_seen <= o_k) & (o_k < i_seen_end), i_q_first, i_q_last + BLOCK_M)
-            is_whole = (i_seen <= i_first) & (i_first + BLOCK_N <= i_seen_end)
+            is_unmasked = (i_seen <= i_first) & (i_first + BLOCK_N <= i_seen_end)
             b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest = _bwd_dkdv_range(
                 b_k, b_k_rest, b_v, b_v_rest, b_grad_k, b_grad_k_rest, b_grad_v, b_grad_v_rest,
                 p_q, p_grad, p_lse_delta, stride_q, stride_q_head, stride_grad, stride_grad_head,
-                i_q_first, i_q_last, tl.where(is_whole, 0, tl.cdiv(i_q_last - i_q_first, BLOCK_M)), o_first,
+                i_q_first, i_q_last, tl.where(is_unmasked, 0, tl.cdiv(i_q_last - i_q_first, BLOCK_M)), o_first,
                 i_kv_head, n_shared, n_heads, n_queries, scale_log2, SPANS, D, BD, REST, BLOCK_M,
             )  # fmt: skip
     else:

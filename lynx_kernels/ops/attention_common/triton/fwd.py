@@ -1,7 +1,7 @@
-"""The forward kernel of prefix and cross attention in Triton. Dialect: tiles.py.
+"""The forward kernel of prefix and cross attention in Triton. tiles.py explains the names.
 
-One program computes the outputs of one tile of queries and one head. It visits tiles of keys that all its queries see,
-then, under a mask, those at the edges of what they see: at most one of the root's, and those of the diagonal.
+One program computes the output of one query tile and one head. First it visits the unmasked key tiles, which all its
+queries see. Then it visits the masked ones: at most one at the end of the root, and those on the diagonal.
 """
 
 import triton
@@ -25,25 +25,25 @@ _LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def attend(
-    b_q, b_q_rest, b_sum, b_sum_rest, b_max, b_weight,
+    b_q, b_q_rest, b_acc, b_acc_rest, b_max, b_denom,
     p_k, p_v, stride_k, stride_v, n_keys, o_seen, scale,
     MASKED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, REST: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys, of which n_keys are there and each query sees the first o_seen; scores are powers of 2."""
+    """Online softmax over one tile of n_keys keys, in base 2. Each query sees the first o_seen of them."""
     b_k, b_k_rest = load_rows(p_k, stride_k, n_keys, MASKED, D, BD, REST, BLOCK_N)
     b_scores = products_of_rows(b_q, b_q_rest, b_k, b_k_rest, REST)  # [BLOCK_M, BLOCK_N]
     if MASKED:
         b_scores = tl.where(tl.arange(0, BLOCK_N)[None, :] < o_seen[:, None], b_scores, float("-inf"))
-    # Every query sees the first key of the first tile it meets, so from there on the maximum is finite.
+    # Every query sees the first key of its first tile, so the maximum is finite from then on.
     b_new_max = tl.maximum(b_max, tl.max(b_scores, 1) * scale)
-    b_weights = tl.exp2(b_scores * scale - b_new_max[:, None])
-    b_shrink = tl.exp2(b_max - b_new_max)
-    b_weight = b_weight * b_shrink + tl.sum(b_weights, 1)
-    b_sum = b_sum * b_shrink[:, None]
-    b_sum_rest = b_sum_rest * b_shrink[:, None]
+    b_p = tl.exp2(b_scores * scale - b_new_max[:, None])
+    b_rescale = tl.exp2(b_max - b_new_max)
+    b_denom = b_denom * b_rescale + tl.sum(b_p, 1)
+    b_acc = b_acc * b_rescale[:, None]
+    b_acc_rest = b_acc_rest * b_rescale[:, None]
     b_v, b_v_rest = load_rows(p_v, stride_v, n_keys, MASKED, D, BD, REST, BLOCK_N)
-    b_sum, b_sum_rest = add_weighted_rows(b_sum, b_sum_rest, b_weights, b_v, b_v_rest, REST)
-    return b_sum, b_sum_rest, b_new_max, b_weight
+    b_acc, b_acc_rest = add_weighted_rows(b_acc, b_acc_rest, b_p, b_v, b_v_rest, REST)
+    return b_acc, b_acc_rest, b_new_max, b_denom
 
 
 @triton.jit(repr=named("fwd"))
@@ -52,7 +52,7 @@ def attention_fwd_kernel(
     p_k,  # (K, Hkv, D)
     p_v,  # (K, Hkv, D)
     p_segments,  # the layout's table
-    p_out,  # (num_splits, T, H, D), one split but for spans
+    p_out,  # (num_splits, T, H, D); num_splits > 1 only for spans
     p_lse,  # (num_splits, T, H)
     stride_q,
     stride_q_head,
@@ -64,8 +64,8 @@ def attention_fwd_kernel(
     n_queries,
     n_shared,  # H / Hkv
     scale,  # times log2(e), > 0
-    NEGATIVE: tl.constexpr,  # whether the true scale is
-    SPANS: tl.constexpr,  # a SpanLayout's table, or a PackedLayout's
+    NEGATIVE: tl.constexpr,  # whether the true scale is negative
+    SPANS: tl.constexpr,  # whether the table belongs to a SpanLayout
     ROOT_IS_CAUSAL: tl.constexpr,
     UNIT: tl.constexpr,
     D: tl.constexpr,
@@ -87,35 +87,35 @@ def attention_fwd_kernel(
     stride_v = stride_v * UNIT
 
     b_q, b_q_rest = load_rows(p_q, stride_q * UNIT, i_end - i_first, True, D, BD, REST, BLOCK_M)
-    if NEGATIVE:  # the maximum of the scores is then the maximum of the products
+    if NEGATIVE:  # so that the maximum of the products gives the maximum of the scores
         b_q = -b_q
         if REST > 0:
             b_q_rest = -b_q_rest
-    b_sum, b_sum_rest = zero_rows(BD, REST, BLOCK_M)
+    b_acc, b_acc_rest = zero_rows(BD, REST, BLOCK_M)
     b_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-    b_weight = tl.zeros([BLOCK_M], dtype=tl.float32)
+    b_denom = tl.zeros([BLOCK_M], dtype=tl.float32)
     o_q = i_first + tl.arange(0, BLOCK_M)
     n_unmasked, n_masked, counts = tiles_of_keys(i_first, ranges, BLOCK_N)
     for i in range(n_unmasked):
         i_key = unmasked_tile(i, ranges, counts, BLOCK_N)
-        b_sum, b_sum_rest, b_max, b_weight = attend(
-            b_q, b_q_rest, b_sum, b_sum_rest, b_max, b_weight,
+        b_acc, b_acc_rest, b_max, b_denom = attend(
+            b_q, b_q_rest, b_acc, b_acc_rest, b_max, b_denom,
             p_k + i_key * stride_k, p_v + i_key * stride_v, stride_k, stride_v, BLOCK_N, o_q, scale,
             False, D, BD, REST, BLOCK_N,
         )  # fmt: skip
     for i in range(n_masked):
         i_key, n_keys, o_seen = masked_tile(i, o_q, ranges, counts, BLOCK_N)
-        b_sum, b_sum_rest, b_max, b_weight = attend(
-            b_q, b_q_rest, b_sum, b_sum_rest, b_max, b_weight,
+        b_acc, b_acc_rest, b_max, b_denom = attend(
+            b_q, b_q_rest, b_acc, b_acc_rest, b_max, b_denom,
             p_k + i_key * stride_k, p_v + i_key * stride_v, stride_k, stride_v, n_keys, o_seen, scale,
             True, D, BD, REST, BLOCK_N,
         )  # fmt: skip
 
-    # Without keys the weight is 0 and the maximum -inf: output 0, LSE -inf.
-    b_inverse = 1 / tl.where(b_weight == 0, 1.0, b_weight)[:, None]
+    # Without keys the denominator is 0 and the maximum is -inf: output 0, LSE -inf.
+    b_inverse = 1 / tl.where(b_denom == 0, 1.0, b_denom)[:, None]
     i_row = (tl.program_id(2).to(tl.int64) * n_queries + i_first) * n_heads + i_h
     store_rows(
-        p_out + i_row * D, n_heads * D, i_end - i_first, b_sum * b_inverse, b_sum_rest * b_inverse, D, BD, REST, BLOCK_M
+        p_out + i_row * D, n_heads * D, i_end - i_first, b_acc * b_inverse, b_acc_rest * b_inverse, D, BD, REST, BLOCK_M
     )
-    b_lse = (b_max + tl.log2(b_weight)) * _LN2
+    b_lse = (b_max + tl.log2(b_denom)) * _LN2
     tl.store(p_lse + i_row + tl.arange(0, BLOCK_M) * n_heads, b_lse, mask=o_q < i_end)

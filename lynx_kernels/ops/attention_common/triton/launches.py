@@ -1,4 +1,4 @@
-"""How the Triton attention kernels are launched: how their work is cut, and what the host tells all of them."""
+"""Launches of the Triton attention kernels: tile sizes, and the arguments that all of them take."""
 
 import math
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Launch:
-    """How a kernel is cut: queries and keys a tile, and what Triton makes of it."""
+    """Queries (block_m) and keys (block_n) per tile, warps and stages."""
 
     block_m: int
     block_n: int
@@ -18,39 +18,40 @@ class Launch:
     num_stages: int
 
 
-# None of these is measured: no GPU yet. They follow what the compiler reports, with heads that share keys, which costs
-# registers: bf16 at a head_dim of up to 128 spills nothing, but for tens of bytes that tests/compilation names.
+# None of these is measured, because no GPU was available. They follow the compiler's reports, for heads that share keys
+# (which costs registers). bf16 with a head_dim up to 128 spills nothing, except tens of bytes listed in
+# tests/compilation.
 
-# 128 x 64 on 8 warps: 64 fp32 sums and 32 scores a thread.
+# 128 x 64 on 8 warps: 64 fp32 accumulators and 32 scores per thread.
 FWD = Launch(128, 64, num_warps=8, num_stages=3)
-# Three operands beside the sums: 64 keys spill on sm_80 (96 bytes), 32 do not.
+# Three operands besides the accumulators: 64 keys spill 96 bytes on sm_80, 32 do not spill.
 BWD_DQ = Launch(128, 32, num_warps=8, num_stages=2)
-# Two sums and two tiles of scores: 64 queries spill 140 bytes on sm_90, and two stages 928 on sm_100.
+# Two accumulators and two tiles of scores: 64 queries spill 140 bytes on sm_90; two stages spill 928 on sm_100.
 BWD_DKDV = Launch(32, 64, num_warps=8, num_stages=1)
 # Half the queries on half the warps, for segments that would leave most of 128 rows empty.
 SHORT_FWD = Launch(64, 64, num_warps=4, num_stages=3)
 SHORT_BWD_DQ = Launch(64, 64, num_warps=4, num_stages=2)
-# For spans seen by at most 32 queries, as by the latents of a resampler. 64 keys spill on sm_100 at a head_dim of 88,
-# 124 bytes forward and 244 backward; 32 do not.
+# For segments of at most 32 queries with spans, such as the latents of a resampler. With a head_dim of 88, 64 keys
+# spill on sm_100, 124 bytes forward and 244 backward; 32 do not spill.
 SMALL_M_FWD = Launch(32, 32, num_warps=4, num_stages=3)
 SMALL_M_BWD_DQ = Launch(32, 32, num_warps=4, num_stages=2)
-# Beyond a head_dim of 128 three stages of 128 x 64 take 256 KiB, more than a block may have.
+# For a head_dim above 128: three stages of 128 x 64 would take 256 KiB, more than a block can have.
 WIDE_FWD = Launch(128, 32, num_warps=8, num_stages=2)
 WIDE_BWD_DQ = Launch(64, 32, num_warps=8, num_stages=1)
-# IEEE fp32 has no tensor cores: operands live in registers, spread over 8 warps. Fewer than 64 rows, or Triton 3.7
-# compiles TF32 on sm_100.
+# IEEE fp32 does not use tensor cores; operands are in registers, spread over 8 warps. Fewer than 64 rows, because with
+# more Triton 3.7 compiles TF32 on sm_100.
 IEEE = Launch(32, 32, num_warps=8, num_stages=1)
 
 
 def choose_launches(
     head_dim: int, compute: torch.dtype, queries: int, n_segments: int, spans: bool
 ) -> tuple[Launch, Launch, Launch]:
-    """The launches of the forward, of the gradient of queries and of that of keys, over a layout of spans or packed."""
+    """The launches of forward, bwd_dq and bwd_dkdv. ``spans``: whether the layout is a SpanLayout."""
     if compute == torch.float32:
         return (IEEE,) * 3
     if head_dim > 128:
         return WIDE_FWD, WIDE_BWD_DQ, BWD_DKDV
-    # Queries a segment are few on average; empty segments count.
+    # Compared with the average number of queries per segment, empty segments included.
     if spans and queries <= SMALL_M_FWD.block_m * n_segments:
         return SMALL_M_FWD, SMALL_M_BWD_DQ, BWD_DKDV
     if queries <= SHORT_FWD.block_m * n_segments:
@@ -59,7 +60,7 @@ def choose_launches(
 
 
 def columns(head_dim: int) -> tuple[int, int]:
-    """Widths of the one or two tiles, side by side, that hold a row of a head: powers of two, at least 16."""
+    """Widths of the one or two adjacent tiles that hold one row of a head: powers of two, at least 16."""
     whole = triton.next_power_of_2(max(head_dim, 16))
     half = whole // 2
     rest = triton.next_power_of_2(max(head_dim - half, 16))
@@ -67,24 +68,24 @@ def columns(head_dim: int) -> tuple[int, int]:
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """What they are multiplied in: their dtype, or fp32 where they differ."""
+    """The dtype of the products: that of the tensors, or fp32 if they differ."""
     dtypes = {tensor.dtype for tensor in tensors}
     return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
 def in_units(*strides: int) -> tuple[list[int], int]:
-    """Strides in units, and the elements of a unit: from it Triton knows that rows start at multiples."""
+    """Strides in units, and the number of elements in a unit. The unit tells Triton the alignment of rows."""
     unit = 8 if all(stride % 8 == 0 for stride in strides) else 1
     return [stride // unit for stride in strides], unit
 
 
 def exponent(scale: float) -> float:
-    """The scale of scores that are powers of 2. Not 0: scores of 0 must not be -inf times 0 where keys are hidden."""
+    """The scale of scores in base 2. Never 0, because a masked score of -inf times 0 would be NaN."""
     return max(abs(scale) * math.log2(math.e), 1e-30)
 
 
 def constants(launch: Launch, head_dim: int, unit: int) -> dict[str, int]:
-    """What every kernel over tiles of queries and keys is compiled with."""
+    """The compile-time arguments of every kernel over query and key tiles."""
     width, rest = columns(head_dim)
     return {
         "UNIT": unit, "D": head_dim, "BD": width, "REST": rest, "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n,

@@ -1,10 +1,11 @@
-"""What the Triton attention kernels share: where a program's tile lies, and how tiles are read, multiplied, written.
+"""Functions that the Triton attention kernels share: find a program's tile; load, multiply and store tiles.
 
-Dialect of flash-linear-attention: ``b_`` a block's values, ``p_`` a pointer, ``o_`` offsets, ``m_`` a mask, ``i_`` an
-index. A head dimension D that is no power of two is two tiles side by side, D = 88 the 64 columns ``b_x`` and the 24
-of 32 columns ``b_x_rest``: 96 columns of work instead of 128. Where one tile holds D, REST is 0 and the rest not read.
-Strides come in units of UNIT elements: Triton then knows that rows start at multiples of it, and loads vectors. In
-elements those of rows fit 32 bits; those of heads and sequences need not, and meet a 64-bit index before UNIT.
+Names follow flash-linear-attention: ``b_`` values of a block, ``p_`` a pointer, ``o_`` offsets, ``m_`` a mask, ``i_``
+an index. A head dimension D that is not a power of two may be split into two adjacent tiles: D = 88 is 64 columns
+``b_x`` and 24 of 32 columns ``b_x_rest``. That is 96 columns of work instead of 128. If one tile holds D, REST is 0 and
+the rest is not read.
+Strides are in units of UNIT elements. So Triton knows the alignment of rows and uses vector loads. Row strides in
+elements fit in 32 bits. Head and sequence strides may not; they are multiplied by a 64-bit index before UNIT.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import triton.language as tl
 
 
 def named(suffix: str) -> Callable[[Any], str]:
-    """The name, in a profiler's trace, of a kernel that prefix_attention and cross_attention share."""
+    """The name, in a profiler's trace, of a kernel shared by prefix_attention and cross_attention."""
 
     def name(specialization: Any) -> str:
         operation = "cross_attention" if specialization.constants["SPANS"] else "prefix_attention"
@@ -26,10 +27,10 @@ def named(suffix: str) -> Callable[[Any], str]:
 
 @triton.jit
 def find_segment(p_segments, n_segments, i_tile, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """The segment that tile i_tile belongs to, and the tile's place in it.
+    """The segment of tile i_tile, and the index of the tile in it.
 
-    Segment s owns the tiles from ``start(s) // BLOCK + s`` up to its successor's: at least as many as it has blocks,
-    at most one too many. So a grid of ``T // BLOCK + S`` programs is enough, whatever the lengths, and no plan is made.
+    Segment s owns the tiles from ``start(s) // BLOCK + s`` up to those of segment s + 1. These are as many tiles as it
+    has blocks, or one more. So a grid of ``T // BLOCK + S`` programs is enough for any lengths, and no plan is needed.
     """
     i_low = i_tile * 0
     i_high = i_low + n_segments
@@ -51,11 +52,11 @@ def tile_of_queries(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """This program's queries, and the two ranges of keys they see: all of one, the other up to themselves.
+    """The queries of this program, and the two key ranges they see: one fully, the other causally.
 
-    Returns the first query, the end of its segment (not after the first where there is nothing to do), and a tuple for
-    tiles_of_keys: start and end of both ranges. A segment's last tiles, which see the most keys where it is causal,
-    start first.
+    Returns the first query; the end of its segment (at most the first query if there is no work); and the start and end
+    of both ranges, a tuple for tiles_of_keys. The last tiles of a segment start first, because in a causal segment they
+    see the most keys.
     """
     WIDTH: tl.constexpr = 3 if SPANS else 4
     i_segment, i_block = find_segment(p_segments, n_segments, tl.program_id(0), WIDTH, BLOCK_M)
@@ -65,7 +66,7 @@ def tile_of_queries(
     i_first = i_start + (tl.cdiv(i_end - i_start, BLOCK_M) - 1 - i_block) * BLOCK_M
     i_first = tl.where(i_first < i_start, i_end, i_first)
     if SPANS:
-        # The program's split of the span, one of as many as the grid is deep.
+        # This program's split of the span; the number of splits is the third dimension of the grid.
         i_key_start = tl.load(p_row + 1)
         i_key_end = tl.load(p_row + 2)
         split_size = tl.cdiv(tl.cdiv(i_key_end - i_key_start, BLOCK_N), tl.num_programs(2)) * BLOCK_N
@@ -78,7 +79,7 @@ def tile_of_queries(
         i_root_end = tl.load(p_row + 2)
         i_last = tl.minimum(i_first + BLOCK_M, i_end)
         is_root = i_start < i_root_end
-        # A branch right behind its root sees one causal range, and so does a causal root; a full root sees only itself.
+        # A causal root sees one causal range. So does a branch that directly follows its root. A full root sees itself.
         is_joined = i_start == i_root_end
         if ROOT_IS_CAUSAL:
             is_joined = is_joined | is_root
@@ -91,8 +92,8 @@ def tile_of_queries(
 
 @triton.jit
 def tiles_of_keys(i_first, ranges, BLOCK_N: tl.constexpr):
-    """How many tiles of both ranges all queries from i_first on see without a mask, how many need a mask,
-    and a tuple for unmasked_tile and masked_tile."""
+    """The number of unmasked tiles, which all queries from i_first on see; the number of masked tiles; and a tuple for
+    unmasked_tile and masked_tile."""
     i_full, i_full_end, i_causal, i_causal_end = ranges
     n_full = (i_full_end - i_full) // BLOCK_N
     n_causal = tl.maximum(i_first + 1 - i_causal, 0) // BLOCK_N
@@ -103,7 +104,7 @@ def tiles_of_keys(i_first, ranges, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def unmasked_tile(i, ranges, counts, BLOCK_N: tl.constexpr):
-    """The first key of the tile."""
+    """The first key of unmasked tile i."""
     i_full, _, i_causal, _ = ranges
     n_full, _, _ = counts
     return tl.where(i < n_full, i_full + i * BLOCK_N, i_causal + (i - n_full) * BLOCK_N).to(tl.int64)
@@ -111,7 +112,7 @@ def unmasked_tile(i, ranges, counts, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def masked_tile(i, o_q, ranges, counts, BLOCK_N: tl.constexpr):
-    """The first key of the tile, how many keys are there, and how many of them each query sees."""
+    """The first key of masked tile i, the number of its keys, and how many of them each query sees."""
     i_full, i_full_end, i_causal, i_causal_end = ranges
     n_full, n_full_masked, n_causal = counts
     is_full = i < n_full_masked
@@ -125,7 +126,7 @@ def load_columns(
     p_first, stride, n_rows, MASKED: tl.constexpr,
     D: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """[ROWS, WIDTH]: columns FIRST and on of the rows from p_first on; 0 beyond D and, if MASKED, beyond n_rows."""
+    """Load [ROWS, WIDTH]: rows from p_first, columns from FIRST. 0 beyond D and, if MASKED, beyond n_rows."""
     o_row = tl.arange(0, ROWS)
     o_d = FIRST + tl.arange(0, WIDTH)
     p_tile = p_first + o_row[:, None] * stride + o_d[None, :]
@@ -145,9 +146,9 @@ def load_rows(
     p_first, stride, n_rows, MASKED: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """[ROWS, BD] and [ROWS, REST] of a (T, H, D) tensor, p_first at the first row and the head."""
+    """Load [ROWS, BD] and [ROWS, REST] of a (T, H, D) tensor. p_first points to the first row and the head."""
     b_tile = load_columns(p_first, stride, n_rows, MASKED, D, 0, BD, ROWS)
-    b_rest = b_tile  # not read without a rest; functions return no None
+    b_rest = b_tile  # unused if REST is 0; Triton functions cannot return None
     if REST > 0:
         b_rest = load_columns(p_first, stride, n_rows, MASKED, D, BD, REST, ROWS)
     return b_tile, b_rest
@@ -158,7 +159,7 @@ def store_rows(
     p_first, stride, n_rows, b_tile, b_rest,
     D: tl.constexpr, BD: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The opposite of load_rows."""
+    """Store what ``load_rows`` loads."""
     o_row = tl.arange(0, ROWS)
     o_d = tl.arange(0, BD)
     p_tile = p_first + o_row[:, None] * stride
@@ -172,13 +173,13 @@ def store_rows(
 
 @triton.jit
 def zero_rows(BD: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr):
-    """Sums to begin with; without a rest one number stands for it, since loops carry no None."""
+    """Zero accumulators. If REST is 0 the second has one column, because loops cannot carry None."""
     return tl.zeros([ROWS, BD], dtype=tl.float32), tl.zeros([ROWS, REST if REST > 0 else 1], dtype=tl.float32)
 
 
 @triton.jit
 def products_of_rows(b_left, b_left_rest, b_right, b_right_rest, REST: tl.constexpr):
-    """[left rows, right rows] fp32: the product of every row with every row."""
+    """left @ right^T, [left rows, right rows] in fp32."""
     b_out = tl.dot(b_left, tl.trans(b_right), input_precision="ieee")
     if REST > 0:
         b_out = tl.dot(b_left_rest, tl.trans(b_right_rest), b_out, input_precision="ieee")
@@ -186,10 +187,10 @@ def products_of_rows(b_left, b_left_rest, b_right, b_right_rest, REST: tl.conste
 
 
 @triton.jit
-def add_weighted_rows(b_sum, b_sum_rest, b_weights, b_rows, b_rows_rest, REST: tl.constexpr):
-    """The sums plus b_weights times rows, the weights rounded to the dtype of the rows."""
-    b_weights = b_weights.to(b_rows.dtype)
-    b_sum = tl.dot(b_weights, b_rows, b_sum, input_precision="ieee")
+def add_weighted_rows(b_acc, b_acc_rest, b_left, b_rows, b_rows_rest, REST: tl.constexpr):
+    """b_acc + b_left @ rows, with b_left rounded to the dtype of the rows."""
+    b_left = b_left.to(b_rows.dtype)
+    b_acc = tl.dot(b_left, b_rows, b_acc, input_precision="ieee")
     if REST > 0:
-        b_sum_rest = tl.dot(b_weights, b_rows_rest, b_sum_rest, input_precision="ieee")
-    return b_sum, b_sum_rest
+        b_acc_rest = tl.dot(b_left, b_rows_rest, b_acc_rest, input_precision="ieee")
+    return b_acc, b_acc_rest

@@ -1,8 +1,8 @@
 """pack_embeddings in Triton: one launch forward, two for the gradient of the vision rows.
 
-A program moves one row, so thousands of them keep enough bytes on their way to fill the memory's bandwidth. The
-gradient finds the first and last use of every vision row, then adds up what stands between them: no floating-point
-atomics, so it is reproducible. A table that trains takes PyTorch's own gradient.
+A program copies one row. Thousands of programs keep enough bytes in flight to use the full memory bandwidth. The
+gradient finds the first and last use of every vision row, then sums over the uses between them. It uses no
+floating-point atomics, so it is reproducible. The gradient of a table that trains is PyTorch's own.
 """
 
 import torch
@@ -13,11 +13,12 @@ from lynx_kernels.ops.pack_embeddings.call import PackEmbeddingsCall
 from lynx_kernels.ops.pack_embeddings.rows import backward_by, dense
 from lynx_kernels.ops.pack_embeddings.triton import bwd, fwd
 
-# None of these is measured: no GPU yet. 4096 columns in 16 bits are 8 KiB, 64 bytes a thread of 4 warps.
+# None of these is measured, because no GPU was available. 4096 columns of 2 bytes are 8 KiB, 64 bytes per thread of 4
+# warps.
 _COLUMNS = 4096
 _WARPS = 4
-_SUM_COLUMNS = 2048  # 4096 sums in fp32 are 32 registers a thread: 72 in all, and half the threads
-_SCAN = 128  # rows looked at at once for uses of a vision row
+_SUM_COLUMNS = 2048  # 4096 would take 32 registers per thread for fp32 sums: 72 in total, which halves the occupancy
+_SCAN = 128  # rows scanned at once for uses of a vision row
 _FIND = 1024
 
 
@@ -26,15 +27,15 @@ def _columns(width: int, most: int) -> int:
 
 
 def forward(call: PackEmbeddingsCall) -> Tensor:
-    """Return the packed rows (T, d) in the dtype of the table."""
+    """Return the packed rows (T, d) in the dtype of embedding."""
     token_ids, embedding, vision, vision_index = call
     (num_embeddings, width), rows = embedding.shape, token_ids.shape[0]
     out = embedding.new_empty((rows, width))
     if out.numel() == 0:
         return out
     embedding, vision, columns = dense(embedding), dense(vision), _columns(width, _COLUMNS)
-    with torch.cuda.device_of(embedding):  # Triton launches on the current device, whatever its arguments are on
-        # Without `debug` Triton drops assertions.
+    with torch.cuda.device_of(embedding):  # Triton launches on the current device, not on that of the arguments
+        # Without debug=True Triton removes device assertions.
         fwd.pack_embeddings_fwd_kernel[(rows, triton.cdiv(width, columns))](
             token_ids.contiguous(), vision_index.contiguous(), embedding, vision, out,
             embedding.stride(0), vision.stride(0), num_embeddings, vision.shape[0],

@@ -1,4 +1,4 @@
-"""The gradient of the vision rows: where each was used, then the sum over its uses."""
+"""The gradient of the vision rows: find the uses of each, then sum over them."""
 
 import triton
 import triton.language as tl
@@ -7,14 +7,14 @@ import triton.language as tl
 @triton.jit(do_not_specialize=["n_rows", "n_vision"])
 def pack_embeddings_bwd_find_kernel(
     p_vision_index,  # (T,)
-    p_uses,  # (2, M), zeros before
+    p_uses,  # (2, M), initialised to 0
     n_rows,
     n_vision,
     BT: tl.constexpr,
 ):
-    """For each vision row the first and the last row it went to, as T - first and last + 1; an unused one keeps 0.
+    """Find the first and last row to which each vision row was copied, as T - first and last + 1; 0 if unused.
 
-    Integers, so that the order in which atomics arrive changes nothing.
+    These are integers, so the order of the atomics does not change the result.
     """
     o_row = tl.program_id(0) * BT + tl.arange(0, BT)
     b_vision = tl.load(p_vision_index + o_row, mask=o_row < n_rows, other=-1)  # [BT]
@@ -27,7 +27,7 @@ def pack_embeddings_bwd_find_kernel(
 def pack_embeddings_bwd_sum_kernel(
     p_grad,  # (T, d)
     p_vision_index,  # (T,)
-    p_uses,  # (2, M) of pack_embeddings_bwd_find_kernel
+    p_uses,  # (2, M) from pack_embeddings_bwd_find_kernel
     p_out,  # (M, d)
     stride_grad,
     n_rows,
@@ -36,18 +36,18 @@ def pack_embeddings_bwd_sum_kernel(
     BD: tl.constexpr,
     BT: tl.constexpr,
 ):
-    """The gradient of one vision row, BD columns of it: the sum over its uses in their order."""
+    """BD columns of the gradient of one vision row: the sum over its uses, in order."""
     i_vision = tl.program_id(0)
     o_d = tl.program_id(1) * BD + tl.arange(0, BD)
     m_d = o_d < D
     i_first = n_rows - tl.load(p_uses + i_vision)
     i_last = tl.load(p_uses + n_vision + i_vision) - 1
-    b_sum = tl.zeros([BD], dtype=tl.float32)
+    b_acc = tl.zeros([BD], dtype=tl.float32)
     for i_start in range(i_first, i_last + 1, BT):
         o_row = i_start + tl.arange(0, BT)
         m_use = tl.load(p_vision_index + o_row, mask=o_row <= i_last, other=-1) == i_vision  # [BT]
         for _ in range(tl.sum(m_use.to(tl.int32), 0)):
             i_row = tl.min(tl.where(m_use, o_row, n_rows), 0)
-            b_sum += tl.load(p_grad + i_row.to(tl.int64) * stride_grad + o_d, mask=m_d, other=0.0).to(tl.float32)
+            b_acc += tl.load(p_grad + i_row.to(tl.int64) * stride_grad + o_d, mask=m_d, other=0.0).to(tl.float32)
             m_use = m_use & (o_row > i_row)
-    tl.store(p_out + i_vision.to(tl.int64) * D + o_d, b_sum.to(p_out.dtype.element_ty), mask=m_d)
+    tl.store(p_out + i_vision.to(tl.int64) * D + o_d, b_acc.to(p_out.dtype.element_ty), mask=m_d)

@@ -1,4 +1,4 @@
-"""The packed row: a program copies one row, or some of its columns."""
+"""The forward kernel: a program copies one row, or BD columns of it."""
 
 import triton
 import triton.language as tl
@@ -18,7 +18,7 @@ def pack_embeddings_fwd_kernel(
     D: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """One row, BD columns of it."""
+    """Copy BD columns of one row."""
     i_row = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * BD + tl.arange(0, BD)
     m_d = o_d < D

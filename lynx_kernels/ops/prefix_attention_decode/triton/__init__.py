@@ -1,7 +1,7 @@
-"""Decoding in Triton: one launch over splits of the root's keys and of the branches' own, and one that combines them.
+"""Decoding in Triton: one launch over splits of the keys of roots and branches, and one that combines the splits.
 
-A root's keys are read once for as many of its branches as fill a tile of rows: beams of one image read it once. Grids
-follow from the shapes of the caches, lengths stay on the device, so calls capture into CUDA graphs.
+The keys of a root are read once for as many of its branches as fit into a tile, so the beams of one image read it once.
+Grids depend on the shapes of the caches, and lengths stay on the device, so calls can be captured into CUDA graphs.
 """
 
 import torch
@@ -13,20 +13,20 @@ from lynx_kernels.ops.attention_common.triton.splits import choose_num_splits, c
 from lynx_kernels.ops.prefix_attention_decode.call import DecodeCall
 from lynx_kernels.ops.prefix_attention_decode.triton import fwd
 
-_SCAN = 64  # branches looked at at once, for those of one root
+_SCAN = 64  # branches scanned at once to find those of one root
 
 
 def choose_launch(head_dim: int, compute: torch.dtype, rows: int) -> Launch:
-    """The launch for ``rows`` rows that read the same keys. Not measured: no GPU yet."""
+    """The launch for ``rows`` rows that share keys. Not measured, because no GPU was available."""
     block_m = max(16, triton.next_power_of_2(rows))
     if compute == torch.float32:
         return Launch(min(block_m, 32), 32, num_warps=4, num_stages=1)
-    # Three stages of 64 keys take 192 KiB beyond a head_dim of 128; a block has 163 on sm_80.
+    # Above a head_dim of 128 three stages of 64 keys would take 192 KiB; a block has 163 KiB on sm_80.
     return Launch(min(block_m, 64), 64 if head_dim <= 128 else 32, num_warps=4, num_stages=3)
 
 
 def _alike(k: Tensor, v: Tensor, compute: torch.dtype) -> tuple[Tensor, Tensor]:
-    # One set of strides says where both lie; the caches of one layer are made alike, so nothing is copied.
+    # The kernel takes one set of strides for both. The caches of one layer have equal strides, so nothing is copied.
     k, v = k.to(compute), v.to(compute)
     if k.stride() != v.stride() or k.stride(3) != 1 or k.stride(1) >= 2**24:
         return k.contiguous(), v.contiguous()
@@ -47,12 +47,12 @@ def forward(call: DecodeCall) -> tuple[Tensor, Tensor]:
     rows = queries * (heads // kv_heads)
     launch = choose_launch(head_dim, compute, rows * triton.cdiv(branches, roots))
     slots, tiles = max(1, launch.block_m // rows), triton.cdiv(rows, launch.block_m)
-    # Programs that work on a split: over roots at least one for each of their groups of branches.
+    # The number of programs per split of roots; at least one for each group of branches.
     root_programs = min(branches, max(roots, triton.cdiv(branches, slots))) * tiles * kv_heads
     root_splits = choose_num_splits(root_programs, root_keys, launch.block_n) if root_keys else 0
     branch_splits = choose_num_splits(branches * tiles * kv_heads, branch_k.shape[1], launch.block_n)
     outs, lses = (each.new_empty(root_splits + branch_splits, *each.shape, dtype=torch.float32) for each in (out, lse))
-    with torch.cuda.device_of(q):  # Triton launches on the current device, whatever its arguments are on
+    with torch.cuda.device_of(q):  # Triton launches on the current device, not on that of the arguments
         fwd.prefix_attention_decode_fwd_kernel[(branches * tiles, kv_heads, root_splits + branch_splits)](
             q, *root, *branch, *(each.contiguous() for each in call.indices.values()),
             outs, lses, *strides, branches, queries, heads // kv_heads, slots, root_splits, exponent(call.scale),

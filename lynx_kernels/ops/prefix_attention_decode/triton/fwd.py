@@ -1,4 +1,4 @@
-"""The kernel of decoding: one tile of rows, one head of the keys, one split of them. Dialect: attention_common."""
+"""The decoding kernel. attention_common/triton/tiles.py explains the names."""
 
 import triton
 import triton.language as tl
@@ -13,7 +13,7 @@ _LN2 = tl.constexpr(0.6931471805599453)
 def _branches_of_root(
     p_branch_to_root, i_root, i_branch, o_slot, n_branches, BLOCK_M: tl.constexpr, SCAN: tl.constexpr
 ):  # fmt: skip
-    """The branches of a root from i_branch on, one a slot, [BLOCK_M]; and how many stand before i_branch.
+    """The branches of a root from i_branch on, by slot, [BLOCK_M]; and how many of its branches are before i_branch.
 
     A slot without a branch gets n_branches.
     """
@@ -54,9 +54,9 @@ def prefix_attention_decode_fwd_kernel(
     n_queries,
     n_shared,  # H / Hkv
     n_slots,  # branches of a root that share a tile
-    n_root_splits,  # the splits before are of the roots, the others of the branches
+    n_root_splits,  # the first n_root_splits splits are of the root, the others of the branch
     scale,  # times log2(e), > 0
-    NEGATIVE: tl.constexpr,  # whether the true scale is
+    NEGATIVE: tl.constexpr,  # whether the true scale is negative
     UNIT: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
@@ -65,10 +65,11 @@ def prefix_attention_decode_fwd_kernel(
     BLOCK_N: tl.constexpr,
     SCAN: tl.constexpr,
 ):
-    """One tile of rows, one head of the keys, one split of them.
+    """One tile of rows, one key head, one split of the keys.
 
-    Rows are the queries of a branch times the heads that share the key head. Over a branch's own keys a tile holds rows
-    of that branch; over a root's those of up to n_slots of its branches, and the first of them does the work of all.
+    The rows of a branch are its queries times the heads that share the key head. For a split of a branch's keys, a tile
+    holds rows of that branch. For a split of a root's keys, it holds rows of up to n_slots of its branches; the program
+    of the first branch computes all of them.
     """
     i_kv_head = tl.program_id(1).to(tl.int64)
     i_split = tl.program_id(2)
@@ -95,8 +96,8 @@ def prefix_attention_decode_fwd_kernel(
         return
     stride_key = tl.where(is_root, stride_root_key, stride_branch_key) * UNIT
     n_keys = tl.where(is_root, tl.load(p_root_lengths + i_root), tl.load(p_branch_lengths + i_branch)).to(tl.int32)
-    # Query i of Q misses the Q - 1 - i newest keys of its branch. Parts are cut from the keys that all queries see, and
-    # the last of them goes on to the end: so every query sees the first key of every split, as attend() wants.
+    # Query i of Q does not see the Q - 1 - i newest keys of its branch. Only the keys that all queries see are split,
+    # and the last split continues to the end. So every query sees the first key of every split, as attend() needs.
     o_seen = n_keys - tl.where(is_root, 0, n_queries - 1 - o_query)
     n_common = n_keys - tl.where(is_root, 0, n_queries - 1)
     n_splits = tl.where(is_root, n_root_splits, tl.num_programs(2) - n_root_splits)
@@ -120,28 +121,28 @@ def prefix_attention_decode_fwd_kernel(
     if NEGATIVE:
         b_q = -b_q
         b_q_rest = -b_q_rest
-    b_sum, b_sum_rest = zero_rows(BD, REST, BLOCK_M)
+    b_acc, b_acc_rest = zero_rows(BD, REST, BLOCK_M)
     b_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-    b_weight = tl.zeros([BLOCK_M], dtype=tl.float32)
+    b_denom = tl.zeros([BLOCK_M], dtype=tl.float32)
     for i in range(n_full):
         o_key = (i_first + i * BLOCK_N).to(tl.int64) * stride_key
-        b_sum, b_sum_rest, b_max, b_weight = attend(
-            b_q, b_q_rest, b_sum, b_sum_rest, b_max, b_weight,
+        b_acc, b_acc_rest, b_max, b_denom = attend(
+            b_q, b_q_rest, b_acc, b_acc_rest, b_max, b_denom,
             p_k + o_key, p_v + o_key, stride_key, stride_key, BLOCK_N, o_seen, scale,
             False, D, BD, REST, BLOCK_N,
         )  # fmt: skip
     for i in range(n_full, tl.cdiv(i_end - i_first, BLOCK_N)):
         i_key = i_first + i * BLOCK_N
         o_key = i_key.to(tl.int64) * stride_key
-        b_sum, b_sum_rest, b_max, b_weight = attend(
-            b_q, b_q_rest, b_sum, b_sum_rest, b_max, b_weight,
+        b_acc, b_acc_rest, b_max, b_denom = attend(
+            b_q, b_q_rest, b_acc, b_acc_rest, b_max, b_denom,
             p_k + o_key, p_v + o_key, stride_key, stride_key, i_end - i_key, o_seen - i_key, scale,
             True, D, BD, REST, BLOCK_N,
         )  # fmt: skip
 
-    b_inverse = 1 / tl.where(b_weight == 0, 1.0, b_weight)[:, None]
+    b_inverse = 1 / tl.where(b_denom == 0, 1.0, b_denom)[:, None]
     o_out += i_split.to(tl.int64) * n_branches * n_queries * n_heads
-    tl.store(p_out + o_out[:, None] * D + o_d[None, :], b_sum * b_inverse, mask=m_tile)
+    tl.store(p_out + o_out[:, None] * D + o_d[None, :], b_acc * b_inverse, mask=m_tile)
     if REST > 0:
-        tl.store(p_out + o_out[:, None] * D + o_rest[None, :], b_sum_rest * b_inverse, mask=m_rest)
-    tl.store(p_lse + o_out, (b_max + tl.log2(b_weight)) * _LN2, mask=m_row)
+        tl.store(p_out + o_out[:, None] * D + o_rest[None, :], b_acc_rest * b_inverse, mask=m_rest)
+    tl.store(p_lse + o_out, (b_max + tl.log2(b_denom)) * _LN2, mask=m_row)
