@@ -1,7 +1,7 @@
-"""What is compiled without a GPU: every launch that an operation ships, at the sizes it ships it for.
+"""The launches compiled without a GPU: every launch that an operation ships, at the sizes it is meant for.
 
-An operation contributes a function that drives its launchers on meta tensors, and its cases to ``CASES``. Tests and
-compiled.csv take them from here.
+Each operation has a function that calls its launchers on meta tensors, and its cases in ``CASES``. The tests and
+compiled.csv use these cases.
 """
 
 from collections.abc import Callable
@@ -25,11 +25,11 @@ NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
 
 @dataclass(frozen=True)
 class Case:
-    """Launches of one operation: ``launch()`` makes them on meta tensors.
+    """Launches of one operation. ``launch()`` makes them on meta tensors.
 
     Attributes:
-        kernels: what is launched, in order.
-        compute: the dtype of products, or of sums where there are none.
+        kernels: the kernels that are launched, in order.
+        compute: the dtype of the products, or of the sums if there are no products.
     """
 
     operation: str
@@ -51,7 +51,7 @@ def _assert_alike(results, expected) -> None:
     assert [(each.shape, each.dtype) for each in results] == [(each.shape, each.dtype) for each in expected]
 
 
-# The adapter, by the paper's sizes unless said otherwise.
+# The adapter, with the paper's sizes unless stated otherwise.
 
 FWD = {
     "tiled": ("adapter_fwd_stats_kernel", "adapter_fwd_down_kernel", "adapter_fwd_up_kernel"),
@@ -65,7 +65,7 @@ BACKWARD = {
 
 
 def adapter(tokens, width, bottleneck, stream, weights, activation):
-    """The adapter and all its gradients; ``weights`` is their dtype, ``stream`` that of x."""
+    """The adapter and all its gradients. ``weights`` is the dtype of the weights, ``stream`` that of x."""
     meta = partial(_meta, dtype=weights)
     inputs = [
         _meta(tokens, width, dtype=stream), meta(width), meta(width), meta(bottleneck, width), meta(bottleneck),
@@ -90,25 +90,25 @@ ADAPTER_CASES = [
     _adapter_case(8192, 2048, "tiled", "tiled"),
     _adapter_case(512, 2048, "tiled", "tiled"),
     *(_adapter_case(tokens, 2048, "small_m", "tiled") for tokens in (64, 32, 8)),
-    # The widest of the fused form: without and with its backward, and on 4 warps; then few rows of them.
+    # The widest bottlenecks of the fused form: forward only, with backward, and on 4 warps; then with few rows.
     _adapter_case(8192, 256, "fused", "tiled"),
     *(_adapter_case(8192, bottleneck, "fused", "fused") for bottleneck in (128, 64)),
     _adapter_case(128, 256, "fused", "tiled"),
     _adapter_case(128, 128, "fused", "fused"),
     _adapter_case(8192, 2048, "tiled", "tiled", FP16),
-    # Autocast: the stream stays wide.
+    # Autocast: x stays in fp32.
     _adapter_case(8192, 2048, "tiled", "tiled", FP32, BF16),
     _adapter_case(512, 2048, "tiled", "tiled", FP32, BF16),
     _adapter_case(64, 2048, "small_m", "tiled", FP32, FP16),
     _adapter_case(8192, 256, "fused", "tiled", FP32, BF16),
     _adapter_case(8192, 64, "fused", "fused", FP32, BF16),
-    # Trainable weights wider than the stream, and fp32 throughout.
+    # Weights wider than x, and everything in fp32.
     _adapter_case(8192, 2048, "tiled", "tiled", FP32),
     _adapter_case(8192, 2048, "tiled", "tiled", BF16, FP32),
     _adapter_case(64, 2048, "small_m", "tiled", BF16, FP32),
     _adapter_case(8192, 64, "fused", "fused", BF16, FP32),
     *(_adapter_case(8192, 2048, "tiled", "tiled", activation=each) for each in ("relu", "gelu", "gelu_tanh")),
-    # Triton makes constants of arguments that are 1 and knows multiples of 16: sizes that are one, and no multiples.
+    # Triton specialises arguments that are 1 or multiples of 16: sizes of 1, and sizes that are not multiples.
     _adapter_case(1, 1, "fused", "fused", width=1),
     _adapter_case(1, 45, "fused", "fused", width=77),
     _adapter_case(8192, 1000, "tiled", "tiled", width=1000),
@@ -135,7 +135,7 @@ SPLIT = (
 
 
 def attention(operation: dispatch.Operation, inputs, *table):
-    """Prefix or cross attention, and the gradients through output and LSE."""
+    """prefix_attention or cross_attention, and the gradients through output and LSE."""
     q, *_ = inputs
     out, lse = operation.forward(*inputs, *table, 0.1, "triton")
     _assert_alike([out, lse], [q, _meta(*q.shape[:2], dtype=FP32)])
@@ -159,7 +159,7 @@ def _prefix_case(groups, head_dim, dtype=BF16, *, heads=(8, 4), root_is_causal=T
 
 
 def _cross_case(query_lengths, keys, head_dim, dtype=BF16, *, kernels=SPLIT) -> Case:
-    """Every segment of queries sees as many keys of its own."""
+    """Every query segment sees ``keys`` keys, and shares none."""
     spans = [(i * keys, i * keys + keys) for i in range(len(query_lengths))]
     layout = SpanLayout.from_spans(query_lengths, spans, spans[-1][1], device="meta")
     shape = f"Q={layout.num_queries} in {len(spans)} K={layout.num_keys}"
@@ -169,7 +169,7 @@ def _cross_case(query_lengths, keys, head_dim, dtype=BF16, *, kernels=SPLIT) -> 
 
 
 def decode(branches, heads, kv_heads, head_dim, dtype):
-    """One root and a query of each branch; caches have the heads outside, as transformers keeps them."""
+    """One root and one query per branch. Heads are the outer dimension of the caches, as in transformers."""
     q = _meta(branches, 1, heads, head_dim, dtype=dtype)
     root = _meta(1, kv_heads, 901, head_dim, dtype=dtype).transpose(1, 2)
     branch = _meta(branches, kv_heads, 64, head_dim, dtype=dtype).transpose(1, 2)
@@ -191,8 +191,8 @@ def _decode_case(heads, kv_heads, head_dim, dtype=BF16, branches=5) -> Case:
     )
 
 
-# 16 segments of 8192 tokens and 160: long ones, and those that leave most of a large tile empty. As many of both as are
-# multiples of 16, so that launches which both choose compile once.
+# 8192 tokens in 16 segments and in 160: long ones, and ones that leave most of a large tile empty. Both numbers are
+# multiples of 16, so that launches common to both compile once.
 LONG, SHORT = [(576, [448])] * 8, [(32, [70])] * 80
 
 ATTENTION_CASES = [
@@ -202,22 +202,22 @@ ATTENTION_CASES = [
     _prefix_case(LONG, 128, heads=(8, 8)),
     _prefix_case(LONG, 128, FP16),
     *(_prefix_case(LONG, head_dim, FP32) for head_dim in (128, 64, 256)),
-    # Sizes that are one, and no multiples of 16.
+    # Sizes of 1, and sizes that are not multiples of 16.
     _prefix_case([(1, [])], 1, heads=(1, 1)),
     _prefix_case([(70, [7])], 7, heads=(3, 1), root_is_causal=False),
     _prefix_case([(0, [300])], 32, heads=(1, 1)),
-    # Latents of two pictures, whose keys are split; long texts, each with the picture before it.
+    # Latents of two images, whose keys are split; long texts, each with the image before it.
     *(_cross_case([32, 32], 901, head_dim) for head_dim in (128, 88, 64, 256)),
     _cross_case([32, 32], 901, 64, FP32),
     _cross_case([2048] * 4, 901, 128, kernels=ATTENTION),
-    # Beams of one picture: tiles of 16 rows, and of 64 where heads share keys.
+    # Beams of one image: tiles of 16 rows, and of 64 where heads share keys.
     *(_decode_case(32, 32, head_dim) for head_dim in (128, 88, 64)),
     *(_decode_case(32, 4, head_dim) for head_dim in (128, 256)),
     _decode_case(32, 32, 64, FP32),
 ]
 
 
-# The packed input row, through a table of 32000 tokens.
+# pack_embeddings, with a table of 32000 tokens.
 
 
 def embeddings(rows, num_vision, width, table, vision):
@@ -239,7 +239,7 @@ def _embeddings_case(table, vision, rows=8192, num_vision=512, width=4096) -> Ca
 
 EMBEDDINGS_CASES = [
     *(_embeddings_case(table, vision) for table, vision in ((BF16, BF16), (FP32, BF16), (BF16, FP32), (FP32, FP32))),
-    # Sizes that are one, and no multiples of 16.
+    # Sizes of 1, and sizes that are not multiples of 16.
     _embeddings_case(FP16, FP16, 1000, 77, 77),
     _embeddings_case(BF16, BF16, 1, 1, 1),
 ]

@@ -1,4 +1,4 @@
-"""Triton kernels compiled for GPUs that are not there, which a process that interprets them cannot do."""
+"""Triton kernels compiled for GPUs that this machine does not have. Not possible in a process that interprets them."""
 
 from pathlib import Path
 

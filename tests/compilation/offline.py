@@ -1,7 +1,7 @@
-"""Compile what a launcher launches, for a GPU that is not there.
+"""Compile the kernels of a launcher for a GPU that this machine does not have.
 
-Launchers run as they are, on meta tensors; inside ``compiling_for`` every launch only compiles. The driver stands in
-for the GPU with the few methods that Triton asks before a launch.
+Launchers run unchanged, on meta tensors. Inside ``compiling_for`` every launch only compiles. A fake driver has the few
+methods that Triton calls before a launch.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from triton.backends.nvidia.compiler import CUDABackend, get_ptxas, sm_arch_from
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # what one block may have, CUDA programming guide
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # limit per block, CUDA programming guide
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 GFX942 = "gfx942"  # CDNA 3: MI300
 GFX942_SHARED_MEMORY = 64 << 10  # LDS of a workgroup, CDNA 3 instruction set architecture
@@ -42,9 +42,9 @@ class Compiled:
     """One kernel as compiled by one launch.
 
     Attributes:
-        name: of the kernel.
-        arch: what it was compiled for.
-        launch: what the launcher gave by name: the kernel's constants, ``num_warps`` and ``num_stages``.
+        name: the name of the kernel.
+        arch: the architecture it was compiled for.
+        launch: the launcher's keyword arguments: the kernel's constants, ``num_warps`` and ``num_stages``.
         shared: bytes of shared memory.
         assembly: PTX, or the assembler text of an AMD GPU.
     """
@@ -57,22 +57,22 @@ class Compiled:
 
     def _count(self, pattern: str, text: str) -> int:
         found = re.search(pattern, text)
-        assert found, f"{self.name}: the compiler did not say {pattern!r}:\n{text[-2000:]}"
+        assert found, f"{self.name}: {pattern!r} is not in the compiler's output:\n{text[-2000:]}"
         return int(found.group(1))
 
     @property
     def registers(self) -> int:
-        """Registers of a thread."""
+        """Registers per thread."""
         raise NotImplementedError
 
     @property
     def spilled(self) -> int:
-        """Bytes a thread stores to and loads from local memory for want of registers."""
+        """Bytes that a thread stores to and loads from local memory because registers are full."""
         raise NotImplementedError
 
     @property
     def serialized(self) -> bool:
-        """Whether ptxas had to make asynchronous products wait for each other."""
+        """Whether ptxas had to serialise asynchronous products."""
         return False
 
     def has(self, instruction: str) -> bool:
@@ -106,19 +106,19 @@ class CompiledForNvidia(Compiled):
 
     @property
     def serialized(self) -> bool:
-        """Whether ptxas had to make asynchronous products wait for each other."""
+        """Whether ptxas had to serialise asynchronous products."""
         return "C7515" in self._ptxas
 
 
 class CompiledForAmd(Compiled):
     @property
     def registers(self) -> int:
-        """Vector registers, those of the matrix cores among them."""
+        """Vector registers, including those of the matrix cores."""
         return self._count(r"\.vgpr_count:\s+(\d+)", self.assembly)
 
     @property
     def spilled(self) -> int:
-        """Four bytes a spilled register: the assembler text counts registers, not how often each moves."""
+        """Four bytes per spilled register. The assembler text counts registers, not how often each is moved."""
         return 4 * self._count(r"\.vgpr_spill_count:\s+(\d+)", self.assembly)
 
 
@@ -130,7 +130,7 @@ class _Driver:
         return target_of(self._arch)
 
     def get_current_device(self):
-        return name_of(self._arch)  # keys each kernel's cache: one for each target
+        return name_of(self._arch)  # the key of each kernel's cache: one entry per target
 
     def get_current_stream(self, device):
         return 0
@@ -141,8 +141,8 @@ class _Driver:
 
 @contextmanager
 def _launches(arch: Arch, instead: Callable[[JITFunction, dict, Callable], None]) -> Iterator[None]:
-    """Inside the block no launch runs: ``instead`` gets the kernel, what the launcher gave by name, and a function that
-    compiles."""
+    """Inside the block no launch runs. ``instead`` is called with the kernel, the launcher's keyword arguments, and a
+    function that compiles."""
     run, before = JITFunction.run, driver._active
 
     def compile_only(self, *args, grid, warmup, **kwargs):
@@ -158,7 +158,7 @@ def _launches(arch: Arch, instead: Callable[[JITFunction, dict, Callable], None]
 
 @contextmanager
 def compiling_for(arch: Arch) -> Iterator[list[Compiled]]:
-    """Launches inside the block compile for ``sm_<arch>`` or the AMD GPU of that name and are added to the list; none
+    """Inside the block launches compile for ``sm_<arch>`` or the AMD GPU of that name, and are added to the list. None
     runs."""
     compiled: list[Compiled] = []
     make, assembly = (CompiledForNvidia, "ptx") if isinstance(arch, int) else (CompiledForAmd, "amdgcn")
@@ -171,7 +171,7 @@ def compiling_for(arch: Arch) -> Iterator[list[Compiled]]:
         yield compiled
 
 
-Launch = tuple[str, str]  # the kernel's name; what the launcher gave by name, as text
+Launch = tuple[str, str]  # the kernel's name; the launcher's keyword arguments, as text
 
 
 def launch_text(named: dict) -> str:
@@ -179,7 +179,7 @@ def launch_text(named: dict) -> str:
 
 
 def launches_of(launchers: Callable[[], None], arch: Arch) -> list[Launch]:
-    """What ``launchers()`` launches on a GPU, in order. Nothing is compiled."""
+    """The launches of ``launchers()`` on a GPU, in order. Nothing is compiled."""
     found: list[Launch] = []
 
     def add(kernel, named, compiles):
@@ -195,11 +195,11 @@ class _Reached(Exception):
 
 
 def digests_of(launchers: Callable[[], None], arch: Arch) -> list[str]:
-    """For each launch of ``launchers()`` a digest of all that decides what compilers make of it: the kernel's Triton
-    IR, the same on every GPU where the launches are, and options such as ``num_warps``. It takes a small part of the
-    time of compiling.
+    """For each launch of ``launchers()``, a digest of everything that determines the compiled code: the kernel's Triton
+    IR and options such as ``num_warps``. The IR is the same on every GPU with the same launches. A digest takes a small
+    fraction of the time of compiling.
 
-    Places in the source and names, those of kernels and their constants too, are no part of it.
+    It does not depend on source locations or names, including those of kernels and their constants.
     """
     backend = CUDABackend if isinstance(arch, int) else HIPBackend
     digests: list[str] = []
@@ -209,13 +209,13 @@ def digests_of(launchers: Callable[[], None], arch: Arch) -> list[str]:
 
     def add(kernel, named, compiles):
         try:
-            ir = compiles().asm["ttir"]  # compiled before
+            ir = compiles().asm["ttir"]  # compiled earlier
         except _Reached as reached:
             ir = str(reached)
         options = {name: value for name, value in named.items() if name not in kernel.arg_names}
         digests.append(hashlib.sha256(f"{sorted(options.items())} {_anonymous(ir)}".encode()).hexdigest()[:16])
 
-    make_ttgir = backend.__dict__["make_ttgir"]  # the stage after Triton's own IR
+    make_ttgir = backend.__dict__["make_ttgir"]  # the stage after Triton IR
     backend.make_ttgir = staticmethod(stop)
     try:
         with _launches(arch, add):

@@ -1,8 +1,8 @@
-"""What the compiler makes of every shipped launch: stored in compiled.csv, renewed by ``make kernel-table``.
+"""The compiler's results for every shipped launch, stored in compiled.csv. ``make kernel-table`` updates the file.
 
-Compiling everything takes minutes, so what the file knows is not asked again: beside each launch stands a digest of
-what compilers are given. Where it is the same, and Triton too, so is what comes of it, whatever the kernel and its
-constants are called by now. For people, build/kernels.md says it once more.
+Compiling everything takes minutes, so stored results are reused. Each launch is stored with a digest of the compiler's
+input. If the digest and Triton's version are the same, so are the results, even if the kernel or its constants have new
+names. build/kernels.md has the same table for people.
 """
 
 import csv
@@ -24,19 +24,19 @@ REPORT = Path(__file__).parents[2] / "build/kernels.md"
 ARCHS: list[Arch] = [*SHARED_MEMORY, GFX942]
 LIMITS = {**SHARED_MEMORY, GFX942: offline.GFX942_SHARED_MEMORY}
 SERIALIZED = "serialized"
-# Products, and copies of 16 bytes that nobody waits for.
+# Products, and asynchronous copies of 16 bytes.
 _INSTRUCTIONS = (*offline.TENSOR_CORES.values(), offline.GFX942_MATRIX_CORES, "cp.async.cg")
 _KEYS = ("case", "kernel", "launch", "digest")
 _REPORT = """# Kernels as compiled
 
-Written by `make kernel-table`; nothing ran on a GPU. Registers of a thread; bytes of shared memory of a block; bytes
-that a thread spills, stored and loaded (gfx942: 4 for each spilled register). sm_80 gives a block 163 KiB, sm_90 and
-sm_100 227, gfx942 64. `H=8/4` is 8 heads of queries that share 4 of keys."""
+Written by `make kernel-table`; nothing ran on a GPU. Registers per thread; bytes of shared memory per block; bytes
+that a thread spills, stored and loaded (gfx942: 4 for each spilled register). A block has at most 163 KiB on sm_80, 227
+on sm_90 and sm_100, 64 on gfx942. `H=8/4` is 8 query heads that share 4 key heads."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What became of one launch on one GPU."""
+    """The compiler's results for one launch on one GPU."""
 
     gpu: str
     kernel: str
@@ -49,12 +49,12 @@ class Row:
 
 @dataclass
 class Launch:
-    """One launch of one case, a line of the file.
+    """One launch of one case: a line of the file.
 
     Attributes:
         launch: constants, ``num_warps`` and ``num_stages``, as text.
-        digest: of what compilers are given.
-        results: by GPU registers, shared memory, spilled bytes and instructions, as text; only GPUs that it is for.
+        digest: the digest of the compiler's input.
+        results: GPU -> registers, shared memory, spilled bytes and instructions, as text. Only GPUs with this launch.
     """
 
     case: str
@@ -70,7 +70,7 @@ class Launch:
 
 @cache
 def stored() -> list[Launch]:
-    """What the file has; nothing if another Triton wrote it."""
+    """The lines of the file; none if it was written with another version of Triton."""
     if not PATH.exists():
         return []
     with PATH.open(newline="") as file:
@@ -87,7 +87,7 @@ def version_line() -> str:
 
 
 def launches(case: Case) -> list[Launch]:
-    """What the case launches now, in order, with empty results: GPUs with the same launches share lines."""
+    """The current launches of the case, in order, with empty results. GPUs with equal launches share lines."""
     found: dict[tuple, list[Arch]] = {}
     for arch in ARCHS:
         found.setdefault(tuple(offline.launches_of(case.launch, arch)), []).append(arch)
@@ -99,7 +99,7 @@ def launches(case: Case) -> list[Launch]:
 
 
 def is_stored(case: Case) -> bool:
-    """Whether the file has what the case launches now."""
+    """Whether the file has the current launches of the case."""
 
     def keys(found: list[Launch]) -> list[tuple]:
         return [(each.kernel, each.launch, each.digest, each.results.keys()) for each in found]
@@ -129,12 +129,12 @@ def _row(compiled: Compiled) -> Row:
 
 @cache
 def results(case: Case, arch: Arch) -> list[Row]:
-    """What the file says, if this Triton wrote it; else compiled now. That it still holds is a test of its own."""
+    """The stored results, if this version of Triton wrote them; otherwise compiled now. Another test checks them."""
     return stored_rows(case, arch) or compile_case(case, arch)
 
 
 def renew() -> int:
-    """Compile what the file does not know, write it anew, and the report; how many cases were compiled, by GPU."""
+    """Compile the cases that are not stored. Write file and report. Return GPU -> number of compiled cases."""
     known = {(each.digest, gpu): text for each in stored() for gpu, text in each.results.items()}
     found = {str(case): launches(case) for case in CASES}
     missing = [
@@ -158,7 +158,7 @@ def renew() -> int:
 
 
 def _compile_named(name_and_arch: tuple[str, Arch]) -> list[Row]:
-    """In a process of its own, into which only what can be pickled goes."""
+    """Runs in a separate process, so its arguments must be picklable."""
     name, arch = name_and_arch
     return compile_case({str(case): case for case in CASES}[name], arch)
 
@@ -170,15 +170,15 @@ def _write(lines: list[Launch]) -> None:
         writer.writeheader()
         for each in lines:
             writer.writerow({**{key: getattr(each, key) for key in _KEYS}, **each.results})
-    said, head = [_REPORT, "", f"Triton {triton.__version__}."], list(Row.__dataclass_fields__)
+    report, head = [_REPORT, "", f"Triton {triton.__version__}."], list(Row.__dataclass_fields__)
     for case in dict.fromkeys(each.case for each in lines):
-        said += ["", f"## {case}", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+        report += ["", f"## {case}", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
         for gpu in map(offline.name_of, ARCHS):
             rows = [each.on(gpu) for each in lines if each.case == case and gpu in each.results]
             cells = [[*map(str, list(vars(row).values())[:-1]), ", ".join(row.instructions)] for row in rows]
-            said += [f"| {' | '.join(each)} |" for each in cells]
+            report += [f"| {' | '.join(each)} |" for each in cells]
     REPORT.parent.mkdir(exist_ok=True)
-    REPORT.write_text("\n".join(said) + "\n")
+    REPORT.write_text("\n".join(report) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the compiler makes of the adapter's kernels, and which launches the rules choose."""
+"""The compiled kernels of the adapter, and the launches that the rules choose."""
 
 import pytest
 import torch
@@ -12,13 +12,13 @@ from tests.compilation.offline import GFX942, SHARED_MEMORY, TENSOR_CORES
 
 BF16 = torch.bfloat16
 WITHOUT_PRODUCTS = {"adapter_fwd_stats_kernel", "adapter_fwd_small_m_combine_kernel", "adapter_bwd_weight_rows_kernel"}
-FOR_SM_86 = 99 << 10  # what is compiled for sm_80 also runs on sm_86, 89 and 120, which have less shared memory
-# Bytes; 0 elsewhere, and on NVIDIA's GPUs, for which the launches were chosen.
+FOR_SM_86 = 99 << 10  # code for sm_80 also runs on sm_86, sm_89 and sm_120, which have less shared memory
+# Spilled bytes. 0 for all other kernels, and on NVIDIA's GPUs, for which the launches were chosen.
 GFX942_SPILLS = {"adapter_fwd_down_kernel": 48, "adapter_fwd_fused_kernel": 540, "adapter_bwd_fused_kernel": 136}
 every_case = pytest.mark.parametrize("case", ADAPTER_CASES, ids=str)
 
 
-def test_the_cases_cover_every_launch():
+def test_cases_cover_every_launch():
     tables = [each for each in vars(launches).values() if isinstance(each, dict)]
     shipped = {each for found in (vars(launches), *tables) for each in found.values() if isinstance(each, Launch)}
     compiled = {row.launch for case in ADAPTER_CASES for row in table.results(case, 90)}
@@ -30,8 +30,8 @@ def test_the_cases_cover_every_launch():
 @pytest.mark.parametrize("multiprocessors", [108, 132, 148])
 @pytest.mark.parametrize("tokens", [1, 16, 17, 64])
 @pytest.mark.parametrize(("width", "bottleneck"), [(4096, 2048), (4096, 256), (1024, 512), (8192, 4096)])
-def test_a_few_tokens_occupy_the_gpu(width, bottleneck, tokens, multiprocessors):
-    """Every weight in one tile of one split, for up to 32 tokens, and a program for nearly every multiprocessor."""
+def test_small_m_occupies_the_gpu(width, bottleneck, tokens, multiprocessors):
+    """Up to 32 tokens: every weight is in one tile of one split, and nearly every multiprocessor has a program."""
     call = Call("forward", tokens, width, bottleneck, BF16, BF16, True, multiprocessors=multiprocessors)
     plan = plan_by_rule(call)
     assert plan.form == "small_m"
@@ -51,15 +51,15 @@ def test_nothing_spills(case, arch):
 
 
 @every_case
-def test_smaller_gpus_have_room_too(case):
+def test_fits_smaller_gpus(case):
     assert all(row.shared <= FOR_SM_86 for row in table.results(case, 80))
 
 
 @pytest.mark.parametrize("arch", SHARED_MEMORY)
 @pytest.mark.parametrize("case", [case for case in ADAPTER_CASES if case.compute != FP32], ids=str)
 def test_half_precision(case, arch):
-    """Every product on tensor cores, nothing serialised, and from tiles of 64 rows on those that this generation
-    brought."""
+    """Every product is on tensor cores and none is serialised. From tiles of 64 rows on, products use the newest
+    instructions of the architecture."""
     for row in table.results(case, arch):
         if row.kernel in WITHOUT_PRODUCTS:
             continue

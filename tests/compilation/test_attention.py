@@ -1,4 +1,4 @@
-"""What the compiler makes of attention's kernels."""
+"""The compiled kernels of attention."""
 
 import re
 
@@ -12,7 +12,7 @@ from tests.compilation.offline import GFX942, SHARED_MEMORY, TENSOR_CORES
 
 WITHOUT_PRODUCTS = {"attention_bwd_preprocess_kernel", "attention_combine_kernel"}
 HALF = [case for case in ATTENTION_CASES if case.compute != FP32]
-# The most bytes that a thread stores and loads in half precision, by kernel, GPU and head_dim; 0 elsewhere.
+# The allowed spilled bytes in half precision, by kernel, GPU and head_dim. 0 for all others.
 SPILLS = {
     ("attention_fwd_kernel", 80, 128): 52,
     ("attention_fwd_kernel", 100, 7): 24,
@@ -21,11 +21,11 @@ SPILLS = {
     ("attention_bwd_dkdv_kernel", 100, 88): 32,
     ("attention_bwd_dkdv_kernel", GFX942, 88): 20,
 }
-# Where heads are wider than 128, sums take twice the registers; in fp32 the operands of products are there too.
+# With a head_dim above 128 accumulators take twice the registers. In fp32 operands are in registers too.
 WIDE_SPILLS, SINGLE_SPILLS, WIDE_SINGLE_SPILLS = 1200, 1300, 12000
 
 
-def test_the_cases_cover_every_launch():
+def test_cases_cover_every_launch():
     shipped = {each for each in vars(launches).values() if isinstance(each, launches.Launch)}
     compiled = {row.launch for case in ATTENTION_CASES for row in table.results(case, 90)}
     for launch in shipped:
@@ -34,7 +34,7 @@ def test_the_cases_cover_every_launch():
         assert any(cut in each for each in compiled), launch
 
 
-def test_few_queries_a_span_have_launches_of_their_own():
+def test_small_m_has_its_own_launches():
     small_m = launches.SMALL_M_FWD, launches.SMALL_M_BWD_DQ
     for queries, spans, expected in [(32, True, True), (33, True, False), (32, False, False)]:
         chosen = launches.choose_launches(128, torch.bfloat16, queries, 1, spans)
@@ -65,8 +65,8 @@ def test_spills(case, arch):
 
 @pytest.mark.parametrize("arch", SHARED_MEMORY)
 @pytest.mark.parametrize("case", [case for case in HALF if case.operation != "prefix_attention_decode"], ids=str)
-def test_tiles_of_64_rows_are_for_the_newest_tensor_cores(case, arch):
-    """But where rows lie in memory as no vector loads read them."""
+def test_tiles_of_64_rows_use_the_newest_tensor_cores(case, arch):
+    """Except where rows are not aligned for vector loads."""
     for row in table.results(case, arch):
         if row.kernel not in WITHOUT_PRODUCTS and "UNIT=8" in row.launch and "BLOCK_M=32, BLOCK_N=32" not in row.launch:
             assert TENSOR_CORES[arch] in row.instructions, row
@@ -74,7 +74,7 @@ def test_tiles_of_64_rows_are_for_the_newest_tensor_cores(case, arch):
 
 @pytest.mark.parametrize("arch", SHARED_MEMORY)
 @pytest.mark.parametrize("case", [case for case in HALF if case.operation == "prefix_attention_decode"], ids=str)
-def test_decoding_loads_keys_side_by_side(case, arch):
-    """16 bytes at once that do not wait for each other: the cache's strides are known to be multiples."""
+def test_decoding_loads_keys_asynchronously(case, arch):
+    """Asynchronous copies of 16 bytes, because Triton knows the alignment of the cache's strides."""
     decode, _ = table.results(case, arch)
     assert "cp.async.cg" in decode.instructions

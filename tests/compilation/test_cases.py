@@ -1,4 +1,4 @@
-"""compiled.csv says what the compiler says, and what it says is asked of every case alike."""
+"""compiled.csv is up to date, and checks that apply to every case."""
 
 import csv
 import re
@@ -14,11 +14,11 @@ from tests.compilation import offline, table
 from tests.compilation.cases import CASES, FP32
 from tests.compilation.offline import GFX942, GFX942_MATRIX_CORES, TENSOR_CORES
 
-# Launches chosen for NVIDIA's GPUs that Triton refuses on an MI300 when it loads the kernel.
+# Launches chosen for NVIDIA's GPUs that need too much shared memory on an MI300; loading the kernel fails there.
 TOO_LARGE_FOR_GFX942 = {
     # Three stages of the widest tiles.
     "adapter T=128 d=4096 r=256, bf16": {"adapter_fwd_fused_kernel"},
-    # An fp32 stream doubles the tiles that wait in shared memory.
+    # fp32 x doubles the tiles in shared memory.
     "adapter T=8192 d=4096 r=2048, fp32 through bf16": {"adapter_bwd_bottleneck_kernel"},
     "adapter T=512 d=4096 r=2048, fp32 through bf16": {"adapter_bwd_bottleneck_kernel"},
     "adapter T=8192 d=4096 r=256, fp32 through bf16": {"adapter_bwd_bottleneck_kernel"},
@@ -33,7 +33,7 @@ TOO_LARGE_FOR_GFX942 = {
     "prefix_attention_decode B=5 of one root H=32/4 D=256, bf16": {"prefix_attention_decode_fwd_kernel"},
 }
 MATRIX_CORES = {**TENSOR_CORES, GFX942: GFX942_MATRIX_CORES}
-# One of each operation, compiled now for every GPU.
+# One case of each operation, which the tests compile for every GPU.
 SAMPLES = list({case.operation: case for case in reversed(CASES)}.values())
 same_triton = pytest.mark.skipif(not table.stored(), reason="compiled.csv was written with another version of Triton")
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -41,15 +41,15 @@ every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 @same_triton
 @every_case
-def test_what_is_stored_is_of_these_kernels(case):
-    assert table.is_stored(case), "renew it: make kernel-table"
+def test_stored_digests_are_current(case):
+    assert table.is_stored(case), "run `make kernel-table`"
 
 
 @same_triton
 @pytest.mark.parametrize("arch", table.ARCHS)
 @pytest.mark.parametrize("case", SAMPLES, ids=str)
-def test_what_is_stored_is_what_the_compiler_says(case, arch):
-    assert table.stored_rows(case, arch) == table.compile_case(case, arch), "renew it: make kernel-table"
+def test_stored_results_equal_the_compiler_output(case, arch):
+    assert table.stored_rows(case, arch) == table.compile_case(case, arch), "run `make kernel-table`"
 
 
 @pytest.mark.parametrize("arch", table.ARCHS)
@@ -65,8 +65,8 @@ def test_every_case_compiles_and_fits(case, arch):
 @pytest.mark.parametrize("arch", table.ARCHS)
 @every_case
 def test_products_keep_their_precision(case, arch):
-    """Half precision is for the matrix cores. IEEE: TF32 would show as an instruction of the tensor cores; those of an
-    MI300 have a form that is IEEE."""
+    """Half precision uses tensor cores. fp32 must be IEEE: TF32 would show as a tensor-core instruction. The matrix
+    cores of an MI300 have an IEEE instruction."""
     found = {each for row in table.results(case, arch) for each in row.instructions}
     if case.compute == FP32:
         assert not found & {"mma.sync", *TENSOR_CORES.values()}
@@ -75,13 +75,13 @@ def test_products_keep_their_precision(case, arch):
 
 
 @same_triton
-def test_what_is_stored_has_every_case_and_no_other():
+def test_every_case_is_stored_and_no_other():
     assert list(dict.fromkeys(each.case for each in table.stored())) == [str(case) for case in CASES]
 
 
-def test_what_is_stored_is_of_the_triton_we_test_with():
+def test_stored_results_are_from_the_pinned_triton():
     [pinned] = re.findall(r"^triton==(.*)", (Path(__file__).parents[2] / "constraints.txt").read_text(), re.MULTILINE)
-    assert table.PATH.read_text().startswith(f"# Triton {pinned}\n"), "renew it: make kernel-table"
+    assert table.PATH.read_text().startswith(f"# Triton {pinned}\n"), "run `make kernel-table`"
 
 
 def _adding(by):
@@ -102,7 +102,7 @@ def _adding_one():
     return other_name
 
 
-def test_the_digest_is_of_code_and_options_but_not_of_names():
+def test_digest_depends_on_code_and_options_but_not_on_names():
     def digest(kernel, **launch):
         return offline.digests_of(lambda: kernel[(1,)](torch.empty(16, device="meta"), **launch), 90)
 
@@ -115,7 +115,7 @@ def test_the_digest_is_of_code_and_options_but_not_of_names():
 
 
 def test_new_names_compile_nothing(tmp_path, monkeypatch):
-    """What was stored under the old ones is taken over."""
+    """The results stored under the old names are reused."""
     now = table.launches(SAMPLES[-1])
     before = [replace(each, kernel="old", launch="OLD=1", results=dict.fromkeys(each.results, "7 0 0")) for each in now]
     for name, value in (("stored", lambda: before), ("CASES", SAMPLES[-1:]), ("REPORT", tmp_path / "kernels.md")):

@@ -1,6 +1,7 @@
-"""What only a GPU can show: ``PYTHONPATH=. python -m pytest tests/gpu``, the package need not be installed.
+"""Tests that need a GPU: ``PYTHONPATH=. python -m pytest tests/gpu``. The package need not be installed.
 
-``LYNX_GPU_TESTS_ON=cpu`` runs here what needs no CUDA, at small sizes: to try out the tests, not the kernels.
+``LYNX_GPU_TESTS_ON=cpu`` runs the tests that do not need CUDA on the CPU, at small sizes. This tests the tests, not the
+kernels.
 """
 
 from pathlib import Path
@@ -26,6 +27,6 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def cuda():
-    """For what asks CUDA itself: its graphs, its synchronisations, its memory."""
+    """For tests that use CUDA itself: graphs, synchronisation, memory."""
     if bench.DEVICE != "cuda":
-        pytest.skip(f"needs CUDA, these tests run on {bench.DEVICE}")
+        pytest.skip(f"needs CUDA, but these tests run on {bench.DEVICE}")

@@ -40,7 +40,7 @@ def calls(impl):
 
 @pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize("dtype", bench.DTYPES)
-def test_the_kernels_run_unless_another_is_named(dtype):
+def test_default_implementation(dtype):
     assert dispatch.explain(adapter, *make(dtype=dtype)[0]).name == "triton"
 
 
@@ -55,7 +55,7 @@ def test_size_of_the_paper(impl, dtype, tokens):
     [(0, 77, 45), (1, 16, 16), (37, 77, 45), (70, 130, 20), (19, 40, 1), (129, 257, 65), (300, 1000, 129)],
 )
 @pytest.mark.parametrize(("impl", "dtype"), CASES)
-def test_ragged_sizes(impl, dtype, tokens, width, bottleneck):
+def test_odd_sizes(impl, dtype, tokens, width, bottleneck):
     check_adapter(impl, *make((tokens,), width, bottleneck, dtype))
     check_adapter(impl, make((tokens,), width, bottleneck, dtype)[0])  # an expanded gradient
 
@@ -80,7 +80,7 @@ def test_permuted_inputs_and_gradient(impl, dtype, shape):
 
 @pytest.mark.parametrize("tokens", [17, 512])
 @pytest.mark.parametrize(("impl", "dtype"), CASES)
-def test_mean_far_above_deviation(impl, dtype, tokens):
+def test_mean_much_larger_than_std(impl, dtype, tokens):
     inputs, grad = make((tokens,), **PAPER, dtype=dtype)
     inputs[0] = inputs[0] + 1000
     check_adapter(impl, inputs, grad)
@@ -94,13 +94,13 @@ def test_autocast(impl, tokens):
 
 @pytest.mark.parametrize("trained", NAMES)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_only_the_gradients_asked_for(impl, trained):
+def test_only_needed_gradients(impl, trained):
     inputs, grad = make((70,), 256, 128, BF16)
     results = run(calls(impl), inputs, grad)
     index = NAMES.index(trained)
     leaves = [each.detach().requires_grad_(index == i) for i, each in enumerate(inputs)]
     adapter(*leaves, impl=impl).backward(grad.to(BF16))
-    results[1 + index] = leaves[index].grad  # beside those of a call that asks for all
+    results[1 + index] = leaves[index].grad  # the others come from a call that needs all gradients
     check_adapter_results(results, inputs, grad)
 
 
@@ -133,10 +133,10 @@ def test_deterministic(impl, dtype, tokens):
 @pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize("tokens", [1, 17, 512])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_never_waits(impl, tokens):
+def test_never_synchronises(impl, tokens):
     inputs, grad = make((tokens,), **PAPER, dtype=BF16)
     grad = grad.to(BF16)
-    bench.check_never_waits(lambda: run(calls(impl), inputs, grad))
+    bench.check_never_synchronises(lambda: run(calls(impl), inputs, grad))
 
 
 @pytest.mark.usefixtures("cuda")
@@ -153,7 +153,7 @@ def test_graph_replays_with_new_inputs(impl, tokens):
 @pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize("tokens", [512, 8192])
 def test_memory_of_forward(tokens):
-    """Kept: the output, the pre-activation, two statistics a token. Beside them at the peak, one tensor of width r."""
+    """Forward keeps output, pre-activation and two statistics per token. The peak adds one tensor of width r."""
     inputs, _ = make((tokens,), **PAPER, dtype=BF16)
     leaves = [each.requires_grad_() for each in inputs]
     peak, kept = bench.memory_of(lambda: adapter(*leaves, impl="triton"))
@@ -165,7 +165,7 @@ def test_memory_of_forward(tokens):
 
 @pytest.mark.usefixtures("cuda")
 def test_more_than_2_to_the_31_elements():
-    """In x and in the pre-activation. Only the last rows have a gradient, so that these alone tell every gradient."""
+    """In x and in the pre-activation. Only the last rows have a gradient, so they determine every gradient."""
     bench.need_free(48)
     tokens, width, tail = 2**19 + 100, 4096, 100
     inputs, _ = make((tail,), width, width, BF16)

@@ -23,8 +23,9 @@ from tests.lynx_kernels.helpers import count_compilations, permuted
 
 BF16 = torch.bfloat16
 MODULES = {"causal roots": prefix, "full roots": prefix, "spans": cross, "decode 1": decode, "decode 3": decode}
-# Roots and branches that are shared, absent, empty, and as long as several tiles, whole ones and not. Spans of latents
-# and of texts, shared, overlapping, empty; the last keys are seen by none. Beams of two images, one without a beam.
+# Roots and branches that are shared, missing, empty, and several tiles long, with full and partial tiles. Spans of
+# latents and of texts: shared, overlapping, empty; no query sees the last keys. Beams of two images, and an image
+# without beams.
 GROUPS = [(576, [37, 0, 120]), (0, [300]), (257, [19, 1]), (5, []), (0, [1, 64]), (64, [64])]
 SPANS = [32, 32, 3, 0, 150, 1, 33], [(0, 576), (576, 1152), (0, 576), (3, 9), (500, 1300), (7, 7), (1151, 1152)], 1365
 BEAMS = [0, 2, 0, 0, 2, 0], [576, 33, 0], [3, 70, 64, 128, 5, 17]
@@ -35,7 +36,7 @@ REAL = {
     "decode 1": partial(decode_case, 1, batch=BEAMS),
     "decode 3": partial(decode_case, 3, batch=BEAMS),
 }
-# Other batches, in tensors of the same sizes.
+# Other batches in tensors of the same sizes.
 OTHER_GROUPS = [(37, [576, 1, 120]), (300, []), (19, [257, 0]), (5, [64, 1, 63, 65])]
 OTHER_SPANS = (
     [3, 32, 32, 100, 50, 33, 1],
@@ -76,7 +77,7 @@ implementations = pytest.mark.parametrize(("name", "impl", "dtype"), IMPLEMENTAT
 
 
 def results(name, impl, case, grads=None, operation=None):
-    """Output, LSE and, where the implementation has them, all gradients under ``grads``."""
+    """Output, LSE and, if the implementation has gradients, all gradients for ``grads``."""
     operation = operation or case.operation
     if MODULES[name] is decode and impl != "reference":
         return list(operation(*case.inputs))
@@ -93,7 +94,7 @@ def check(name, impl, case, grads=None, operation=None):
 @pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize("dtype", bench.DTYPES)
 @pytest.mark.parametrize("name", MODULES)
-def test_the_kernels_run_unless_another_is_named(name, dtype):
+def test_default_implementation(name, dtype):
     case = make(name, None, dtype)
     assert dispatch.explain(case.operation, *case.inputs).name == "triton"
 
@@ -109,7 +110,7 @@ def test_real_lengths(name, impl, dtype):
 )
 @calls
 def test_heads_and_scales(name, impl, dtype, heads, kv_heads, dim, scale):
-    """Over batches with every kind of emptiness."""
+    """With batches that have every kind of empty segment."""
     check(name, impl, make(name, impl, dtype, CASES, heads=heads, kv_heads=kv_heads, dim=dim, scale=scale))
 
 
@@ -131,7 +132,7 @@ def test_expanded_gradients(name, impl, dtype):
 
 @pytest.mark.parametrize(("name", "impl"), [(name, impl) for name, impl, dtype in CALLS if dtype == BF16])
 def test_autocast_with_mixed_dtypes(name, impl):
-    """As transformers calls it: queries and keys in fp32, values in bf16. The same as all in bf16."""
+    """transformers passes queries and keys in fp32 and values in bf16. The result equals that with all in bf16."""
     case = make(name, impl, torch.float32)
     grads = [each.to(BF16) for each in grads_of_case(case)]
     narrow = replace(case, inputs=[each.to(BF16) for each in case.inputs])
@@ -187,10 +188,10 @@ def test_deterministic(name, impl, dtype):
 
 @pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize("name", MODULES)
-def test_never_waits(name):
+def test_never_synchronises(name):
     case = make(name, "triton", BF16, **WIDE)
     grads = grads_of_case(case)
-    bench.check_never_waits(lambda: results(name, "triton", case, grads))
+    bench.check_never_synchronises(lambda: results(name, "triton", case, grads))
 
 
 @pytest.mark.usefixtures("cuda")
@@ -211,7 +212,7 @@ def test_graph_replays_with_new_lengths(name, dtype):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_other_lengths_have_the_same_sizes(name):
-    """What the graphs above rest on."""
+    """The graph tests above need this."""
     case, other = (make(name, "reference", BF16, cases, dim=1) for cases in (REAL, OTHER))
     for ours, theirs in zip([*case.inputs, *case.table], [*other.inputs, *other.table], strict=True):
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
@@ -220,8 +221,8 @@ def test_other_lengths_have_the_same_sizes(name):
 
 @pytest.mark.usefixtures("cuda")
 def test_memory():
-    """Forward keeps the output and the LSE, backward makes the gradients beside two statistics a query and head: what
-    grows with the square of the tokens is never there."""
+    """Forward keeps the output and the LSE. Backward allocates the gradients and two statistics per query and head. No
+    memory grows with the square of the tokens."""
     tokens, heads, dim = 8192, 32, 128
     layout = PackedLayout.causal([tokens], device=bench.DEVICE)
     leaves = [torch.randn(tokens, heads, dim, device=bench.DEVICE, dtype=BF16).requires_grad_() for _ in range(3)]
@@ -236,7 +237,7 @@ def test_memory():
 
 @pytest.mark.usefixtures("cuda")
 def test_more_than_2_to_the_31_elements():
-    """In queries, keys and values. Only the last group has numbers, so that it alone tells every gradient."""
+    """In queries, keys and values. Only the last group is nonzero, so it determines every gradient."""
     bench.need_free(48)
     tail, heads = [(50, [30, 20])], {"heads": 128, "kv_heads": 128, "dim": 128}
     case = packed_case(True, tail, dtype=BF16, impl="triton", device=bench.DEVICE, **heads)

@@ -1,4 +1,4 @@
-"""What measures on a GPU runs there: the benchmarks, and the tuner of the adapter's launches."""
+"""The commands that measure on a GPU run: the benchmarks, and the tuner of the adapter's launches."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ def run(*command):
 
 
 def check_benchmark(what, only, folder):
-    """The command for results, with few rounds: ours are right in every case, and timed."""
+    """Run a benchmark with few rounds. Our implementations must be correct in every case, and have times."""
     run("benchmarks", what, "--quick", "--rounds=2", "--only", only, "--results", folder)
     ours = [row for row in read(folder) if row.provider.startswith(OURS)]
     assert {row.metric for row in ours} >= {"time", "peak memory"}
@@ -37,13 +37,13 @@ def test_benchmarks_run(what, only, tmp_path):
 
 
 @pytest.mark.usefixtures("cuda")
-def test_the_benchmark_of_prefix_attention_runs(tmp_path):
-    """Its peers compile for minutes on a CPU."""
+def test_benchmark_of_prefix_attention_runs(tmp_path):
+    """A separate test, because its peers compile for minutes on a CPU."""
     check_benchmark("attention", "prefix_attention forward", tmp_path)
 
 
 @pytest.mark.usefixtures("cuda")
-def test_the_tuner_runs(tmp_path):
+def test_tuner_runs(tmp_path):
     path = tmp_path / "tuned.json"
     run("lynx_kernels.ops.adapter.triton.tune", "16x128x64", "--output", path)
     assert len(json.loads(path.read_text())) == 2  # forward and backward

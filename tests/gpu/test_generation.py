@@ -1,4 +1,4 @@
-"""Generation on a GPU: the tokens of transformers' own, and steps of static shapes as CUDA graphs."""
+"""Generation on a GPU: the same tokens as transformers, and CUDA graphs for steps with static shapes."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch._dynamo.utils import counters
 from transformers import Blip2VisionConfig, DynamicCache, LlamaConfig
 
 from lynx import LynxConfig, LynxForConditionalGeneration
-from tests.gpu.bench import DEVICE, check_never_waits
+from tests.gpu.bench import DEVICE, check_never_synchronises
 
 SEARCHES = {"greedy": {}, "beams": {"num_beams": 5}}
 NEW = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
@@ -42,16 +42,16 @@ def generate(model, batch, search, **options):
 
 
 @pytest.mark.parametrize("search", SEARCHES)
-def test_tokens_are_those_of_transformers(model, search):
+def test_tokens_equal_transformers(model, search):
     batch = prompts(0)
     expected = generate(model, batch, search, past_key_values=DynamicCache())
     assert torch.equal(generate(model, batch, search), expected)
-    assert len({tuple(row) for row in expected[:, 70:].tolist()}) > 1, "the model must not say the same to everything"
+    assert len({tuple(row) for row in expected[:, 70:].tolist()}) > 1, "different prompts must give different answers"
 
 
 @pytest.mark.parametrize("search", SEARCHES)
 def test_static_steps_are_compiled_once(model, search):
-    """They say the same, and another generation with prompts of other lengths compiles nothing anew."""
+    """They give the same tokens, and another generation with prompts of other lengths compiles nothing."""
     torch._dynamo.reset()
     counters.clear()
     for seed in range(3):
@@ -65,9 +65,9 @@ def test_static_steps_are_compiled_once(model, search):
 
 
 @pytest.mark.usefixtures("cuda")
-def test_a_step_never_waits(model):
+def test_step_never_synchronises(model):
     cache = model.shared_cache(model.embed(prompts(0)["input_ids"][:1]), [(70, [0, 0])], {})
     new = torch.full((2, 1), 5, device=DEVICE)
     with torch.no_grad():
         model(input_ids=new, past_key_values=cache)
-        check_never_waits(lambda: [model(input_ids=new, past_key_values=cache).logits])
+        check_never_synchronises(lambda: [model(input_ids=new, past_key_values=cache).logits])

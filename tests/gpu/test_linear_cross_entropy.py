@@ -30,7 +30,7 @@ def num_supervised(labels):
 
 
 @pytest.mark.parametrize(("reduction", "name"), [("mean", "chunked"), ("sum", "chunked"), ("none", "reference")])
-def test_the_best_runs_unless_another_is_named(reduction, name):
+def test_default_implementation(reduction, name):
     assert dispatch.explain(linear_cross_entropy, *make(), reduction=reduction).name == name
 
 
@@ -42,7 +42,7 @@ def test_size_of_llama(impl, dtype, rows):
 
 @pytest.mark.parametrize(("rows", "width", "vocabulary"), [(3, 1, 2), (37, 13, 19), (513, 65, 1000), (1025, 130, 33)])
 @pytest.mark.parametrize(("impl", "dtype"), CASES)
-def test_ragged_sizes(impl, dtype, rows, width, vocabulary):
+def test_odd_sizes(impl, dtype, rows, width, vocabulary):
     for supervised in (0.4, 1.0):
         inputs = make(rows, width, vocabulary, dtype, supervised=supervised)
         for options in ({}, {"reduction": "sum", "label_smoothing": 0.1}):
@@ -50,7 +50,7 @@ def test_ragged_sizes(impl, dtype, rows, width, vocabulary):
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_nothing_supervised(impl):
+def test_no_supervised_rows(impl):
     hidden, weight, labels = make(dtype=BF16)
     for inputs in ((hidden, weight, labels.fill_(-100)), (hidden[:0], weight, labels[:0])):
         for bound in (None, 0):
@@ -77,7 +77,7 @@ def test_ignored_rows_may_hold_anything(impl, dtype):
 
 
 @pytest.mark.parametrize(("impl", "dtype"), CASES)
-def test_a_bound_changes_no_number(impl, dtype):
+def test_max_supervised_does_not_change_the_result(impl, dtype):
     inputs = make(1300, 128, 1000, dtype)
     for bound in (num_supervised(inputs[2]), 1000, 1300, 2000):
         check(calls(impl, max_supervised=bound), naive, inputs)
@@ -114,7 +114,7 @@ def test_autocast(impl):
 
 @pytest.mark.parametrize("trained", [0, 1])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_only_the_gradients_asked_for(impl, trained):
+def test_only_needed_gradients(impl, trained):
     inputs = make(600, 128, 1000, BF16)
     results = run(calls(impl), inputs, None)
     leaf = inputs[trained].requires_grad_()
@@ -152,10 +152,10 @@ def test_deterministic(impl, dtype):
 @pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize("bounded", [False, True])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_never_waits(impl, bounded):
+def test_never_synchronises(impl, bounded):
     inputs = make(2000, 256, 1000, BF16)
     options = {"max_supervised": num_supervised(inputs[2])} if bounded else {}
-    bench.check_never_waits(lambda: run(calls(impl, **options), inputs, None))
+    bench.check_never_synchronises(lambda: run(calls(impl, **options), inputs, None))
 
 
 @pytest.mark.usefixtures("cuda")
@@ -169,7 +169,7 @@ def test_graph_replays_with_new_inputs(impl):
 
 @pytest.mark.usefixtures("cuda")
 def test_memory():
-    """Logits of a chunk of rows, never of all; of a frozen head no gradient."""
+    """Logits exist only for a chunk of rows, and a frozen head has no gradient."""
     hidden, weight, labels = make(8192, **LLAMA, dtype=BF16)
     hidden.requires_grad_()
     peak, kept = bench.memory_of(lambda: linear_cross_entropy(hidden, weight, labels, impl="chunked"))
@@ -180,7 +180,7 @@ def test_memory():
 
 @pytest.mark.usefixtures("cuda")
 def test_more_than_2_to_the_31_elements():
-    """In hidden and its gradient; the last rows alone are supervised."""
+    """In hidden and its gradient. Only the last rows are supervised."""
     bench.need_free(24)
     tail = make(100, 4096, 1000, BF16, supervised=1.0)
     rows = 2**19 + 100
@@ -195,8 +195,8 @@ def test_more_than_2_to_the_31_elements():
 
 @pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize("wrong", ["label", "bound"])
-def test_the_device_asserts(wrong):
-    """It ends all the device's work: in a process of its own."""
+def test_device_assertions(wrong):
+    """Runs in a separate process, because a device assertion makes CUDA unusable."""
     code = f"""
 import torch
 from lynx_kernels import linear_cross_entropy

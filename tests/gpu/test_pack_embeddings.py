@@ -36,7 +36,7 @@ def make(*args, **options):
 
 @pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize("dtype", bench.DTYPES)
-def test_the_kernels_run_unless_another_is_named(dtype):
+def test_default_implementation(dtype):
     choice = dispatch.explain(pack_embeddings, *make(dtype=dtype)[0])
     assert choice.name == "cuda", choice
 
@@ -50,7 +50,7 @@ def test_real_sizes(impl, dtype, rows, width):
 
 @pytest.mark.parametrize(("rows", "width"), [(0, 8), (1, 8), (37, 5), (37, 16), (130, 513), (9, 4104)])
 @pytest.mark.parametrize(("impl", "dtype"), CASES)
-def test_ragged_sizes(impl, dtype, rows, width):
+def test_odd_sizes(impl, dtype, rows, width):
     inputs, grad = make(rows, width=width, dtype=dtype)
     check_equal(calls(impl), inputs, grad)
     check_equal(calls(impl), inputs)  # an expanded gradient
@@ -67,7 +67,7 @@ def test_dtypes(impl):
 def test_strides(impl, dtype):
     (token_ids, embedding, vision, vision_index), grad = make(width=32, dtype=dtype)
     check_permuted(calls(impl), (token_ids, embedding, vision, vision_index), grad)
-    grad = grad.to(dtype)  # or its slices would be copied
+    grad = grad.to(dtype)  # otherwise its slices would be copied
     for columns in (slice(0, 16), slice(3, 19), slice(0, 15)):
         check_equal(calls(impl), (token_ids, embedding[:, columns], vision[:, columns], vision_index), grad[:, columns])
 
@@ -105,9 +105,9 @@ def test_deterministic(impl, dtype):
 
 @pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_never_waits(impl):
+def test_never_synchronises(impl):
     inputs, grad = make(1000, 100, 600, 256, BF16)
-    bench.check_never_waits(calls(impl), inputs, grad.to(BF16))
+    bench.check_never_synchronises(calls(impl), inputs, grad.to(BF16))
 
 
 @pytest.mark.usefixtures("cuda")
@@ -122,7 +122,7 @@ def test_graph_replays_with_new_inputs(impl):
 @pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize("impl", KERNELS)
 def test_more_than_2_to_the_31_elements(impl):
-    """In the vision rows, the output and both their gradients; vision rows in reverse order."""
+    """In the vision rows, the output, and the gradients of both. Vision rows are used in reverse order."""
     bench.need_free(24)
     rows, width = 2**19 + 100, 4096
     vision = torch.zeros(rows, width, device="cuda", dtype=BF16)
@@ -140,7 +140,7 @@ def test_more_than_2_to_the_31_elements(impl):
 @pytest.mark.parametrize("name", ["token_ids", "vision_index"])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_indices_out_of_range(impl, name):
-    """The device asserts, which ends all its work: in a process of its own."""
+    """Runs in a separate process, because a device assertion makes CUDA unusable."""
     code = f"""
 import torch
 from lynx_kernels import pack_embeddings

@@ -21,14 +21,14 @@ def on_device(*shapes):
 
 
 def check(frames, **options):
-    """Bit for bit what the reference gives on the CPU."""
+    """The result equals the reference on the CPU bit for bit."""
     options = {**OPTIONS, **options}
     expected = pack_frames([frame.cpu() for frame in frames], **options, impl="reference")
     for impl in ("cuda", "reference"):
         assert torch.equal(pack_frames(frames, **options, impl=impl).cpu(), expected), impl
 
 
-def test_the_kernels_run_unless_another_is_named():
+def test_default_implementation():
     choice = dispatch.explain(pack_frames, on_device((30, 40)), **OPTIONS)
     assert choice.name == "cuda", choice
 
@@ -53,7 +53,7 @@ def test_boxes_flips_and_strides():
 
 
 @pytest.mark.parametrize("shape", [(28, 28), (40, 60)])
-def test_never_waits_and_replays(shape):
+def test_never_synchronises_and_replays(shape):
     frames = on_device(*[shape] * 40)
     out = pack_frames(frames, **OPTIONS)  # copies the table of levels
     torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""What generation asks of a GPU at every token: the adapter for a few tokens and decoding's attention, forward only."""
+"""The operations that generation runs for every token: the small-M adapter and decoding attention, forward only."""
 
 from functools import partial
 
@@ -16,7 +16,7 @@ from tests.lynx_kernels.attention_cases import (
     assert_results_within_budget,
     decode_case,
     grads_of_case,
-    poison_behind_lengths,
+    poison_beyond_lengths,
 )
 from tests.lynx_kernels.helpers import permuted
 from tests.lynx_kernels.test_adapter import ACTIVATIONS, FORWARD, OPTIONAL, check_autocast_forward, check_forward
@@ -26,7 +26,7 @@ BF16 = torch.bfloat16
 ON_GPU = bench.DEVICE == "cuda"
 PAPER = {"width": 4096, "bottleneck": 2048} if ON_GPU else {"width": 96, "bottleneck": 48}
 DECODERS = decode.OPERATION
-# Beams of two images, one without a beam; the same sizes with other lengths.
+# Beams of two images, and an image without beams. OTHER_BEAMS has the same sizes with other lengths.
 BEAMS = [0, 2, 0, 0, 2, 0], [576, 33, 0], [3, 70, 64, 128, 5, 17]
 OTHER_BEAMS = [2, 1, 1, 0, 0, 2], [576, 0, 500], [128, 3, 70, 64, 5, 9]
 HEADS = {"heads": 32, "kv_heads": 32, "dim": 128} if ON_GPU else {"heads": 4, "kv_heads": 4, "dim": 16}
@@ -39,7 +39,7 @@ def make(*args, **options):
 def decoding(queries, batch=BEAMS, impl=None, dtype=BF16, **options):
     options = {**HEADS, **options}
     case = decode_case(queries, batch=batch, impl=impl, dtype=dtype, device=bench.DEVICE, **options)
-    return poison_behind_lengths(case)
+    return poison_beyond_lengths(case)
 
 
 def runs(call, *args):
@@ -76,7 +76,7 @@ def forward(impl):
 
 @pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize("dtype", bench.DTYPES)
-def test_the_kernels_run_unless_another_is_named(dtype):
+def test_default_implementation(dtype):
     assert dispatch.explain(adapter, *make((5,), **PAPER, dtype=dtype)).name == "cuda"
     assert dispatch.explain(adapter, *make((64,), **PAPER, dtype=dtype)).name == "triton"
     case = decoding(1, dtype=dtype)
@@ -94,7 +94,7 @@ def test_size_of_the_paper(impl, dtype, tokens):
     [(1, 1, 1), (1, 16, 16), (5, 77, 45), (8, 130, 20), (3, 40, 1), (2, 4104, 2056), (64, 257, 65), (7, 1000, 129)],
 )
 @adapters
-def test_ragged_sizes(impl, dtype, tokens, width, bottleneck):
+def test_odd_sizes(impl, dtype, tokens, width, bottleneck):
     check_forward(forward(impl), make((tokens,), width, bottleneck, dtype))
 
 
@@ -118,7 +118,7 @@ def test_permuted_inputs(impl, dtype):
 
 
 @adapters
-def test_mean_far_above_deviation(impl, dtype):
+def test_mean_much_larger_than_std(impl, dtype):
     inputs = make((5,), **PAPER, dtype=dtype)
     inputs[0] = inputs[0] + 1000
     check_forward(forward(impl), inputs)
@@ -134,22 +134,22 @@ def test_autocast(impl):
 
 @pytest.mark.parametrize("tokens", [1, 5, 64])
 @adapters
-def test_adapters_are_deterministic(impl, dtype, tokens):
+def test_adapter_is_deterministic(impl, dtype, tokens):
     inputs = make((tokens,), **PAPER, dtype=dtype)
     bench.check_deterministic(lambda: forward(impl)(*inputs))
 
 
 @pytest.mark.usefixtures("cuda")
 @adapters
-def test_adapters_never_wait(impl, dtype):
+def test_adapter_never_synchronises(impl, dtype):
     inputs = make((5,), **PAPER, dtype=dtype)
-    bench.check_never_waits(lambda: forward(impl)(*inputs))
+    bench.check_never_synchronises(lambda: forward(impl)(*inputs))
 
 
 @pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize("tokens", [1, 4, 5, 64])
 @adapters
-def test_graphs_of_adapters_replay_with_new_inputs(impl, dtype, tokens):
+def test_adapter_graph_replays_with_new_inputs(impl, dtype, tokens):
     inputs = make((tokens,), **PAPER, dtype=dtype)
     new = [each.flip(0) if each.dim() else each * 0.5 for each in inputs]
     actual = bench.replayed(lambda: forward(impl)(*inputs), inputs, new)
@@ -171,7 +171,7 @@ def test_heads_that_share_keys(impl, dtype, heads, kv_heads):
 
 @decoders
 def test_strides_of_caches(impl, dtype):
-    """The heads outside, as transformers keeps them; and any."""
+    """Heads as the outer dimension, as in transformers' caches; and other strides."""
     case = decoding(1, impl=impl, dtype=dtype)
     q, *caches = case.inputs
     for change in (lambda each: each.transpose(1, 2).contiguous().transpose(1, 2), permuted):
@@ -187,19 +187,19 @@ def test_decoding_is_deterministic(impl, dtype):
 
 @pytest.mark.usefixtures("cuda")
 @decoders
-def test_decoding_never_waits(impl, dtype):
+def test_decoding_never_synchronises(impl, dtype):
     if impl == "reference":
-        pytest.skip("the reference may wait")
+        pytest.skip("the reference may synchronise")
     case = decoding(1, impl=impl, dtype=dtype)
-    bench.check_never_waits(lambda: case.operation(*case.inputs))
+    bench.check_never_synchronises(lambda: case.operation(*case.inputs))
 
 
 @pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize("queries", [1, 3])
 @decoders
-def test_graphs_of_decoding_replay_with_new_lengths(impl, dtype, queries):
+def test_decoding_graph_replays_with_new_lengths(impl, dtype, queries):
     if impl == "reference":
-        pytest.skip("the reference may wait")
+        pytest.skip("the reference may synchronise")
     case, other = (decoding(queries, batch, impl=impl, dtype=dtype) for batch in (BEAMS, OTHER_BEAMS))
     call = lambda: case.operation(*case.inputs)  # noqa: E731
     actual = bench.replayed(call, [*case.inputs, *case.table], [*other.inputs, *other.table])

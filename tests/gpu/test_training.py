@@ -1,4 +1,4 @@
-"""Training through accelerate's FSDP2, which on a CPU would silently be DDP: one process a GPU, as a user starts it."""
+"""Training with accelerate's FSDP2, one process per GPU, started as a user does. On a CPU it would silently be DDP."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ CHANGES = {"steps": 6, "save_every": 3, "log_every": 1, "token_budget": 256, "pr
 
 
 def train(data, output, config=None, processes=1, **changes):
-    """``lynx train`` on the GPUs, the losses of its log."""
+    """Run ``lynx train`` on the GPUs and return the losses of its log."""
     changes = {**CHANGES, "data": data, "output": output, **changes}
     launcher = ["-m", "lynx.cli"]
     if config is not None:
@@ -44,8 +44,8 @@ def data(tmp_path_factory):
 
 
 @pytest.mark.usefixtures("cuda")
-def test_sharded_training_is_the_same_training(data, tmp_path):
-    """On as many GPUs as there are, up to two; packs are planned for the ranks, so both have as many of these."""
+def test_sharded_training_gives_the_same_losses(data, tmp_path):
+    """On up to two GPUs. Packs depend on the number of ranks, so both runs have the same number."""
     processes = min(2, torch.cuda.device_count())
     whole, sharded = (train(data, tmp_path / name, f"{name}.yaml", processes) for name in ("ddp", "fsdp2"))
     assert sharded == pytest.approx(whole, rel=5e-2)
@@ -56,14 +56,14 @@ def test_sharded_training_is_the_same_training(data, tmp_path):
 
 
 @pytest.mark.usefixtures("cuda")
-def test_one_launched_process_is_a_plain_one(data, tmp_path):
+def test_one_launched_process_equals_a_plain_run(data, tmp_path):
     launched = train(data, tmp_path / "launched", "ddp.yaml", 1, tokens_per_step=2 * 256)
     assert launched == pytest.approx(train(data, tmp_path / "plain", tokens_per_step=2 * 256), rel=1e-2)
 
 
 @pytest.mark.usefixtures("cuda")
 def test_sharded_training_is_resumed(data, tmp_path):
-    """From its middle checkpoint: the remaining losses are those of the run that went on."""
+    """Resume from the middle checkpoint. The remaining losses equal those of the uninterrupted run."""
     processes = min(2, torch.cuda.device_count())
     whole = train(data, tmp_path / "out", "fsdp2.yaml", processes)
     (tmp_path / "out" / "config.json").unlink()
@@ -74,8 +74,8 @@ def test_sharded_training_is_resumed(data, tmp_path):
 
 
 @pytest.mark.usefixtures("cuda")
-def test_frozen_parts_take_no_optimizer_memory(data, tmp_path):
-    """Of a stage that trains the adapters: two fp32 moments a trained parameter, and none else."""
+def test_frozen_parameters_have_no_optimizer_state(data, tmp_path):
+    """In a stage that trains the adapters, each trained parameter has two fp32 moments, and no other has any."""
     chosen = recipe.load("tiny", {"data": str(data), "output": str(tmp_path), "trainable": ["adapters"], **CHANGES})
     run.run(chosen)
     state = torch.load(tmp_path / "checkpoints/train/checkpoint-6/optimizer.pt", weights_only=True, map_location="cpu")
