@@ -5,6 +5,7 @@ methods that Triton calls before a launch.
 """
 
 import hashlib
+import itertools
 import re
 import subprocess
 import tempfile
@@ -225,9 +226,21 @@ def digests_of(launchers: Callable[[], None], arch: Arch) -> list[str]:
     return digests
 
 
+# A value or a function. A value is defined by "%x = op", "%x:2 = op", or "%x: type" of a block's argument.
+_IR_NAME = re.compile(r'(?P<name>%(?:\w+|"[^"]*"))(?P<defined>(?=(?::\d+)? = |: ))?|(?P<function>@(?:\w+|"[^"]*"))')
+
+
 def _anonymous(ir: str) -> str:
-    names: dict[str, str] = {}
-    without_places = re.sub(r' loc\((?:"[^"]*"\()?#loc\d*\)?\)|^#loc.*\n', "", ir, flags=re.MULTILINE)
-    return re.sub(
-        r'[%@](?:\w+|"[^"]*")', lambda found: names.setdefault(found[0], f"{found[0][0]}{len(names)}"), without_places
-    )
+    """The IR without source locations, with numbers instead of names."""
+    numbers: dict[str, str] = {}
+    count = itertools.count()
+
+    def number(found: re.Match) -> str:
+        # Regions beside each other may define the same name, depending on names in the source. So every definition gets
+        # a new number.
+        name = found[0]
+        if found["defined"] is not None or name not in numbers:
+            numbers[name] = f"{name[0]}{next(count)}"
+        return numbers[name]
+
+    return _IR_NAME.sub(number, re.sub(r' loc\((?:"[^"]*"\()?#loc\d*\)?\)|^#loc.*\n', "", ir, flags=re.MULTILINE))

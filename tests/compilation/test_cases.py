@@ -102,10 +102,41 @@ def _adding_one():
     return other_name
 
 
-def test_digest_depends_on_code_and_options_but_not_on_names():
-    def digest(kernel, **launch):
-        return offline.digests_of(lambda: kernel[(1,)](torch.empty(16, device="meta"), **launch), 90)
+def _two_loops():
+    @triton.jit
+    def kernel(p_x, n):
+        for i in range(n):
+            b_x = tl.load(p_x + i)
+            tl.store(p_x + i, b_x * b_x)
+        for i in range(n):
+            b_x = tl.load(p_x + i)
+            tl.store(p_x + i, b_x * b_x)
 
+    return kernel
+
+
+def _two_loops_with_other_names():
+    @triton.jit
+    def kernel(p_x, n):
+        for i in range(n):
+            b_x = tl.load(p_x + i)
+            tl.store(p_x + i, b_x * b_x)
+        for j in range(n):
+            b_y = tl.load(p_x + j)
+            tl.store(p_x + j, b_y * b_y)
+
+    return kernel
+
+
+def digest(kernel, **launch):
+    return offline.digests_of(lambda: kernel[(1,)](torch.empty(16, device="meta"), **launch), 90)
+
+
+def test_digest_does_not_depend_on_names_in_sibling_regions():
+    assert digest(_two_loops(), n=16) == digest(_two_loops_with_other_names(), n=16)
+
+
+def test_digest_depends_on_code_and_options_but_not_on_names():
     expected = digest(_adding(tl.constexpr(1)), size=16)
     assert len(expected) == 1
     assert digest(_adding_one(), count=16) == expected

@@ -23,7 +23,7 @@ def clock(monkeypatch, tmp_path):
     """A clock for which four stages are fastest, two steps from START. The search starts there, without tuned plans."""
     monkeypatch.setattr(launches, "TUNED", tmp_path / "tuned.json")
     monkeypatch.setattr(launches, "plan_by_rule", lambda call: START)
-    monkeypatch.setattr(tune, "starts", lambda call: [START])
+    monkeypatch.setattr(tune, "initial_plans", lambda call: [START])
     current = []
     use = launches.use_plan
     monkeypatch.setattr(launches, "use_plan", lambda call, plan: (current.append(plan), use(call, plan)))

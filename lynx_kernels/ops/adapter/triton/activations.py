@@ -18,7 +18,7 @@ def activate(b_x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu":
         b_out = 0.5 * b_x * (1 + tl.erf(b_x * _ROOT_HALF))
     else:
-        tl.static_assert(ACTIVATION == "gelu_tanh", "no such activation")
+        tl.static_assert(ACTIVATION == "gelu_tanh", "unknown activation; expected silu, relu, gelu or gelu_tanh")
         # (1 + tanh(u)) / 2 equals sigmoid(2u)
         b_out = b_x * tl.sigmoid(b_x * (1 + b_x * b_x * _CUBIC) * _TWICE_ROOT_TWO_OVER_PI)
     return b_out
@@ -35,7 +35,7 @@ def act_grad(b_x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu":
         b_out = 0.5 * (1 + tl.erf(b_x * _ROOT_HALF)) + b_x * _ROOT_HALF_OVER_PI * tl.exp(-0.5 * b_x * b_x)
     else:
-        tl.static_assert(ACTIVATION == "gelu_tanh", "no such activation")
+        tl.static_assert(ACTIVATION == "gelu_tanh", "unknown activation; expected silu, relu, gelu or gelu_tanh")
         b_square = b_x * b_x * _CUBIC
         b_twice_u = b_x * (1 + b_square) * _TWICE_ROOT_TWO_OVER_PI
         b_gate = tl.sigmoid(b_twice_u)

@@ -65,21 +65,21 @@ def _through_up(
     o_d = tl.arange(0, BLOCK_K)
     p_grad_tile = p_grad_rows + o_d[None, :]
     p_weight_tile = p_weight_columns + o_d.to(tl.int64)[:, None] * stride_weight
-    b_acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    b_sum = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for i_d in range(0, d, BLOCK_K):
         m_d = i_d + o_d < d
         b_grad = tl.load(p_grad_tile + i_d, mask=m_t[:, None] & m_d[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
         if p_factor is not None:
             b_grad = b_grad.to(tl.float32) * tl.load(p_factor)
         b_weight = tl.load(p_weight_tile, mask=m_d[:, None] & m_r[None, :], other=0.0)  # [BLOCK_K, BLOCK_N]
-        b_acc = tl.dot(b_grad.to(b_weight.dtype), b_weight, b_acc, input_precision="ieee")
+        b_sum = tl.dot(b_grad.to(b_weight.dtype), b_weight, b_sum, input_precision="ieee")
         p_weight_tile += BLOCK_K * tl.cast(stride_weight, tl.int64)
-    return b_acc
+    return b_sum
 
 
 @triton.jit
 def _into_preactivation(
-    b_acc,  # [BLOCK_M, BLOCK_N]: factor * grad Wu
+    b_sum,  # [BLOCK_M, BLOCK_N]: factor * grad Wu
     p_scale,
     p_factor,
     p_preactivation,
@@ -103,11 +103,11 @@ def _into_preactivation(
     if p_scaled_activated is not None:
         tl.store(p_scaled_activated + o_out, (b_scale * b_activated).to(dtype), mask=m_out)
     if p_scale_sums is not None:
-        b_scale_sum = tl.sum(b_acc * b_activated, 1)
+        b_scale_sum = tl.sum(b_sum * b_activated, 1)
         if p_factor is not None:
             b_scale_sum = b_scale_sum / b_factor
         tl.store(p_scale_sums + o_t, b_scale_sum, mask=m_t)
-    b_grad = (b_acc * (b_scale * act_grad(b_preactivation, ACTIVATION))).to(dtype)
+    b_grad = (b_sum * (b_scale * act_grad(b_preactivation, ACTIVATION))).to(dtype)
     if p_grad_preactivation is not None:
         tl.store(p_grad_preactivation + o_out, b_grad, mask=m_out)
     return b_grad, b_preactivation
@@ -115,7 +115,7 @@ def _into_preactivation(
 
 @triton.jit
 def _into_x(
-    b_acc,  # [BLOCK_M, BLOCK_N]: the gradient of LayerNorm's output
+    b_sum,  # [BLOCK_M, BLOCK_N]: the gradient of LayerNorm's output
     b_mean,  # [BLOCK_M]
     b_rstd,
     b_row,  # [BLOCK_M], with b_other: the two sums of the module docstring
@@ -147,17 +147,17 @@ def _into_x(
                 b_normalized += tl.load(p_norm_bias + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
             tl.store(p_normalized + o_out, b_normalized.to(p_normalized.dtype.element_ty), mask=m_out)
         if p_norm_weight_sums is not None:
-            b_columns = tl.sum(b_acc * b_standardized, 0)  # beyond row T both factors are 0
+            b_columns = tl.sum(b_sum * b_standardized, 0)  # beyond row T both factors are 0
             tl.store(p_norm_weight_sums + o_d, b_columns, mask=m_d)
         if p_norm_bias_sums is not None:
-            tl.store(p_norm_bias_sums + o_d, tl.sum(b_acc, 0), mask=m_d)
+            tl.store(p_norm_bias_sums + o_d, tl.sum(b_sum, 0), mask=m_d)
     if p_grad_x is not None:
         if p_norm_weight is not None:
-            b_acc = b_acc * b_norm_weight - (b_row / d)[:, None] - b_standardized * (b_other / d)[:, None]
+            b_sum = b_sum * b_norm_weight - (b_row / d)[:, None] - b_standardized * (b_other / d)[:, None]
             # With d = 1, the gradient through LayerNorm is 0. Here it would be a rounding error times rstd.
-            b_acc = tl.where(d > 1, b_rstd[:, None] * b_acc, 0.0)
+            b_sum = tl.where(d > 1, b_rstd[:, None] * b_sum, 0.0)
         b_grad = tl.load(p_grad_rows + o_d[None, :], mask=m_out, other=0.0).to(tl.float32)
-        tl.store(p_grad_x + o_out, (b_grad + b_acc).to(p_grad_x.dtype.element_ty), mask=m_out)
+        tl.store(p_grad_x + o_out, (b_grad + b_sum).to(p_grad_x.dtype.element_ty), mask=m_out)
 
 
 @triton.jit
@@ -191,16 +191,16 @@ def adapter_bwd_bottleneck_kernel(
     o_r = i_r * BLOCK_N + tl.arange(0, BLOCK_N)
     m_t = o_t < T
     m_r = o_r < r
-    b_acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    b_sum = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     if PRODUCT:
-        b_acc = _through_up(
+        b_sum = _through_up(
             p_grad + o_t[:, None] * stride_grad, p_weight + o_r[None, :], p_factor, stride_weight, m_t, m_r, d,
             BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     if p_scale_sums is not None:
         p_scale_sums += i_r.to(tl.int64) * T
     b_grad, b_preactivation = _into_preactivation(
-        b_acc, p_scale, p_factor, p_preactivation, p_grad_preactivation, p_scaled_activated, p_scale_sums,
+        b_sum, p_scale, p_factor, p_preactivation, p_grad_preactivation, p_scaled_activated, p_scale_sums,
         o_t, m_t, o_t[:, None] * r + o_r[None, :], m_t[:, None] & m_r[None, :], p_weight.dtype.element_ty, ACTIVATION,
     )  # fmt: skip
     if p_row_sums is not None:
@@ -247,7 +247,7 @@ def adapter_bwd_input_kernel(
     o_r = tl.arange(0, BLOCK_K)
     m_t = o_t < T
     m_d = o_d < d
-    b_acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    b_sum = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     if PRODUCT:
         p_grad_preactivation_tile = p_grad_preactivation + o_t[:, None] * r + o_r[None, :]
         p_weight_tile = p_weight + o_r.to(tl.int64)[:, None] * stride_weight + o_d[None, :]
@@ -257,7 +257,7 @@ def adapter_bwd_input_kernel(
                 p_grad_preactivation_tile + i_r, mask=m_t[:, None] & m_r[None, :], other=0.0
             )  # [BLOCK_M, BLOCK_K]
             b_weight = tl.load(p_weight_tile, mask=m_r[:, None] & m_d[None, :], other=0.0)  # [BLOCK_K, BLOCK_N]
-            b_acc = tl.dot(b_grad_preactivation, b_weight, b_acc, input_precision="ieee")
+            b_sum = tl.dot(b_grad_preactivation, b_weight, b_sum, input_precision="ieee")
             p_weight_tile += BLOCK_K * tl.cast(stride_weight, tl.int64)
     # Loaded after the product; loaded before, these values would occupy registers during the loop.
     b_mean = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -279,7 +279,7 @@ def adapter_bwd_input_kernel(
         if p_norm_bias_sums is not None:
             p_norm_bias_sums += i_t.to(tl.int64) * d
     _into_x(
-        b_acc, b_mean, b_rstd, b_row, b_other, p_grad + o_t[:, None] * stride_grad, p_x + o_t[:, None] * stride_x,
+        b_sum, b_mean, b_rstd, b_row, b_other, p_grad + o_t[:, None] * stride_grad, p_x + o_t[:, None] * stride_x,
         p_norm_weight, p_norm_bias, p_grad_x, p_normalized, p_norm_weight_sums, p_norm_bias_sums,
         o_t[:, None] * d, m_t, o_d, d,
     )  # fmt: skip
@@ -327,11 +327,11 @@ def adapter_bwd_fused_kernel(
     m_t = o_t < T
     m_r = o_r < r
     p_grad_rows = p_grad + o_t[:, None] * stride_grad
-    b_acc = _through_up(
+    b_sum = _through_up(
         p_grad_rows, p_up_weight + o_r[None, :], p_factor, stride_up, m_t, m_r, d, BLOCK_M, BLOCK_N, BLOCK_K
     )
     b_grad, b_preactivation = _into_preactivation(
-        b_acc, p_scale, p_factor, p_preactivation, p_grad_preactivation, p_scaled_activated, p_scale_sums, o_t, m_t,
+        b_sum, p_scale, p_factor, p_preactivation, p_grad_preactivation, p_scaled_activated, p_scale_sums, o_t, m_t,
         o_t[:, None] * r + o_r[None, :], m_t[:, None] & m_r[None, :], p_down_weight.dtype.element_ty, ACTIVATION,
     )  # fmt: skip
     b_mean = tl.zeros([BLOCK_M], dtype=tl.float32)

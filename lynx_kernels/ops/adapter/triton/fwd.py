@@ -49,7 +49,7 @@ def _into_bottleneck(
     m_r = o_r < r
     p_x_tile = p_x_rows + o_d[None, :]
     p_weight_tile = p_weight_rows + o_d[:, None]
-    b_acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    b_sum = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for i_d in range(0, d, BLOCK_K):
         m_d = i_d + o_d < d
         b_x = tl.load(p_x_tile + i_d, mask=m_t[:, None] & m_d[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
@@ -60,21 +60,21 @@ def _into_bottleneck(
             if p_norm_bias is not None:
                 b_x += tl.load(p_norm_bias + i_d + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
         b_weight = tl.load(p_weight_tile + i_d, mask=m_d[:, None] & m_r[None, :], other=0.0)  # [BLOCK_K, BLOCK_N]
-        b_acc = tl.dot(b_x.to(b_weight.dtype), b_weight, b_acc, input_precision="ieee")
+        b_sum = tl.dot(b_x.to(b_weight.dtype), b_weight, b_sum, input_precision="ieee")
     if p_bias is not None:
-        b_acc += tl.load(p_bias + o_r, mask=m_r, other=0.0).to(tl.float32)[None, :]
-    return b_acc
+        b_sum += tl.load(p_bias + o_r, mask=m_r, other=0.0).to(tl.float32)[None, :]
+    return b_sum
 
 
 @triton.jit
-def _store_out(b_acc, p_bias, b_scale, p_x_rows, p_out_rows, m_t, o_d, d):
-    """Store x + scale * (b_acc + bu), for the columns o_d."""
+def _store_out(b_sum, p_bias, b_scale, p_x_rows, p_out_rows, m_t, o_d, d):
+    """Store x + scale * (b_sum + bu), for the columns o_d."""
     m_d = o_d < d
     if p_bias is not None:
-        b_acc += tl.load(p_bias + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
+        b_sum += tl.load(p_bias + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
     m_out = m_t[:, None] & m_d[None, :]
     b_x = tl.load(p_x_rows + o_d[None, :], mask=m_out, other=0.0).to(tl.float32)
-    tl.store(p_out_rows + o_d[None, :], (b_x + b_scale * b_acc).to(p_out_rows.dtype.element_ty), mask=m_out)
+    tl.store(p_out_rows + o_d[None, :], (b_x + b_scale * b_sum).to(p_out_rows.dtype.element_ty), mask=m_out)
 
 
 @triton.jit
@@ -109,12 +109,12 @@ def adapter_fwd_down_kernel(
     if p_norm_weight is not None:
         b_mean = tl.load(p_mean + o_t, mask=m_t, other=0.0)
         b_rstd = tl.load(p_rstd + o_t, mask=m_t, other=0.0)
-    b_acc = _into_bottleneck(
+    b_sum = _into_bottleneck(
         p_x + o_t[:, None] * stride_x, p_norm_weight, p_norm_bias, b_mean, b_rstd,
         p_weight + o_r.to(tl.int64)[None, :] * stride_weight, p_bias, m_t, o_r, d, r, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     # The activation uses the rounded value, because backward reads that one.
-    b_preactivation = b_acc.to(p_preactivation.dtype.element_ty)
+    b_preactivation = b_sum.to(p_preactivation.dtype.element_ty)
     b_activated = activate(b_preactivation.to(tl.float32), ACTIVATION)
     o_out = o_t[:, None] * r + o_r[None, :]
     m_out = m_t[:, None] & (o_r < r)[None, :]
@@ -149,14 +149,14 @@ def adapter_fwd_up_kernel(
     m_d = o_d < d
     p_activated_tile = p_activated + o_t[:, None] * r + o_r[None, :]
     p_weight_tile = p_weight + o_d.to(tl.int64)[None, :] * stride_weight + o_r[:, None]
-    b_acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    b_sum = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for i_r in range(0, r, BLOCK_K):
         m_r = i_r + o_r < r
         b_activated = tl.load(p_activated_tile + i_r, mask=m_t[:, None] & m_r[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
         b_weight = tl.load(p_weight_tile + i_r, mask=m_r[:, None] & m_d[None, :], other=0.0)  # [BLOCK_K, BLOCK_N]
-        b_acc = tl.dot(b_activated, b_weight, b_acc, input_precision="ieee")
+        b_sum = tl.dot(b_activated, b_weight, b_sum, input_precision="ieee")
     b_scale = tl.load(p_scale).to(tl.float32)
-    _store_out(b_acc, p_bias, b_scale, p_x + o_t[:, None] * stride_x, p_out + o_t[:, None] * d, m_t, o_d, d)
+    _store_out(b_sum, p_bias, b_scale, p_x + o_t[:, None] * stride_x, p_out + o_t[:, None] * d, m_t, o_d, d)
 
 
 @triton.jit
@@ -199,11 +199,11 @@ def adapter_fwd_fused_kernel(
         b_rstd = rstd_of(b_squares, d, eps)
         tl.store(p_mean + o_t, b_mean, mask=m_t)
         tl.store(p_rstd + o_t, b_rstd, mask=m_t)
-    b_acc = _into_bottleneck(
+    b_sum = _into_bottleneck(
         p_x_rows, p_norm_weight, p_norm_bias, b_mean, b_rstd,
         p_down_weight + o_r.to(tl.int64)[None, :] * stride_down, p_down_bias, m_t, o_r, d, r, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    b_preactivation = b_acc.to(p_preactivation.dtype.element_ty)  # [BLOCK_M, BLOCK_N]
+    b_preactivation = b_sum.to(p_preactivation.dtype.element_ty)  # [BLOCK_M, BLOCK_N]
     tl.store(p_preactivation + o_t[:, None] * r + o_r[None, :], b_preactivation, mask=m_t[:, None] & m_r[None, :])
     b_activated = activate(b_preactivation.to(tl.float32), ACTIVATION).to(p_up_weight.dtype.element_ty)
     b_scale = tl.load(p_scale).to(tl.float32)

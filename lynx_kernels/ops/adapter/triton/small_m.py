@@ -68,7 +68,7 @@ def adapter_fwd_small_m_kernel(
             tl.store(p_statistics + (i_split * 2 + 1) * T + o_t, b_squares, mask=m_t)
         b_along = tl.zeros([BLOCK_K, BLOCK_N], dtype=tl.float32)
         b_offset = tl.zeros([BLOCK_K, BLOCK_N], dtype=tl.float32)
-    b_acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    b_sum = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for i_d in range(i_from, i_to, BLOCK_K):
         m_d = i_d + o_d < i_to
         b_x = tl.load(p_x_rows + i_d + o_d[None, :], mask=m_t[:, None] & m_d[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
@@ -81,9 +81,9 @@ def adapter_fwd_small_m_kernel(
             if p_norm_bias is not None:
                 b_norm_bias = tl.load(p_norm_bias + i_d + o_d, mask=m_d, other=0.0).to(tl.float32)
                 b_offset += b_weight.to(tl.float32) * b_norm_bias[:, None]
-        b_acc = tl.dot(b_x.to(b_weight.dtype), b_weight, b_acc, input_precision="ieee")
+        b_sum = tl.dot(b_x.to(b_weight.dtype), b_weight, b_sum, input_precision="ieee")
     p_sums_rows = p_sums + (i_split.to(tl.int64) * T + o_t)[:, None] * r
-    tl.store(p_sums_rows + o_r[None, :], b_acc, mask=m_t[:, None] & m_r[None, :])
+    tl.store(p_sums_rows + o_r[None, :], b_sum, mask=m_t[:, None] & m_r[None, :])
     if p_norm_weight is not None and i_t == 0:
         tl.store(p_weight_rows + (i_split * 2) * r + o_r, tl.sum(b_along, 0), mask=m_r)
         tl.store(p_weight_rows + (i_split * 2 + 1) * r + o_r, tl.sum(b_offset, 0), mask=m_r)
@@ -136,7 +136,7 @@ def adapter_fwd_small_m_combine_kernel(
         if i_r == 0:
             tl.store(p_mean + o_t, b_mean, mask=m_t)
             tl.store(p_rstd + o_t, b_rstd, mask=m_t)
-    b_acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    b_sum = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     p_split = p_sums + o_out
     for i_split in range(num_splits):
         b_split = tl.load(p_split, mask=m_out, other=0.0)  # [BLOCK_M, BLOCK_N]
@@ -149,10 +149,10 @@ def adapter_fwd_small_m_combine_kernel(
             b_along = tl.load(p_weight_rows + i_split * 2 * r + o_r, mask=m_r, other=0.0)
             b_offset = tl.load(p_weight_rows + (i_split * 2 + 1) * r + o_r, mask=m_r, other=0.0)
             b_split = b_split * b_factor[:, None] + (b_away * b_rstd)[:, None] * b_along[None, :] + b_offset[None, :]
-        b_acc += b_split
+        b_sum += b_split
     if p_bias is not None:
-        b_acc += tl.load(p_bias + o_r, mask=m_r, other=0.0).to(tl.float32)[None, :]
-    b_preactivation = b_acc.to(p_preactivation.dtype.element_ty)  # rounded before the activation, as backward reads it
+        b_sum += tl.load(p_bias + o_r, mask=m_r, other=0.0).to(tl.float32)[None, :]
+    b_preactivation = b_sum.to(p_preactivation.dtype.element_ty)  # rounded before the activation, as backward reads it
     b_activated = activate(b_preactivation.to(tl.float32), ACTIVATION)
     tl.store(p_preactivation + o_out, b_preactivation, mask=m_out)
     tl.store(p_activated + o_out, b_activated.to(p_activated.dtype.element_ty), mask=m_out)

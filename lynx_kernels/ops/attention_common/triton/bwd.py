@@ -65,7 +65,7 @@ def attention_bwd_preprocess_kernel(
 
 @triton.jit
 def _bwd_dq_tile(
-    b_q, b_q_rest, b_grad, b_grad_rest, b_lse, b_delta, b_acc, b_acc_rest,
+    b_q, b_q_rest, b_grad, b_grad_rest, b_lse, b_delta, b_grad_q, b_grad_q_rest,
     p_k, p_v, stride_k, stride_v, n_keys, o_seen, scale,
     MASKED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, REST: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -76,7 +76,7 @@ def _bwd_dq_tile(
         b_p = tl.where(tl.arange(0, BLOCK_N)[None, :] < o_seen[:, None], b_p, 0.0)
     b_v, b_v_rest = load_rows(p_v, stride_v, n_keys, MASKED, D, BD, REST, BLOCK_N)
     b_ds = b_p * (products_of_rows(b_grad, b_grad_rest, b_v, b_v_rest, REST) - b_delta[:, None])
-    return add_weighted_rows(b_acc, b_acc_rest, b_ds, b_k, b_k_rest, REST)
+    return add_weighted_rows(b_grad_q, b_grad_q_rest, b_ds, b_k, b_k_rest, REST)
 
 
 @triton.jit(repr=named("bwd_dq"))
@@ -129,25 +129,25 @@ def attention_bwd_dq_kernel(
     b_grad, b_grad_rest = load_rows(p_grad, stride_grad * UNIT, n_rows, True, D, BD, REST, BLOCK_M)
     b_lse = tl.load(p_lse_delta, mask=o_q < i_end, other=0.0)
     b_delta = tl.load(p_lse_delta + n_heads.to(tl.int64) * n_queries, mask=o_q < i_end, other=0.0)
-    b_acc, b_acc_rest = zero_rows(BD, REST, BLOCK_M)
+    b_grad_q, b_grad_q_rest = zero_rows(BD, REST, BLOCK_M)
     scale_log2 = scale * _LOG2E
     n_unmasked, n_masked, counts = tiles_of_keys(i_first, ranges, BLOCK_N)
     for i in range(n_unmasked):
         i_key = unmasked_tile(i, ranges, counts, BLOCK_N)
-        b_acc, b_acc_rest = _bwd_dq_tile(
-            b_q, b_q_rest, b_grad, b_grad_rest, b_lse, b_delta, b_acc, b_acc_rest,
+        b_grad_q, b_grad_q_rest = _bwd_dq_tile(
+            b_q, b_q_rest, b_grad, b_grad_rest, b_lse, b_delta, b_grad_q, b_grad_q_rest,
             p_k + i_key * stride_k, p_v + i_key * stride_v, stride_k, stride_v, BLOCK_N, o_q, scale_log2,
             False, D, BD, REST, BLOCK_N,
         )  # fmt: skip
     for i in range(n_masked):
         i_key, n_keys, o_seen = masked_tile(i, o_q, ranges, counts, BLOCK_N)
-        b_acc, b_acc_rest = _bwd_dq_tile(
-            b_q, b_q_rest, b_grad, b_grad_rest, b_lse, b_delta, b_acc, b_acc_rest,
+        b_grad_q, b_grad_q_rest = _bwd_dq_tile(
+            b_q, b_q_rest, b_grad, b_grad_rest, b_lse, b_delta, b_grad_q, b_grad_q_rest,
             p_k + i_key * stride_k, p_v + i_key * stride_v, stride_k, stride_v, n_keys, o_seen, scale_log2,
             True, D, BD, REST, BLOCK_N,
         )  # fmt: skip
     i_row = (tl.program_id(2).to(tl.int64) * n_queries + i_first) * n_heads + i_h
-    store_rows(p_grad_q + i_row * D, n_heads * D, n_rows, b_acc * scale, b_acc_rest * scale, D, BD, REST, BLOCK_M)
+    store_rows(p_grad_q + i_row * D, n_heads * D, n_rows, b_grad_q * scale, b_grad_q_rest * scale, D, BD, REST, BLOCK_M)
 
 
 @triton.jit

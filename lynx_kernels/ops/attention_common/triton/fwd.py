@@ -25,7 +25,7 @@ _LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def attend(
-    b_q, b_q_rest, b_acc, b_acc_rest, b_max, b_denom,
+    b_q, b_q_rest, b_out, b_out_rest, b_max, b_sum,
     p_k, p_v, stride_k, stride_v, n_keys, o_seen, scale,
     MASKED: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, REST: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -38,12 +38,12 @@ def attend(
     b_new_max = tl.maximum(b_max, tl.max(b_scores, 1) * scale)
     b_p = tl.exp2(b_scores * scale - b_new_max[:, None])
     b_rescale = tl.exp2(b_max - b_new_max)
-    b_denom = b_denom * b_rescale + tl.sum(b_p, 1)
-    b_acc = b_acc * b_rescale[:, None]
-    b_acc_rest = b_acc_rest * b_rescale[:, None]
+    b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
+    b_out = b_out * b_rescale[:, None]
+    b_out_rest = b_out_rest * b_rescale[:, None]
     b_v, b_v_rest = load_rows(p_v, stride_v, n_keys, MASKED, D, BD, REST, BLOCK_N)
-    b_acc, b_acc_rest = add_weighted_rows(b_acc, b_acc_rest, b_p, b_v, b_v_rest, REST)
-    return b_acc, b_acc_rest, b_new_max, b_denom
+    b_out, b_out_rest = add_weighted_rows(b_out, b_out_rest, b_p, b_v, b_v_rest, REST)
+    return b_out, b_out_rest, b_new_max, b_sum
 
 
 @triton.jit(repr=named("fwd"))
@@ -91,31 +91,31 @@ def attention_fwd_kernel(
         b_q = -b_q
         if REST > 0:
             b_q_rest = -b_q_rest
-    b_acc, b_acc_rest = zero_rows(BD, REST, BLOCK_M)
+    b_out, b_out_rest = zero_rows(BD, REST, BLOCK_M)
     b_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-    b_denom = tl.zeros([BLOCK_M], dtype=tl.float32)
+    b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     o_q = i_first + tl.arange(0, BLOCK_M)
     n_unmasked, n_masked, counts = tiles_of_keys(i_first, ranges, BLOCK_N)
     for i in range(n_unmasked):
         i_key = unmasked_tile(i, ranges, counts, BLOCK_N)
-        b_acc, b_acc_rest, b_max, b_denom = attend(
-            b_q, b_q_rest, b_acc, b_acc_rest, b_max, b_denom,
+        b_out, b_out_rest, b_max, b_sum = attend(
+            b_q, b_q_rest, b_out, b_out_rest, b_max, b_sum,
             p_k + i_key * stride_k, p_v + i_key * stride_v, stride_k, stride_v, BLOCK_N, o_q, scale,
             False, D, BD, REST, BLOCK_N,
         )  # fmt: skip
     for i in range(n_masked):
         i_key, n_keys, o_seen = masked_tile(i, o_q, ranges, counts, BLOCK_N)
-        b_acc, b_acc_rest, b_max, b_denom = attend(
-            b_q, b_q_rest, b_acc, b_acc_rest, b_max, b_denom,
+        b_out, b_out_rest, b_max, b_sum = attend(
+            b_q, b_q_rest, b_out, b_out_rest, b_max, b_sum,
             p_k + i_key * stride_k, p_v + i_key * stride_v, stride_k, stride_v, n_keys, o_seen, scale,
             True, D, BD, REST, BLOCK_N,
         )  # fmt: skip
 
     # Without keys the denominator is 0 and the maximum is -inf: output 0, LSE -inf.
-    b_inverse = 1 / tl.where(b_denom == 0, 1.0, b_denom)[:, None]
+    b_inverse = 1 / tl.where(b_sum == 0, 1.0, b_sum)[:, None]
     i_row = (tl.program_id(2).to(tl.int64) * n_queries + i_first) * n_heads + i_h
     store_rows(
-        p_out + i_row * D, n_heads * D, i_end - i_first, b_acc * b_inverse, b_acc_rest * b_inverse, D, BD, REST, BLOCK_M
+        p_out + i_row * D, n_heads * D, i_end - i_first, b_out * b_inverse, b_out_rest * b_inverse, D, BD, REST, BLOCK_M
     )
-    b_lse = (b_max + tl.log2(b_denom)) * _LN2
+    b_lse = (b_max + tl.log2(b_sum)) * _LN2
     tl.store(p_lse + i_row + tl.arange(0, BLOCK_M) * n_heads, b_lse, mask=o_q < i_end)

@@ -46,14 +46,14 @@ def attention_combine_kernel(
         b_max = tl.maximum(b_max, tl.load(p_split_lse + o_split, mask=m_row, other=float("-inf")))
         o_split += n_rows
     b_max = tl.where(b_max == float("-inf"), 0.0, b_max)  # no split has a key
-    b_denom = tl.zeros([BLOCK_M], dtype=tl.float32)
-    b_acc = tl.zeros([BLOCK_M, BD], dtype=tl.float32)
+    b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    b_out = tl.zeros([BLOCK_M, BD], dtype=tl.float32)
     o_split = o_row
     for _ in range(n_splits):
         b_factor = tl.exp(tl.load(p_split_lse + o_split, mask=m_row, other=float("-inf")) - b_max)
-        b_denom += b_factor
-        b_acc += b_factor[:, None] * tl.load(p_split_out + o_split[:, None] * D + o_d[None, :], mask=m_tile, other=0.0)
+        b_sum += b_factor
+        b_out += b_factor[:, None] * tl.load(p_split_out + o_split[:, None] * D + o_d[None, :], mask=m_tile, other=0.0)
         o_split += n_rows
-    b_acc = b_acc / tl.where(b_denom == 0, 1.0, b_denom)[:, None]
-    tl.store(p_out + o_row[:, None] * D + o_d[None, :], b_acc.to(p_out.dtype.element_ty), mask=m_tile)
-    tl.store(p_lse + o_row, b_max + tl.log(b_denom), mask=m_row)
+    b_out = b_out / tl.where(b_sum == 0, 1.0, b_sum)[:, None]
+    tl.store(p_out + o_row[:, None] * D + o_d[None, :], b_out.to(p_out.dtype.element_ty), mask=m_tile)
+    tl.store(p_lse + o_row, b_max + tl.log(b_sum), mask=m_row)

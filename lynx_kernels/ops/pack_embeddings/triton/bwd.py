@@ -42,12 +42,12 @@ def pack_embeddings_bwd_sum_kernel(
     m_d = o_d < D
     i_first = n_rows - tl.load(p_uses + i_vision)
     i_last = tl.load(p_uses + n_vision + i_vision) - 1
-    b_acc = tl.zeros([BD], dtype=tl.float32)
+    b_sum = tl.zeros([BD], dtype=tl.float32)
     for i_start in range(i_first, i_last + 1, BT):
         o_row = i_start + tl.arange(0, BT)
         m_use = tl.load(p_vision_index + o_row, mask=o_row <= i_last, other=-1) == i_vision  # [BT]
         for _ in range(tl.sum(m_use.to(tl.int32), 0)):
             i_row = tl.min(tl.where(m_use, o_row, n_rows), 0)
-            b_acc += tl.load(p_grad + i_row.to(tl.int64) * stride_grad + o_d, mask=m_d, other=0.0).to(tl.float32)
+            b_sum += tl.load(p_grad + i_row.to(tl.int64) * stride_grad + o_d, mask=m_d, other=0.0).to(tl.float32)
             m_use = m_use & (o_row > i_row)
-    tl.store(p_out + i_vision.to(tl.int64) * D + o_d, b_acc.to(p_out.dtype.element_ty), mask=m_d)
+    tl.store(p_out + i_vision.to(tl.int64) * D + o_d, b_sum.to(p_out.dtype.element_ty), mask=m_d)

@@ -121,28 +121,28 @@ def prefix_attention_decode_fwd_kernel(
     if NEGATIVE:
         b_q = -b_q
         b_q_rest = -b_q_rest
-    b_acc, b_acc_rest = zero_rows(BD, REST, BLOCK_M)
+    b_out, b_out_rest = zero_rows(BD, REST, BLOCK_M)
     b_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-    b_denom = tl.zeros([BLOCK_M], dtype=tl.float32)
+    b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     for i in range(n_full):
         o_key = (i_first + i * BLOCK_N).to(tl.int64) * stride_key
-        b_acc, b_acc_rest, b_max, b_denom = attend(
-            b_q, b_q_rest, b_acc, b_acc_rest, b_max, b_denom,
+        b_out, b_out_rest, b_max, b_sum = attend(
+            b_q, b_q_rest, b_out, b_out_rest, b_max, b_sum,
             p_k + o_key, p_v + o_key, stride_key, stride_key, BLOCK_N, o_seen, scale,
             False, D, BD, REST, BLOCK_N,
         )  # fmt: skip
     for i in range(n_full, tl.cdiv(i_end - i_first, BLOCK_N)):
         i_key = i_first + i * BLOCK_N
         o_key = i_key.to(tl.int64) * stride_key
-        b_acc, b_acc_rest, b_max, b_denom = attend(
-            b_q, b_q_rest, b_acc, b_acc_rest, b_max, b_denom,
+        b_out, b_out_rest, b_max, b_sum = attend(
+            b_q, b_q_rest, b_out, b_out_rest, b_max, b_sum,
             p_k + o_key, p_v + o_key, stride_key, stride_key, i_end - i_key, o_seen - i_key, scale,
             True, D, BD, REST, BLOCK_N,
         )  # fmt: skip
 
-    b_inverse = 1 / tl.where(b_denom == 0, 1.0, b_denom)[:, None]
+    b_inverse = 1 / tl.where(b_sum == 0, 1.0, b_sum)[:, None]
     o_out += i_split.to(tl.int64) * n_branches * n_queries * n_heads
-    tl.store(p_out + o_out[:, None] * D + o_d[None, :], b_acc * b_inverse, mask=m_tile)
+    tl.store(p_out + o_out[:, None] * D + o_d[None, :], b_out * b_inverse, mask=m_tile)
     if REST > 0:
-        tl.store(p_out + o_out[:, None] * D + o_rest[None, :], b_acc_rest * b_inverse, mask=m_rest)
-    tl.store(p_lse + o_out, (b_max + tl.log2(b_denom)) * _LN2, mask=m_row)
+        tl.store(p_out + o_out[:, None] * D + o_rest[None, :], b_out_rest * b_inverse, mask=m_rest)
+    tl.store(p_lse + o_out, (b_max + tl.log2(b_sum)) * _LN2, mask=m_row)
