@@ -1,9 +1,10 @@
-"""Whether a kernel may take the weights of a submodule, or the submodule must be called.
+"""Decide whether a kernel may use the weights of a submodule, or the submodule must be called.
 
-A kernel that reads ``child.weight`` does what calling the child does only while the child is what its class says: no
-hook listens, nobody replaced its forward, its weight is a plain tensor beside the input. LoRA, quantisation, offload,
-parametrizations, sharding and noise on embeddings each change one of these, and need nothing else to be seen: the child
-is called, and the composition of torch's modules runs. ``lynx_kernels.explain(module)`` says where and why.
+A kernel that reads ``child.weight`` is equal to calling the child only if the child is unchanged: it has no hooks, its
+forward was not replaced, and its weight is a plain tensor on the device of the input. LoRA, quantisation, offload,
+parametrizations, sharding and noise on embeddings each change one of these, so they are detected without knowing about
+them. A changed child is called, and the composition of torch's modules runs. ``lynx_kernels.explain(module)`` reports
+where and why.
 """
 
 import logging
@@ -27,19 +28,19 @@ _logged: set[str] = set()
 
 @runtime_checkable
 class TakesWeights(Protocol):
-    """A module that gives its children's weights to kernels while it may."""
+    """A module that passes the weights of unchanged children to kernels."""
 
     def changed_children(self, device: torch.device | None = None) -> dict[str, str]:
-        """Why a child must be called, by the child's name; empty where kernels run.
+        """Child name -> why the child must be called. Empty if kernels run.
 
         Args:
-            device: of the input; None compares no devices but meta, where an offloaded weight stands.
+            device: the device of the input. None: do not compare devices, but reject meta, where offloaded weights are.
         """
         ...
 
 
 def watched_reason(module: nn.Module) -> str | None:
-    """Why passing by ``module`` would be noticed: a forward of its own, or a hook, on it or on all modules."""
+    """Why ``module`` cannot be bypassed: a replaced forward, a hook on it, or a hook on all modules; or None."""
     if "forward" in vars(module):
         hook = vars(module).get("_hf_hook")
         return "its forward was replaced" + ("" if hook is None else f" (by accelerate's {type(hook).__name__})")
@@ -51,12 +52,12 @@ def watched_reason(module: nn.Module) -> str | None:
 
 
 def changed_reason(child: nn.Module, expected: type[nn.Module], device: torch.device | None) -> str | None:
-    """Why ``child`` must be called, or None if its weight and bias say all that calling it does.
+    """Why ``child`` must be called, or None if its weight and bias fully determine the result of calling it.
 
     Args:
         child: the submodule.
-        expected: the class its parent made: ``nn.Linear``, ``nn.Embedding``, ``nn.LayerNorm`` or ``nn.Conv2d``.
-        device: of the input; None as in ``TakesWeights``.
+        expected: the class its parent created: ``nn.Linear``, ``nn.Embedding``, ``nn.LayerNorm`` or ``nn.Conv2d``.
+        device: the device of the input; None as in ``TakesWeights``.
     """
     if type(child) is not expected:
         return f"it is a {_name(type(child))}, not a {_name(expected)}"
@@ -80,7 +81,7 @@ def changed_reason(child: nn.Module, expected: type[nn.Module], device: torch.de
 
 
 def changed_reasons(branch: Mapping[str, nn.Module | None], device: torch.device | None) -> dict[str, str]:
-    """Why children of a bottleneck must be called, by name: of a LayerNorm, or None, and of two projections."""
+    """Child name -> why it must be called, for the children of a bottleneck: a LayerNorm or None, two projections."""
     changed = {}
     for (name, child), expected in zip(branch.items(), (nn.LayerNorm, nn.Linear, nn.Linear), strict=True):
         if child is not None and (reason := changed_reason(child, expected, device)) is not None:
@@ -89,12 +90,12 @@ def changed_reasons(branch: Mapping[str, nn.Module | None], device: torch.device
 
 
 def weight_and_bias(child: nn.Module | None) -> tuple[Any, Any]:
-    """The parameters of a child that nobody changed; none of no child."""
+    """Weight and bias of an unchanged child; None and None if there is no child."""
     return (None, None) if child is None else (child._parameters["weight"], child._parameters.get("bias"))
 
 
 def changed_embedding_reason(table: nn.Module, device: torch.device | None) -> str | None:
-    """The same of a table of embeddings, whose options some kernels do not know."""
+    """``changed_reason`` for an embedding table. Some kernels do not support its options."""
     reason = changed_reason(table, nn.Embedding, device)
     if reason is not None or not isinstance(table, nn.Embedding):
         return reason
@@ -111,7 +112,7 @@ def changed_embedding_reason(table: nn.Module, device: torch.device | None) -> s
 
 
 def _unreal_reason(name: str, tensor: Tensor, device: torch.device | None) -> str | None:
-    """Why ``tensor`` cannot be handed to a kernel in its module's stead."""
+    """Why a kernel cannot use ``tensor`` instead of calling its module."""
     if type(tensor) not in PLAIN_TENSORS and not _stands_in(tensor):
         return f"its {name} is a {_name(type(tensor))}"
     if tensor.dtype not in FLOATING:
@@ -126,7 +127,7 @@ def _unreal_reason(name: str, tensor: Tensor, device: torch.device | None) -> st
 
 
 def _stands_in(tensor: Tensor) -> bool:
-    """Whether torch put the tensor in a plain one's place, for a trace or an export."""
+    """Whether the tensor is torch's substitute for a plain one, during a trace or an export."""
     return type(tensor).__module__.startswith("torch._subclasses.")
 
 
@@ -137,19 +138,19 @@ def _name(each: type) -> str:
 
 
 def floating_dtype(child: nn.Module) -> torch.dtype | None:
-    """The dtype in which ``child`` takes its input; None where its weight does not tell, as a quantised one's."""
+    """The dtype that ``child`` expects; None if its weight does not tell, for example if it is quantised."""
     weight = getattr(child, "weight", None)
     return weight.dtype if isinstance(weight, Tensor) and weight.dtype in FLOATING else None
 
 
 def cast_for(child: nn.Module, x: Tensor) -> Tensor:
-    """x in the dtype in which ``child`` takes it."""
+    """x in the dtype that ``child`` expects."""
     dtype = floating_dtype(child)
     return x if dtype is None else x.to(dtype)
 
 
 def log_once(module: nn.Module, reasons: Mapping[str, str]) -> None:
-    """Log that ``module`` takes the plain way: one line for a class and its reasons, however many modules there are."""
+    """Log that ``module`` runs as a plain composition: one line per class and reasons, for any number of modules."""
     if torch.compiler.is_compiling():
         return
     line = f"{type(module).__name__} runs as a {PLAIN}: " + "; ".join(
@@ -161,13 +162,13 @@ def log_once(module: nn.Module, reasons: Mapping[str, str]) -> None:
 
 
 def explain_children(module: nn.Module, x: Tensor | None = None) -> Explanation:
-    """Where ``module`` and the modules in it call children in place of kernels, and why.
+    """Tell where ``module`` and its submodules call children instead of kernels, and why.
 
     Returns:
-        ``name`` is "kernels" or "plain composition"; ``reasons`` has one against the kernels for each changed child.
+        ``name`` is "kernels" or "plain composition". ``reasons`` has one entry per changed child.
 
     Raises:
-        TypeError: none of the modules gives weights to kernels.
+        TypeError: none of the modules passes weights to kernels.
     """
     device = None if x is None else x.device
     takers = [(name, each) for name, each in module.named_modules() if isinstance(each, TakesWeights)]

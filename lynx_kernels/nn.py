@@ -1,8 +1,8 @@
 """Drop-in modules that use the operations.
 
-Where a kernel takes the weights of a submodule, the submodule may be changed all the same: LoRA, hooks, quantisation,
-offload. It is then called, and the kernel's place is taken by the composition of torch's modules;
-``lynx_kernels.explain(module)`` tells, and a line in the log of ``lynx_kernels`` (INFO).
+A kernel may use the weights of a submodule. If the submodule was changed (LoRA, hooks, quantisation, offload), it is
+called, and a composition of torch's modules runs instead of the kernel. ``lynx_kernels.explain(module)`` reports this,
+and so does the log of ``lynx_kernels`` (INFO).
 """
 
 from typing import Any, Literal
@@ -94,11 +94,11 @@ class Adapter(nn.Module):
         return self.norm(out) if self.norm is not None and self.is_post_norm else out
 
     def changed_children(self, device: torch.device | None = None) -> dict[str, str]:
-        """Why the children must be called, by name: see ``lynx_kernels.children``; empty where the kernel runs."""
+        """Child name -> why the child must be called (see ``lynx_kernels.children``). Empty if the kernel runs."""
         return children.changed_reasons(self._branch(), device)
 
     def _branch(self) -> dict[str, Any]:
-        found = self._modules  # attributes of a module take a search, these do not
+        found = self._modules  # faster than the attributes of a module
         return {"norm": None if self.is_post_norm else found.get("norm"), "down": found["down"], "up": found["up"]}
 
     def extra_repr(self) -> str:
@@ -248,7 +248,7 @@ class GatedCrossAttention(nn.Module):
         return _bottleneck(self, self._feed_forward(), x, self.feed_forward_gate.tanh(), "gelu")
 
     def changed_children(self, device: torch.device | None = None) -> dict[str, str]:
-        """Why the feed-forward's children must be called, by name; the attention's are called in any case."""
+        """Child name of the feed-forward -> why it must be called. The attention's children are always called."""
         return children.changed_reasons(self._feed_forward(), device)
 
     def _feed_forward(self) -> dict[str, Any]:
@@ -256,7 +256,7 @@ class GatedCrossAttention(nn.Module):
 
 
 def _bottleneck(owner: nn.Module, branch: dict[str, Any], x: Tensor, scale: Tensor, activation: str) -> Tensor:
-    """``x + scale * up(act(down(norm(x))))``, ``branch`` being owner's norm, or None, and its two projections."""
+    """``x + scale * up(act(down(norm(x))))``. ``branch`` holds the owner's norm (or None) and its two projections."""
     norm, down, up = branch.values()
     changed = children.changed_reasons(branch, x.device)
     if not changed:
@@ -271,8 +271,8 @@ def _bottleneck(owner: nn.Module, branch: dict[str, Any], x: Tensor, scale: Tens
     normalized = x if norm is None else norm(children.cast_for(norm, x))
     preactivation = down(children.cast_for(down, normalized))
     out = up(children.cast_for(up, ACTIVATIONS[activation](preactivation)))
-    wide = x.to(acc_dtype(x.dtype))
-    return (wide + scale.to(wide) * out.to(wide)).to(x.dtype)
+    x_acc = x.to(acc_dtype(x.dtype))
+    return (x_acc + scale.to(x_acc) * out.to(x_acc)).to(x.dtype)
 
 
 def _keys_values(projected: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:

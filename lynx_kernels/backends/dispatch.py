@@ -197,7 +197,7 @@ def explain(operation: Callable, *args: Any, **kwargs: Any) -> Explanation:
       not cuda: it is written for sm_80, sm_90, sm_100, and the tensors are on cpu
 
     Raises:
-        TypeError: ``operation`` is neither an operation of lynx_kernels nor a module that has one of its modules.
+        TypeError: ``operation`` is neither an operation of lynx_kernels nor a module that contains one of its modules.
         TypeError, ValueError: the operation itself would raise this for these arguments.
     """
     if isinstance(operation, torch.nn.Module):

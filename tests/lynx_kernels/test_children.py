@@ -1,4 +1,4 @@
-"""A changed child is called, and does what it says; an unchanged one gives its weights to the kernel."""
+"""A changed child is called. The weights of an unchanged child are passed to the kernel."""
 
 import logging
 import re
@@ -21,7 +21,7 @@ PROJECTIONS = [(kind, name) for kind, name in EVERY_CHILD if "norm" not in name]
 
 
 def make(kind):
-    """A module and a function that runs it on x; no parameter is at a value that would hide it."""
+    """A module and a function that runs it on x. Parameters are random: 0 and 1 could hide that one is not used."""
     torch.manual_seed(0)
     if kind == "adapter":
         module = nn.Adapter(12, 5)
@@ -49,15 +49,15 @@ def kernel_calls(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", BRANCHES)
-def test_unchanged_children_give_their_weights(kind, x, kernel_calls):
+def test_kernels_use_the_weights_of_unchanged_children(kind, x, kernel_calls):
     module, run = make(kind)
     run(x)
     assert kernel_calls
     assert str(explain(module)) == str(explain(module, x)) == "kernels"
-    for parameter in module.parameters():  # what optimizers and DDP add changes nothing of what a call does
+    for parameter in module.parameters():  # attributes that optimizers and DDP add do not change a call
         parameter.register_hook(lambda grad: None)
         parameter.register_post_accumulate_grad_hook(lambda parameter: None)
-    module.register_forward_hook(lambda *args: None)  # the module itself is called
+    module.register_forward_hook(lambda *args: None)  # allowed, because the module itself is called
     run(x)
     assert len(kernel_calls) == 2
     assert not explain(module).reasons
@@ -124,7 +124,7 @@ def test_a_parametrization_shows_in_the_output(x):
 
 
 def test_pruned_weights_stay_pruned(x):
-    """As after an optimizer's step: the mask is put on in a hook."""
+    """After an optimizer's step too: the mask is applied in a hook."""
     module, run = make("adapter")
     prune.l1_unstructured(module.up, "weight", amount=0.9)
     with torch.no_grad():
@@ -147,7 +147,7 @@ def another_class(child):
 
 
 class Doubled(torch.Tensor):
-    """A tensor whose products come out twice as large, as a quantised tensor's do come out otherwise."""
+    """A tensor with doubled products. Like a quantised tensor, it changes the result of a product."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -167,7 +167,7 @@ def another_tensor(child):
         *((another_tensor, "its weight is a ", *each) for each in PROJECTIONS),
     ],
 )
-def test_what_a_child_computes_is_what_counts(change, reason, kind, name, x):
+def test_changed_children_are_called(change, reason, kind, name, x):
     module, run = make(kind)
     before, child = run(x), module.get_submodule(name)
     expected_module, expected_run = make(kind)
@@ -181,8 +181,8 @@ def test_what_a_child_computes_is_what_counts(change, reason, kind, name, x):
 
 
 @pytest.mark.parametrize(("kind", "name"), EVERY_CHILD)
-def test_weights_that_are_gathered_when_the_child_is_called(kind, name, x):
-    """As ZeRO-3 keeps them: shape (0,) between calls. And as offload does: on meta."""
+def test_weights_gathered_only_during_a_call(kind, name, x):
+    """With ZeRO-3 they have shape (0,) between calls; with offload they are on meta."""
     for placeholder in (torch.empty(0), torch.empty_like(make(kind)[0].get_submodule(name).weight, device="meta")):
         module, run = make(kind)
         expected, child = run(x).detach(), module.get_submodule(name)
@@ -275,14 +275,14 @@ def test_compiled_in_one_graph(changed, x):
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_an_export_holds_the_operator(strict, x):
+def test_export_contains_the_operator(strict, x):
     module, _ = make("adapter")
     program = torch.export.export(module, (x,), strict=strict)
     assert "lynx_kernels.adapter.default" in {str(node.target) for node in program.graph.nodes}
 
 
 def as_attribute(name):
-    """As in a replica of DataParallel."""
+    """The parameter becomes an attribute, as in a replica of DataParallel."""
 
     def change(child):
         value = getattr(child, name).detach()
@@ -314,7 +314,7 @@ def as_parameter(name, function):
     ],
 )
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
-def test_parameters_that_no_kernel_takes(change, reason):
+def test_parameters_that_kernels_do_not_support(change, reason):
     module, _ = make("adapter")
     change(module.down)
     assert re.fullmatch(reason, explain(module).reasons["kernels for down"])
@@ -347,10 +347,10 @@ def test_embeddings_with_options_are_called():
     assert "max_norm=1" in reason(trains=False, max_norm=1)
     for option in ({"padding_idx": 1}, {"sparse": True}, {"scale_grad_by_freq": True}):
         assert next(iter(option)) in reason(**option)
-        assert reason(trains=False, **option) is None, "it changes gradients alone"
+        assert reason(trains=False, **option) is None, "the option changes only gradients"
 
 
-def test_the_log_has_one_line_for_a_class_and_its_reasons(x, caplog):
+def test_log_has_one_line_per_class_and_reasons(x, caplog):
     caplog.set_level(logging.INFO, logger="lynx_kernels")
     children._logged.clear()
     for _ in range(2):
