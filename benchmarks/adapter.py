@@ -34,7 +34,7 @@ CUDA = (
 QUICK = (("fp32", 1024, 512, (1, 64, 512, 2048)), ("bf16", 1024, 512, (1, 64, 512, 2048)))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Up to here reading the weights is most of the work: they are read cold, and the rate is in bytes.
-_FEW_TOKENS = 64
+_SMALL_M = 64
 # Up to here launching eager's ten kernels from Python takes longer than running them.
 _CAPTURED_TOKENS = 2048
 
@@ -122,17 +122,17 @@ def setup(
             return
         assert_near(run(functions[name], grad, inputs), exact, magnitudes)
 
-    is_few = tokens <= _FEW_TOKENS
+    is_small_m = tokens <= _SMALL_M
     return Setup(
         providers={
             **{name: partial(run, function, grad) for name, function in functions.items()},
             "matmuls": partial(_matmuls, mode, grad),
         },
-        copies=cold_copies(inputs, device) if is_few else [inputs],
+        copies=cold_copies(inputs, device) if is_small_m else [inputs],
         check=check,
         floors=("matmuls",),
-        flops=0 if is_few else _flops(mode, tokens, width, bottleneck),
-        traffic=_traffic(mode, inputs) if is_few else 0,
+        flops=0 if is_small_m else _flops(mode, tokens, width, bottleneck),
+        traffic=_traffic(mode, inputs) if is_small_m else 0,
         device=device,
         captured=tokens <= _CAPTURED_TOKENS,
         parameters=inputs[1:] if mode == "train" else (),

@@ -235,15 +235,15 @@ def test_autocast_does_not_change_it(impl, compiled):
 @pytest.mark.parametrize("impl", FP32)
 def test_indices_out_of_range(impl):
     (token_ids, embedding, vision, vision_index), _ = make(dtype=torch.float32)
-    text, picture = int((vision_index < 0).nonzero()[0]), int((vision_index >= 0).nonzero()[0])
+    text, image = int((vision_index < 0).nonzero()[0]), int((vision_index >= 0).nonzero()[0])
     for wrong in (-1, 11):
         ids = token_ids.clone()
         ids[text] = wrong
         with pytest.raises(IndexError, match=rf"token_ids\[{text}\] is {wrong}, outside \[0, 11\)"):
             pack_embeddings(ids, embedding, vision, vision_index, impl=impl)
     index = vision_index.clone()
-    index[picture] = 7
-    with pytest.raises(IndexError, match=rf"vision_index\[{picture}\] is 7, outside \[0, 7\)"):
+    index[image] = 7
+    with pytest.raises(IndexError, match=rf"vision_index\[{image}\] is 7, outside \[0, 7\)"):
         pack_embeddings(token_ids, embedding, vision, index, impl=impl)
 
 

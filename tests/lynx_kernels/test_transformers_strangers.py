@@ -1,7 +1,7 @@
-"""Two models that never heard of us, LLaVA and PaliGemma, give what their own eager attention gives.
+"""Two models of transformers, LLaVA and PaliGemma, give the same results as with their own eager attention.
 
-A sample is a picture and a text, or a text alone. Eager sees one sample at a time, ours all of them, padded or packed.
-Eager computes its softmax in fp32, whatever the model's dtype, hence the tolerance.
+A sample is an image and a text, or only a text. Eager attention gets one sample at a time. Ours gets all samples,
+padded or packed. Eager attention computes its softmax in fp32 for every dtype of the model, hence the tolerance.
 """
 
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 class Llava:
-    """Picture tokens anywhere in the text, all of it causal."""
+    """Image tokens anywhere in the text; everything is causal."""
 
     first_position = 0
 
@@ -58,7 +58,7 @@ class Llava:
 
 
 class PaliGemma:
-    """Picture and question before the answer, and see each other whole."""
+    """Image and question come before the answer and have full attention."""
 
     first_position = 1
 
@@ -85,13 +85,13 @@ class PaliGemma:
 class Sample:
     ids: Tensor  # (length,) int64
     prefix: int  # tokens before the answer
-    pixels: Tensor  # (pictures, 3, 8, 8)
+    pixels: Tensor  # (images, 3, 8, 8)
 
     @classmethod
-    def random(cls, pictures, question, answer):
+    def random(cls, images, question, answer):
         before, after = torch.randint(IMAGE, (1,)), torch.randint(IMAGE, (question - 1 + answer,))
-        ids = torch.cat([before, torch.full((4 * pictures,), IMAGE), after])
-        return cls(ids, 4 * pictures + question, torch.randn(pictures, 3, 8, 8, dtype=torch.float64))
+        ids = torch.cat([before, torch.full((4 * images,), IMAGE), after])
+        return cls(ids, 4 * images + question, torch.randn(images, 3, 8, 8, dtype=torch.float64))
 
 
 @pytest.fixture(params=[Llava, PaliGemma])
@@ -102,7 +102,7 @@ def stranger(request):
 def make_model(stranger, implementation):
     torch.manual_seed(0)
     model = stranger.make(implementation).double().eval()
-    with torch.no_grad():  # far from the initial values, so that every parameter shows in the logits
+    with torch.no_grad():  # far from the initial values, so that every parameter affects the logits
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
     for layer in model.model.language_model.layers:
@@ -121,7 +121,7 @@ def pixels_of(samples):
 
 
 def eager(stranger, model, samples):
-    """Logits (T, vocabulary) of all samples, one after another."""
+    """Logits (T, vocabulary) of all samples, end to end."""
     logits = []
     for each in samples:
         is_suffix = torch.arange(len(each.ids))[None] >= each.prefix
@@ -163,15 +163,15 @@ def test_logits_and_gradients_equal_eager(stranger, form):
         (each * weight).sum().backward()
     gradients = 0
     for (name, parameter), its in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        assert (parameter.grad is None) == (its.grad is None), name  # the last layers of LLaVA's tower have none
+        assert (parameter.grad is None) == (its.grad is None), name  # the last layers of LLaVA's tower have no gradient
         if its.grad is not None:
             torch.testing.assert_close(parameter.grad, its.grad, **TOLERANCE, msg=lambda m, n=name: f"{n}: {m}")
             gradients += bool(its.grad.any())
     assert gradients > 40
 
 
-def test_information_never_leaks(stranger):
-    """Perturb a token of a packed row, and exactly the outputs that may see it change, the others not by a bit."""
+def test_no_information_leaks(stranger):
+    """If a token of a packed row changes, exactly the outputs that may see it change. All others stay bit for bit."""
     layout, model = stranger.layout(make_samples()), make_model(stranger, "lynx")
     options = {"attention_mask": integration.packed_mask(layout), "position_ids": layout.position_ids[None] + 1}
     embeddings = torch.randn(1, layout.num_tokens, WIDTH, dtype=torch.float64)
@@ -184,12 +184,12 @@ def test_information_never_leaks(stranger):
             assert torch.equal((after != before).any(-1), sees), f"token {token}"
 
 
-@pytest.mark.parametrize("pictures", [0, 1])
-def test_generation_equals_eager(stranger, pictures):
+@pytest.mark.parametrize("images", [0, 1])
+def test_generation_equals_eager(stranger, images):
     torch.manual_seed(2)
-    sample = Sample.random(pictures, 5, 0)
+    sample = Sample.random(images, 5, 0)
     ids, pixels = sample.ids.repeat(2, 1), sample.pixels.repeat(2, 1, 1, 1)
-    options = {**stranger.token_types(torch.zeros_like(ids)), **({"pixel_values": pixels} if pictures else {})}
+    options = {**stranger.token_types(torch.zeros_like(ids)), **({"pixel_values": pixels} if images else {})}
     tokens = [
         make_model(stranger, name).generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, **options
