@@ -1,4 +1,4 @@
-"""The attention implementation for transformers' decoders, in fp64 (where their eager one uses an fp32 softmax)."""
+"""Our attention in transformers' decoders, in fp64 (transformers' eager attention uses an fp32 softmax even there)."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def run_packed(model, ids, layout):
 
 
 @pytest.mark.parametrize("config_class", DECODERS)
-def test_packed_rows_equal_single_sequences_(config_class):
+def test_packed_rows_equal_single_sequences(config_class):
     lengths = [5, 1, 9]
     ids = torch.randint(50, (sum(lengths),))
     model, alone = decoder(config_class), decoder(config_class, "sdpa")
@@ -57,7 +57,7 @@ def test_packed_rows_equal_single_sequences_(config_class):
         torch.testing.assert_close(parameter.grad, other.grad, msg=name)
 
 
-def test_branches_see_their_root_and_not_each_other():
+def test_branches_see_only_their_root_and_themselves():
     model = decoder(LlamaConfig)
     root, first, second = torch.randint(50, (4,)), torch.randint(50, (3,)), torch.randint(50, (5,))
     layout = PackedLayout.from_groups([(4, [3, 5])])
@@ -71,7 +71,7 @@ def test_branches_see_their_root_and_not_each_other():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The layouts that reached prefix_attention, one a call."""
+    """The layouts that reach prefix_attention, one per call."""
     seen = []
     function = integration.prefix_attention
 
@@ -107,12 +107,12 @@ def check_padded(model, other, mask):
 @pytest.mark.parametrize("config_class", DECODERS)
 def test_padded_rows_equal_sdpa(config_class, padding, calls):
     check_padded(decoder(config_class), decoder(config_class, "sdpa"), torch.tensor(PADDINGS[padding]))
-    assert len(calls) == SIZES["num_hidden_layers"]  # the layout made from the mask, not a dense mask
+    assert len(calls) == SIZES["num_hidden_layers"]  # the layout is made from the mask; there is no dense mask
 
 
 @pytest.mark.parametrize("padding", ["left", "right", "both sides, and an empty row"])
 def test_padded_rows_of_a_full_decoder_equal_sdpa(padding, calls):
-    """Older releases of transformers do not look at ``is_causal``, and make these causal as well."""
+    """Older releases of transformers ignore ``is_causal`` and make these causal as well."""
     models = [decoder(LlamaConfig, name, is_causal=False) for name in ("lynx", "sdpa")]
     check_padded(*models, torch.tensor(PADDINGS[padding]))
     assert len(calls) == SIZES["num_hidden_layers"]
@@ -124,8 +124,8 @@ def test_rows_without_a_mask_equal_padded_ones(calls):
     assert len(calls) == SIZES["num_hidden_layers"]
 
 
-def test_positions_that_restart_are_honoured():
-    """Transformers finds packed rows by their position_ids and makes a dense mask, which is no plain one."""
+def test_restarting_positions():
+    """transformers detects packed rows by their position_ids and makes a dense block-diagonal mask."""
     ids, positions = torch.randint(50, (1, 6)), torch.tensor([[0, 1, 0, 1, 2, 3]])
     logits = [decoder(LlamaConfig, n)(ids, position_ids=positions, use_cache=False).logits for n in ("lynx", "sdpa")]
     torch.testing.assert_close(*logits)
@@ -133,8 +133,8 @@ def test_positions_that_restart_are_honoured():
     torch.testing.assert_close(logits[0][:, 2:], alone)
 
 
-def test_padded_cross_attention_is_not_mistaken_for_self_attention():
-    """As many queries as keys, and a mask of the keys alone: the queries beside padded keys are no pads."""
+def test_padded_cross_attention_is_not_taken_for_self_attention():
+    """As many queries as keys, and a mask for the keys only. Queries at positions of padded keys are not padding."""
     sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     config = BertConfig(**sizes, num_attention_heads=4, is_decoder=True, add_cross_attention=True)
     memory, mask = torch.randn(2, 6, 32, dtype=torch.float64), torch.tensor(PADDINGS["left"])
@@ -170,10 +170,10 @@ def test_plain_masks_are_tables(options):
 @pytest.mark.parametrize(
     ("options", "columns"),
     [
-        ({**CAUSAL, "allow_is_causal_skip": False}, 4),  # a model that goes on to change the mask
+        ({**CAUSAL, "allow_is_causal_skip": False}, 4),  # a model that changes the mask afterwards
         ({**BIDIRECTIONAL, "allow_is_bidirectional_skip": False}, 4),
         ({**BIDIRECTIONAL, "config": LlamaConfig(**SIZES, is_causal=False, is_encoder_decoder=True)}, 4),
-        (CAUSAL, 6),  # of a cache longer than what is in it
+        (CAUSAL, 6),  # for a cache that is longer than its content
     ],
 )
 def test_other_masks_are_dense(options, columns):
@@ -191,8 +191,8 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_information_never_leaks(layout):
-    """Perturb a token, and exactly the outputs that may see it change; the others stay bit for bit."""
+def test_no_information_leaks(layout):
+    """If a token changes, exactly the outputs that may see it change. All others stay bit for bit."""
     visible, model = LAYOUTS[layout].visible(), decoder(LlamaConfig)
     if layout in ("left", "right"):
         mask = torch.tensor({"left": [[0, 0, 1, 1], [1, 1, 1, 1]], "right": [[1, 1, 1, 0], [1, 0, 0, 0]]}[layout])
@@ -227,8 +227,8 @@ def test_generation_equals_sdpa(calls):
 
 
 @pytest.mark.parametrize("cache", ["static", "dynamic"])
-def test_a_prompt_in_two_parts_equals_the_whole(cache):
-    """The second part's queries are fewer than its keys: no plain rows."""
+def test_prompt_in_two_chunks(cache):
+    """The result equals that of one chunk. The second chunk has fewer queries than keys."""
     ids, mask = torch.randint(50, (2, 6)), torch.tensor(PADDINGS["left"])
     options = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False, "cache_implementation": cache}
     tokens = [decoder(LlamaConfig, name).generate(ids, **options) for name in ("lynx", "sdpa")]
@@ -262,29 +262,29 @@ def lacking(feature):
 
 
 @pytest.mark.parametrize("feature", LACKING)
-def test_packed_layers_that_ask_for_what_we_lack_are_refused(feature):
+def test_unsupported_features_of_packed_layers_raise(feature):
     model, unsupported_reason = lacking(feature)
     with unsupported_reason:
         run_packed(model, torch.randint(50, (4,)), PackedLayout.causal([4]))
 
 
 @pytest.mark.parametrize("feature", LOCAL)
-def test_local_masks_are_refused(feature):
-    """By the mask function, whatever a layer passes on: its message knows the window's size."""
+def test_local_masks_raise(feature):
+    """The mask function raises, independent of what a layer passes. Its message has the window's size."""
     model, _ = lacking(feature)
     with pytest.raises(ValueError, match=rf"has no {feature} \(of 2\)"):
         model(torch.randint(50, (2, 4)))
 
 
 @pytest.mark.parametrize("name", ["sliding_window", "softcap", "s_aux", "position_bias"])
-def test_layers_that_ask_for_what_we_lack_are_refused(name):
-    """Without a layout too: scaled_dot_product_attention would leave out some of them without a word."""
+def test_unsupported_features_raise_without_a_layout(name):
+    """scaled_dot_product_attention would silently ignore some of them."""
     q = torch.randn(1, 2, 4, 8)
     with pytest.raises(ValueError, match=f"but the layer asks for {name}; take another one for this model"):
         integration.attention(torch.nn.Module(), q, q, q, None, **{name: torch.ones(2)})
 
 
-def test_calls_that_contradict_themselves_are_refused():
+def test_contradictory_calls_raise():
     ids, layout = torch.randint(50, (4,)), PackedLayout.causal([4])
     mask, model = integration.packed_mask(layout), decoder(LlamaConfig)
     with pytest.raises(ValueError, match=r"has no dropout, but attention_dropout is 0\.5"):
