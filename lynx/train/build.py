@@ -156,7 +156,7 @@ def mixture(recipe: Recipe, stage: Stage) -> Mixture[RecordSource]:
                 files = yaml.safe_load(Path(files).read_text())
             source = describe_paper(source, files or [])
         return open_mixture(source, Path(), seed=recipe.seed)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise RecipeError(f"stage {stage.name}: data: {error}") from error
 
 

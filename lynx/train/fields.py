@@ -1,6 +1,7 @@
 """Dataclasses made from plain values, as YAML holds them: keys and types are checked by the annotations."""
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
 from types import NoneType, UnionType
@@ -15,7 +16,7 @@ _NAMES = {
     NoneType: "null",
     str: "text",
     int: "an integer",
-    float: "a number",
+    float: "a finite number",
     bool: "true or false",
 }
 
@@ -45,7 +46,7 @@ def from_values(kind: type[_Kind], values: Mapping[str, Any], where: str, *, as_
     for key, value in values.items():
         try:
             typed[key] = value if key in as_they_are else _typed(value, hints[key])
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise RecipeError(f"{where}{key} is {value!r}, expected {_described(hints[key])}") from None
     required = {name for name, each in known.items() if each.default is MISSING and each.default_factory is MISSING}
     if missing := sorted(required - typed.keys()):
@@ -68,13 +69,13 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 
 
 def _typed(value: Any, hint: Any) -> Any:
-    """``value`` as the annotated type, or ValueError."""
+    """``value`` as the annotated type; else ValueError, TypeError or, for an integer no float holds, OverflowError."""
     origin = get_origin(hint)
     if origin in (Union, UnionType):
         for each in get_args(hint):
             try:
                 return _typed(value, each)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 continue
     elif origin is Literal:
         if value in get_args(hint):
@@ -89,8 +90,8 @@ def _typed(value: Any, hint: Any) -> Any:
         if value is None:
             return None
     elif hint is float:  # YAML reads 1e-4, without a dot, as text
-        if not isinstance(value, bool):
-            return float(value)
+        if not isinstance(value, bool) and math.isfinite(number := float(value)):
+            return number
     elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
     raise ValueError

@@ -18,12 +18,25 @@ from typing import Any, Literal
 
 import yaml
 
+from lynx.media.images import MAX_SIDE
 from lynx.train.fields import RecipeError, from_values, suggestion, unknown_key
 from lynx.train.param_groups import PARAM_GROUPS
 
 __all__ = ["SHIPPED", "Recipe", "RecipeError", "Stage", "load", "shipped"]
 
 SHIPPED = Path(__file__).parent / "recipes"
+
+_INT32 = 2**31 - 1  # what tokens and steps are counted in
+_RANGES = {  # the least and the most of a recipe's integers
+    "token_budget": (1, _INT32),
+    "lookahead": (1, _INT32),
+    "save_every": (1, _INT32),
+    "save_total_limit": (1, _INT32),
+    "log_every": (1, _INT32),
+    "workers": (0, 1024),
+    "seed": (0, 2**32 - 1),  # as NumPy takes it
+    "max_skipped": (0, 2**63 - 1),
+}
 
 
 @dataclass(frozen=True)
@@ -257,12 +270,9 @@ def _checked(values: dict[str, Any]) -> Recipe:
         stages.append(from_values(Stage, stage, f"stage {name}: "))
         _check_stage(stages[-1])
     recipe = from_values(Recipe, {**values, "stages": tuple(stages)}, "", as_they_are=("stages",))
-    for key in ("token_budget", "lookahead", "save_every", "save_total_limit", "log_every"):
-        if getattr(recipe, key) < 1:
-            raise RecipeError(f"{key} is {getattr(recipe, key)}, must be at least 1")
-    for key in ("workers", "seed", "max_skipped"):
-        if getattr(recipe, key) < 0:
-            raise RecipeError(f"{key} is {getattr(recipe, key)}, must be at least 0")
+    for key, (least, most) in _RANGES.items():
+        if not least <= getattr(recipe, key) <= most:
+            raise RecipeError(f"{key} is {getattr(recipe, key)}, must be at least {least} and at most {most}")
     for stage in recipe.stages:
         if stage.data is None and recipe.data is None:
             raise RecipeError(f"stage {stage.name} has nothing to train on: give data=FILE")
@@ -285,12 +295,12 @@ def _check_stage(stage: Stage) -> None:
                 f"{', '.join(PARAM_GROUPS)}"
             )
     ranges = {
-        "steps": stage.steps >= 1,
+        "steps": 1 <= stage.steps <= _INT32,
         "learning_rate": stage.learning_rate > 0,
         "warmup_from": 0 <= stage.warmup_from <= stage.learning_rate,
         "warmup": 0 <= stage.warmup <= 1,
-        "resolution": stage.resolution is None or stage.resolution >= 1,
-        "tokens_per_step": stage.tokens_per_step is None or stage.tokens_per_step >= 1,
+        "resolution": stage.resolution is None or 1 <= stage.resolution <= MAX_SIDE,
+        "tokens_per_step": stage.tokens_per_step is None or 1 <= stage.tokens_per_step <= _INT32,
         "weight_decay": stage.weight_decay >= 0,
         "betas": len(stage.betas) == 2 and all(0 <= beta < 1 for beta in stage.betas),
         "epsilon": stage.epsilon > 0,
