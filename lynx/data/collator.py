@@ -22,6 +22,7 @@ class Report:
         tokens: how many the rows have that the language model reads.
         budget: how many would fit.
         skipped: the records that were left out.
+        records: where those that were taken stand.
     """
 
     samples: Counter[str]
@@ -29,6 +30,7 @@ class Report:
     tokens: int
     budget: int
     skipped: list[Skipped]
+    records: tuple[str, ...] = ()
 
 
 class Collator:
@@ -65,5 +67,6 @@ class Collator:
             tokens=batch["input_ids"].numel() if encoded else 0,
             budget=self.token_budget,
             skipped=[item for item in items if isinstance(item, Skipped)],
+            records=tuple(item.path for item in encoded if item.path),
         )
         return batch

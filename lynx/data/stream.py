@@ -41,6 +41,7 @@ class Encoded(NamedTuple):
     dataset: str
     sample: Sample
     generator: np.random.Generator | None  # draws the crops; None takes centres
+    path: str = ""  # where the record stands
 
 
 class PackDataset(Dataset):
@@ -106,7 +107,8 @@ class PackDataset(Dataset):
             media: list[Any] = [self.processor.load_frames(item, generator=generator) for item in sample.media]
         except (ValueError, OSError) as error:
             return self.skip(reference, str(error))
-        return Encoded(self.names[reference.dataset], replace(sample, media=media), generator)
+        where = self.datasets[reference.dataset].where(reference.record)
+        return Encoded(self.names[reference.dataset], replace(sample, media=media), generator, where)
 
     def skip(self, reference: Reference, reason: str, *, too_long: bool = False) -> Skipped:
         """The entry that says why a sample is left out."""

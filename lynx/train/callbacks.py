@@ -53,6 +53,10 @@ class ProgressBar(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the bar's line, after an error too: what is printed next has a line of its own."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ from lynx.data.skipped import SkippedRecords
 from lynx.model import LynxForConditionalGeneration
 from lynx.train import checkpoints, flops, param_groups
 from lynx.train.callbacks import ProgressBar, Terminated, ignore_sigterm
+from lynx.train.finite import FiniteWatch
 from lynx.train.recipe import Stage
 from lynx.train.schedule import scheduler
 from lynx.train.throughput import Window
@@ -96,6 +97,8 @@ class LynxTrainer(Trainer):
             logger.info("100 %% MFU are %.4g TFLOP/s a device (%s)", self._peak / 1e12, source)
         self._window = Window()
         self._writing_to: Path | None = None
+        self._finite = FiniteWatch(stage.name, Path(args.output_dir), args.device)
+        self._records: deque[tuple[str, ...]] = deque()  # of the batches that wait for their steps
 
     # Data
 
@@ -131,6 +134,7 @@ class LynxTrainer(Trainer):
 
     def _see(self, batch: dict[str, Any]) -> None:
         report = batch.pop("report", None)
+        self._records.append(getattr(report, "records", ()))
         if report is None:
             return
         self.samples += report.samples
@@ -161,6 +165,24 @@ class LynxTrainer(Trainer):
             return super().compute_loss(model, inputs, *args, **kwargs)
         with torch.autocast(self.args.device.type, self.autocast_dtype):
             return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As Trainer's; the loss is remembered, to be looked at when the device is waited for anyway."""
+        loss = super().training_step(*args, **kwargs)
+        records = self._records.popleft() if self._records else ()
+        self._finite.see(self.state.global_step + 1, "the loss", loss, records)
+        return loss
+
+    def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        """As Trainer's, but numbers that are not finite are an error, before they are logged or saved."""
+        step = self.state.global_step
+        self._finite.see(step, "the norm of the gradients", grad_norm)
+        if self.control.should_save and not self.is_sharded:
+            states = self.optimizer.state.values() if self.optimizer is not None else ()
+            self._finite.check(step, self.trained(), (each for state in states for each in state.values()))
+        elif self.control.should_log or self.control.should_save or self._finite.is_due(step):
+            self._finite.check(step)
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW as the stage says, over the parameters that train."""
@@ -286,7 +308,12 @@ class LynxTrainer(Trainer):
         if checkpoint is not None:
             self._load_data_state(checkpoint)
         self._window = Window()
-        return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+        try:
+            return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+        finally:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, ProgressBar):
+                    callback.close()
 
     def _load_data_state(self, checkpoint: Path) -> None:
         path = checkpoint / f"{self.args.process_index}-{_DATA}"

@@ -1,10 +1,20 @@
 """Runs that should stop do, in a sentence, and leave what was good as it was."""
 
+import math
+import re
 from dataclasses import fields
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Trainer
 
-from lynx.train import recipe
+from lynx import cli
+from lynx.train import recipe, run
+from lynx.train.finite import NotFiniteError
+from lynx.train.log import read_log
+from lynx.train.trainer import LynxTrainer
+from tests.lynx.small import write_records
 
 MINIMAL = {
     "model": "tiny", "output": "out", "data": "data.jsonl", "precision": "fp32", "token_budget": 130,
@@ -25,7 +35,7 @@ def test_numbers_that_are_not_finite(key, value):
 
 @pytest.mark.parametrize("value", ["[.nan, 0.9]", "[0.9, .inf]", f"[0.9, 1{'0' * 400}]"])
 def test_a_list_of_numbers_that_are_not_finite(value):
-    with pytest.raises(recipe.RecipeError, match="betas is .*, expected a list of a finite number"):
+    with pytest.raises(recipe.RecipeError, match=r"betas is .*, expected a list of a finite number"):
         recipe.load(MINIMAL, [f"betas={value}"])
 
 
@@ -39,3 +49,97 @@ def test_integers_out_of_range(key, value):
 def test_every_kind_of_number_was_tried():
     assert {"learning_rate", "warmup_from", "weight_decay", "epsilon", "max_grad_norm"} <= set(FLOATS)
     assert {"steps", "resolution", "tokens_per_step", "workers", "seed", "max_skipped"} <= set(INTEGERS)
+
+
+# Losses that are not finite
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write_records(tmp_path, 12)
+
+
+def load(data, output, **changes):
+    """A run of a few steps with a checkpoint after each second one."""
+    values = {
+        "data": str(data), "output": str(output), "token_budget": 130, "steps": 6, "save_every": 2, "log_every": 1,
+    }  # fmt: skip
+    return recipe.load("tiny", values | changes)
+
+
+def spoil(monkeypatch, what, step, value):
+    """Make the loss, the gradients, the weights or the optimizer's state of one step this value."""
+    training_step = LynxTrainer.training_step
+    spoiled = Trainer.training_step
+
+    def before_watching(self, model, *args, **kwargs):
+        loss = spoiled(self, model, *args, **kwargs)
+        return loss * value if what == "loss" and self.state.global_step + 1 == step else loss
+
+    def after(self, model, *args, **kwargs):
+        loss = training_step(self, model, *args, **kwargs)
+        if self.state.global_step + 1 == step:
+            parameter = next(each for each in model.parameters() if each.requires_grad)
+            if what == "gradients":
+                parameter.grad.view(-1)[-1] = value
+            elif what == "weights":
+                parameter.data.view(-1)[-1] = value
+            elif what == "state":
+                self.optimizer.state[parameter]["exp_avg_sq"].view(-1)[-1] = value
+        return loss
+
+    monkeypatch.setattr(Trainer, "training_step", before_watching)
+    monkeypatch.setattr(LynxTrainer, "training_step", after)
+
+
+def is_good(checkpoint):
+    weights = load_file(checkpoint / "trained.safetensors")
+    states = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"].values()
+    tensors = [*weights.values(), *(each for state in states for each in state.values())]
+    return all(each.isfinite().all() for each in tensors)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("log_every", [1, 1000])
+def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, monkeypatch, value, log_every):
+    """With its step and records, whether or not this step is logged; the checkpoint before it stays, and is named."""
+    spoil(monkeypatch, "loss", 3, value)
+    output = tmp_path / "out"
+    with pytest.raises(NotFiniteError) as error:
+        run.run(load(data, output, log_every=log_every))
+    assert re.search(
+        rf"stage train: the loss is {value}, that of step 3, from the records .*jsonl:\d+", str(error.value)
+    )
+    last = output / "checkpoints/train/checkpoint-2"
+    assert f"the last good checkpoint is {last}" in str(error.value)
+    assert [path.name for path in last.parent.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert is_good(last)
+    assert not (output / "config.json").exists(), "no model of such a run"
+    assert all(entry["step"] < 3 for entry in read_log(output / "log.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("gradients", "the norm of the gradients is (nan|inf), that of step 3"),
+        ("weights", "(the weights .* are|the loss is).* of step [34]"),
+        ("state", "(the optimizer's state is|the weights .* are|the loss is).* of step [34]"),
+    ],
+)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nothing_that_is_not_finite_is_saved(data, tmp_path, monkeypatch, what, message, value):
+    spoil(monkeypatch, what, 3, value)
+    with pytest.raises(NotFiniteError, match=message):
+        run.run(load(data, tmp_path / "out"))
+    saved = list((tmp_path / "out/checkpoints/train").glob("checkpoint-*"))
+    assert [path.name for path in saved] == ["checkpoint-2"]
+    assert is_good(saved[0])
+
+
+def test_the_command_says_it_in_one_sentence(data, tmp_path, monkeypatch, capsys):
+    spoil(monkeypatch, "loss", 1, math.nan)
+    changes = [f"data={data}", f"output={tmp_path / 'out'}", "token_budget=130", "steps=2"]
+    assert cli.main(["train", "tiny", *changes]) == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lynx train:")]
+    assert "the loss is nan, that of step 1, from the records" in line
+    assert "there is no checkpoint yet" in line
