@@ -216,6 +216,8 @@ def trainer(
     processor: LynxProcessor,
     mixture: Mixture[RecordSource],
     terminated: Terminated | None = None,
+    *,
+    claim: Callable[[], None] = lambda: None,
 ) -> LynxTrainer:
     """The trainer of a stage; it makes the model ready: resolution, what trains, precision.
 
@@ -225,6 +227,7 @@ def trainer(
         model, processor: what the stage starts from; both are changed.
         mixture: what it is trained on.
         terminated: ends training after SIGTERM.
+        claim: called when all is known to fit, before the output folder is read or written.
 
     Raises:
         RecipeError: the stage does not fit the number of ranks.
@@ -232,6 +235,7 @@ def trainer(
     """
     folder = RunFolder(recipe.output)
     dtype = torch.bfloat16 if recipe.precision == "bf16" else None
+    accumulation = _accumulation(recipe, stage, ranks().num_processes)
     if stage.resolution is not None:
         set_resolution(model, processor, stage.resolution)
     counts = param_groups.set_trainable(model, stage.trainable, dtype or torch.float32)
@@ -243,10 +247,11 @@ def trainer(
     set_seed(recipe.seed)
     rank, num_ranks = ranks().process_index, ranks().num_processes
     sampler, dataset, collator = data(recipe, mixture, processor, ranks=num_ranks, rank=rank)
+    claim()
     arguments = TrainingArguments(
         output_dir=str(folder.checkpoints(stage.name)),
         max_steps=stage.steps,
-        gradient_accumulation_steps=_accumulation(recipe, stage, num_ranks),
+        gradient_accumulation_steps=accumulation,
         max_grad_norm=stage.max_grad_norm,
         logging_steps=max(1, min(recipe.log_every, stage.steps // 20)),  # at least twenty entries of a short stage
         logging_first_step=True,

@@ -54,12 +54,12 @@ class RunFolder:
         """Whether the stage of this number is finished."""
         return (self.model(recipe, stage) / "config.json").is_file()  # which checkpoint.save writes last
 
-    def claim(self, recipe: Recipe, *, fresh: bool) -> None:
-        """Make this the folder of a run of ``recipe``; every rank comes to the same verdict.
+    def check(self, recipe: Recipe, *, fresh: bool) -> None:
+        """Whether this can be the folder of a run of ``recipe``; nothing is changed.
 
         Args:
             recipe: what will run, or go on.
-            fresh: remove what an earlier run left.
+            fresh: what an earlier run left is going to be removed.
 
         Raises:
             RecipeError: the folder holds a run of another recipe, or a model that no run left.
@@ -76,6 +76,13 @@ class RunFolder:
                 f"{self.path} holds a model already. Choose another output, or start anew with --fresh, which replaces "
                 "it"
             )
+
+    def claim(self, recipe: Recipe, *, fresh: bool) -> None:
+        """Make this the folder of a run of ``recipe``; arguments and errors as of ``check``.
+
+        Every rank comes to the same verdict. With ``fresh``, what an earlier run left is removed.
+        """
+        self.check(recipe, fresh=fresh)
         ranks().wait_for_everyone()
         if ranks().is_main_process:
             if fresh:

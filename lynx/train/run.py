@@ -20,6 +20,7 @@ from lynx.processor import LynxProcessor
 from lynx.train import build
 from lynx.train.callbacks import Terminated
 from lynx.train.folder import RunFolder
+from lynx.train.lock import locked
 from lynx.train.ranks import ranks
 from lynx.train.recipe import Recipe, RecipeError
 from lynx.train.trainer import LynxTrainer
@@ -40,28 +41,33 @@ def run(recipe: Recipe, *, fresh: bool = False) -> Path | None:
         The folder of the finished model; None after SIGTERM.
 
     Raises:
-        RecipeError: the output folder holds a run of another recipe, or the recipe does not fit the model or the
-            number of ranks.
+        RecipeError: the output folder holds a run of another recipe, or one that is still running; or the recipe does
+            not fit the model or the number of ranks.
         ValueError: the data cannot be used.
     """
     if recipe.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise RecipeError("tensorboard=true needs the package tensorboard: pip install tensorboard")
     folder = RunFolder(recipe.output)
-    folder.claim(recipe, fresh=fresh)
     terminated = Terminated()
-    with terminated.listening():
-        for number, stage in enumerate(recipe.stages):
-            if folder.is_done(recipe, number):
-                continue
+    with locked(folder.path), terminated.listening():
+        folder.check(recipe, fresh=fresh)
+        left = [number for number in range(len(recipe.stages)) if fresh or not folder.is_done(recipe, number)]
+        # The folder is claimed, and a fresh start removes what is there, when the first stage is known to fit.
+        claims = iter([partial(folder.claim, recipe, fresh=fresh)])
+        for number in left:
+            stage = recipe.stages[number]
             data = cache(partial(build.mixture, recipe, stage))  # its files are read through when it is first wanted
             model, processor = _starting_model(recipe, number, folder, data)
-            trainer = build.trainer(recipe, stage, model, processor, data(), terminated)
+            claim = next(claims, lambda: None)
+            trainer = build.trainer(recipe, stage, model, processor, data(), terminated, claim=claim)
             trainer.train(resume_from_checkpoint=True)
             if terminated.stopped:
                 if ranks().is_main_process:
                     logger.warning("stopped by SIGTERM in stage %s; the same command goes on", stage.name)
                 return None
             _save(trainer, folder.model(recipe, number), processor)
+        if not left:
+            folder.claim(recipe, fresh=fresh)
     return folder.path
 
 

@@ -1,7 +1,9 @@
 """Runs that should stop do, in a sentence, and leave what was good as it was."""
 
 import math
+import multiprocessing
 import re
+import time
 from dataclasses import fields
 
 import pytest
@@ -12,6 +14,7 @@ from transformers import Trainer
 from lynx import cli
 from lynx.train import recipe, run
 from lynx.train.finite import NotFiniteError
+from lynx.train.lock import locked
 from lynx.train.log import read_log
 from lynx.train.trainer import LynxTrainer
 from tests.lynx.small import write_records
@@ -143,3 +146,88 @@ def test_the_command_says_it_in_one_sentence(data, tmp_path, monkeypatch, capsys
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lynx train:")]
     assert "the loss is nan, that of step 1, from the records" in line
     assert "there is no checkpoint yet" in line
+
+
+# Two runs in one folder
+
+
+def in_this_folder(output):
+    """Hold the folder as a run does, until the parent ends this process."""
+    with locked(output):
+        (output / "held").touch()
+        time.sleep(600)
+
+
+@pytest.fixture
+def holder(tmp_path):
+    process = multiprocessing.get_context("forkserver").Process(target=in_this_folder, args=(tmp_path / "out",))
+    process.start()
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "out/held").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    yield process
+    process.kill()
+    process.join()
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_second_run_is_refused(data, tmp_path, holder, fresh):
+    """Which process holds the folder, and what to do; when that process is killed, nothing remains of its lock."""
+    changed = load(data, tmp_path / "out", steps=1)
+    with pytest.raises(
+        recipe.RecipeError, match=f"another run trains into this folder, process {holder.pid} on .*kill"
+    ):
+        run.run(changed, fresh=fresh)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".lock", "held"]
+    holder.kill()
+    holder.join()
+    assert run.run(changed, fresh=fresh) == tmp_path / "out"
+    assert not (tmp_path / "out/.lock").exists()
+
+
+def test_a_child_does_not_hold_the_folder(tmp_path):
+    """As a worker that lives a moment longer than its run."""
+    with locked(tmp_path):
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+        child.start()
+    try:
+        with locked(tmp_path):
+            assert child.is_alive()
+    finally:
+        child.kill()
+        child.join()
+
+
+# Starts that fail
+
+
+BAD_STARTS = {
+    "data": ({"data": "nowhere.jsonl"}, "nowhere.jsonl"),
+    "model": ({"model": "nowhere"}, "neither a folder nor a preset"),
+    "prompts": ({"prompts": "nowhere.yaml"}, "nowhere.yaml"),
+    "tokens per step": ({"tokens_per_step": 131}, "not a multiple"),
+    "resolution": ({"resolution": 13}, "resolution"),
+    "parameters": ({"trainable": ["cross_attention"]}, "no cross_attention"),
+    "options": ({"model_options.max_frames": -1}, "max_frames"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_STARTS.values(), ids=BAD_STARTS)
+def test_a_start_that_fails_claims_no_folder(data, tmp_path, changes, message):
+    """The folder is not made; or it holds what was in it, though the start was to be a fresh one."""
+    output = tmp_path / "a/b"
+    with pytest.raises((ValueError, OSError), match=message):
+        run.run(load(**{"data": data, "output": output} | changes))
+    assert not output.parent.exists()
+    output.mkdir(parents=True)
+    for name in ("recipe.yaml", "config.json", "log.jsonl", "skipped.jsonl"):
+        (output / name).write_text("{}\n")
+    with pytest.raises((ValueError, OSError), match=message):
+        run.run(load(**{"data": data, "output": output} | changes), fresh=True)
+    assert sorted(path.name for path in output.iterdir()) == [
+        "config.json",
+        "log.jsonl",
+        "recipe.yaml",
+        "skipped.jsonl",
+    ]
