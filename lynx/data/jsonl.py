@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from lynx.data.records import MediaFolder, Record, parse, parse_line
+from lynx.data.records import MediaFolder, Record, check_length, parse, parse_line
+from lynx.media.regular import refuse_other_than_file
 
 _CHUNK = 2**24  # bytes searched for line ends at once
 
@@ -30,7 +31,7 @@ class JsonlRecords:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it has no lines.
+        ValueError: it has no lines, or is no regular file but a folder, a pipe or a device.
     """
 
     def __init__(self, path: str | Path, root: str | Path | None = None, *, task: str | None = None):
@@ -57,6 +58,7 @@ class JsonlRecords:
         if self._file is None:
             self._file = os.open(self.path, os.O_RDONLY)
         start, end = self._starts[index : index + 2].tolist()
+        check_length(end - start)
         # Not seek and read: forked workers share the file's position.
         return parse(parse_line(os.pread(self._file, end - start, start)), self._folder, task=self.task)
 
@@ -74,6 +76,7 @@ class JsonlRecords:
 
 def _scanned(path: Path) -> tuple[np.ndarray, str]:
     """(lines + 1,) int64: where every line starts, and the end of the file; and the fingerprint."""
+    refuse_other_than_file(path)
     found, size, checksum = [np.zeros(1, np.int64)], path.stat().st_size, 0
     with (
         path.open("rb") as file,

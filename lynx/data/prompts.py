@@ -11,6 +11,7 @@ import numpy as np
 import yaml
 
 from lynx.data.records import Messages, Record, RecordError
+from lynx.media.regular import refuse_other_than_file
 
 _QUESTION = "{question}"
 
@@ -45,6 +46,7 @@ class Prompts:
     def read(cls, path: str | Path) -> Self:
         """From a YAML or JSON file: a mapping from tasks to lists of prompts."""
         path = Path(path)
+        refuse_other_than_file(path)
         try:
             return cls._of(path.read_text(encoding="utf-8"), is_json=path.suffix == ".json")
         except (ValueError, yaml.YAMLError) as error:

@@ -20,10 +20,10 @@ record's own ``task`` goes before that of its source.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import Image
 
@@ -31,6 +31,9 @@ from lynx.media.images import ImageError, decode_base64, load_image
 from lynx.media.videos import is_video_file, load_video
 
 Messages = list[dict[str, Any]]
+
+MAX_RECORD = 2**26  # bytes of a line: a file of another kind may have no line ends at all
+_MAX_STORED = 2**29  # bytes of a JSON file of frames that a record names
 
 
 class RecordError(ValueError):
@@ -148,6 +151,23 @@ def _check(source: Path | bytes, *, is_video: bool = False) -> None:
         raise RecordError(str(error)) from error
 
 
+def check_length(size: int, limit: int | None = None) -> None:
+    """Raise RecordError for more bytes than a record may have, ``MAX_RECORD``, or another limit; before reading."""
+    limit = MAX_RECORD if limit is None else limit
+    if size > limit:
+        raise RecordError(f"the record has {size} bytes, more than {limit}, the most that is read as one record")
+
+
+def lines_of(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
+    """The lines of a file and their lengths in bytes; of a line longer than ``MAX_RECORD`` only the beginning."""
+    while line := file.readline(MAX_RECORD + 1):
+        size, rest = len(line), line
+        while len(rest) > MAX_RECORD and not rest.endswith(b"\n"):
+            rest = file.readline(MAX_RECORD + 1)
+            size += len(rest)
+        yield line, size
+
+
 def parse_line(line: bytes) -> dict[str, Any]:
     """The JSON object on a line; RecordError where there is another thing."""
     try:
@@ -231,7 +251,9 @@ def _video(value: Any, folder: MediaFolder) -> dict[str, Any]:
 
 def _stored(path: str, folder: MediaFolder) -> Any:
     try:
-        return json.loads(Path(folder.resolve(path)).read_bytes())
+        file = Path(folder.resolve(path))
+        check_length(file.stat().st_size, _MAX_STORED)
+        return json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise error if isinstance(error, RecordError) else RecordError(f"{path}: not JSON: {error}") from error
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lynx.data.records import MediaFolder, Messages, RecordError, parse, parse_line, text_of
+from lynx.data.records import MediaFolder, Messages, RecordError, check_length, lines_of, parse, parse_line, text_of
+from lynx.media.regular import refuse_other_than_file
 
 logger = logging.getLogger(__name__)
 
@@ -51,18 +52,22 @@ def read(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: none of its records can be used.
+        ValueError: none of its records can be used, or it is no regular file but a folder, a pipe or a device.
         ModuleNotFoundError: it names a video, and PyAV is not installed.
     """
     path = Path(path)
     folder = MediaFolder(path.parent if root is None else root, check=True)
     questions: list[Question] = []
     skipped: list[str] = []
+    refuse_other_than_file(path)
     with path.open("rb") as file:
-        for number, line in enumerate(tqdm(file, desc=f"reading {path.name}", unit="record", delay=2), start=1):
+        for number, (line, size) in enumerate(
+            tqdm(lines_of(file), desc=f"reading {path.name}", unit="record", delay=2), start=1
+        ):
             if not line.strip():
                 continue
             try:
+                check_length(size)
                 found = _questions(parse_line(line), folder)
                 if encode is not None:
                     for each in found:

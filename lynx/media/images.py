@@ -10,6 +10,8 @@ from urllib.parse import unquote
 import numpy as np
 from PIL import Image
 
+from lynx.media.regular import not_a_file
+
 # Raster formats that Pillow decodes by itself: EPS, for one, would start another program.
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 _ORIENTATION_TAG = 0x0112
@@ -67,6 +69,8 @@ def load_image(source: ImageSource, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> 
             raise ImageError(f"{name}: a URL is never fetched; download the image and pass its path or bytes")
     else:
         raise TypeError(f"an image must be a path, bytes, a PIL image or a numpy array, got {type(source).__name__}")
+    if isinstance(file, Path) and (kind := not_a_file(file)):
+        raise ImageError(f"{name}: cannot be decoded: it is {kind}, not an image file")
     Image.init()
     formats = [each for each in _FORMATS if each in Image.OPEN]
     try:

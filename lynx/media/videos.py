@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from lynx.media.images import DEFAULT_MAX_PIXELS, ImageError, check_size, to_rgb
+from lynx.media.regular import not_a_file
 
 # Demuxers of one self-contained file: playlists, for one, would open others.
 _FORMATS = ("asf", "avi", "flv", "gif", "matroska", "mov", "mpeg", "mpegts", "ogg")
@@ -87,6 +88,8 @@ def load_video(
     if num_frames < 1:
         raise ValueError(f"num_frames must be at least 1, got {num_frames}")
     name = _name(source)
+    if not isinstance(source, bytes) and (kind := not_a_file(source)):
+        raise VideoError(f"{name}: cannot be decoded: it is {kind}, not a video file")
     try:
         with io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb") as file:
             return _Video(file, name, max_pixels).sample(num_frames, generator)

@@ -29,6 +29,7 @@ from lynx.data.skipped import SkippedRecords
 from lynx.data.source import RecordSource
 from lynx.data.stream import PackDataset, PackSampler
 from lynx.data.tokenizer import train_tokenizer
+from lynx.media.regular import refuse_other_than_file
 from lynx.model import LynxForConditionalGeneration
 from lynx.processor import LynxProcessor
 from lynx.train import param_groups, pretrained
@@ -153,6 +154,7 @@ def mixture(recipe: Recipe, stage: Stage) -> Mixture[RecordSource]:
         elif isinstance(source, dict) and "datasets" not in source:
             files = recipe.datasets
             if isinstance(files, str):
+                refuse_other_than_file(files)
                 files = yaml.safe_load(Path(files).read_text())
             source = describe_paper(source, files or [])
         return open_mixture(source, Path(), seed=recipe.seed)

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 _WEIGHTS, _DATA = "trained.safetensors", "data.pt"
 _LAYOUTS = (PackedLayout, SpanLayout)
+_IN_VAIN = 300  # records without a supervised token between them, of all ranks: a run that learns nothing
 
 
 class Sampler(Protocol):
@@ -98,6 +99,7 @@ class LynxTrainer(Trainer):
         self._window = Window()
         self._writing_to: Path | None = None
         self._finite = FiniteWatch(stage.name, Path(args.output_dir), args.device)
+        self._drawn, self._last_skipped = 0, "none"
         self._records: deque[tuple[str, ...]] = deque()  # of the batches that wait for their steps
 
     # Data
@@ -139,6 +141,9 @@ class LynxTrainer(Trainer):
             return
         self.samples += report.samples
         self.supervised += report.supervised_tokens
+        self._drawn += report.samples.total() + len(report.skipped)
+        for entry in report.skipped:
+            self._last_skipped = f"{entry.path}: {entry.reason}"
         if self.skipped is not None:
             self.skipped.add(report.skipped)
         window = self._window
@@ -174,7 +179,7 @@ class LynxTrainer(Trainer):
         return loss
 
     def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
-        """As Trainer's, but numbers that are not finite are an error, before they are logged or saved."""
+        """As Trainer's. Numbers that are not finite and nothing to learn from are errors, before anything is saved."""
         step = self.state.global_step
         self._finite.see(step, "the norm of the gradients", grad_norm)
         if self.control.should_save and not self.is_sharded:
@@ -182,7 +187,22 @@ class LynxTrainer(Trainer):
             self._finite.check(step, self.trained(), (each for state in states for each in state.values()))
         elif self.control.should_log or self.control.should_save or self._finite.is_due(step):
             self._finite.check(step)
+        if self.control.should_log or self.control.should_save:
+            self._check_supervision()
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+
+    def _check_supervision(self) -> None:
+        """Raise ValueError, on all ranks, where many records or a whole stage had no supervised token at all."""
+        counts = torch.tensor([self.supervised.total(), self.samples.total(), self._drawn], device=self.args.device)
+        supervised, used, drawn = self.accelerator.reduce(counts, "sum").tolist()
+        # A collator that gives no reports leaves the counts at 0, and nothing is known.
+        if supervised or not drawn or (drawn < _IN_VAIN and self.state.global_step < self.state.max_steps):
+            return
+        raise ValueError(
+            f"stage {self.stage.name}: there is nothing to learn: of {drawn} records drawn in {self.state.global_step} "
+            f"steps, {drawn - used} cannot be used and the others have no supervised token. The last one that cannot "
+            f"be used: {self._last_skipped}"
+        )
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW as the stage says, over the parameters that train."""

@@ -6,7 +6,8 @@ import os
 import re
 import signal
 import time
-from dataclasses import fields
+from collections import Counter
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from safetensors.torch import load_file
 from transformers import Trainer
 
 from lynx import cli
+from lynx.data.collator import Collator
+from lynx.data.conversation import IGNORED
 from lynx.train import recipe, run
 from lynx.train.finite import NotFiniteError
 from lynx.train.lock import locked
@@ -224,3 +227,51 @@ def test_a_start_that_fails_claims_no_folder(data, tmp_path, changes, message):
         "recipe.yaml",
         "skipped.jsonl",
     ]
+
+
+# Nothing to learn
+
+
+def broken(data):
+    """All pictures of the records, and so all records but those without."""
+    for path in data.parent.glob("*.png"):
+        path.write_bytes(path.read_bytes()[:40])
+    lines = [line for line in data.read_text().splitlines() if ".png" in line]
+    data.write_text("".join(f"{line}\n" for line in lines))
+    return len(lines)
+
+
+def test_a_stage_of_broken_pictures_fails(data, tmp_path):
+    number = broken(data)
+    with pytest.raises(ValueError, match=r"stage train: there is nothing to learn: of (\d+) .*, \1 .*\.png") as error:
+        run.run(load(data, tmp_path / "out", save_every=1000))
+    assert len((tmp_path / "out/skipped.jsonl").read_text().splitlines()) <= number
+    assert "in 6 steps" in str(error.value)
+    assert not list((tmp_path / "out").rglob("checkpoint-*"))
+    assert not (tmp_path / "out/config.json").exists()
+
+
+def test_a_long_stage_of_broken_pictures_fails_early(data, tmp_path):
+    broken(data)
+    with pytest.raises(ValueError, match=r"there is nothing to learn: of 3\d\d records drawn in"):
+        run.run(load(data, tmp_path / "out", steps=100_000, log_every=1, save_every=1000))
+
+
+def test_some_broken_pictures_are_no_reason(data, tmp_path):
+    for path in list(data.parent.glob("*.png"))[1:]:
+        path.write_bytes(b"")
+    assert run.run(load(data, tmp_path / "out")) == tmp_path / "out"
+
+
+def test_records_with_nothing_supervised_fail(data, tmp_path, monkeypatch):
+    collate = Collator.__call__
+
+    def unsupervised(self, items):
+        batch = collate(self, items)
+        batch["labels"] = torch.full_like(batch["labels"], IGNORED)
+        batch["report"] = replace(batch["report"], supervised_tokens=Counter())
+        return batch
+
+    monkeypatch.setattr(Collator, "__call__", unsupervised)
+    with pytest.raises(ValueError, match=r"nothing to learn: .* 0 cannot be used and the others have no supervised"):
+        run.run(load(data, tmp_path / "out"))
