@@ -21,6 +21,7 @@ from lynx.train import build
 from lynx.train.callbacks import Terminated
 from lynx.train.folder import RunFolder
 from lynx.train.lock import locked
+from lynx.train.mishaps import told
 from lynx.train.ranks import ranks
 from lynx.train.recipe import Recipe, RecipeError
 from lynx.train.trainer import LynxTrainer
@@ -43,7 +44,8 @@ def run(recipe: Recipe, *, fresh: bool = False) -> Path | None:
     Raises:
         RecipeError: the output folder holds a run of another recipe, or one that is still running; or the recipe does
             not fit the model or the number of ranks.
-        ValueError: the data cannot be used.
+        ValueError: the data cannot be used, or the run came to a number that is not finite.
+        OSError: the disk is full, or a process that loads data was killed.
     """
     if recipe.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise RecipeError("tensorboard=true needs the package tensorboard: pip install tensorboard")
@@ -60,12 +62,14 @@ def run(recipe: Recipe, *, fresh: bool = False) -> Path | None:
             model, processor = _starting_model(recipe, number, folder, data)
             claim = next(claims, lambda: None)
             trainer = build.trainer(recipe, stage, model, processor, data(), terminated, claim=claim)
-            trainer.train(resume_from_checkpoint=True)
+            with told(stage.name, folder.checkpoints(stage.name)):
+                trainer.train(resume_from_checkpoint=True)
             if terminated.stopped:
                 if ranks().is_main_process:
                     logger.warning("stopped by SIGTERM in stage %s; the same command goes on", stage.name)
                 return None
-            _save(trainer, folder.model(recipe, number), processor)
+            with told(stage.name, folder.checkpoints(stage.name)):
+                _save(trainer, folder.model(recipe, number), processor)
         if not left:
             folder.claim(recipe, fresh=fresh)
     return folder.path

@@ -1,27 +1,32 @@
 """Runs that should stop do, in a sentence, and leave what was good as it was."""
 
+import errno
 import math
 import multiprocessing
 import os
 import re
+import shutil
 import signal
+import sys
 import time
 from collections import Counter
 from dataclasses import fields, replace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import Trainer
 
 from lynx import cli
 from lynx.data.collator import Collator
 from lynx.data.conversation import IGNORED
-from lynx.train import recipe, run
+from lynx.train import callbacks, recipe, run, trainer
 from lynx.train.finite import NotFiniteError
 from lynx.train.lock import locked
 from lynx.train.log import read_log
 from lynx.train.trainer import LynxTrainer
+from tests.lynx import processes
 from tests.lynx.small import write_records
 
 MINIMAL = {
@@ -275,3 +280,66 @@ def test_records_with_nothing_supervised_fail(data, tmp_path, monkeypatch):
     monkeypatch.setattr(Collator, "__call__", unsupervised)
     with pytest.raises(ValueError, match=r"nothing to learn: .* 0 cannot be used and the others have no supervised"):
         run.run(load(data, tmp_path / "out"))
+
+
+# Workers that are killed, and full disks
+
+
+def with_a_killed_worker(data, output, told):
+    """The command, whose first worker is killed after step 3 while the other one holds the lock of their pipe."""
+    see = LynxTrainer._see
+
+    def kill(self, batch):
+        see(self, batch)
+        if self.state.global_step == 3:
+            for worker in multiprocessing.active_children()[:1]:
+                os.kill(worker.pid, signal.SIGKILL)
+            for worker in multiprocessing.active_children()[1:]:
+                os.kill(worker.pid, signal.SIGSTOP)  # as one that waits for ever: it cannot end itself
+
+    LynxTrainer._see = kill
+    changes = [f"data={data}", f"output={output}", "token_budget=130", "steps=1000", "save_every=2", "workers=2"]
+    with told.open("w") as file:
+        sys.stderr = file
+        code = cli.main(["train", "tiny", *changes])
+    sys.exit(code)
+
+
+def test_a_killed_worker_ends_the_run(data, tmp_path):
+    start = time.monotonic()
+    assert processes.exit_code(with_a_killed_worker, data, tmp_path / "out", tmp_path / "told") == 2
+    assert time.monotonic() - start < 90, "a minute, and the start"
+    last = tmp_path / "out/checkpoints/train/checkpoint-2"
+    [line] = [line for line in (tmp_path / "told").read_text().splitlines() if line.startswith("lynx train:")]
+    assert "a process that loads data was killed" in line
+    assert f"the last good checkpoint is {last}" in line
+    assert is_good(last)
+
+
+@pytest.mark.parametrize("owner", ["save_file", "torch", "log"])
+def test_a_full_disk_is_told_in_a_sentence(data, tmp_path, monkeypatch, capsys, owner):
+    """Whichever file does not fit. The checkpoint before it is whole, and the run goes on from there with more room."""
+    full = {
+        "save_file": SafetensorError("I/O error: No space left on device (os error 28)"),
+        "torch": RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed\n frame #0"),
+        "log": OSError(errno.ENOSPC, "No space left on device"),
+    }[owner]
+    where, name = {"save_file": (trainer, owner), "torch": (torch, "save"), "log": (callbacks, "append_entry")}[owner]
+    original = getattr(where, name)
+
+    def write(*args, **kwargs):
+        if (tmp_path / "out/checkpoints/train/checkpoint-2").exists():
+            raise full
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, name, write)
+        patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
+        changes = [f"data={data}", f"output={tmp_path / 'out'}", "token_budget=130", "steps=6", "save_every=2"]
+        assert cli.main(["train", "tiny", *changes]) == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lynx train:")]
+    assert "the disk is full" in line
+    last = tmp_path / "out/checkpoints/train/checkpoint-2"
+    assert f"the last good checkpoint is {last}" in line
+    assert is_good(last)
+    assert cli.main(["train", "tiny", *changes]) == 0
