@@ -160,7 +160,15 @@ def _load(folder: Path) -> "tuple[LynxForConditionalGeneration, LynxProcessor]":
     from lynx import checkpoint
 
     model, processor = checkpoint.load(folder)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if value.is_floating_point() and not (is_finite := value.isfinite()).all():
+            raise ValueError(
+                f"{folder}: {value.numel() - int(is_finite.sum())} of the {value.numel()} values of {name} are NaN or "
+                "infinite, and perhaps others: the model cannot answer. Take a checkpoint from before its training "
+                "went wrong"
+            )
+    return model, processor
 
 
 def _ask(options: argparse.Namespace) -> None:

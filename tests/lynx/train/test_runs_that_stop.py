@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import Trainer
 
-from lynx import cli
+from lynx import checkpoint, cli
 from lynx.data.collator import Collator
 from lynx.data.conversation import IGNORED
 from lynx.train import callbacks, recipe, run, trainer
@@ -343,3 +343,20 @@ def test_a_full_disk_is_told_in_a_sentence(data, tmp_path, monkeypatch, capsys, 
     assert f"the last good checkpoint is {last}" in line
     assert is_good(last)
     assert cli.main(["train", "tiny", *changes]) == 0
+
+
+# Models that are not finite
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("command", ["ask", "evaluate"])
+def test_weights_that_are_not_finite_are_refused(data, tmp_path, processor, model, capsys, command, value):
+    name, parameter = list(model.named_parameters())[7]
+    with torch.no_grad():
+        parameter.view(-1)[-1] = value
+    checkpoint.save(tmp_path / "model", model, processor)
+    rest = [str(data)] if command == "evaluate" else [str(next(tmp_path.glob("*.png"))), "Which colour?"]
+    assert cli.main([command, str(tmp_path / "model"), *rest]) == 2
+    told = capsys.readouterr()
+    assert f"1 of the {parameter.numel()} values of {name} are NaN or infinite" in told.err
+    assert not told.out
