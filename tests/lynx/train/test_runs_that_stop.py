@@ -238,7 +238,7 @@ def test_a_start_that_fails_claims_no_folder(data, tmp_path, changes, message):
 
 
 def broken(data):
-    """All pictures of the records, and so all records but those without."""
+    """All images of the records, and so all records but those without."""
     for path in data.parent.glob("*.png"):
         path.write_bytes(path.read_bytes()[:40])
     lines = [line for line in data.read_text().splitlines() if ".png" in line]
@@ -246,7 +246,7 @@ def broken(data):
     return len(lines)
 
 
-def test_a_stage_of_broken_pictures_fails(data, tmp_path):
+def test_a_stage_of_broken_images_fails(data, tmp_path):
     number = broken(data)
     with pytest.raises(ValueError, match=r"stage train: there is nothing to learn: of (\d+) .*, \1 .*\.png") as error:
         run.run(load(data, tmp_path / "out", save_every=1000))
@@ -256,13 +256,13 @@ def test_a_stage_of_broken_pictures_fails(data, tmp_path):
     assert not (tmp_path / "out/config.json").exists()
 
 
-def test_a_long_stage_of_broken_pictures_fails_early(data, tmp_path):
+def test_a_long_stage_of_broken_images_fails_early(data, tmp_path):
     broken(data)
     with pytest.raises(ValueError, match=r"there is nothing to learn: of 3\d\d records drawn in"):
         run.run(load(data, tmp_path / "out", steps=100_000, log_every=1, save_every=1000))
 
 
-def test_some_broken_pictures_are_no_reason(data, tmp_path):
+def test_some_broken_images_are_no_reason(data, tmp_path):
     for path in list(data.parent.glob("*.png"))[1:]:
         path.write_bytes(b"")
     assert run.run(load(data, tmp_path / "out")) == tmp_path / "out"
