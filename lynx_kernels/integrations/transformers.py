@@ -11,16 +11,24 @@ Four ways lead through a layer, and each says exactly what the model's own eager
   ``prefix_attention_decode``.
 - everything else runs PyTorch's scaled_dot_product_attention with transformers' own dense mask: decoding over another
   cache, masks with a pattern added (PaliGemma's full prefix), 4-D masks of the caller, padded encoders (theirs could
-  be the mask of a cross-attention, whose queries are other tokens than its keys), layers that get no mask at all.
+  be the mask of a cross-attention, whose queries are other tokens than its keys), layers that get no mask at all; and
+  what one would expect on the kernels, but cannot be there: rows with pads between their tokens, values of another
+  width than their keys (MLA), heads wider than the kernels take. The logger ``lynx_kernels`` says once for each kind
+  of layer what runs and why: a warning for these last, INFO for the others.
 
-What neither knows, sliding windows, chunked masks, soft caps, sinks and biases, is refused by name.
+What neither knows, sliding windows, chunked masks, soft caps, sinks, biases and sparse attention, is refused by name.
+So is a model that does not call transformers' AttentionInterface: when it is made, where its source says so, and when
+it touches our mask itself, where nothing has said so before.
 """
 
-from dataclasses import dataclass
+import logging
+import re
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
@@ -30,17 +38,27 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
+from lynx_kernels.integrations.attention_mask import AttentionMask
+from lynx_kernels.integrations.outsiders import refuse_outsiders
 from lynx_kernels.layout import PackedLayout
 from lynx_kernels.ops.prefix_attention import prefix_attention
 from lynx_kernels.ops.prefix_attention_decode import prefix_attention_decode
 
+logger = logging.getLogger("lynx_kernels")
+
 NAME = "lynx"
+MAX_HEAD_DIM = 256  # of the kernels for GPUs
 _UNSUPPORTED = {  # what layers pass to the attention function for features we lack
     "sliding_window": "sliding windows",
     "softcap": "soft caps",
     "s_aux": "attention sinks",
+    "sinks": "attention sinks",
     "position_bias": "position biases",
+    "indices": "sparse attention",
+    "block_indices": "sparse attention",
 }
+_SOUNDS_UNSUPPORTED = re.compile(r"(^|_)(bias|sinks?|soft_?cap|alibi|block_mask|head_mask|topk_indices)$")
+_said: set[tuple[str, str]] = set()  # (kind of layer, what was logged of it)
 
 
 @dataclass(frozen=True)
@@ -63,24 +81,23 @@ def register() -> None:
     """Make ``attn_implementation="lynx"`` known to transformers. Calling it again changes nothing."""
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, mask)
+    refuse_outsiders(NAME)
 
 
-def packed_mask(layout: PackedLayout) -> Tensor:
-    """What to pass a decoder as ``attention_mask`` beside a ``layout``, (1, 1, 0, 0).
+def packed_mask(layout: PackedLayout) -> AttentionMask:
+    """What to pass a decoder as ``attention_mask`` beside a ``layout``.
 
-    A 4-D mask is transformers' sign that the mask is ready: it builds none, and does not search ``position_ids`` for
+    transformers gives it to ``mask``, which gives it back: no mask is built, and ``position_ids`` are not searched for
     packed sequences, which would read the device on the host. The layout says all there is to say.
     """
-    return torch.empty(1, 1, 0, 0, dtype=torch.bool, device=layout.segments.device)
+    return AttentionMask("this model", torch.Size((1, 1, 0, 0)), layout.segments.device, is_packed=True)
 
 
-def padded_mask(layout: PackedLayout) -> Tensor:
-    """What stands for ``layout`` as the ``attention_mask`` of a padded batch that ``PackedLayout.from_padding_mask``
-    described: its segments, (1, 1, S + 1, 4) int32.
-
-    Four dimensions, since an outer model may hand it to an inner one, which takes that as a mask that is ready.
-    """
-    return layout.segments[None, None]
+def padded_mask(layout: PackedLayout) -> AttentionMask:
+    """The ``attention_mask`` of a padded batch (B, L) that ``PackedLayout.from_padding_mask`` described."""
+    length = layout.max_group_length
+    shape = torch.Size((layout.num_tokens // length if length else 0, 1, length, length))
+    return AttentionMask("this model", shape, layout.segments.device, layout=layout)
 
 
 def mask(
@@ -88,44 +105,67 @@ def mask(
     batch_size: int,
     kv_length: int,
     mask_function: Any = causal_mask_function,
-    attention_mask: Tensor | None = None,
+    attention_mask: Tensor | AttentionMask | None = None,
     local_size: int | None = None,
     config: Any = None,
     **kwargs: Any,
-) -> Tensor | None:
+) -> AttentionMask:
     """A mask function of transformers' AttentionMaskInterface.
+
+    On eager calls a 2-D mask is read on the host, as ``sdpa_mask`` reads it: one wait for the device a forward pass.
+    Compiled, it is not, and a row with a pad between its tokens is an error of the compiled program.
 
     Args:
         batch_size, kv_length: B, and K, the keys a query may see at most.
         mask_function: the pattern, without the padding.
-        attention_mask: (B, K) bool, false at pads.
+        attention_mask: (B, K) bool, false at pads; or what ``packed_mask`` or ``padded_mask`` gave.
         local_size: the window or chunk of a local pattern.
         config: the model's.
         kwargs: the query's length and what else ``sdpa_mask`` of this release of transformers takes.
 
     Returns:
-        Where the rows are plain and queries and keys the same tokens, a table for ``attention``: the segments of
-        their layout, as ``padded_mask`` gives them. Elsewhere what ``sdpa_mask`` returns, (B, 1, Q, K) bool or None.
+        Where the rows are plain and queries and keys the same tokens, a mask with their layout. Elsewhere one with
+        what ``sdpa_mask`` returns. Of a local pattern, one that ``attention`` refuses: some models ask for masks that
+        none of their layers use.
 
     Raises:
-        ValueError: the pattern is local, or a row has a pad between its tokens.
+        ValueError: the model adds a pattern to a mask that is ready.
     """
+    name = _name(config)
+    position = kwargs.get("cache_position")  # of the queries, which older releases pass in place of their number
+    q_length, device = (kwargs["q_length"], kwargs["device"]) if position is None else (len(position), position.device)
+    device = torch.device(device)
     if local_size is not None:
         is_chunked = getattr(config, "attention_chunk_size", None) == local_size
         feature = f"chunked masks (of {local_size})" if is_chunked else f"sliding windows (of {local_size})"
-        raise ValueError(f"attn_implementation={NAME!r} has no {feature}; take another one for {_name(config)}")
-    position = kwargs.get("cache_position")  # of the queries, which older releases pass in place of their number
-    q_length, device = (kwargs["q_length"], kwargs["device"]) if position is None else (len(position), position.device)
+        return AttentionMask(name, torch.Size((batch_size, 1, q_length, kv_length)), device, unsupported=feature)
+    if isinstance(attention_mask, AttentionMask):
+        if mask_function not in (causal_mask_function, bidirectional_mask_function):
+            raise ValueError(
+                f"{name} adds a pattern of its own to the attention mask, but packed_mask or padded_mask says already "
+                f"who sees whom, without it; pass a 2-D attention_mask, or no inputs that ask for the pattern"
+            )
+        return replace(attention_mask, model=name)
+    made = AttentionMask(name, torch.Size((batch_size, 1, q_length, kv_length)), device)
+    is_causal = mask_function is causal_mask_function
     if (
         _is_plain(mask_function, config, **kwargs)
         and q_length == kv_length
         and (attention_mask is None or tuple(attention_mask.shape) == (batch_size, kv_length))
     ):
-        if attention_mask is None:
-            attention_mask = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
-        layout = PackedLayout.from_padding_mask(attention_mask, is_causal=mask_function is causal_mask_function)
-        return padded_mask(layout)
-    return sdpa_mask(
+        has_pads, has_holes = _look(attention_mask)
+        if not has_holes:
+            if attention_mask is None:
+                attention_mask = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
+            layout = PackedLayout.from_padding_mask(attention_mask, is_causal=is_causal)
+            return replace(made, layout=layout, has_pads=has_pads, is_causal=is_causal)
+        _say(
+            logging.WARNING,
+            name,
+            "a row has pads between its tokens, which no layout can say: its attention runs PyTorch's "
+            "scaled_dot_product_attention with a dense mask",
+        )
+    seen = sdpa_mask(
         batch_size=batch_size,
         kv_length=kv_length,
         mask_function=mask_function,
@@ -133,6 +173,22 @@ def mask(
         config=config,
         **kwargs,
     )
+    return replace(made, seen=seen, is_causal=seen is None and is_causal)
+
+
+def _look(padding: Tensor | None) -> tuple[bool, bool]:
+    """Whether a (B, L) padding mask has pads, and whether there are any between tokens of a row.
+
+    What cannot be read, compiled or captured, may have pads, at the ends.
+    """
+    if padding is None:
+        return False, False
+    is_captured = padding.is_cuda and torch.cuda.is_current_stream_capturing()
+    if torch.compiler.is_compiling() or isinstance(padding, FakeTensor) or padding.is_meta or is_captured:
+        return True, False
+    begins = padding.int().diff(dim=1, prepend=padding.new_zeros(len(padding), 1, dtype=torch.int32)) > 0
+    has_pads, has_holes = torch.stack([~padding.all(), (begins.sum(1) > 1).any()]).tolist()
+    return has_pads, has_holes
 
 
 def _is_plain(
@@ -153,28 +209,21 @@ def attention(
     module: torch.nn.Module,
     query: Tensor,  # (B, H, L, D)
     key: Tensor,  # (B, Hkv, K, D)
-    value: Tensor,  # (B, Hkv, K, D)
-    attention_mask: Tensor | None,
+    value: Tensor,  # (B, Hkv, K, Dv)
+    attention_mask: AttentionMask | Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     layout: PackedLayout | None = None,
     shared_roots: SharedRoots | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function of transformers' AttentionInterface; returns (B, L, H, D) and no weights.
+    """An attention function of transformers' AttentionInterface; returns (B, L, H, Dv) and no weights.
 
     Raises:
         ValueError: a layout beside more than one batch row or beside a mask, ``packed_mask`` without its layout,
-            dropout in ``prefix_attention``, or a feature we have not.
+            a mask of other queries and keys, dropout in ``prefix_attention``, or a feature we have not.
     """
-    config = getattr(module, "config", None)
-    asked = {**kwargs, "attention_chunk_size": getattr(config, "attention_chunk_size", None)}
-    for name, feature in {**_UNSUPPORTED, "attention_chunk_size": "chunked masks"}.items():
-        if asked.get(name) is not None:
-            raise ValueError(
-                f"attn_implementation={NAME!r} has no {feature}, but the layer asks for {name}; take another one for "
-                f"{_name(config)}"
-            )
+    _refuse_unsupported(module, attention_mask, kwargs)
     rows, _, length, _ = query.shape
     if shared_roots is not None:
         _refuse_dropout(dropout)
@@ -182,25 +231,107 @@ def attention(
     if layout is not None:
         if rows != 1:
             raise ValueError(f"a packed row is a batch of one, but the batch has {rows} rows beside a layout")
-        if attention_mask is not None and attention_mask.numel() > 0:
+        if attention_mask is not None and not getattr(attention_mask, "is_packed", False):
             raise ValueError(
                 f"beside a layout stands attention_mask=packed_mask(layout), not a mask of shape "
                 f"{tuple(attention_mask.shape)}, which says who sees whom a second time"
             )
-    elif attention_mask is not None and attention_mask.dtype == torch.int32:
-        layout = _layout_of(attention_mask, rows, length)
-    elif attention_mask is not None and attention_mask.numel() == 0 and length > 0:
-        raise ValueError(
-            f"attention_mask is packed_mask(layout), but no layout reached {type(module).__name__}: pass layout= to "
-            f"the model; one that keeps keyword arguments from its layers cannot take packed rows"
-        )
-    else:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
+        attention_mask = AttentionMask("", torch.Size((1, 1, length, length)), query.device, layout=layout)
+    elif isinstance(attention_mask, AttentionMask):
+        if attention_mask.is_packed:
+            raise ValueError(
+                f"attention_mask is packed_mask(layout), but no layout reached {type(module).__name__}: pass layout= "
+                f"to the model; one that keeps keyword arguments from its layers cannot take packed rows"
+            )
+        if attention_mask.layout is not None and (rows, 1, length, key.shape[2]) != tuple(attention_mask.shape):
+            raise ValueError(
+                f"the attention mask is {tuple(attention_mask.shape)}, made for other tokens than the {rows} rows of "
+                f"{length} queries and {key.shape[2]} keys of {type(module).__name__}; take another "
+                f"attn_implementation for {_name(getattr(module, 'config', None))}"
+            )
+    reason, is_expected = _why_not_kernels(query, value, attention_mask)
+    if reason is not None:
+        level = logging.INFO if is_expected else logging.WARNING
+        _say(level, type(module).__name__, f"runs PyTorch's scaled_dot_product_attention: {reason}")
+        return _sdpa(module, query, key, value, attention_mask, dropout, scaling, kwargs), None
     _refuse_dropout(dropout)
+    assert isinstance(attention_mask, AttentionMask)
+    assert attention_mask.layout is not None
     q, k, v = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))  # (B * L, heads, D)
-    return prefix_attention(q, k, v, layout, scale=scaling).unflatten(0, (rows, length)), None
+    return prefix_attention(q, k, v, attention_mask.layout, scale=scaling).unflatten(0, (rows, length)), None
+
+
+def _refuse_unsupported(module: Any, attention_mask: Any, kwargs: dict[str, Any]) -> None:
+    config = getattr(module, "config", None)
+    if isinstance(attention_mask, AttentionMask) and attention_mask.unsupported is not None:
+        raise ValueError(
+            f"attn_implementation={NAME!r} has no {attention_mask.unsupported}; take another one for {_name(config)}"
+        )
+    asked = {**kwargs, "attention_chunk_size": getattr(config, "attention_chunk_size", None)}
+    for name, value in asked.items():
+        feature = {**_UNSUPPORTED, "attention_chunk_size": "chunked masks"}.get(name)
+        if feature is None and isinstance(value, Tensor) and _SOUNDS_UNSUPPORTED.search(name):
+            feature = name.replace("_", " ")
+        if feature is not None and value is not None:
+            raise ValueError(
+                f"attn_implementation={NAME!r} has no {feature}, but the layer asks for {name}; take another one for "
+                f"{_name(config)}"
+            )
+
+
+def _why_not_kernels(query: Tensor, value: Tensor, attention_mask: Any) -> tuple[str | None, bool]:
+    """Why a layer cannot run on ``prefix_attention``, or None, and whether its mask alone is a reason."""
+    if attention_mask is None:
+        return "it has no mask", True
+    if not isinstance(attention_mask, AttentionMask):
+        return "its mask is not from our mask function", True
+    if attention_mask.layout is None:
+        return "its mask is not one of plain rows whose queries are also the keys", True
+    head_dim = query.shape[-1]
+    if value.shape[-1] != head_dim:
+        return (
+            f"its values are {value.shape[-1]} wide and its keys {head_dim}, with a dense mask where there are pads",
+            False,
+        )
+    if head_dim > MAX_HEAD_DIM and query.device.type != "cpu":
+        return f"its heads are {head_dim} wide, the kernels take {MAX_HEAD_DIM}", False
+    return None, True
+
+
+def _sdpa(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: AttentionMask | Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    # A model that gives no mask says so with is_causal, or means that all keys are seen, as its eager attention does.
+    is_causal = kwargs.get("is_causal")
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", False)
+    if isinstance(attention_mask, AttentionMask):
+        attention_mask, is_causal = attention_mask.for_sdpa()
+    elif attention_mask is not None and not (attention_mask.is_floating_point() or attention_mask.dtype == torch.bool):
+        raise ValueError(
+            f"the attention mask that {type(module).__name__} passes is {attention_mask.dtype} of shape "
+            f"{tuple(attention_mask.shape)}, neither bool nor what is added to scores; take another "
+            f"attn_implementation for {_name(getattr(module, 'config', None))}"
+        )
+    options = {**kwargs, "is_causal": is_causal}
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+    )[0]
+
+
+@torch.compiler.assume_constant_result
+def _say(level: int, layer: str, what: str) -> None:
+    """Log once for each kind of layer; where compiled, when it is compiled."""
+    if (layer, what) not in _said:
+        _said.add((layer, what))
+        logger.log(level, "%s %s", layer, what)
 
 
 def _refuse_dropout(dropout: float) -> None:
@@ -227,19 +358,6 @@ def _decode(
     )
     assert isinstance(out, Tensor)
     return out
-
-
-def _layout_of(table: Tensor, rows: int, length: int) -> PackedLayout:
-    """The layout whose segments ``padded_mask`` gave."""
-    return PackedLayout(
-        segments=table[0, 0],
-        position_ids=torch.zeros((), dtype=torch.int64, device=table.device).expand(rows * length),  # only counted
-        root_is_causal=False,  # of causal rows the table says that they have no root
-        max_group_length=length,
-        max_root_length=length,
-        max_branch_length=length,
-        max_branches=1,
-    )
 
 
 def _name(config: Any) -> str:

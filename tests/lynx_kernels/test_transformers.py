@@ -162,9 +162,10 @@ def make_mask(options, columns=4):
 
 
 @pytest.mark.parametrize("options", [CAUSAL, BIDIRECTIONAL])
-def test_plain_masks_are_tables(options):
-    table = make_mask(options)
-    assert (table.dtype, tuple(table.shape)) == (torch.int32, (1, 1, 3 * 2 + 1, 4))
+def test_plain_masks_are_layouts(options):
+    mask = make_mask(options)
+    assert tuple(mask.shape) == (2, 1, 4, 4)
+    assert (mask.layout.num_tokens, mask.seen) == (8, None)
 
 
 @pytest.mark.parametrize(
@@ -177,8 +178,9 @@ def test_plain_masks_are_tables(options):
     ],
 )
 def test_other_masks_are_dense(options, columns):
-    dense = make_mask(options, columns)
-    assert (dense.dtype, tuple(dense.shape)) == (torch.bool, (2, 1, 4, 4))
+    mask = make_mask(options, columns)
+    assert mask.layout is None
+    assert (mask.seen.dtype, tuple(mask.seen.shape), tuple(mask.shape)) == (torch.bool, (2, 1, 4, 4), (2, 1, 4, 4))
 
 
 LAYOUTS = {
@@ -239,7 +241,7 @@ def test_prompt_in_two_chunks(cache):
     torch.testing.assert_close(second, whole[:, 4:])
 
 
-FULL = {"layer_types": ["full_attention"] * SIZES["num_hidden_layers"], "sliding_window": None}
+FULL = {"layer_types": ["full_attention"] * SIZES["num_hidden_layers"], "sliding_window": 2}
 LOCAL = {
     "sliding windows": (MistralConfig, {"sliding_window": 2}),
     "chunked masks": (
@@ -264,6 +266,8 @@ def lacking(feature):
 @pytest.mark.parametrize("feature", LACKING)
 def test_unsupported_features_of_packed_layers_raise(feature):
     model, unsupported_reason = lacking(feature)
+    if feature == "chunked masks":  # transformers counts pads for them, before it asks for the mask
+        unsupported_reason = pytest.raises(ValueError, match=r"\(cumsum\).*: it cannot take packed rows")
     with unsupported_reason:
         run_packed(model, torch.randint(50, (4,)), PackedLayout.causal([4]))
 
@@ -296,5 +300,3 @@ def test_contradictory_calls_raise():
     for other in (None, torch.ones(1, 4, dtype=torch.int64)):
         with pytest.raises(ValueError, match="beside a layout stands attention_mask=packed_mask"):
             model(ids[None], attention_mask=other, layout=layout)
-    with pytest.raises(ValueError, match="a row has padding between tokens"):
-        model(ids[None], attention_mask=torch.tensor([[1, 0, 1, 1]]))

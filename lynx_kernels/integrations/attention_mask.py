@@ -1,0 +1,168 @@
+"""What the mask function of ``attn_implementation="lynx"`` returns: a mask for our attention function and nobody else.
+
+A model outside transformers' AttentionInterface adds the mask it asked for to scores of its own. A tensor would let it:
+where shapes happen to fit, it would compute something else without a word. So the mask is no tensor. It has the shape
+of what it stands for, moves between devices and can be cropped, as models do on the way to their layers; whatever else
+touches it is refused, in the model's name.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from lynx_kernels.layout import PackedLayout
+
+
+class ForeignAttentionError(ValueError, AttributeError):
+    """A model computes with our mask itself. An AttributeError too, so that ``hasattr`` answers as for any object."""
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionMask:
+    """Who sees whom in (B, 1, Q, K), said by a layout, by a dense mask, or by neither.
+
+    Attributes:
+        model: the model's name, for errors.
+        shape: (B, 1, Q, K); of ``packed_mask``, whose layout says all, (1, 1, 0, 0).
+        device: of the tokens.
+        is_causal: with neither layout nor mask: a query sees the keys up to its own number, or all of them.
+        layout: of the B * Q tokens, where queries and keys are the same ones.
+        seen: (B, 1, Q, K) bool, true where a query sees a key.
+        has_pads: with a layout: false where it is known that all tokens are real, so that ``is_causal`` says it all.
+        is_packed: made by ``packed_mask``; the model must get the layout too.
+        unsupported: what the mask would need that our attention has not, for its refusal.
+    """
+
+    model: str
+    shape: torch.Size
+    device: torch.device
+    is_causal: bool = False
+    layout: PackedLayout | None = None
+    seen: Tensor | None = None
+    has_pads: bool = True
+    is_packed: bool = False
+    unsupported: str | None = None
+    _dense: list[Tensor] = field(default_factory=list)  # what dense() made of the layout, once for all layers
+
+    dtype = torch.bool
+    ndim = 4
+    requires_grad = False
+
+    def dim(self) -> int:
+        return 4
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def dense(self) -> Tensor:
+        """(B, 1, Q, K) bool, true where a query sees a key."""
+        if self.seen is not None:
+            return self.seen
+        if self._dense:
+            return self._dense[0]
+        rows, _, queries, keys = self.shape
+        query = torch.arange(queries, device=self.device)[:, None]
+        if self.layout is None:
+            key = torch.arange(keys, device=self.device)
+            seen = (key <= query if self.is_causal else key >= 0).expand(rows, 1, queries, keys)
+        else:
+            row = torch.arange(rows, device=self.device)[:, None, None] * queries
+            first, last = (each.view(rows, 1, keys) - row for each in self.layout.key_intervals())
+            seen = ((first <= query) & (query < last))[:, None]
+        if not torch.compiler.is_compiling():
+            self._dense.append(seen)
+        return seen
+
+    def for_sdpa(self) -> tuple[Tensor | None, bool]:
+        """``attn_mask`` and ``is_causal`` for scaled_dot_product_attention: no mask where the flag says it all."""
+        if self.seen is None and (self.layout is None or not self.has_pads):
+            return None, self.is_causal
+        return self.dense(), False
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None, **_options: Any) -> "AttentionMask":
+        """On another device; as another dtype than bool it would be for somebody else's arithmetic."""
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        if isinstance(device, Tensor) or dtype not in (None, torch.bool):
+            self.refuse("to another dtype")
+        if device is None or torch.device(device) == self.device:
+            return self
+        return replace(
+            self,
+            device=torch.device(device),
+            layout=None if self.layout is None else self.layout.to(device),
+            seen=None if self.seen is None else self.seen.to(device),
+            _dense=[],
+        )
+
+    def contiguous(self) -> "AttentionMask":
+        return self
+
+    def __getitem__(self, index: Any) -> "AttentionMask":
+        """Rows, queries or keys cut off, by up to four slices; nothing else is a mask of the same kind."""
+        parts = list(index) if isinstance(index, tuple) else [index]
+        if sum(part is Ellipsis for part in parts) == 1:
+            where = parts.index(Ellipsis)
+            parts[where : where + 1] = [slice(None)] * (5 - len(parts))
+        if len(parts) > 4 or not all(isinstance(part, slice) for part in parts):
+            self.refuse("[...]")
+        if all(_takes_all(part, size) for part, size in zip(parts, self.shape, strict=False)):
+            return self
+        seen = self.dense()[tuple(parts)]
+        return replace(self, shape=seen.shape, layout=None, seen=seen, _dense=[])
+
+    def refuse(self, operation: str) -> NoReturn:
+        if self.is_packed:
+            raise ForeignAttentionError(
+                f"{self.model} makes another mask of packed_mask(layout), or computes with it itself ({operation}), "
+                f'which only attn_implementation="lynx" can read: it cannot take packed rows'
+            )
+        raise ForeignAttentionError(
+            f"{self.model} computes with its attention mask itself ({operation}), outside the attention function of "
+            f'attn_implementation="lynx", which alone can read this mask; load {self.model} with '
+            f'attn_implementation="sdpa" or "eager"'
+        )
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        """PyTorch asks here before any of its functions takes the mask as an argument."""
+        flat = [*args, *(kwargs or {}).values()]
+        flat += [each for argument in flat if isinstance(argument, (list, tuple)) for each in argument]
+        next(each for each in flat if isinstance(each, cls)).refuse(getattr(func, "__name__", str(func)))
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        self.refuse(name)
+
+    def __bool__(self) -> bool:
+        self.refuse("bool")
+
+    def __eq__(self, other: object) -> Any:  # mask == 0; `mask == None` and membership of lists are nobody's arithmetic
+        if isinstance(other, (int, float, Tensor)):
+            self.refuse("==")
+        return self is other
+
+    __hash__ = object.__hash__
+
+
+def _takes_all(part: slice, size: int) -> bool:
+    return part.start in (None, 0) and part.step in (None, 1) and (part.stop is None or part.stop >= size)
+
+
+def _refusing(operation: str) -> Any:
+    def refused(self: AttentionMask, *_arguments: Any) -> NoReturn:
+        self.refuse(operation)
+
+    return refused
+
+
+# Python looks operators up in the class, where __getattr__ does not reach.
+for _name in (
+    *(f"__{prefix}{name}__" for name in ("add", "sub", "mul", "truediv", "and", "or", "xor") for prefix in ("", "r")),
+    *("__neg__", "__invert__", "__lt__", "__le__", "__gt__", "__ge__", "__len__", "__iter__", "__contains__"),
+    *("__float__", "__int__", "__array__", "__setitem__"),
+):
+    setattr(AttentionMask, _name, _refusing(_name.strip("_")))

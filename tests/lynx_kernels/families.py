@@ -1,0 +1,198 @@
+"""Tiny random models of the families of transformers, each under ``attn_implementation="lynx"`` against its own eager.
+
+``python -m tests.lynx_kernels.families`` tries every family that a generic small configuration can build, for some
+minutes, and prints a line for each; names after it try these alone. test_transformers_families.py holds a choice.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import logging
+import sys
+import unittest.mock
+import warnings
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+
+from lynx_kernels.integrations import transformers as integration
+
+integration.register()
+
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers")
+_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "encoder_attention_heads")
+SIZES = {
+    **dict.fromkeys(_LAYERS, 2), **dict.fromkeys(_HEADS, 4),
+    "vocab_size": 64, "hidden_size": 32, "n_embd": 32, "d_model": 32, "embedding_size": 32, "word_embed_proj_dim": 32,
+    "intermediate_size": 48, "ffn_dim": 48, "n_inner": 48, "d_ff": 48, "decoder_ffn_dim": 48, "encoder_ffn_dim": 48,
+    "num_key_value_heads": 2, "head_dim": 8, "d_kv": 8, "max_position_embeddings": 128, "n_positions": 128,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
+    "num_experts": 2, "num_local_experts": 2, "n_routed_experts": 2, "num_experts_per_tok": 1, "top_k": 1,
+    "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "n_group": 1, "topk_group": 1,
+    "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+    "qk_head_dim": 16, "rotary_dim": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 2, "mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 16,
+    "mamba_n_groups": 1, "mamba_expand": 2, "lru_width": 32, "image_size": 16, "patch_size": 4, "num_channels": 3,
+    "attention_dropout": 0.0, "attn_pdrop": 0.0, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+}  # fmt: skip
+VARIANTS = ({}, {"num_key_value_heads": 4}, {"num_key_value_heads": 4, "head_dim": 16})  # the first one that runs
+PADDINGS = {
+    "none": [[1] * 8] * 2,
+    "left": [[0] * 3 + [1] * 5, [1] * 8],
+    "right": [[1] * 5 + [0] * 3, [1] * 8],
+    "between": [[1, 1, 0, 1, 0, 0, 1, 1], [1] * 8],
+}
+TOLERANCE = 2e-5  # of the largest value, fp32
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What a family does under our attention, for one padding."""
+
+    verdict: str  # right, refused, wrong, error
+    error: float = 0.0  # largest, of the largest value of eager's
+    calls: dict = dataclasses.field(default_factory=dict)  # how often prefix_attention and SDPA ran
+    why: str = ""  # it was refused, or failed
+
+    @property
+    def runs_on(self):
+        return "+".join(f"{name} {self.calls[name]}" for name in ("kernels", "sdpa") if self.calls.get(name))
+
+
+def config_of(model_type, **options):
+    """A small configuration of a family; raises where the generic sizes do not fit."""
+    default = AutoConfig.for_model(model_type)
+    names = {**{name: value for name, value in SIZES.items() if hasattr(default, name)}, **options}
+    return AutoConfig.for_model(model_type, **names)
+
+
+def build(config, implementation, *, auto=None, state=None):
+    """A model, with the state of another or with random values far from the initial ones."""
+    auto = auto or (AutoModelForCausalLM if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else AutoModel)
+    torch.manual_seed(0)
+    model = auto.from_config(type(config).from_dict(config.to_dict()), attn_implementation=implementation).eval()
+    if state is not None:
+        model.load_state_dict(state)
+        return model
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.nan_to_num(parameter).clamp(-2, 2) + 0.05 * torch.randn_like(parameter))
+    return model
+
+
+def inputs_of(model, padding):
+    """Tokens with a mask, or pixels, which have none."""
+    torch.manual_seed(1)
+    if model.main_input_name == "pixel_values":
+        return {"pixel_values": torch.randn(2, 3, 16, 16)}, None
+    mask = torch.tensor(PADDINGS[padding])
+    ids = torch.randint(3, 60, mask.shape)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if model.config.is_encoder_decoder:
+        return {**inputs, "decoder_input_ids": ids.flip(1), "decoder_attention_mask": mask.flip(0)}, mask.flip(0)
+    return inputs, mask
+
+
+def run(model, padding):
+    """The outputs at tokens, (tokens, width)."""
+    inputs, mask = inputs_of(model, padding)
+    options = {"use_cache": False} if mask is not None else {}
+    with torch.no_grad():
+        outputs = model(**inputs, **options)
+    first = outputs[0]
+    return first[mask.bool()] if mask is not None and first.shape[:2] == mask.shape else first
+
+
+def compare(ours, theirs, padding):
+    expected = run(theirs, padding)
+    try:
+        with counted() as calls:
+            actual = run(ours, padding)
+    except Exception as error:
+        return refusal(error)
+    worst = ((actual - expected).abs().max() / expected.abs().max()).item()
+    return Outcome("right" if worst <= TOLERANCE else "wrong", worst, dict(calls))
+
+
+def refusal(error):
+    why = f"{type(error).__name__}: {error}"
+    return Outcome("refused" if isinstance(error, ValueError) and "lynx" in str(error) else "error", why=why)
+
+
+@contextlib.contextmanager
+def counted():
+    """How often layers ran on our kernels, and on PyTorch's."""
+    calls = collections.Counter()
+
+    def counting(name, function):
+        def call(*args, **kwargs):
+            calls[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    patch = unittest.mock.patch.object
+    kernels, sdpa = integration.prefix_attention, integration.sdpa_attention_forward
+    with (
+        patch(integration, "prefix_attention", counting("kernels", kernels)),
+        patch(integration, "sdpa_attention_forward", counting("sdpa", sdpa)),
+    ):
+        yield calls
+
+
+def outcomes(model_type, paddings=tuple(PADDINGS), *, auto=None, **options):
+    """An outcome for each padding, or one for all where the model is refused when it is made."""
+    config = config_of(model_type, **options)
+    theirs = build(config, "eager", auto=auto)
+    try:
+        ours = build(config, "lynx", auto=auto, state=theirs.state_dict())
+    except Exception as error:
+        return dict.fromkeys(paddings, refusal(error))
+    if theirs.main_input_name == "pixel_values":
+        paddings = ("none",)
+    return {padding: compare(ours, theirs, padding) for padding in paddings}
+
+
+def main(names):
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    kinds = collections.defaultdict(list)
+    for model_type in names or sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_MAPPING_NAMES} & {*CONFIG_MAPPING}):
+        found = None
+        for options in VARIANTS:
+            try:
+                with torch.device("meta"):
+                    config = config_of(model_type, **options)
+                    size = sum(p.numel() for p in _auto(config).from_config(config).parameters())
+                if size > 2e7:
+                    raise ValueError(f"{size} parameters")
+                found = outcomes(model_type, **options)
+                break
+            except Exception as error:  # its own eager does not run from the generic configuration
+                reason = error
+        if found is None:
+            kinds["not tried"].append(model_type)
+            if names:
+                print(model_type, "not tried:", type(reason).__name__, reason)
+            continue
+        for padding, each in found.items():
+            print(f"{model_type:28} {padding:8} {each.verdict:8} {each.error:.0e} {each.runs_on:20} {each.why[:150]}", flush=True)
+        verdicts = {each.verdict for each in found.values()}
+        worst = next(verdict for verdict in ("wrong", "error", "refused", "right") if verdict in verdicts)
+        runs_on = {name for each in found.values() for name in each.calls}
+        kind = worst if worst != "right" else f"right, on {' and '.join(sorted(runs_on)) or 'its own attention'}"
+        kinds[kind].append(model_type)
+    for kind, found in sorted(kinds.items()):
+        print(f"{kind} ({len(found)}): {', '.join(found)}")
+
+
+def _auto(config):
+    return AutoModelForCausalLM if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else AutoModel
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
