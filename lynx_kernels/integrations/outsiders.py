@@ -19,7 +19,7 @@ logger = logging.getLogger("lynx_kernels")
 _ATTENTION = re.compile(r"^class \w*Attention\w*\((torch\.)?nn\.Module\)", re.MULTILINE)
 _INTERFACE = re.compile(r"ALL_ATTENTION_FUNCTIONS|AttentionInterface")
 _OWN_CLASSES = re.compile(r"\w+_CLASSES\[[^\]]*attn_implementation\]")
-_BUILDS_MASKS = re.compile(r"\bcreate_\w*mask\w*\(")
+_BUILDS_MASKS = re.compile(r"\bcreate_(causal|bidirectional|sliding_window|chunked|masks_for_generate)\w*\(")
 _DEFINITION = re.compile(r"^(?=class |def )", re.MULTILINE)
 _NAME = re.compile(r"\b[A-Za-z_]\w+")
 

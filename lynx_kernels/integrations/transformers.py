@@ -50,6 +50,7 @@ NAME = "lynx"
 MAX_HEAD_DIM = 256  # of the kernels for GPUs
 _UNSUPPORTED = {  # what layers pass to the attention function for features we lack
     "sliding_window": "sliding windows",
+    "attention_chunk_size": "chunked masks",  # of the configuration
     "softcap": "soft caps",
     "s_aux": "attention sinks",
     "sinks": "attention sinks",
@@ -58,6 +59,9 @@ _UNSUPPORTED = {  # what layers pass to the attention function for features we l
     "block_indices": "sparse attention",
 }
 _SOUNDS_UNSUPPORTED = re.compile(r"(^|_)(bias|sinks?|soft_?cap|alibi|block_mask|head_mask|topk_indices)$")
+# Kinds of layers, in layer_types of configurations, that look at no other token but as the layout says; others, linear
+# attention and convolutions, would carry one sample of a packed row into the next.
+_KEEP_SAMPLES_APART = {"full_attention", "sliding_attention", "chunked_attention", "dense", "sparse", "mlp", "moe"}
 _said: set[tuple[str, str]] = set()  # (kind of layer, what was logged of it)
 
 
@@ -162,7 +166,7 @@ def mask(
         _say(
             logging.WARNING,
             name,
-            "a row has pads between its tokens, which no layout can say: its attention runs PyTorch's "
+            "a row has pads between its tokens, which no layout can say: attention runs PyTorch's "
             "scaled_dot_product_attention with a dense mask",
         )
     seen = sdpa_mask(
@@ -186,8 +190,10 @@ def _look(padding: Tensor | None) -> tuple[bool, bool]:
     is_captured = padding.is_cuda and torch.cuda.is_current_stream_capturing()
     if torch.compiler.is_compiling() or isinstance(padding, FakeTensor) or padding.is_meta or is_captured:
         return True, False
-    begins = padding.int().diff(dim=1, prepend=padding.new_zeros(len(padding), 1, dtype=torch.int32)) > 0
-    has_pads, has_holes = torch.stack([~padding.all(), (begins.sum(1) > 1).any()]).tolist()
+    is_token = padding != 0
+    begins = is_token & ~is_token.roll(1, 1)
+    begins[:, :1] = is_token[:, :1]
+    has_pads, has_holes = torch.stack([~is_token.all(), (begins.sum(1) > 1).any()]).tolist()
     return has_pads, has_holes
 
 
@@ -236,6 +242,7 @@ def attention(
                 f"beside a layout stands attention_mask=packed_mask(layout), not a mask of shape "
                 f"{tuple(attention_mask.shape)}, which says who sees whom a second time"
             )
+        _refuse_mixing_layers(getattr(module, "config", None))
         attention_mask = AttentionMask("", torch.Size((1, 1, length, length)), query.device, layout=layout)
     elif isinstance(attention_mask, AttentionMask):
         if attention_mask.is_packed:
@@ -252,7 +259,7 @@ def attention(
     reason, is_expected = _why_not_kernels(query, value, attention_mask)
     if reason is not None:
         level = logging.INFO if is_expected else logging.WARNING
-        _say(level, type(module).__name__, f"runs PyTorch's scaled_dot_product_attention: {reason}")
+        _say(level, type(module).__name__, f"runs PyTorch's scaled_dot_product_attention, since {reason}")
         return _sdpa(module, query, key, value, attention_mask, dropout, scaling, kwargs), None
     _refuse_dropout(dropout)
     assert isinstance(attention_mask, AttentionMask)
@@ -269,14 +276,27 @@ def _refuse_unsupported(module: Any, attention_mask: Any, kwargs: dict[str, Any]
         )
     asked = {**kwargs, "attention_chunk_size": getattr(config, "attention_chunk_size", None)}
     for name, value in asked.items():
-        feature = {**_UNSUPPORTED, "attention_chunk_size": "chunked masks"}.get(name)
-        if feature is None and isinstance(value, Tensor) and _SOUNDS_UNSUPPORTED.search(name):
-            feature = name.replace("_", " ")
-        if feature is not None and value is not None:
+        if value is not None and (feature := _feature(name, isinstance(value, Tensor))) is not None:
             raise ValueError(
                 f"attn_implementation={NAME!r} has no {feature}, but the layer asks for {name}; take another one for "
                 f"{_name(config)}"
             )
+
+
+@torch.compiler.assume_constant_result
+def _feature(name: str, is_tensor: bool) -> str | None:
+    """What we lack that a layer asks for by an argument of this name."""
+    sounds_unsupported = is_tensor and _SOUNDS_UNSUPPORTED.search(name) is not None
+    return _UNSUPPORTED.get(name, name if sounds_unsupported else None)
+
+
+def _refuse_mixing_layers(config: Any) -> None:
+    others = set(getattr(config, "layer_types", None) or ()) - _KEEP_SAMPLES_APART
+    if others:
+        raise ValueError(
+            f"{_name(config)} has layers of the kind {', '.join(sorted(others))}, which do not read a layout and would "
+            f"mix the samples of a packed row; pass padded rows"
+        )
 
 
 def _why_not_kernels(query: Tensor, value: Tensor, attention_mask: Any) -> tuple[str | None, bool]:
@@ -331,7 +351,7 @@ def _say(level: int, layer: str, what: str) -> None:
     """Log once for each kind of layer; where compiled, when it is compiled."""
     if (layer, what) not in _said:
         _said.add((layer, what))
-        logger.log(level, "%s %s", layer, what)
+        logger.log(level, "%s: %s", layer, what)
 
 
 def _refuse_dropout(dropout: float) -> None:
