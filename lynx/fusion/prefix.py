@@ -13,6 +13,7 @@ from lynx.fusion.base import Fusion, check_choice, check_frequency
 from lynx.fusion.rows import Rows
 from lynx_kernels import PackedLayout
 from lynx_kernels.integrations import transformers as attention_integration
+from lynx_kernels.integrations.attention_mask import AttentionMask
 from lynx_kernels.layout import require
 from lynx_kernels.nn import Adapter
 from lynx_kernels.ops.adapter.activations import ACTIVATIONS
@@ -83,6 +84,8 @@ class PrefixFusion(Fusion):
     ) -> Rows:
         if model.config.prefix_is_causal or rows.layout is not None or not rows.starts:
             return rows
+        if isinstance(rows.attention_mask, AttentionMask):
+            raise ValueError("attention_mask is already a mask of queries and keys; pass that of the tokens, (B, L)")
         prefix_lengths = inputs.get("prefix_lengths")
         if prefix_lengths is None and rows.input_ids is not None:
             prefix_lengths = lengths(rows.input_ids, rows.attention_mask, model.config.image_token_id)
@@ -140,8 +143,11 @@ def lengths(input_ids: Tensor, attention_mask: Tensor | None, image_token_id: in
 
 
 def full_mask(
-    inputs_embeds: Tensor, attention_mask: Tensor | None, prefix_lengths: Tensor | None, implementation: str
-) -> Tensor:
+    inputs_embeds: Tensor,
+    attention_mask: Tensor | None,
+    prefix_lengths: Tensor | None,
+    implementation: str,
+) -> AttentionMask:
     """The decoder's mask of a padded batch in which the vision tokens of a row all see each other.
 
     Args:

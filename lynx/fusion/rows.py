@@ -10,6 +10,7 @@ from transformers import Cache
 from lynx.data.conversation import IGNORED
 from lynx_kernels import PackedLayout
 from lynx_kernels.integrations import transformers as attention_integration
+from lynx_kernels.integrations.attention_mask import AttentionMask
 
 if TYPE_CHECKING:
     from lynx.model import LynxForConditionalGeneration
@@ -33,7 +34,7 @@ class Rows:
 
     inputs_embeds: Tensor
     input_ids: Tensor | None = None
-    attention_mask: Tensor | None = None
+    attention_mask: Tensor | AttentionMask | None = None
     position_ids: Tensor | None = None
     layout: PackedLayout | None = None
     past_key_values: Cache | None = None

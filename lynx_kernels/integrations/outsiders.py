@@ -37,7 +37,7 @@ def refuse_outsiders(name: str) -> None:
     def get_correct_attn_implementation(self: PreTrainedModel, *args: Any, **kwargs: Any) -> str:
         found = check(self, *args, **kwargs)
         if found == name:
-            _check(type(self), name)
+            _check(type(self), name)  # type: ignore[arg-type]  # a class is hashable
         return found
 
     get_correct_attn_implementation.refuses_outsiders = True  # type: ignore[attr-defined]
