@@ -137,9 +137,6 @@ class AttentionMask:
             raise AttributeError(name)
         self.refuse(name)
 
-    def __bool__(self) -> bool:
-        self.refuse("bool")
-
     def __eq__(self, other: object) -> Any:  # mask == 0; `mask == None` and membership of lists are nobody's arithmetic
         if isinstance(other, (int, float, Tensor)):
             self.refuse("==")

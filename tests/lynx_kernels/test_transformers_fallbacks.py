@@ -163,12 +163,10 @@ def test_values_of_any_width(values, head_dim, kv_heads):
     torch.testing.assert_close(actual, expected.transpose(1, 2))
 
 
-def make_mask(tokens, queries=None, **options):
-    rows, keys = tokens.shape
-    queries = queries or keys
-    positions = {"q_length": queries, "device": tokens.device, **options}
-    config = LlamaConfig(**SIZES)
-    return integration.mask(batch_size=rows, kv_length=keys, attention_mask=tokens, config=config, **positions)
+def make_mask(tokens):
+    rows, length = tokens.shape
+    options = {"q_length": length, "device": tokens.device, "config": LlamaConfig(**SIZES)}
+    return integration.mask(batch_size=rows, kv_length=length, attention_mask=tokens, **options)
 
 
 @pytest.mark.parametrize(("head_dim", "device"), [(256, "cpu"), (264, "cpu"), (264, "meta")])
@@ -183,6 +181,23 @@ def test_wide_heads(head_dim, device, said):
     if device == "cpu":
         expected = F.scaled_dot_product_attention(q, q, q, is_causal=True).transpose(1, 2)
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pads", [0, 1])
+def test_prompts_in_a_cache_with_room(pads):
+    """More keys than queries, of which those behind the prompt are not filled yet: causal from the first key on."""
+    q, k, v = torch.randn(3, 2, 2, 4, 8)
+    keys, values = (torch.cat([each, torch.full((2, 2, 3, 8), 1e3)], 2) for each in (k, v))
+    tokens = torch.ones(2, 4, dtype=torch.bool)
+    tokens[0, :pads] = False
+    mask = integration.mask(
+        batch_size=2, kv_length=7, q_length=4, device="cpu", attention_mask=tokens, config=LlamaConfig(**SIZES)
+    )
+    actual, _ = integration.attention(types.SimpleNamespace(), q, keys, values, mask)
+    expected, _ = integration.attention(types.SimpleNamespace(), q, k, v, make_mask(tokens))
+    torch.testing.assert_close(actual[tokens], expected[tokens])
+    assert torch.equal(mask.dense()[:, 0, :, :4][tokens], make_mask(tokens).dense()[:, 0][tokens])
+    assert not mask.dense()[..., 4:].any()
 
 
 def test_layers_that_get_no_mask_see_what_they_say():

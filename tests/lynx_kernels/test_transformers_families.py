@@ -21,7 +21,7 @@ REFUSED = {
     **dict.fromkeys(
         ["roformer", "rembert", "megatron-bert", "mpnet"], "does not call transformers' AttentionInterface"
     ),
-    **dict.fromkeys(["gptj", "gpt_neo", "falcon"], "ATTENTION_CLASSES"),
+    **dict.fromkeys(["gptj", "gpt_neo", "falcon", "data2vec-vision", "sam_vision_model"], "ATTENTION_CLASSES"),
     **dict.fromkeys(["mistral", "gemma3_text"], "has no sliding windows"),
     **dict.fromkeys(["t5", "umt5"], "has no position biases"),
     "llama4_text": "has no chunked masks",

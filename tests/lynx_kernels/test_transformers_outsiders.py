@@ -20,9 +20,11 @@ from transformers import (
     PreTrainedModel,
     RoFormerConfig,
     RoFormerModel,
+    SamModel,
     XGLMConfig,
 )
-from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.masking_utils import causal_mask_function, create_bidirectional_mask, create_causal_mask, or_masks
+from transformers.models.sam.modeling_sam import SamVisionEncoder
 
 from lynx_kernels import PackedLayout
 from lynx_kernels.integrations import outsiders
@@ -92,6 +94,13 @@ def test_parts_of_a_model_are_refused_alone():
     parts = {"": "lynx", "vision_config": "lynx", "text_config": "eager"}
     model = LlavaForConditionalGeneration._from_config(config, attn_implementation=parts)
     assert model.model.vision_tower.config._attn_implementation == "lynx"
+
+
+def test_models_are_not_refused_for_others_in_their_module():
+    """SAM's vision encoder takes attention classes of its own, the model around it has it checked alone."""
+    outsiders._check(SamModel, "lynx")
+    with pytest.raises(ValueError, match=r"SamVisionEncoder .*SAM_VISION_ATTENTION_CLASSES"):
+        outsiders._check(SamVisionEncoder, "lynx")
 
 
 def test_attention_that_stays_its_own_is_said(caplog):
@@ -180,6 +189,17 @@ def test_packed_masks_are_refused_too(unchecked):
         model(torch.ones(1, 1, dtype=torch.int64), attention_mask=integration.packed_mask(layout), use_cache=False)
 
 
+def test_ready_masks_refuse_patterns():
+    """As images that see each other, which the layout does not know and transformers used to leave out."""
+    layout = PackedLayout.from_padding_mask(torch.ones(2, 3))
+    pattern = or_masks(causal_mask_function, lambda batch, head, query, key: query == key)
+    for mask in (integration.packed_mask(layout), integration.padded_mask(layout)):
+        options = {"batch_size": 2, "kv_length": 3, "q_length": 3, "device": "cpu", "config": LlamaConfig()}
+        assert integration.mask(attention_mask=mask, **options).model == "llama"
+        with pytest.raises(ValueError, match="llama adds a pattern of its own to the attention mask"):
+            integration.mask(attention_mask=mask, mask_function=pattern, **options)
+
+
 def made(**options):
     padding = torch.tensor([[False, True, True], [True, True, True]])
     return integration.mask(
@@ -196,6 +216,10 @@ def test_what_transformers_does_on_the_way_is_fine(options):
     assert mask is not None
     assert mask in [None, mask]
     assert not hasattr(mask, "_fields")
+    assert mask.to(torch.bool) is mask
+    for dtype in ({"dtype": torch.float32}, {"device": "cpu", "dtype": torch.int32}):
+        with pytest.raises(ValueError, match="to another dtype"):
+            mask.to(**dtype)
     assert mask[:, :, :, :3] is mask[..., :7] is mask[:, :, :, :] is mask.to("cpu") is mask.contiguous() is mask
     [moved] = accelerate.utils.send_to_device([mask], "meta")
     assert isinstance(moved, AttentionMask)
