@@ -232,9 +232,9 @@ def test_what_does_not_fit_a_state_is_refused(make, folder, processor):
     sampler = make()
     next(iter(sampler))
     state = sampler.state_after(1)
-    with pytest.raises(ValueError, match="ranks=1, this planner 2"):
+    with pytest.raises(ValueError, match="ranks=1, but this planner has 2"):
         make(ranks=2).load_state_dict(state)
-    with pytest.raises(ValueError, match="token_budget=200, this planner 100"):
+    with pytest.raises(ValueError, match="token_budget=200, but this planner has 100"):
         make(token_budget=100).load_state_dict(state)
     with pytest.raises(ValueError, match="seed=7, this sampler has 8"):
         make(seed=8).load_state_dict(state)
