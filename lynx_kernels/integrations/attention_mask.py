@@ -1,9 +1,9 @@
-"""What the mask function of ``attn_implementation="lynx"`` returns: a mask for our attention function and nobody else.
+"""The masks of ``attn_implementation="lynx"``, which only our attention function can read.
 
-A model outside transformers' AttentionInterface adds the mask it asked for to scores of its own. A tensor would let it:
-where shapes happen to fit, it would compute something else without a word. So the mask is no tensor. It has the shape
-of what it stands for, moves between devices and can be cropped, as models do on the way to their layers; whatever else
-touches it is refused, in the model's name.
+A model outside transformers' AttentionInterface asks for a mask and adds it to scores of its own. With a tensor, the
+result would be silently wrong where the shapes happen to fit. So the mask is not a tensor. It has the shape of the mask
+that it stands for, moves between devices and can be cropped, as models do on the way to their layers. Any other use is
+an error that names the model.
 """
 
 from dataclasses import dataclass, field, replace
@@ -16,23 +16,23 @@ from lynx_kernels.layout import PackedLayout
 
 
 class ForeignAttentionError(ValueError, AttributeError):
-    """A model computes with our mask itself. An AttributeError too, so that ``hasattr`` answers as for any object."""
+    """A model computes with our mask itself. Also an AttributeError, so that ``hasattr`` works."""
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionMask:
-    """Who sees whom in (B, 1, Q, K), said by a layout, by a dense mask, or by neither.
+    """Which keys each query sees, (B, 1, Q, K): given by a layout, by a dense mask, or by neither.
 
     Attributes:
-        model: the model's name, for errors.
-        shape: (B, 1, Q, K); of ``packed_mask``, whose layout says all, (1, 1, 0, 0).
+        model: the name of the model, for errors.
+        shape: (B, 1, Q, K), or (1, 1, 0, 0) for ``packed_mask``.
         device: of the tokens.
-        is_causal: with neither layout nor mask: a query sees the keys up to its own number, or all of them.
-        layout: of the B * Q tokens, where queries and keys are the same ones.
+        is_causal: without ``seen``, and without ``layout`` or padding: query i sees keys up to i if true, all if false.
+        layout: of the B * Q tokens, if queries and keys are the same tokens.
         seen: (B, 1, Q, K) bool, true where a query sees a key.
-        has_pads: with a layout: false where it is known that all tokens are real, so that ``is_causal`` says it all.
-        is_packed: made by ``packed_mask``; the model must get the layout too.
-        unsupported: what the mask would need that our attention has not, for its refusal.
+        has_padding: with ``layout``: false if it is known that there is none.
+        is_packed: whether ``packed_mask`` made it. Then the layout comes separately.
+        unsupported: the feature for which our attention refuses the mask.
     """
 
     model: str
@@ -41,10 +41,10 @@ class AttentionMask:
     is_causal: bool = False
     layout: PackedLayout | None = None
     seen: Tensor | None = None
-    has_pads: bool = True
+    has_padding: bool = True
     is_packed: bool = False
     unsupported: str | None = None
-    _dense: list[Tensor] = field(default_factory=list)  # what dense() made of the layout, once for all layers
+    _dense: list[Tensor] = field(default_factory=list)  # the result of dense(), for all layers
 
     dtype = torch.bool
     ndim = 4
@@ -76,13 +76,13 @@ class AttentionMask:
         return seen
 
     def for_sdpa(self) -> tuple[Tensor | None, bool]:
-        """``attn_mask`` and ``is_causal`` for scaled_dot_product_attention: no mask where the flag says it all."""
-        if self.seen is None and (self.layout is None or not self.has_pads):
+        """``attn_mask`` and ``is_causal`` of scaled_dot_product_attention: no mask if ``is_causal`` is enough."""
+        if self.seen is None and (self.layout is None or not self.has_padding):
             return None, self.is_causal
         return self.dense(), False
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None, **_options: Any) -> "AttentionMask":
-        """On another device; as another dtype than bool it would be for somebody else's arithmetic."""
+        """The mask on another device. Another dtype than bool is an error: it would be for foreign arithmetic."""
         if isinstance(device, torch.dtype):
             device, dtype = None, device
         if isinstance(device, Tensor) or dtype not in (None, torch.bool):
@@ -101,7 +101,7 @@ class AttentionMask:
         return self
 
     def __getitem__(self, index: Any) -> "AttentionMask":
-        """Rows, queries or keys cut off, by up to four slices; nothing else is a mask of the same kind."""
+        """The mask for fewer rows, queries or keys: up to four slices. Another index is an error."""
         parts = list(index) if isinstance(index, tuple) else [index]
         if sum(part is Ellipsis for part in parts) == 1:
             where = parts.index(Ellipsis)
@@ -116,28 +116,30 @@ class AttentionMask:
     def refuse(self, operation: str) -> NoReturn:
         if self.is_packed:
             raise ForeignAttentionError(
-                f"{self.model} makes another mask of packed_mask(layout), or computes with it itself ({operation}), "
-                f'which only attn_implementation="lynx" can read: it cannot take packed rows'
+                f"{self.model} changes packed_mask(layout) or computes with it itself ({operation}), so it cannot take "
+                f'packed rows: only attn_implementation="lynx" can read this mask; pass padded rows'
             )
         raise ForeignAttentionError(
-            f"{self.model} computes with its attention mask itself ({operation}), outside the attention function of "
-            f'attn_implementation="lynx", which alone can read this mask; load {self.model} with '
+            f"{self.model} computes with its attention mask itself ({operation}), but only the attention function of "
+            f'attn_implementation="lynx" can read this mask; load {self.model} with '
             f'attn_implementation="sdpa" or "eager"'
         )
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
-        """PyTorch asks here before any of its functions takes the mask as an argument."""
+        """PyTorch calls this in place of any of its functions that gets the mask as an argument."""
         flat = [*args, *(kwargs or {}).values()]
         flat += [each for argument in flat if isinstance(argument, (list, tuple)) for each in argument]
-        next(each for each in flat if isinstance(each, cls)).refuse(getattr(func, "__name__", str(func)))
+        found = [each for each in flat if isinstance(each, cls)]
+        mask = found[0] if found else cls("this model", torch.Size(), torch.device("cpu"))  # deep in an argument
+        mask.refuse(getattr(func, "__name__", str(func)))
 
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("__"):
             raise AttributeError(name)
         self.refuse(name)
 
-    def __eq__(self, other: object) -> Any:  # mask == 0; `mask == None` and membership of lists are nobody's arithmetic
+    def __eq__(self, other: object) -> Any:  # `mask == 0` is arithmetic, `mask in [...]` is not
         if isinstance(other, (int, float, Tensor)):
             self.refuse("==")
         return self is other
@@ -156,7 +158,7 @@ def _refusing(operation: str) -> Any:
     return refused
 
 
-# Python looks operators up in the class, where __getattr__ does not reach.
+# Python looks operators up in the class, and does not call __getattr__ for them.
 for _name in (
     *(f"__{prefix}{name}__" for name in ("add", "sub", "mul", "truediv", "and", "or", "xor") for prefix in ("", "r")),
     *("__neg__", "__invert__", "__lt__", "__le__", "__gt__", "__ge__", "__len__", "__iter__", "__contains__"),

@@ -1,8 +1,8 @@
-"""Models of transformers that do not call its AttentionInterface, and so cannot run on an attention of ours.
+"""Models of transformers that do not call its AttentionInterface, and so cannot run our attention.
 
-transformers accepts any registered name for them. Some then look the name up among attention classes of their own, a
-bare KeyError; others ask for a mask under that name and compute with it themselves, which ``AttentionMask`` refuses
-when it happens. Here both are refused by name when the model is made, as far as its source tells.
+transformers accepts any registered name for them. Some look the name up among attention classes of their own, and fail
+with a bare KeyError. Others ask for a mask under that name and compute with it themselves, which ``AttentionMask``
+refuses when it happens. Here both are refused by name when the model is built, as far as its source shows it.
 """
 
 import inspect
@@ -25,7 +25,7 @@ _NAME = re.compile(r"\b[A-Za-z_]\w+")
 
 
 def refuse_outsiders(name: str) -> None:
-    """Let transformers' own check of an attention's name, in every model's constructor, refuse ``name`` where it fits.
+    """Make transformers' check of attention names, in the constructor of every model, refuse ``name`` for outsiders.
 
     Calling it again changes nothing. Other names are checked as before.
     """
@@ -53,24 +53,24 @@ def _check(model_class: type[PreTrainedModel], name: str) -> None:
         how = f"takes {takes_own[0]}" if takes_own else "computes with attention masks itself"
         raise ValueError(
             f"{model_class.__name__} does not call transformers' AttentionInterface (it {how}), so "
-            f'attn_implementation="{name}" cannot run it; take "sdpa" or "eager". A model of several parts takes one '
-            f'each: attn_implementation={{"": "{name}", "vision_config": "eager"}}'
+            f'attn_implementation="{name}" cannot run it; take "sdpa" or "eager". A model of several parts can take '
+            f'one for each: attn_implementation={{"": "{name}", "vision_config": "eager"}}'
         )
     if is_outside:
         logger.warning(
-            "%s has attention that does not come from transformers' AttentionInterface: it stays its own under "
-            'attn_implementation="%s"',
+            "%s has attention of its own, which does not call transformers' AttentionInterface: "
+            'attn_implementation="%s" does not change it',
             model_class.__name__,
             name,
         )
 
 
 def _source(model_class: type[PreTrainedModel]) -> str:
-    """The source of a model and of all that it names in its module, but for other models, which are checked alone."""
+    """The source of a model and of what it uses in its module, without other models, which have their own check."""
     module = sys.modules.get(model_class.__module__)
     try:
         source = inspect.getsource(module)  # type: ignore[arg-type]
-    except (OSError, TypeError):  # written in a notebook: AttentionMask will see
+    except (OSError, TypeError):  # defined in a notebook; AttentionMask refuses it when it is used
         return ""
     definitions = {each.split("(")[0].split(":")[0].split()[-1]: each for each in _DEFINITION.split(source)[1:]}
     texts: dict[str, str] = {}
@@ -93,5 +93,5 @@ def _is_model(found: object) -> bool:
 
 
 def _builds(found: Any, model_class: type[PreTrainedModel]) -> bool:
-    """Whether the layers of ``found`` are those of the model: it is one of its bases, and not an abstract one."""
+    """Whether ``found`` is the model or a base of it that has layers."""
     return found in model_class.__mro__ and (found is model_class or "forward" in vars(found))

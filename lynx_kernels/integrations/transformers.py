@@ -1,24 +1,24 @@
-"""``attn_implementation="lynx"`` for the models of transformers: who sees whom comes from a layout, not from a mask.
+"""``attn_implementation="lynx"`` for the models of transformers: a layout, not a mask, says who sees whom.
 
-Four ways lead through a layer, and each says exactly what the model's own eager attention says:
+A layer runs in one of four ways. Each gives what the model's own eager attention gives.
 
-- packed: one batch row with its ``PackedLayout`` in the model's keyword arguments, ``layout=``, and
+- Packed: one batch row with its ``PackedLayout`` in the model's keyword arguments, ``layout=``, and
   ``attention_mask=packed_mask(layout)``. Runs ``prefix_attention``.
-- padded: plain causal rows, or plain full ones of a decoder with ``is_causal=False`` in its configuration, padded on
-  either side or not at all. The mask function makes the layout of them from the 2-D mask, once for all layers. Runs
-  ``prefix_attention``; what it writes at pads means nothing.
-- decoding over a cache in which rows share roots, said by ``shared_roots=`` in the model's keyword arguments. Runs
+- Padded: causal rows, or full rows of a decoder with ``is_causal=False`` in its configuration, with padding on either
+  side or none. The mask function builds their layout from the 2-D mask, once for all layers. Runs
+  ``prefix_attention``. Outputs at padding are meaningless.
+- Decoding over a cache in which rows share roots, given by ``shared_roots=`` in the model's keyword arguments. Runs
   ``prefix_attention_decode``.
-- everything else runs PyTorch's scaled_dot_product_attention with transformers' own dense mask: decoding over another
-  cache, masks with a pattern added (PaliGemma's full prefix), 4-D masks of the caller, padded encoders (theirs could
-  be the mask of a cross-attention, whose queries are other tokens than its keys), layers that get no mask at all; and
-  what one would expect on the kernels, but cannot be there: rows with pads between their tokens, values of another
-  width than their keys (MLA), heads wider than the kernels take. The logger ``lynx_kernels`` says once for each kind
-  of layer what runs and why: a warning for these last, INFO for the others.
+- Everything else runs PyTorch's scaled_dot_product_attention, with transformers' own dense mask where there is one:
+  decoding over another cache, masks with a pattern of the model (PaliGemma's full prefix), 4-D masks of the caller,
+  padded encoders (their mask could be that of a cross-attention, whose queries are other tokens than its keys), layers
+  without a mask. So do rows with padding between their tokens, values and keys of different widths (MLA), and heads
+  too wide for the kernels. The logger ``lynx_kernels`` says once per kind of layer what runs and why: a warning for the
+  last three, INFO for the others.
 
-What neither knows, sliding windows, chunked masks, soft caps, sinks, biases and sparse attention, is refused by name.
-So is a model that does not call transformers' AttentionInterface: when it is made, where its source says so, and when
-it touches our mask itself, where nothing has said so before.
+What no way supports is refused by name: sliding windows, chunked masks, soft caps, sinks, biases, sparse attention. A
+model that does not call transformers' AttentionInterface is refused too: when it is built, if its source shows it, and
+otherwise when it computes with our mask.
 """
 
 import logging
@@ -48,9 +48,9 @@ logger = logging.getLogger("lynx_kernels")
 
 NAME = "lynx"
 MAX_HEAD_DIM = 256  # of the kernels for GPUs
-_UNSUPPORTED = {  # what layers pass to the attention function for features we lack
+_UNSUPPORTED = {  # argument of the attention function -> the feature that a layer asks for with it
     "sliding_window": "sliding windows",
-    "attention_chunk_size": "chunked masks",  # of the configuration
+    "attention_chunk_size": "chunked masks",  # from the configuration
     "softcap": "soft caps",
     "s_aux": "attention sinks",
     "sinks": "attention sinks",
@@ -59,10 +59,10 @@ _UNSUPPORTED = {  # what layers pass to the attention function for features we l
     "block_indices": "sparse attention",
 }
 _SOUNDS_UNSUPPORTED = re.compile(r"(^|_)(bias|sinks?|soft_?cap|alibi|block_mask|head_mask|topk_indices)$")
-# Kinds of layers, in layer_types of configurations, that look at no other token but as the layout says; others, linear
-# attention and convolutions, would carry one sample of a packed row into the next.
+# Values of layer_types in configurations. Other kinds of layers, such as linear attention and convolutions, do not read
+# a layout: they would mix the samples of a packed row.
 _KEEP_SAMPLES_APART = {"full_attention", "sliding_attention", "chunked_attention", "dense", "sparse", "mlp", "moe"}
-_said: set[tuple[str, str]] = set()  # (kind of layer, what was logged of it)
+_said: set[tuple[str, str]] = set()  # (kind of layer, message) that were logged
 
 
 @dataclass(frozen=True)
@@ -89,16 +89,16 @@ def register() -> None:
 
 
 def packed_mask(layout: PackedLayout) -> AttentionMask:
-    """What to pass a decoder as ``attention_mask`` beside a ``layout``.
+    """The ``attention_mask`` to pass to a decoder together with ``layout``.
 
-    transformers gives it to ``mask``, which gives it back: no mask is built, and ``position_ids`` are not searched for
-    packed sequences, which would read the device on the host. The layout says all there is to say.
+    transformers passes it to ``mask``, which returns it. So no mask is built, and ``position_ids`` are not searched for
+    packed sequences, which would read a device tensor on the host.
     """
     return AttentionMask("this model", torch.Size((1, 1, 0, 0)), layout.segments.device, is_packed=True)
 
 
 def padded_mask(layout: PackedLayout) -> AttentionMask:
-    """The ``attention_mask`` of a padded batch (B, L) that ``PackedLayout.from_padding_mask`` described."""
+    """The ``attention_mask`` of a padded batch (B, L) whose layout ``PackedLayout.from_padding_mask`` built."""
     length = layout.max_group_length
     shape = torch.Size((layout.num_tokens // length if length else 0, 1, length, length))
     return AttentionMask("this model", shape, layout.segments.device, layout=layout)
@@ -116,27 +116,27 @@ def mask(
 ) -> AttentionMask:
     """A mask function of transformers' AttentionMaskInterface.
 
-    On eager calls a 2-D mask is read on the host, as ``sdpa_mask`` reads it: one wait for the device a forward pass.
-    Compiled, it is not, and a row with a pad between its tokens is an error of the compiled program.
+    It reads a 2-D mask on the host, as ``sdpa_mask`` does: one synchronisation per forward pass. Compiled code cannot,
+    and a row with padding between its tokens is an error there.
 
     Args:
-        batch_size, kv_length: B, and K, the keys a query may see at most.
+        batch_size, kv_length: B, and K, the number of keys.
         mask_function: the pattern, without the padding.
-        attention_mask: (B, K) bool, false at pads; or what ``packed_mask`` or ``padded_mask`` gave.
-        local_size: the window or chunk of a local pattern.
-        config: the model's.
-        kwargs: the query's length and what else ``sdpa_mask`` of this release of transformers takes.
+        attention_mask: (B, K) bool, false at padding; or the result of ``packed_mask`` or ``padded_mask``.
+        local_size: the size of the window or chunk, if the pattern has one.
+        config: of the model.
+        kwargs: the number of queries, and other arguments of ``sdpa_mask`` in this release of transformers.
 
     Returns:
-        Where the rows are plain and queries and keys the same tokens, a mask with their layout. Elsewhere one with
-        what ``sdpa_mask`` returns. Of a local pattern, one that ``attention`` refuses: some models ask for masks that
-        none of their layers use.
+        A mask with a layout, if the pattern is causal or full and queries and keys are the same tokens. Otherwise a
+        mask with the result of ``sdpa_mask``. For a window or chunk, a mask that ``attention`` refuses: some models
+        build masks that none of their layers use.
 
     Raises:
-        ValueError: the model adds a pattern to a mask that is ready.
+        ValueError: the model adds a pattern to the result of ``packed_mask`` or ``padded_mask``.
     """
     name = _name(config)
-    position = kwargs.get("cache_position")  # of the queries, which older releases pass in place of their number
+    position = kwargs.get("cache_position")  # older releases pass the positions of the queries, not their number
     q_length, device = (kwargs["q_length"], kwargs["device"]) if position is None else (len(position), position.device)
     device = torch.device(device)
     if local_size is not None:
@@ -146,8 +146,8 @@ def mask(
     if isinstance(attention_mask, AttentionMask):
         if mask_function not in (causal_mask_function, bidirectional_mask_function):
             raise ValueError(
-                f"{name} adds a pattern of its own to the attention mask, but packed_mask or padded_mask says already "
-                f"who sees whom, without it; pass a 2-D attention_mask, or no inputs that ask for the pattern"
+                f"{name} adds a pattern of its own to the attention mask, which the layout of packed_mask or "
+                f"padded_mask does not have; pass a 2-D attention_mask, or leave out the inputs for the pattern"
             )
         return replace(attention_mask, model=name)
     made = AttentionMask(name, torch.Size((batch_size, 1, q_length, kv_length)), device)
@@ -157,17 +157,17 @@ def mask(
         and q_length == kv_length
         and (attention_mask is None or tuple(attention_mask.shape) == (batch_size, kv_length))
     ):
-        has_pads, has_holes = _look(attention_mask)
-        if not has_holes:
+        has_padding, has_gaps = _read(attention_mask)
+        if not has_gaps:
             if attention_mask is None:
                 attention_mask = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
             layout = PackedLayout.from_padding_mask(attention_mask, is_causal=is_causal)
-            return replace(made, layout=layout, has_pads=has_pads, is_causal=is_causal)
+            return replace(made, layout=layout, has_padding=has_padding, is_causal=is_causal)
         _say(
             logging.WARNING,
             name,
-            "a row has pads between its tokens, which no layout can say: attention runs PyTorch's "
-            "scaled_dot_product_attention with a dense mask",
+            "attention runs PyTorch's scaled_dot_product_attention with a dense mask, since a row has padding between "
+            "its tokens, which a layout cannot describe",
         )
     seen = sdpa_mask(
         batch_size=batch_size,
@@ -180,21 +180,22 @@ def mask(
     return replace(made, seen=seen, is_causal=seen is None and is_causal)
 
 
-def _look(padding: Tensor | None) -> tuple[bool, bool]:
-    """Whether a (B, L) padding mask has pads, and whether there are any between tokens of a row.
+def _read(attention_mask: Tensor | None) -> tuple[bool, bool]:
+    """Whether a (B, L) mask has padding, and whether a row has padding between its tokens.
 
-    What cannot be read, compiled or captured, may have pads, at the ends.
+    A mask that cannot be read (while compiling or capturing) counts as one with padding at the ends.
     """
-    if padding is None:
+    if attention_mask is None:
         return False, False
-    is_captured = padding.is_cuda and torch.cuda.is_current_stream_capturing()
-    if torch.compiler.is_compiling() or isinstance(padding, FakeTensor) or padding.is_meta or is_captured:
+    is_captured = attention_mask.is_cuda and torch.cuda.is_current_stream_capturing()
+    has_no_values = isinstance(attention_mask, FakeTensor) or attention_mask.is_meta
+    if torch.compiler.is_compiling() or has_no_values or is_captured:
         return True, False
-    is_token = padding != 0
-    begins = is_token & ~is_token.roll(1, 1)
+    is_token = attention_mask != 0
+    begins = is_token & ~is_token.roll(1, 1)  # of stretches of tokens
     begins[:, :1] = is_token[:, :1]
-    has_pads, has_holes = torch.stack([~is_token.all(), (begins.sum(1) > 1).any()]).tolist()
-    return has_pads, has_holes
+    has_padding, has_gaps = torch.stack([~is_token.all(), (begins.sum(1) > 1).any()]).tolist()
+    return has_padding, has_gaps
 
 
 def _is_plain(
@@ -204,7 +205,7 @@ def _is_plain(
     allow_is_bidirectional_skip: bool = False,
     **_kwargs: Any,
 ) -> bool:
-    """Whether the pattern is causal or full and nothing else, and no dense mask is insisted on."""
+    """Whether the pattern is just causal or full, and the model does not insist on a dense mask."""
     if mask_function is causal_mask_function:
         return allow_is_causal_skip
     is_full_decoder = getattr(config, "is_causal", True) is False and not getattr(config, "is_encoder_decoder", False)
@@ -226,8 +227,8 @@ def attention(
     """An attention function of transformers' AttentionInterface; returns (B, L, H, Dv) and no weights.
 
     Raises:
-        ValueError: a layout beside more than one batch row or beside a mask, ``packed_mask`` without its layout,
-            a mask of other queries and keys, dropout in ``prefix_attention``, or a feature we have not.
+        ValueError: a layout with more than one batch row or with another mask; ``packed_mask`` without its layout; a
+            mask for other queries and keys; dropout in ``prefix_attention``; an unsupported feature.
     """
     _refuse_unsupported(module, attention_mask, kwargs)
     rows, _, length, _ = query.shape
@@ -252,8 +253,8 @@ def attention(
             )
         if attention_mask.layout is not None and (rows, 1, length, key.shape[2]) != tuple(attention_mask.shape):
             raise ValueError(
-                f"the attention mask is {tuple(attention_mask.shape)}, made for other tokens than the {rows} rows of "
-                f"{length} queries and {key.shape[2]} keys of {type(module).__name__}; take another "
+                f"the attention mask is {tuple(attention_mask.shape)}, but {type(module).__name__} uses it for {rows} "
+                f"rows of {length} queries and {key.shape[2]} keys; take another "
                 f"attn_implementation for {_name(getattr(module, 'config', None))}"
             )
     reason, is_expected = _why_not_kernels(query, value, attention_mask)
@@ -285,7 +286,7 @@ def _refuse_unsupported(module: Any, attention_mask: Any, kwargs: dict[str, Any]
 
 @torch.compiler.assume_constant_result
 def _feature(name: str, is_tensor: bool) -> str | None:
-    """What we lack that a layer asks for by an argument of this name."""
+    """The unsupported feature that a layer asks for with an argument of this name, or None."""
     sounds_unsupported = is_tensor and _SOUNDS_UNSUPPORTED.search(name) is not None
     return _UNSUPPORTED.get(name, name if sounds_unsupported else None)
 
@@ -300,21 +301,21 @@ def _refuse_mixing_layers(config: Any) -> None:
 
 
 def _why_not_kernels(query: Tensor, value: Tensor, attention_mask: Any) -> tuple[str | None, bool]:
-    """Why a layer cannot run on ``prefix_attention``, or None, and whether its mask alone is a reason."""
+    """Why a layer cannot run ``prefix_attention``, or None; and whether that is no more than its mask."""
     if attention_mask is None:
         return "it has no mask", True
     if not isinstance(attention_mask, AttentionMask):
-        return "its mask is not from our mask function", True
+        return "its mask does not come from our mask function", True
     if attention_mask.layout is None:
-        return "its mask is not one of plain rows whose queries are also the keys", True
+        return "its mask has no layout (a cache, a pattern of the model, a padded encoder)", True
     head_dim = query.shape[-1]
     if value.shape[-1] != head_dim:
         return (
-            f"its values are {value.shape[-1]} wide and its keys {head_dim}, with a dense mask where there are pads",
+            f"its values are {value.shape[-1]} wide and its keys {head_dim}; with padding or packed, the mask is dense",
             False,
         )
     if head_dim > MAX_HEAD_DIM and query.device.type != "cpu":
-        return f"its heads are {head_dim} wide, the kernels take {MAX_HEAD_DIM}", False
+        return f"its heads are {head_dim} wide and the kernels take {MAX_HEAD_DIM}", False
     return None, True
 
 
@@ -328,7 +329,7 @@ def _sdpa(
     scaling: float | None,
     kwargs: dict[str, Any],
 ) -> Tensor:
-    # A model that gives no mask says so with is_causal, or means that all keys are seen, as its eager attention does.
+    # Without a mask, all keys are seen, as in eager attention, unless the layer says that it is causal.
     is_causal = kwargs.get("is_causal")
     if is_causal is None:
         is_causal = getattr(module, "is_causal", False)
@@ -337,7 +338,7 @@ def _sdpa(
     elif attention_mask is not None and not (attention_mask.is_floating_point() or attention_mask.dtype == torch.bool):
         raise ValueError(
             f"the attention mask that {type(module).__name__} passes is {attention_mask.dtype} of shape "
-            f"{tuple(attention_mask.shape)}, neither bool nor what is added to scores; take another "
+            f"{tuple(attention_mask.shape)}, neither bool nor floating point; take another "
             f"attn_implementation for {_name(getattr(module, 'config', None))}"
         )
     options = {**kwargs, "is_causal": is_causal}
@@ -348,7 +349,7 @@ def _sdpa(
 
 @torch.compiler.assume_constant_result
 def _say(level: int, layer: str, what: str) -> None:
-    """Log once for each kind of layer; where compiled, when it is compiled."""
+    """Log a message once for each kind of layer; from compiled code, while it is compiled."""
     if (layer, what) not in _said:
         _said.add((layer, what))
         logger.log(level, "%s: %s", layer, what)

@@ -1,7 +1,8 @@
-"""Tiny random models of the families of transformers, each under ``attn_implementation="lynx"`` against its own eager.
+"""Compares tiny random models of transformers' families, with ``attn_implementation="lynx"``, with eager attention.
 
-``python -m tests.lynx_kernels.families`` tries every family that a generic small configuration can build, for some
-minutes, and prints a line for each; names after it try these alone. test_transformers_families.py holds a choice.
+``python -m tests.lynx_kernels.families`` tries every family that a generic small configuration can build, in some
+minutes, and prints a line for each case. Arguments are names of families to try. test_transformers_families.py has a
+choice.
 """
 
 import collections
@@ -132,12 +133,12 @@ def compare(ours, theirs, padding):
         with counted() as calls:
             actual = run(ours, padding)
     except Exception as error:
-        return refusal(error)
+        return outcome_of(error)
     worst = ((actual - expected).abs().max() / expected.abs().max()).item()
     return Outcome("right" if worst <= TOLERANCE else "wrong", worst, dict(calls))
 
 
-def refusal(error):
+def outcome_of(error):
     why = f"{type(error).__name__}: {error}"
     return Outcome("refused" if isinstance(error, ValueError) and "lynx" in str(error) else "error", why=why)
 
@@ -170,7 +171,7 @@ def outcomes(model_type, paddings=tuple(PADDINGS), *, auto=None, **options):
     try:
         ours = build(config, "lynx", auto=auto, state=theirs.state_dict())
     except Exception as error:
-        return dict.fromkeys(paddings, refusal(error))
+        return dict.fromkeys(paddings, outcome_of(error))
     if theirs.main_input_name == "pixel_values":
         paddings = ("none",)
     return {padding: compare(ours, theirs, padding) for padding in paddings}

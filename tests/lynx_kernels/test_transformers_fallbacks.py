@@ -1,4 +1,4 @@
-"""What one would expect on the kernels but cannot be there runs PyTorch's attention, says so, and is right."""
+"""Layers that the kernels cannot take run PyTorch's attention, log it, and are right."""
 
 import logging
 import types
@@ -43,12 +43,14 @@ def decoder(config, implementation):
     model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(parameter.nan_to_num().clamp(-2, 2) + 0.05 * torch.randn_like(parameter))  # some are empty
+            parameter.copy_(
+                parameter.nan_to_num().clamp(-2, 2) + 0.05 * torch.randn_like(parameter)
+            )  # some are uninitialised
     return model
 
 
 def check_padded(config, padding, function=lambda model: model):
-    """Logits at tokens and all gradients, against eager, whose softmax is in fp32: wider, it makes NaN of left pads."""
+    """Compare logits at tokens, and all gradients, with eager attention in fp32: in fp64 its left padding gives NaN."""
     ids, mask = torch.randint(50, (2, 6)), torch.tensor(PADDINGS[padding])
     weight, models = torch.randn(2, 6, 50)[mask.bool()], []
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -68,7 +70,7 @@ def check_padded(config, padding, function=lambda model: model):
 
 @pytest.fixture
 def said(caplog):
-    """What the logger says, a list of (level, message)."""
+    """Reads what was logged: a list of (level, message)."""
     integration._said.clear()
     caplog.set_level(logging.INFO, "lynx_kernels")
 
@@ -80,24 +82,25 @@ def said(caplog):
 
 @pytest.mark.parametrize("padding", ["between", "between and at the ends"])
 @pytest.mark.parametrize("options", [{}, {"is_causal": False}], ids=["causal", "full"])
-def test_pads_between_tokens_take_the_dense_way(options, padding, said):
+def test_padding_between_tokens(options, padding, said):
     config = LlamaConfig(**SIZES, num_key_value_heads=2, **options)
     with families.counted() as calls:
         check_padded(config, padding)
         check_padded(config, padding)
     assert calls == {"sdpa": 2 * SIZES["num_hidden_layers"]}
     [warning] = [message for level, message in said() if level == logging.WARNING]
-    assert warning.startswith("llama: a row has pads between its tokens")
+    assert warning.startswith("llama: attention runs PyTorch's")
+    assert "since a row has padding between its tokens" in warning
 
 
-def test_rows_with_pads_between_tokens_generate():
+def test_generation_with_padding_between_tokens():
     ids, mask = torch.randint(50, (2, 6)), torch.tensor(PADDINGS["between"])
     config, options = LlamaConfig(**SIZES), {"attention_mask": mask, "max_new_tokens": 5, "num_beams": 2}
     tokens = [decoder(config, name).generate(ids, **options) for name in ("lynx", "eager")]
     assert torch.equal(*tokens)
 
 
-def test_encoders_with_pads_between_tokens():
+def test_encoders_with_padding_between_tokens():
     ids, mask = torch.randint(50, (2, 6)), torch.tensor(PADDINGS["between"])
     states = []
     for name in ("lynx", "eager"):
@@ -107,10 +110,10 @@ def test_encoders_with_pads_between_tokens():
     torch.testing.assert_close(*states)
 
 
-def test_a_compiled_program_does_not_take_them_for_others():
-    """It cannot look at the mask: an error, where uncompiled code would go the dense way."""
+def test_compiled_code_refuses_padding_between_tokens():
+    """It cannot read the mask to choose the dense one."""
     model = torch.compile(decoder(LlamaConfig(**SIZES), "lynx"), backend="eager", fullgraph=True)
-    with pytest.raises(RuntimeError, match="a row has a pad between tokens"), torch.no_grad():
+    with pytest.raises(RuntimeError, match="a row has padding between tokens"), torch.no_grad():
         model(torch.randint(50, (2, 6)), attention_mask=torch.tensor(PADDINGS["between"]), use_cache=False)
 
 
@@ -122,11 +125,11 @@ def test_narrow_values_run_on_sdpa(padding, said):
     warnings = [message for level, message in said() if level == logging.WARNING]
     if padding.startswith("between"):
         assert len(warnings) == 1
-        assert warnings[0].startswith("deepseek_v3: a row has pads between its tokens")
+        assert warnings[0].startswith("deepseek_v3: attention runs PyTorch's")
     else:
         assert warnings == [
             "DeepseekV3Attention: runs PyTorch's scaled_dot_product_attention, since its values are 8 wide and its "
-            "keys 12, with a dense mask where there are pads"
+            "keys 12; with padding or packed, the mask is dense"
         ]
 
 
@@ -143,7 +146,7 @@ def test_packed_rows_of_narrow_values():
 @pytest.mark.parametrize(("values", "head_dim"), [(4, 8), (16, 8), (8, 8)])
 @pytest.mark.parametrize("kv_heads", [1, 4])
 def test_values_of_any_width(values, head_dim, kv_heads):
-    """Whatever lies in the mask: no pads, pads, and a layout in place of a mask."""
+    """Without padding, with padding, and with a layout in place of a mask."""
     q = torch.randn(2, 4, 6, head_dim, dtype=torch.float64)
     k, v = (torch.randn(2, kv_heads, 6, width, dtype=torch.float64) for width in (head_dim, values))
     module = types.SimpleNamespace(num_key_value_groups=4 // kv_heads, config=None)
@@ -171,7 +174,7 @@ def make_mask(tokens):
 
 @pytest.mark.parametrize(("head_dim", "device"), [(256, "cpu"), (264, "cpu"), (264, "meta")])
 def test_wide_heads(head_dim, device, said):
-    """The kernels for GPUs take 256 columns, those for CPUs more."""
+    """GPU kernels take 256 columns, CPU kernels any number."""
     q = torch.randn(1, 2, 5, head_dim, device=device)
     mask = make_mask(torch.ones(1, 5, dtype=torch.bool, device=device))
     with families.counted() as calls:
@@ -183,13 +186,13 @@ def test_wide_heads(head_dim, device, said):
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("pads", [0, 1])
-def test_prompts_in_a_cache_with_room(pads):
-    """More keys than queries, of which those behind the prompt are not filled yet: causal from the first key on."""
+@pytest.mark.parametrize("padding", [0, 1])
+def test_prompts_in_a_static_cache(padding):
+    """More keys than queries: those after the prompt are not filled yet."""
     q, k, v = torch.randn(3, 2, 2, 4, 8)
     keys, values = (torch.cat([each, torch.full((2, 2, 3, 8), 1e3)], 2) for each in (k, v))
     tokens = torch.ones(2, 4, dtype=torch.bool)
-    tokens[0, :pads] = False
+    tokens[0, :padding] = False
     mask = integration.mask(
         batch_size=2, kv_length=7, q_length=4, device="cpu", attention_mask=tokens, config=LlamaConfig(**SIZES)
     )
@@ -200,8 +203,8 @@ def test_prompts_in_a_cache_with_room(pads):
     assert not mask.dense()[..., 4:].any()
 
 
-def test_layers_that_get_no_mask_see_what_they_say():
-    """All keys, as in their own eager attention, unless the layer says that it is causal."""
+def test_layers_without_a_mask():
+    """They see all keys, as in eager attention, unless the layer says that it is causal."""
     q = torch.randn(1, 2, 5, 8)
     full, causal = (F.scaled_dot_product_attention(q, q, q, is_causal=each).transpose(1, 2) for each in (False, True))
     for module, options, expected in (
@@ -215,27 +218,27 @@ def test_layers_that_get_no_mask_see_what_they_say():
         torch.testing.assert_close(out, expected)
 
 
-def test_masks_of_something_else_are_refused():
+def test_masks_that_do_not_fit_are_refused():
     q, module = torch.randn(2, 2, 5, 8), types.SimpleNamespace()
     mask = make_mask(torch.ones(2, 5, dtype=torch.bool))
     for keys in (q[:, :, :4], torch.cat([q, q], 2)):
-        with pytest.raises(ValueError, match="made for other tokens than the 2 rows of 5 queries and"):
+        with pytest.raises(ValueError, match="uses it for 2 rows of 5 queries and"):
             integration.attention(module, q, keys, keys, mask)
-    with pytest.raises(ValueError, match="made for other tokens than the 1 rows"):
+    with pytest.raises(ValueError, match="uses it for 1 rows"):
         integration.attention(module, q[:1], q[:1], q[:1], mask)
-    with pytest.raises(ValueError, match=r"is torch\.int64 of shape \(2, 5\), neither bool nor what is added"):
+    with pytest.raises(ValueError, match=r"is torch\.int64 of shape \(2, 5\), neither bool nor floating point"):
         integration.attention(module, q, q, q, torch.ones(2, 5, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("name", ["sinks", "indices", "block_indices", "attention_bias", "alibi", "topk_indices"])
-def test_whatever_sounds_like_what_we_lack_is_refused(name):
+def test_arguments_for_unsupported_features_are_refused(name):
     q = torch.randn(1, 2, 4, 8)
     with pytest.raises(ValueError, match=f"but the layer asks for {name}; take another one for this model"):
         integration.attention(torch.nn.Module(), q, q, q, None, **{name: torch.ones(2)})
     integration.attention(torch.nn.Module(), q, q, q, None, **{name: None}, position_ids=torch.arange(4))
 
 
-def test_expected_ways_are_said_once_at_info(said):
+def test_decoding_is_logged_once_at_info(said):
     model = decoder(LlamaConfig(**SIZES), "lynx")
     model.generate(torch.randint(50, (1, 4)), attention_mask=torch.ones(1, 4, dtype=torch.int64), max_new_tokens=4)
     [(level, message)] = said()
@@ -272,13 +275,13 @@ def compiled_layers(model):
     ids=lambda value: getattr(value, "model_type", value),
 )
 def test_masks_pass_through(way, config):
-    """Where they are made in a graph, where graphs get them, and where a layer runs twice."""
+    """A graph builds the mask, or gets it, or a layer runs twice."""
     torch._dynamo.reset()
     check_padded(config, "left", WAYS[way])
 
 
-def test_static_caches_get_masks_made_before(said):
-    """As generate makes them, before the step that it compiles."""
+def test_masks_built_before_a_compiled_step(said):
+    """As generate builds them with static caches."""
     model, theirs = (decoder(LlamaConfig(**SIZES), name) for name in ("lynx", "eager"))
     ids, tokens = torch.randint(50, (2, 6)), torch.tensor(PADDINGS["left"])
     expected = theirs(ids, attention_mask=tokens).logits
@@ -305,7 +308,7 @@ def test_static_caches_get_masks_made_before(said):
     assert len(graphs) == 1
 
 
-def test_programs_are_exported(said):
+def test_export(said):
     model = decoder(LlamaConfig(**SIZES), "lynx")
     inputs = {"input_ids": torch.randint(50, (2, 6)), "attention_mask": torch.tensor(PADDINGS["left"])}
     program = torch.export.export(model, (), {**inputs, "use_cache": False})

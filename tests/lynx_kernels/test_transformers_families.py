@@ -1,6 +1,6 @@
-"""Families of transformers under our attention: each says what its own eager says, or is refused by name.
+"""Model families of transformers with our attention: each equals its own eager attention, or is refused by name.
 
-A choice of every kind; ``python -m tests.lynx_kernels.families`` tries all that can be built, in some minutes.
+This is a choice of each kind. ``python -m tests.lynx_kernels.families`` tries all families, in some minutes.
 """
 
 import pytest
@@ -32,7 +32,7 @@ OPTIONS = {family: {"num_key_value_heads": 4} for family in ("deepseek_v2", "min
 
 
 @pytest.mark.parametrize("family", KERNELS + SDPA + OWN)
-def test_families_say_what_their_eager_says(family):
+def test_families_equal_their_eager_attention(family):
     found = families.outcomes(family, **OPTIONS.get(family, {}))
     for padding, each in found.items():
         assert each.verdict == "right", f"{padding}: {each}"
@@ -44,7 +44,7 @@ def test_families_say_what_their_eager_says(family):
 
 
 @pytest.mark.parametrize("family", REFUSED)
-def test_families_outside_are_refused(family):
+def test_families_are_refused(family):
     for padding, each in families.outcomes(family, **OPTIONS.get(family, {})).items():
         assert each.verdict == "refused", f"{padding}: {each}"
         assert REFUSED[family] in each.why
@@ -53,7 +53,7 @@ def test_families_outside_are_refused(family):
 
 @pytest.mark.parametrize("family", ["qwen3_next", "lfm2", "jamba", "bamba", "granitemoehybrid"])
 def test_packed_rows_of_hybrids_are_refused(family):
-    """Linear attention and convolutions read no layout: they would carry one sample into the next."""
+    """Linear attention and convolutions do not read a layout: they would mix the samples."""
     options = {"layer_types": ["full_attention", "conv" if family == "lfm2" else "linear_attention"]}
     if family in ("bamba", "jamba"):
         options = {"attn_layer_indices": [0]} if family == "bamba" else {"attn_layer_period": 2, "attn_layer_offset": 0}

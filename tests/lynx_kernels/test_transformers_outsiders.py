@@ -1,4 +1,4 @@
-"""Models outside transformers' AttentionInterface: refused when they are made, or when they touch our mask."""
+"""Models outside transformers' AttentionInterface are refused when they are built, or when they use our mask."""
 
 import logging
 
@@ -37,7 +37,7 @@ integration.register()
 
 @pytest.fixture
 def unchecked(monkeypatch):
-    """As where the source does not tell: a model in a notebook, or one that hides its attention well."""
+    """Skips the check of the source, as for a model in a notebook."""
     monkeypatch.setattr(outsiders, "_check", lambda *_: None)
 
 
@@ -49,7 +49,7 @@ OUTSIDERS = [
 
 @pytest.mark.parametrize("family", OUTSIDERS)
 def test_models_that_compute_with_our_mask_are_refused(family, unchecked):
-    """With pads and without, whatever the shapes."""
+    """With padding and without."""
     for padding, each in families.outcomes(family).items():
         assert each.verdict == "refused", f"{padding}: {each}"
         assert "computes with its attention mask itself" in each.why
@@ -58,15 +58,15 @@ def test_models_that_compute_with_our_mask_are_refused(family, unchecked):
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("config_class", [BloomConfig, RoFormerConfig])
-def test_no_length_fits(config_class, length, unchecked):
-    """Masks used to be tables four columns wide, and four tokens could add them to their scores."""
+def test_every_length_is_refused(config_class, length, unchecked):
+    """The mask was once a tensor with four columns, which fitted the scores of four tokens."""
     config = config_class(vocab_size=50, hidden_size=32, n_layer=1, n_head=4, is_decoder=True)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="lynx")
     with pytest.raises(ValueError, match=f"{config.model_type} computes with its attention mask itself"):
         model(torch.ones(1, length, dtype=torch.int64), use_cache=False)
 
 
-def test_models_are_refused_when_they_are_made():
+def test_models_are_refused_when_they_are_built():
     for config, reason in (
         (GPTJConfig(n_layer=1), r"GPTJ_ATTENTION_CLASSES\["),
         (BloomConfig(n_layer=1), "masks itself"),
@@ -84,12 +84,12 @@ def test_saved_models_are_refused(tmp_path):
         RoFormerModel.from_pretrained(tmp_path, attn_implementation="no such thing")
 
 
-def test_parts_of_a_model_are_refused_alone():
+def test_each_part_of_a_model_has_its_own_check():
     vision = CLIPVisionConfig(
         hidden_size=24, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
     )
     config = LlavaConfig(vision_config=vision, text_config=XGLMConfig(d_model=32, num_layers=1, attention_heads=4))
-    with pytest.raises(ValueError, match=r"XGLMModel .*A model of several parts takes one each"):
+    with pytest.raises(ValueError, match=r"XGLMModel .*A model of several parts can take one for each"):
         LlavaForConditionalGeneration._from_config(config, attn_implementation="lynx")
     parts = {"": "lynx", "vision_config": "lynx", "text_config": "eager"}
     model = LlavaForConditionalGeneration._from_config(config, attn_implementation=parts)
@@ -97,24 +97,24 @@ def test_parts_of_a_model_are_refused_alone():
 
 
 def test_models_are_not_refused_for_others_in_their_module():
-    """SAM's vision encoder takes attention classes of its own, the model around it has it checked alone."""
+    """SAM's vision encoder has attention classes of its own. SamModel, which contains it, has not."""
     outsiders._check(SamModel, "lynx")
     with pytest.raises(ValueError, match=r"SamVisionEncoder .*SAM_VISION_ATTENTION_CLASSES"):
         outsiders._check(SamVisionEncoder, "lynx")
 
 
-def test_attention_that_stays_its_own_is_said(caplog):
+def test_other_attention_is_logged_once(caplog):
     outsiders._check.cache_clear()
     config = OpenAIGPTConfig(vocab_size=50, n_embd=32, n_layer=1, n_head=4)
     with caplog.at_level(logging.WARNING, "lynx_kernels"):
         AutoModelForCausalLM.from_config(config, attn_implementation="lynx")
         AutoModelForCausalLM.from_config(config, attn_implementation="lynx")
     [said] = [each.getMessage() for each in caplog.records if "OpenAIGPTModel" in each.getMessage()]
-    assert "it stays its own" in said
+    assert "does not change it" in said
 
 
 class Scores(nn.Module):
-    """Attention by a name that does not say so."""
+    """Attention under a name that the check of the source does not know."""
 
     def __init__(self, is_causal):
         super().__init__()
@@ -172,7 +172,7 @@ WAYS = {
 
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("way", WAYS)
-def test_nobody_else_computes_with_the_mask(way, is_causal):
+def test_foreign_uses_are_refused(way, is_causal):
     config = LlamaConfig(hidden_size=8, num_attention_heads=2, is_causal=is_causal)
     model = Stranger._from_config(config, attn_implementation="lynx")
     x = torch.randn(2, 4, 8)
@@ -182,15 +182,17 @@ def test_nobody_else_computes_with_the_mask(way, is_causal):
 
 
 def test_packed_masks_are_refused_too(unchecked):
-    """The model keeps the layout from its layers, and a mask of no elements would fit single tokens."""
+    """Even for a single token: an empty tensor would fit its scores."""
     config = CodeGenConfig(vocab_size=50, n_embd=32, n_layer=1, n_head=4, rotary_dim=4)
     model, layout = AutoModelForCausalLM.from_config(config, attn_implementation="lynx"), PackedLayout.causal([1])
-    with pytest.raises(ValueError, match=r"makes another mask of packed_mask\(layout\).*cannot take packed rows"):
+    with pytest.raises(
+        ValueError, match=r"codegen changes packed_mask\(layout\) or computes with it.*cannot take packed rows"
+    ):
         model(torch.ones(1, 1, dtype=torch.int64), attention_mask=integration.packed_mask(layout), use_cache=False)
 
 
-def test_ready_masks_refuse_patterns():
-    """As images that see each other, which the layout does not know and transformers used to leave out."""
+def test_layouts_refuse_a_pattern_of_the_model():
+    """For example images with full attention, which transformers would leave out."""
     layout = PackedLayout.from_padding_mask(torch.ones(2, 3))
     pattern = or_masks(causal_mask_function, lambda batch, head, query, key: query == key)
     for mask in (integration.packed_mask(layout), integration.padded_mask(layout)):
@@ -208,8 +210,8 @@ def made(**options):
 
 
 @pytest.mark.parametrize("options", [{}, {"allow_is_causal_skip": False}])  # a layout, and a dense mask
-def test_what_transformers_does_on_the_way_is_fine(options):
-    """Reading its shape, moving it between devices, cutting off what is not there, looking for attributes."""
+def test_uses_of_transformers_and_accelerate(options):
+    """They read the shape, move the mask between devices, crop it, and look for attributes."""
     mask = made(**options)
     assert (tuple(mask.shape), mask.ndim, mask.dim(), mask.size(-1)) == ((2, 1, 3, 3), 4, 4, 3)
     assert (mask.dtype, mask.device) == (torch.bool, torch.device("cpu"))
