@@ -256,7 +256,7 @@ def test_more_tokens_than_plain_products_are_for(dtype, most):
     assert explain(adapter, *inputs, impl="cuda").name == "cuda"
     if dtype == torch.float32:
         with torch.autocast("cpu", torch.bfloat16):
-            assert reason(make((9,), 16, 8, dtype)[0]).startswith("beyond 8 tokens")
+            assert reason(make((9,), 16, 8, dtype)[0]).startswith("x has 9 tokens, and above 8 tensor cores")
 
 
 # Tokens, width, bottleneck: of the paper, small, huge, 1.

@@ -248,7 +248,7 @@ def test_more_rows_than_plain_products_are_for():
     eight, nine = ([0] * 8, [4], [1] * 8), ([0] * 9, [4], [1] * 9)
     assert reason(case_of(1, eight, heads=1).inputs, eight) is None
     assert reason(case_of(1, nine, heads=1).inputs, nine).startswith(
-        "where more than 8 rows share a root's keys, here 9"
+        "9 rows share the keys of a root, and above 8 tensor cores"
     )
     assert reason(case_of(1, eight, heads=2, kv_heads=1).inputs, eight).endswith(
         "tensor cores are expected to be faster"
