@@ -73,6 +73,12 @@ def latest(folder: Path) -> Path | None:
     return None
 
 
+def describe_latest(folder: Path) -> str:
+    """Which checkpoint a run can go on from, for a message that tells why it stopped."""
+    last = latest(folder)
+    return f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+
+
 def step_of(checkpoint: Path) -> int:
     """How many optimizer steps had been made."""
     return int(checkpoint.name.removeprefix(_PREFIX))

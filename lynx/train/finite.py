@@ -46,8 +46,7 @@ class FiniteWatch:
     def see(self, step: int, what: str, value: torch.Tensor | float | None, records: Sequence[str] = ()) -> None:
         """Remember a number: of which step, in words what it is, and the records it was computed from."""
         if value is not None:
-            value = torch.as_tensor(value).detach()
-            value = value.to_local() if hasattr(value, "to_local") else value
+            value = _local(torch.as_tensor(value).detach())
             self._seen.append(_Seen(step, what, value.to(self.device, non_blocking=True), tuple(records)))
 
     def is_due(self, step: int) -> bool:
@@ -77,11 +76,10 @@ class FiniteWatch:
         first = min(each.step for each in bad)
         # A loss goes before the gradients that it made, and one that names its records before one that cannot.
         worst = min((each for each in bad if each.step == first), key=lambda each: not each.records)
-        last = checkpoints.latest(self.folder)
-        good = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
         raise NotFiniteError(
             f"stage {self.stage}: {worst.what} of step {worst.step}{_named(worst.records)}. Nothing of it was saved; "
-            f"{good}. Look at these records, or train with a lower learning_rate, a longer warmup or precision=fp32"
+            f"{checkpoints.describe_latest(self.folder)}. Look at these records, or train with a lower learning_rate, "
+            "a longer warmup or precision=fp32"
         )
 
     def _first(self) -> _Found | None:

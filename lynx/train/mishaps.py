@@ -41,12 +41,14 @@ def told(stage: str, folder: Path) -> Iterator[None]:
         if isinstance(error, RuntimeError) and _WORKER.match(str(error)):
             raise ChildProcessError(
                 f"stage {stage}: a process that loads data was killed, perhaps for want of memory ({_line(error)}); "
-                f"{_last(folder)}. The same command goes on from there; fewer workers need less memory"
+                f"{checkpoints.describe_latest(folder)}. The same command goes on from there; fewer workers need less "
+                "memory"
             ) from error
         if _is_full(error, folder):
             raise OSError(
                 f"stage {stage}: the disk is full or its quota is used up, so {folder} cannot be written "
-                f"({_line(error)}); {_last(folder)}. Make room; the same command goes on from there"
+                f"({_line(error)}); {checkpoints.describe_latest(folder)}. Make room; the same command goes on from "
+                "there"
             ) from error
         raise
 
@@ -58,11 +60,6 @@ def _is_full(error: Exception, folder: Path) -> bool:
         return False
     there = next((each for each in (folder, *folder.absolute().parents) if each.exists()), Path("/"))
     return any(sign in str(error) for sign in _FULL[:2]) or shutil.disk_usage(there).free < _FEW
-
-
-def _last(folder: Path) -> str:
-    last = checkpoints.latest(folder)
-    return f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
 
 
 def _line(error: Exception) -> str:
