@@ -27,16 +27,21 @@ def embed(
         weight, _ = children.weight_and_bias(table)
         if vision_tokens is None:
             vision_tokens = weight.new_empty(0, weight.shape[1])
-        flat_is_image = is_image.reshape(-1)
-        vision_index = torch.where(flat_is_image, flat_is_image.cumsum(0) - 1, -1).int()
-        packed = pack_embeddings(input_ids.reshape(-1), weight, vision_tokens, vision_index)
+        packed = pack_embeddings(input_ids.reshape(-1), weight, vision_tokens, _vision_index(is_image).int())
         return packed.view(*input_ids.shape, -1)
     children.log_once(table, {"the embedding table": reason})
     embeddings = table(torch.where(is_image, stand_in or 0, input_ids))
     if vision_tokens is None:
         return embeddings
-    # A row of zeros stands for "no vision token". So without any there is a gradient all the same, as DDP wants it.
+    # The index -1, "no vision token", takes a last row of zeros. So there is a gradient even without vision tokens, as
+    # DDP wants it.
     vision_tokens = F.pad(vision_tokens, (0, 0, 0, 1)).to(embeddings)
     is_image = is_image.to(embeddings.device)
-    place = torch.where(is_image.reshape(-1), is_image.reshape(-1).cumsum(0) - 1, vision_tokens.shape[0] - 1)
-    return torch.where(is_image[..., None], vision_tokens[place].view_as(embeddings), embeddings)
+    rows = vision_tokens[_vision_index(is_image)].view_as(embeddings)
+    return torch.where(is_image[..., None], rows, embeddings)
+
+
+def _vision_index(is_image: Tensor) -> Tensor:
+    """(B * L,) the number of the vision token that stands in each place, in order; -1 where a token of text stands."""
+    flat = is_image.reshape(-1)
+    return torch.where(flat, flat.cumsum(0) - 1, -1)
