@@ -22,7 +22,7 @@ int64_t random_length(Random& random) {
 Layout random_packed_layout(Random& random) {
     std::vector<int32_t> table;
     int32_t start = 0;
-    for (int64_t group = random.number(0, 3); group > 0; group--) {
+    for (int64_t group = random.number(0, random.flag() ? 3 : 8); group > 0; group--) {
         std::vector<int32_t> lengths;
         const int32_t root = random_length(random);
         int32_t end = start + root;
@@ -82,7 +82,7 @@ void fuzz_attention(uint64_t seed) {
     const int64_t queries = layout.num_queries, keys = layout.num_keys;
     Problem problem = {};
     problem.num_queries = queries, problem.num_keys = keys;
-    problem.num_kv_heads = random.number(1, 2);
+    problem.num_kv_heads = random.number(1, random.flag() ? 2 : 5);
     problem.num_heads = problem.num_kv_heads * random.number(1, 2);
     problem.head_dim = random.number(1, random.flag() ? 20 : 130);
     problem.scale = 0.1f;

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -14,11 +15,14 @@ namespace lynx {
 
 class OnHost {
    public:
-    explicit OnHost(unsigned seed) : random_(seed) {}
+    // Of each launch, only the last `last_blocks` blocks run, all by default.
+    explicit OnHost(unsigned seed, int last_blocks = std::numeric_limits<int>::max())
+        : random_(seed), last_blocks_(last_blocks) {}
 
     template <class Kernel>
     void operator()(Kernel, const typename Kernel::Args& args, int blocks) {
-        for (int block : shuffled(blocks)) run_block<Kernel>(args, block);
+        const int count = std::min(blocks, last_blocks_);
+        for (int block : shuffled(count)) run_block<Kernel>(args, blocks - count + block);
     }
 
    private:
@@ -50,6 +54,7 @@ class OnHost {
     }
 
     std::mt19937 random_;
+    int last_blocks_;
 };
 
 }  // namespace lynx

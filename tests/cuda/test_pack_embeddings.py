@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lynx_kernels.ops.pack_embeddings import pack_embeddings
+from tests.cuda import host_kernels
 from tests.cuda.host_kernels import KernelError
 from tests.lynx_kernels.helpers import run
 from tests.lynx_kernels.test_pack_embeddings import (
@@ -80,6 +81,11 @@ def test_uses_of_a_vision_row(distance):
     vision_index[[2, 4 + distance] if distance > 1 else [4, 5]] = 0
     inputs, grad = make(rows, num_vision=4, width=8, dtype=torch.float32)
     check_equal(kernels, (inputs[0].clamp(0, 10), inputs[1], inputs[2], vision_index), grad)
+
+
+def test_rows_beyond_32_bits():
+    """Of tensors of more than 2^31 numbers, only the last blocks run."""
+    host_kernels.run(host_kernels.HERE / "far_driver.cpp")
 
 
 def test_the_order_of_threads_changes_nothing(on_host):

@@ -10,8 +10,9 @@ from triton.runtime.errors import InterpreterError
 from lynx_kernels.backends import dispatch
 from lynx_kernels.ops.pack_embeddings import pack_embeddings
 from lynx_kernels.ops.pack_embeddings import triton as implementation
-from lynx_kernels.ops.pack_embeddings.call import PackEmbeddingsBackwardCall
+from lynx_kernels.ops.pack_embeddings.call import PackEmbeddingsBackwardCall, PackEmbeddingsCall
 from tests.interpreter import DTYPES
+from tests.interpreter.sparse import run_only
 from tests.lynx_kernels.test_pack_embeddings import calls, check_equal, check_mixed, check_permuted, make
 
 interpreted = calls("triton")
@@ -95,6 +96,23 @@ def test_backward_ignores_indices_out_of_range():
         PackEmbeddingsBackwardCall(grad, torch.zeros(3).long(), index, 4, 2, torch.float32, [False, True])
     )
     assert gradient.tolist() == [[1, 1], [1, 1]]
+
+
+def test_rows_beyond_32_bits(monkeypatch):
+    """Of tensors of more than 2^31 numbers, only the last rows exist, and only the last programs run."""
+    monkeypatch.setattr(implementation, "_FIND", 1024)
+    run_only(monkeypatch, lambda kernel, programs: range(max(programs - 2, 0), programs))
+    rows, width = 2**28 + 5, 8
+    embedding, vision, grad = (torch.empty(rows, width, dtype=torch.float16) for _ in range(3))
+    token_ids, vision_index = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.int32)
+    embedding[-1], vision[-1], grad[-2:] = 2.0, 3.0, torch.tensor([[5.0], [7.0]], dtype=torch.float16)
+    token_ids[-2:], vision_index[-1000:] = rows - 1, -1
+    vision_index[-1] = rows - 1
+    out = implementation.forward(PackEmbeddingsCall(token_ids, embedding, vision, vision_index))
+    assert out[-2:].tolist() == [[2.0] * width, [3.0] * width]
+    monkeypatch.setattr(torch.Tensor, "new_zeros", torch.Tensor.new_empty)  # fresh pages are zeros, and not yet there
+    gradient = implementation._vision_gradient(grad, vision_index, rows, torch.float16)
+    assert gradient[-1].tolist() == [7.0] * width
 
 
 def test_runs_only_when_named():

@@ -93,6 +93,23 @@ def test_loss_is_the_cross_entropy_of_the_answers(model, processor, samples):
     torch.testing.assert_close(total, expected * (padded["labels"] != -100).sum(), rtol=1e-5, atol=1e-6)
 
 
+def test_a_first_label_has_no_predictor(model, processor, samples):
+    """No token stands before it, and none of the row before it learns it."""
+    for batch in (processor.pad(samples[:3]), processor.pad(samples[1:2])):
+        expected = model(**batch).loss
+        length = batch["labels"].shape[1]
+        labels = torch.where(torch.arange(length) == 0, 7, batch["labels"])
+        logits = model(**inputs(batch)).logits
+        torch.testing.assert_close(model(**{**batch, "labels": labels, "max_supervised": None}).loss, expected)
+        torch.testing.assert_close(
+            nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()), expected
+        )
+    batch = processor.pack(samples)
+    starts = torch.cat([torch.tensor([True]), batch["layout"].position_ids[1:] == 0])
+    labels = torch.where(starts, 7, batch["labels"])
+    torch.testing.assert_close(model(**{**batch, "labels": labels}).loss, model(**batch).loss)
+
+
 def test_unsupervised_rows_do_not_reach_the_vocabulary_on_a_device(model, processor, samples, monkeypatch):
     """The batch says how many rows are supervised, where the host may not read its labels."""
     batch = processor.pack(samples)

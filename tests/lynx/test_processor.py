@@ -8,6 +8,9 @@ import pytest
 import torch
 from PIL import Image
 from transformers import pipeline
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from lynx import LynxProcessor
 from lynx.media.images import ImageError
@@ -73,11 +76,14 @@ def test_towers_get_the_pixels_they_were_trained_on(tokenizer):
     processors = {
         name: LynxProcessor.for_model(make_config(tokenizer, name), tokenizer).image_processor for name in VISION
     }
-    assert {name: each.image_mean[0] for name, each in processors.items()} == {
-        "blip_2_vision_model": 0.48145466,
-        "clip_vision_model": 0.48145466,
-        "siglip": 0.5,
+    theirs = {
+        "blip_2_vision_model": BlipImageProcessorPil(),
+        "clip_vision_model": CLIPImageProcessorPil(),
+        "siglip": SiglipImageProcessorPil(),
     }
+    for name, each in processors.items():
+        assert each.image_mean == list(theirs[name].image_mean)
+        assert each.image_std == list(theirs[name].image_std)
     assert processors["siglip"].resize == "exact"
     options = {"image_mean": [0.1] * 3}
     assert (
@@ -121,6 +127,20 @@ def test_random_crops_follow_the_generator(processor, samples):
 
     assert torch.equal(pixels(np.random.default_rng(1)), pixels(np.random.default_rng(1)))
     assert not torch.equal(pixels(np.random.default_rng(1)), pixels(None))
+
+
+def test_a_video_has_one_crop(processor):
+    """Frames of one size are cut alike, or a video would jump; another item, even of that size, is cut by itself."""
+    frame, other = make_image(0, 60, 60), make_image(0, 60, 50)
+    videos = [[frame, other, frame, frame], [frame, frame]]
+    sample = processor.encode(conversation("What happens?", "this", videos=videos))
+    pixels = processor.pack([sample], generator=np.random.default_rng(0))["pixel_values"]
+    first, odd, *rest = pixels.view(6, -1)
+    assert torch.equal(first, rest[0])
+    assert torch.equal(first, rest[1])
+    assert torch.equal(rest[2], rest[3])
+    assert not torch.equal(first, rest[2])
+    assert not torch.equal(first, odd)
 
 
 def test_call_is_for_questions(processor):

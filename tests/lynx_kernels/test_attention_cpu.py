@@ -136,6 +136,32 @@ def test_result_does_not_depend_on_threads(dtype, restore_threads):
                 assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("kv_heads", [3, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_key_heads_that_do_not_divide_among_threads(dtype, kv_heads, restore_threads):
+    """Of 60 segments, a thread takes one, two or more heads in a row. Each head is what it is alone, bit for bit."""
+    options = {"heads": 2 * kv_heads, "kv_heads": kv_heads, "dim": 8, "dtype": dtype}
+    groups = [(0, [3])] * 60
+    spans = [3] * 60, [(3 * i, 3 * i + 3) for i in range(60)], 180
+    for case in (
+        packed_case(True, groups, **options),
+        packed_case(False, groups, **options),
+        span_case(spans, **options),
+    ):
+        grads = grads_of_case(case)
+        alone = []
+        torch.set_num_threads(1)
+        for head in range(kv_heads):
+            own, its = slice(2 * head, 2 * head + 2), slice(head, head + 1)
+            inputs = [case.inputs[0][:, own], *(each[:, its] for each in case.inputs[1:])]
+            alone.append(run(case.operation, inputs, [grad[:, own] for grad in grads]))
+        expected = [torch.cat(each, 1) for each in zip(*alone, strict=True)]
+        for threads in range(1, 13):
+            torch.set_num_threads(threads)
+            for ours, theirs in zip(run(case.operation, case.inputs, grads), expected, strict=True):
+                assert torch.equal(ours, theirs), f"{threads} threads"
+
+
 def test_forked_child_does_not_hang(restore_threads):
     torch.set_num_threads(2)
     case = packed_case(True, LONG_GROUPS, dtype=torch.float32)

@@ -102,6 +102,20 @@ def test_large_weight(dtype):
     check(linear_cross_entropy, naive, inputs)
 
 
+@pytest.mark.parametrize("has_bf16", [False, True])
+def test_sums_over_many_chunks(has_bf16, monkeypatch):
+    """Each of 1100 chunks adds the same, which a sum in bf16 no longer takes after 512 at most."""
+    monkeypatch.setattr(chunked, "CHUNK", 2)
+    monkeypatch.setattr(reference, "CHUNK", 2)
+    monkeypatch.setattr(onednn, "HAS_BF16", has_bf16)  # products of CPUs with and without bf16 of their own
+    hidden, weight, labels = make(2, 8, 3, torch.bfloat16)
+    inputs = hidden.repeat(1100, 1), weight, labels.repeat(1100)
+    summed, plain = (with_options(each, reduction="sum") for each in (linear_cross_entropy, naive))
+    exact = run(plain, [hidden.double().repeat(1100, 1), weight.double(), inputs[2]], None)
+    for ours, truth in zip(run(summed, inputs, None), exact, strict=True):
+        torch.testing.assert_close(ours.double(), truth, rtol=0, atol=0.02 * truth.abs().max().item())
+
+
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.2, 1.0])
 def test_gradcheck(label_smoothing):
     hidden, weight, labels = make(9, 4, 5)

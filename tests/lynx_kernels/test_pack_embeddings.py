@@ -142,6 +142,28 @@ def test_slices_and_expanded_inputs(impl):
     check_equal(calls(impl), inputs, grad.float()[:, :3])  # in the output's dtype, otherwise the slice would be copied
 
 
+def far_rows(rows):
+    """The same values in rows so far apart that the last one begins beyond 2^31 numbers, and bytes.
+
+    Only the pages of memory that are touched exist.
+    """
+    distance = 2**31 // (len(rows) - 1) + 5
+    memory = torch.empty((len(rows) - 1) * distance + rows.shape[1], dtype=rows.dtype)
+    return memory.as_strided(rows.shape, (distance, 1)).copy_(rows)
+
+
+@pytest.mark.parametrize("impl", FP32)
+def test_rows_beyond_32_bits(impl):
+    (token_ids, embedding, vision, vision_index), grad = make(dtype=torch.bfloat16)
+    token_ids[vision_index < 0], vision_index[vision_index >= 0] = 10, 6
+    inputs, grad = (token_ids, embedding, vision, vision_index), grad.bfloat16()
+    expected = run(calls(impl), inputs, grad)
+    assert expected[0].unique(dim=0).shape[0] == 2, "the last row of each"
+    far = token_ids, far_rows(embedding), far_rows(vision), vision_index
+    for ours, theirs in zip(run(calls(impl), far, far_rows(grad)), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("impl", FP32)
 def test_only_text_and_only_vision(impl):
     pack_embeddings = calls(impl)

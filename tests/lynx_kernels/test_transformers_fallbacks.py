@@ -2,6 +2,7 @@
 
 import logging
 import types
+from functools import partial
 
 import pytest
 import torch
@@ -16,9 +17,11 @@ from transformers import (
 )
 from transformers.masking_utils import create_masks_for_generate
 
-from lynx_kernels import PackedLayout
+from lynx_kernels import PackedLayout, prefix_attention_decode
+from lynx_kernels.backends import cpu as cpu_backend
 from lynx_kernels.integrations import transformers as integration
 from tests.lynx_kernels import families
+from tests.lynx_kernels.attention_helpers import dense_decode
 
 integration.register()
 SIZES = {
@@ -164,6 +167,25 @@ def test_values_of_any_width(values, head_dim, kv_heads):
     )
     actual, _ = integration.attention(module, q[:1], k[:1], v[:1], None, scaling=0.3, layout=layout)
     torch.testing.assert_close(actual, expected.transpose(1, 2))
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("scaling", [None, 0.3, -1.7])
+def test_decoding_over_shared_roots(scaling, impl, monkeypatch):
+    """Each layer reads its own roots, with its own factor on the scores."""
+    monkeypatch.setattr(integration, "prefix_attention_decode", partial(prefix_attention_decode, impl=impl))
+    if impl == "cpu" and cpu_backend.MISSING is not None:
+        pytest.skip(cpu_backend.MISSING)
+    q, branches = torch.randn(3, 4, 2, 8), [torch.randn(3, 2, 5, 8) for _ in range(2)]  # (B, heads, length, D)
+    roots = [torch.randn(2, 2, 6, 2, 8) for _ in range(2)]  # (layers, R, Lr, heads, D)
+    indices = [torch.tensor(each) for each in ([1, 0, 1], [6, 4], [2, 5, 3])]
+    for layer in range(2):
+        module = types.SimpleNamespace(layer_idx=layer, config=None)
+        shared = integration.SharedRoots(*roots, *indices)
+        actual, _ = integration.attention(module, q, *branches, None, scaling=scaling, shared_roots=shared)
+        tensors = [q.transpose(1, 2), roots[0][layer], roots[1][layer], *(each.transpose(1, 2) for each in branches)]
+        expected, _ = dense_decode(*(each.double() for each in tensors), *indices, scale=scaling)
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def make_mask(tokens):

@@ -164,7 +164,8 @@ struct SumRows {
     }
 
     LYNX_PORTABLE static int last_use(const Args& args, int block) {
-        return args.uses[args.num_vision + block / args.blocks_of_a_row] - 1;  // -1 if there is none
+        const int64_t num_vision = args.num_vision;  // twice as many may be more than an int holds
+        return args.uses[num_vision + block / args.blocks_of_a_row] - 1;  // -1 if there is none
     }
 
     LYNX_PORTABLE static void add(const Table* row, Registers& registers) {

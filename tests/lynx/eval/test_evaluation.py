@@ -115,13 +115,13 @@ def test_scores_count_right_answers_and_the_commonest_truth():
         (question(kind=kind, truths=truths), prediction)
         for kind, prediction, truths in (
             ("a", "Seven", ["seven "]), ("a", "7", ["seven", "7"]), ("a", "", ["six"]), ("b", "no", ["yes"]),
-            ("a", "six", ["six"]), ("a", "six", ["seven"]),
+            ("a", "six", ["six"]), ("a", "six", ["seven"]), ("b", "\n Yes\t", ["no", "yes"]),
         )
     ]  # fmt: skip
     right = judge.same_words(cases)
-    assert right == [True, True, False, False, True, False]
+    assert right == [True, True, False, False, True, False, True]
     scores = accuracy.scores([accuracy.Answered(*case, each) for case, each in zip(cases, right, strict=True)])
-    assert scores == {"a": accuracy.Score(5, 3, 3), "b": accuracy.Score(1, 0, 1)}
+    assert scores == {"a": accuracy.Score(5, 3, 3), "b": accuracy.Score(2, 1, 1)}
 
 
 def test_the_table_has_the_papers_numbers():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
@@ -154,6 +155,16 @@ def test_everything_that_holds_images():
 def test_what_is_no_image(image, error, message):
     with pytest.raises(error, match=message):
         LynxImageProcessor(size=28)(image)
+
+
+def test_channels_are_normalised_as_clips_by_default():
+    """In the order red, green, blue: each by its own mean and standard deviation."""
+    processor = LynxImageProcessor(size=14)
+    assert (processor.image_mean, processor.image_std) == (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+    pixels = processor(np.full((14, 14, 3), (255, 51, 0), np.uint8), output="pixels").pixel_values[0]
+    for channel, level in enumerate((1.0, 0.2, 0.0)):
+        expected = (level - OPENAI_CLIP_MEAN[channel]) / OPENAI_CLIP_STD[channel]
+        torch.testing.assert_close(pixels[channel], torch.full((14, 14), expected))
 
 
 def test_kinds_of_results():
