@@ -4,7 +4,7 @@ pixels -> vision tower -> resampler -> packed embeddings -> decoder with adapter
 (or, with cross-attention: text embeddings -> decoder whose blocks read the resampler's tokens -> logits or loss)
 """
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,10 @@ from lynx.embedding import embed
 from lynx.fusion import fusion_of, take_inputs
 from lynx.fusion.base import Fusion
 from lynx.fusion.rows import Rows
+from lynx.generation import options
 from lynx.generation.cache import SharedRootCache, StaticTensors
+from lynx.generation.checkpointing import drops_caches, no_checkpointing
+from lynx.generation.guessing import GuessingGeneration
 from lynx.generation.sharing import SharedRootGeneration
 from lynx.media import tower
 from lynx.media.projection import Projection
@@ -27,7 +30,7 @@ from lynx_kernels.integrations import transformers as attention_integration
 from lynx_kernels.layout import require
 
 
-class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, GenerationMixin):
+class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, GuessingGeneration, GenerationMixin):
     """A vision tower, a bridge, and a decoder with adapters or cross-attention.
 
     The bridge is the submodule ``resampler`` or ``projection``, as ``config.bridge`` says. The fusion adds one module
@@ -235,8 +238,19 @@ class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, Genera
             ValueError: the arguments do not fit together; the message names them.
         """
         fusion_inputs = take_inputs(self.fusion, kwargs)
+        if (past_key_values is not None or use_cache) and drops_caches(self.get_decoder()):
+            raise ValueError(
+                "gradient checkpointing keeps no keys and values while the model trains: leave out past_key_values "
+                "and use_cache=True, or call model.eval() first"
+            )
         if isinstance(past_key_values, SharedRootCache):
-            return self.forward_shared(past_key_values, input_ids, inputs_embeds, **kwargs)
+            given = {"pixel_values": pixel_values, "labels": labels, "layout": layout, **fusion_inputs}
+            if names := [name for name, value in given.items() if value is not None]:
+                raise ValueError(f"{', '.join(names)} cannot be read into a SharedRootCache; use another cache")
+            return self.forward_shared(past_key_values, input_ids, inputs_embeds, attention_mask, **kwargs)
+        for name in ("output_attentions", "output_hidden_states"):
+            if getattr(self.config, name):
+                kwargs.setdefault(name, True)
         vision_tokens = None
         if pixel_values is not None:
             vision_tokens = self.encode_media(pixel_values, frame_positions, media_layout)
@@ -251,6 +265,13 @@ class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, Genera
         ).arranged(self)
         rows = self.fusion.feed(self, rows, vision_tokens, fusion_inputs)
         outputs = self.get_decoder()(**rows.decoder_arguments(), **kwargs)
+        if kwargs.get("output_attentions") and (
+            not outputs.attentions or any(each is None for each in outputs.attentions)
+        ):
+            raise ValueError(
+                f"output_attentions: attn_implementation={self.get_decoder().config._attn_implementation!r} returns no "
+                "attention weights; load the model with attn_implementation='eager'"
+            )
 
         hidden = outputs.last_hidden_state
         loss = logits = None
@@ -289,22 +310,39 @@ class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, Genera
         compiled on GPUs, and its tensors stay allocated for the next generation, in ``static_tensors``. Another cache
         is used where the caller passes one, or where an option needs it.
 
+        Options are transformers' own; ``lynx.generation.options`` refuses those that a Lynx model cannot have. Logits
+        processors, stopping criteria and streamers are given what is returned so far: the prompt, its image
+        placeholders included (``config.image_token_id``, which no logit stands for), and the new tokens; without
+        ``input_ids``, beside ``inputs_embeds``, the new tokens alone.
+
         Returns:
             What transformers returns: the prompt, its image placeholders included, and the new tokens.
 
         Raises:
-            ValueError: the batch is packed, or its inputs do not fit together.
+            ValueError: the batch is packed, its inputs do not fit together, or an option is not supported.
         """
         if kwargs.get("layout") is not None:
             raise ValueError("generate takes a left-padded batch, not a packed row; make it with LynxProcessor.pad")
+        if (ids := kwargs.pop("inputs", None)) is not None:  # transformers' name for them
+            if input_ids is not None:
+                raise ValueError("generate: pass input_ids or inputs, not both")
+            input_ids = ids
         vision_tokens = None
         if pixel_values is not None:
             vision_tokens = self.encode_media(pixel_values, frame_positions, media_layout)
         inputs = take_inputs(self.fusion, kwargs)
         kwargs |= self.fusion.generation_inputs(self, input_ids, vision_tokens, kwargs.get("attention_mask"), inputs)
+        options.check(self, input_ids, kwargs)
         if self.shares_roots(kwargs):
             kwargs = self.with_shared_roots(input_ids, kwargs)
-        return super().generate(input_ids, **kwargs)
+        elif (cache := kwargs.get("past_key_values")) is not None:
+            self.check_continued(cache, input_ids, kwargs)
+        with no_checkpointing(self):
+            return super().generate(input_ids, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: it reads ids alone."""
+        raise ValueError("continuous batching reads input_ids alone, so a Lynx model does not have it; call generate")
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         # Transformers knows the arguments that forward names. Those of the fusion are as good.

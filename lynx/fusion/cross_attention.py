@@ -39,6 +39,17 @@ class CrossAttentionCache(DynamicCache):
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config=config)
+        self._hold_no_media()
+
+    @classmethod
+    def adopt(cls, cache: DynamicCache) -> "CrossAttentionCache":
+        """Make an empty cache hold media too: the same object, so that whoever passed it can go on from it."""
+        cache.__class__ = cls
+        assert isinstance(cache, cls)
+        cache._hold_no_media()
+        return cache
+
+    def _hold_no_media(self) -> None:
         self.spans = torch.empty(0, 2, dtype=torch.int32)
         self.keys_values: dict[int, tuple[Tensor, Tensor]] = {}
         self.num_keys = self.max_span_length = 0
@@ -57,6 +68,7 @@ class CrossAttentionCache(DynamicCache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i continues what was row ``beam_idx[i]``."""
+        self.holds_beams = True
         super().reorder_cache(beam_idx)
         self.spans = self.spans.index_select(0, beam_idx.to(self.spans.device))
 
@@ -214,8 +226,8 @@ class CrossAttentionFusion(Fusion):
                 )
             media = read_media(model, vision_tokens, cross_layout, rows.input_ids)
         config = model.get_decoder().config
-        use_cache = getattr(config, "use_cache", True) if rows.use_cache is None else rows.use_cache
-        begins_cache = use_cache and rows.labels is None and rows.layout is None and not model.training
+        wanted = getattr(config, "use_cache", True) and not model.training if rows.use_cache is None else rows.use_cache
+        begins_cache = wanted and rows.labels is None and rows.layout is None
         past_key_values = _media_cache(rows.past_key_values, config, begins_cache)
         media = _in_this_pass(model, media, rows, past_key_values)
         return replace(rows, past_key_values=past_key_values, keywords={**rows.keywords, "media": media})
@@ -290,14 +302,15 @@ def _media_cache(
         return past_key_values
     if past_key_values is None:
         return CrossAttentionCache(config) if begins_cache else None
-    # generate passes an empty DynamicCache.
+    # generate passes an empty DynamicCache, and so may its caller.
     is_default = type(past_key_values) is DynamicCache and not getattr(past_key_values, "offloading", False)
     if not is_default or past_key_values.get_seq_length() > 0:
         raise ValueError(
-            f"past_key_values is a {type(past_key_values).__name__} that cannot hold media; with "
-            "fusion='cross_attention' leave it out, or pass the CrossAttentionCache of an earlier output"
+            f"past_key_values is a {type(past_key_values).__name__}, which cannot hold media; with "
+            "fusion='cross_attention' leave out cache_implementation, and pass no past_key_values or the "
+            "CrossAttentionCache of an earlier output"
         )
-    return CrossAttentionCache(config)
+    return CrossAttentionCache.adopt(past_key_values)
 
 
 def _in_this_pass(

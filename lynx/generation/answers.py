@@ -77,9 +77,12 @@ def generate_answers(
             embeddings; elsewhere they count those of the question too.
 
     Raises:
-        ValueError: ``preset`` is not a known name.
+        ValueError: ``preset`` is not a known name, or an option counts the tokens of the questions.
     """
     check_preset(preset)
+    for name in ("max_length", "min_length"):
+        if options.get(name) is not None:
+            raise ValueError(f"{name} counts the tokens of a question too; pass {name[:3]}_new_tokens")
     if not samples:
         return []
     options = {**(_DEFAULTS if preset is None else GENERATION_PRESETS[preset]), **options}

@@ -217,6 +217,7 @@ class SharedRootCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i continues what was row ``beam_idx[i]``; in place, so that addresses stay."""
+        self.holds_beams = True
         beam_idx = beam_idx.to(self.branch_to_root.device)
         for index in (self.branch_to_root, self.branch_lengths):
             index.copy_(index[beam_idx])

@@ -11,12 +11,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lynx.fusion import fusion_of
 from lynx.generation.cache import SharedRootCache, StaticTensors
+from lynx.generation.options import is_set, option
 from lynx_kernels.integrations import transformers as attention_integration
+from lynx_kernels.layout import require
 
 # Options of generate that read several tokens at once, ask for what is not computed, or contradict the cache.
 _NEED_ANOTHER_CACHE = (
     "past_key_values", "position_ids", "assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size",
-    "custom_generate", "output_hidden_states", "output_attentions",
+    "custom_generate", "output_hidden_states", "output_attentions", "is_assistant",
 )  # fmt: skip
 
 
@@ -30,9 +32,17 @@ class SharedRootGeneration(GenerationMixin):
         cache: SharedRootCache,
         input_ids: Tensor | None,
         inputs_embeds: Tensor | None,
+        attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Read the cache's prompt, or the next tokens of each row; masks and positions are those of the cache."""
+        """Read the cache's prompt, or the next tokens of each row; masks and positions are those of the cache.
+
+        Raises:
+            ValueError: there are pads among the next tokens, or more is asked for than logits.
+        """
+        for name in ("output_attentions", "output_hidden_states"):
+            if kwargs.get(name):
+                raise ValueError(f"{name} with a SharedRootCache, which reads rows that share roots; use another cache")
         if self._compiles(cache):
             step = self.get_compiled_call(self.generation_config.compile_config)
             return step(input_ids=input_ids, inputs_embeds=inputs_embeds, past_key_values=cache)
@@ -40,6 +50,9 @@ class SharedRootGeneration(GenerationMixin):
         if cache.prompt is not None:
             options = cache.read(rows, length)
         else:
+            if attention_mask is not None and length > 1:
+                message = "attention_mask has pads among the next tokens, of which a SharedRootCache knows nothing"
+                require(attention_mask[:, -length:].all(), message)
             options = {
                 "inputs_embeds": self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
             }
@@ -63,11 +76,32 @@ class SharedRootGeneration(GenerationMixin):
         implementation = self.get_decoder().config._attn_implementation
         if not fusion_of(self.config).shares_roots or implementation != attention_integration.NAME:
             return False
-        config = options.get("generation_config") or self.generation_config
-        asked = {name: options.get(name, getattr(config, name, None)) for name in _NEED_ANOTHER_CACHE}
-        kind = options.get("cache_implementation", config.cache_implementation)
-        uses_cache = options.get("use_cache", config.use_cache) is not False
-        return not any(each not in (None, False) for each in asked.values()) and kind in (None, "static") and uses_cache
+        if any(is_set(self, options, name) for name in _NEED_ANOTHER_CACHE):
+            return False
+        kind = option(self, options, "cache_implementation")
+        return kind in (None, "static") and option(self, options, "use_cache") is not False
+
+    def check_continued(self, cache: Cache, input_ids: Tensor | None, options: dict[str, Any]) -> None:
+        """Raise ValueError unless ``generate`` with these options goes on from all tokens that a cache holds."""
+        if not isinstance(cache, SharedRootCache) or cache.prompt is not None:
+            return
+        tokens = options["inputs_embeds"] if input_ids is None else input_ids
+        repeats = max(option(self, options, name) or 1 for name in ("num_beams", "num_return_sequences"))
+        if cache.batch_size != len(tokens) * repeats:
+            raise ValueError(
+                f"generate: past_key_values holds {cache.batch_size} rows, but {len(tokens)} prompts with {repeats} "
+                f"beams or answers each need {len(tokens) * repeats}"
+            )
+        mask = options.get("attention_mask")
+        mask = torch.ones(tokens.shape[:2], dtype=torch.bool) if mask is None else mask.cpu() != 0
+        held = (cache.root_lengths[cache.branch_to_root] + cache.branch_lengths).cpu()
+        new = mask.shape[1] - cache.get_seq_length()
+        if not bool((mask.sum(1).repeat_interleave(repeats) - held == new).all() and mask[:, -new:].all()):
+            raise ValueError(
+                f"generate: past_key_values holds rows of {held.tolist()} tokens, and the attention_mask has rows of "
+                f"{mask.sum(1).tolist()} in {mask.shape[1]} columns: every row must go on by the same number of "
+                "tokens, and no column may be pads alone; or else pass past_key_values=DynamicCache() and whole rows"
+            )
 
     def with_shared_roots(self, input_ids: Tensor | None, options: dict[str, Any]) -> dict[str, Any]:
         """The options of ``generate``, with a cache for the left-padded prompt if roots and branches are known."""
@@ -88,7 +122,8 @@ class SharedRootGeneration(GenerationMixin):
         if prefixes is not None and not is_causal:
             groups = [(prefix, [length - prefix]) for prefix, length in zip(prefixes.tolist(), lengths, strict=True)]
         cache = self.shared_cache(embeds[mask][None], groups, options, prompt_length=embeds.shape[1])
-        return {**options, "cache_implementation": None, "past_key_values": cache}
+        others = {name: value for name, value in options.items() if name != "prefix_lengths"}
+        return {**others, "cache_implementation": None, "past_key_values": cache}
 
     def shared_cache(
         self,
@@ -99,9 +134,8 @@ class SharedRootGeneration(GenerationMixin):
         prompt_length: int = 1,
     ) -> SharedRootCache:
         """A ``SharedRootCache`` for ``generate`` with these options; the other arguments are those of its class."""
-        config = options.get("generation_config") or self.generation_config
-        is_static = options.get("cache_implementation", config.cache_implementation) == "static"
-        max_new_tokens = options.get("max_new_tokens", config.max_new_tokens)
+        is_static = option(self, options, "cache_implementation") == "static"
+        max_new_tokens = option(self, options, "max_new_tokens")
         if is_static and max_new_tokens is None:
             raise ValueError("cache_implementation='static' needs max_new_tokens, which says how much room to make")
         return SharedRootCache(

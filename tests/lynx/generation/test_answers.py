@@ -182,3 +182,9 @@ def test_descriptions_are_drawn(model, processor):
     assert describe_first(model, processor, conversations, max_new_tokens=4) == first
     drawn = {describe_first(model, processor, conversations, max_new_tokens=4)[0][1]["content"] for _ in range(5)}
     assert len(drawn) > 1
+
+
+@pytest.mark.parametrize("name", ["max_length", "min_length"])
+def test_lengths_that_count_the_question_are_refused(model, processor, asked, name):
+    with pytest.raises(ValueError, match=f"{name} counts the tokens of a question too; pass {name[:3]}_new_tokens"):
+        generate_answers(model, processor, asked, **{name: 5})

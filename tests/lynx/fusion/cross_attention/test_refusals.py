@@ -30,14 +30,14 @@ def test_bad_batches_say_what_is_wrong(tokenizer, model, processor, samples, que
             "3 tokens, the batch has",
         ),
         ({"input_ids": torch.tensor([[1, processor.image_token_id]])}, "one image token for each of the 0"),
-        ({"input_ids": torch.tensor([[1]]), "past_key_values": filled}, "a DynamicCache that cannot hold media"),
+        ({"input_ids": torch.tensor([[1]]), "past_key_values": filled}, "a DynamicCache, which cannot hold media"),
         (
             {"input_ids": torch.tensor([[1]]), "past_key_values": DynamicCache(config=decoder_config, offloading=True)},
             "cannot hold media",
         ),
         (
             {"input_ids": torch.tensor([[1]]), "past_key_values": StaticCache(decoder_config, max_cache_len=9)},
-            "a StaticCache that cannot hold media",
+            "a StaticCache, which cannot hold media",
         ),
     ]
     for batch, message in cases:
