@@ -1,19 +1,29 @@
-"""Decoding one image to RGB, and the random crop of training."""
+"""Decoding one image to RGB, as a person sees it, and the random crop of training."""
 
 import base64
 import io
 import math
 import os
+import struct
 from pathlib import Path
+from typing import BinaryIO
 from urllib.parse import unquote
 
 import numpy as np
-from PIL import Image
+from PIL import IcoImagePlugin, Image
 
+from lynx.media.colour import by_profile
+from lynx.media.containers import Stored, stored
 from lynx.media.regular import not_a_file
+from lynx.media.samples import parts
 
-# Raster formats that Pillow decodes by itself: EPS, for one, would start another program.
-_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+# Raster formats that Pillow decodes by itself: EPS, for one, would start another program. TGA, which has no mark of its
+# own, is tried last.
+_FORMATS = (
+    "AVIF", "BMP", "DDS", "GIF", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI", "SGI", "TIFF", "WEBP",
+    "TGA",
+)  # fmt: skip
+_ICON = b"\0\0\1\0"
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {  # for each EXIF orientation, what turns the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -35,10 +45,22 @@ class ImageError(ValueError):
 
 
 def load_image(source: ImageSource, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
-    """Decode an image to RGB, upright as its EXIF orientation says.
+    """Decode an image to RGB as a person sees it in a viewer: upright by its EXIF orientation, on white, in sRGB.
 
-    Transparent pixels are laid on white. 16-bit grey is scaled to 8 bits. Of an animation the first frame is taken. A
-    URL is never fetched.
+    8 bits of sRGB, or of a file that says nothing of its colours, are as Pillow's ``convert("RGB")`` gives them. Else:
+
+    - A level counts in the range of its depth, 0 to 2^bits - 1 (in a PGM or PPM to what its header says), whichever end
+      is black. Signed integers of 32 bits hold the 16 bits that Pillow writes so; other signed ones are refused.
+    - Of floating-point levels 0 is black and 1 is white, on the curve that integers have. Levels beyond these, NaN and
+      infinity are refused.
+    - See-through pixels, in any depth, lie on white.
+    - An ICC profile is followed (intent: perceptual), unless it is broken or is of other colours than the image has.
+      Where there is none, PNG's cICP, or else its gAMA and cHRM, and the code points of AVIF are followed. A high
+      dynamic range (PQ) is refused. CMYK without a profile becomes RGB by the plain formula; in JPEG it is inverted,
+      as Adobe has it. What EXIF says of colours is not followed.
+    - Of an animation the first frame is taken, and of an icon the largest image.
+
+    A URL is never fetched.
 
     Args:
         source: a path, the bytes of a file, base64 of these bytes (as a data URL, or bare if no file has that name), a
@@ -47,8 +69,8 @@ def load_image(source: ImageSource, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> 
             by their header, before anything is decoded.
 
     Raises:
-        ImageError: the file is missing, truncated, empty, too large, or not an image of a known format; or its pixels
-            have no defined RGB value.
+        ImageError: the file is missing, truncated, empty, too large, or not an image of a known format; or its samples
+            have no defined look, as above, or are of a kind that Pillow does not read, or reads wrongly.
         TypeError: ``source`` is of another type.
     """
     if isinstance(source, np.ndarray):
@@ -71,14 +93,50 @@ def load_image(source: ImageSource, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> 
         raise TypeError(f"an image must be a path, bytes, a PIL image or a numpy array, got {type(source).__name__}")
     if isinstance(file, Path) and (kind := not_a_file(file)):
         raise ImageError(f"{name}: cannot be decoded: it is {kind}, not an image file")
-    Image.init()
-    formats = [each for each in _FORMATS if each in Image.OPEN]
     try:
-        image = Image.open(file, formats=formats)
+        with file.open("rb") if isinstance(file, Path) else file as opened, _opened(opened, name, max_pixels) as image:
+            return to_rgb(image, name, max_pixels)
+    except ImageError:
+        raise
     except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, ...
         raise ImageError(f"{name}: {_reason(error)}") from error
-    with image:
-        return to_rgb(image, name, max_pixels)
+
+
+def _opened(file: BinaryIO, name: str, max_pixels: int) -> Image.Image:
+    """The image of a file, not decoded yet."""
+    Image.init()
+    start = file.read(16)
+    file.seek(0)
+    if start.startswith(_ICON):
+        return _icon(file, name, max_pixels)
+    formats = [each for each in _FORMATS if each in Image.OPEN]
+    try:
+        return Image.open(file, formats=formats)
+    except Image.UnidentifiedImageError as error:
+        for each in formats:
+            if (accepts := Image.OPEN[each][1]) is not None and start and accepts(start) is True:
+                raise ImageError(
+                    f"{name}: a {each} file, but damaged or of a kind that cannot be read; convert it"
+                ) from error
+        raise
+
+
+def _icon(file: BinaryIO, name: str, max_pixels: int) -> Image.Image:
+    """The largest image of an icon; ``Image.open`` would decode it before its size can be checked."""
+    icon = IcoImagePlugin.IcoFile(file)
+    file.seek(icon.entry[0].offset)
+    head = file.read(24)
+    is_png = head.startswith(b"\x89PNG")
+    width, height = struct.unpack(">II", head[16:24]) if is_png else struct.unpack("<II", head[4:12])
+    check_size(width, height if is_png else height // 2, name, max_pixels)
+    return icon.frame(0)
+
+
+def is_image_file(source: str | os.PathLike) -> bool:
+    """Whether this is a path with the suffix of an image file of a known format."""
+    Image.init()
+    kind = Image.EXTENSION.get(os.path.splitext(os.fspath(source))[1].lower())
+    return kind in (*_FORMATS, "ICO")
 
 
 def decode_base64(text: str) -> bytes | None:
@@ -126,11 +184,14 @@ def check_size(width: int, height: int, name: str, max_pixels: int) -> None:
 
 def to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     """An image as ``load_image`` returns it; raises ImageError, naming ``name``."""
-    check_size(*image.size, name, max_pixels)
     try:
+        check_size(*image.size, name, max_pixels)
+        file_says = stored(image)
         image.load()
         turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION_TAG, 1))
-        image = _flatten(image)
+        image = _flatten(image, file_says)
+    except ImageError:
+        raise
     except Exception as error:
         raise ImageError(f"{name}: {_reason(error)}") from error
     if turn is not None:
@@ -139,22 +200,16 @@ def to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     return image
 
 
-def _flatten(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # "I;16" in its byte orders, and 16 bits inside the 32 of "I"
-        levels = np.asarray(image)
-        if levels.min() < 0 or levels.max() > 65535:
-            raise ValueError(f"grey levels {levels.min()} ... {levels.max()} do not fit 16 bits")
-        levels = levels.astype(np.uint32)
-        levels += 128  # in place, as such a file may be small and its image huge
-        levels //= 257
-        return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no defined range")
-    if image.has_transparency_data:
-        image = image if image.mode == "RGBA" else image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+def _flatten(image: Image.Image, file_says: Stored) -> Image.Image:
+    """The loaded image in RGB, as sRGB has its colours, on white."""
+    profile = None if file_says.overrides_profile else image.info.get("icc_profile") or file_says.profile
+    colours, alpha = parts(image, file_says, None if profile else file_says.encoding)
+    managed = by_profile(colours, profile) if profile else None
+    colours = colours.convert("RGB") if managed is None else managed
+    if alpha is None:
+        return colours
+    colours.putalpha(alpha)
+    return Image.alpha_composite(Image.new("RGBA", colours.size, "white"), colours).convert("RGB")
 
 
 def random_resized_crop_box(
