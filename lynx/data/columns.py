@@ -6,10 +6,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lynx.data.records import MediaFolder, Record, RecordError, parse
+from lynx.data.media_folder import MediaFolder
+from lynx.data.parquet import ParquetRows
+from lynx.data.records import Record, RecordError
+from lynx.data.shapes import FIELDS, RecordReader
 
 _SAMPLED = 64  # rows that a fingerprint reads
-_FIELDS = ("messages", "media", "branches", "image", "video", "question", "answer", "questions", "task")
 
 
 class ColumnRecords:
@@ -25,6 +27,7 @@ class ColumnRecords:
             holds it; None where the columns have the names of the fields.
         root: the folder that the paths of media are relative to and may not leave; None refuses paths.
         task: the name of the prompts that put its questions; None leaves them as they are.
+        check: decode all images, and a frame of every video, when their record is read.
         name: what to call the data set where a record is named.
 
     Raises:
@@ -39,6 +42,7 @@ class ColumnRecords:
         root: str | Path | None = None,
         *,
         task: str | None = None,
+        check: bool = False,
         name: str = "rows",
     ):
         if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
@@ -53,22 +57,24 @@ class ColumnRecords:
                 f"{name}: this holds the splits {sorted(dataset)}; name one of them, the folder inside if it is saved"
             )
         known = list(getattr(dataset, "column_names", None) or dataset[0])
-        self.columns = dict(columns) if columns is not None else {each: each for each in _FIELDS if each in known}
-        if unknown := sorted(self.columns.keys() - set(_FIELDS)):
-            raise ValueError(f"{name}: columns: records have no field {unknown}; the fields are {list(_FIELDS)}")
+        self.columns = dict(columns) if columns is not None else {each: each for each in FIELDS if each in known}
+        if unknown := sorted(self.columns.keys() - set(FIELDS)):
+            raise ValueError(f"{name}: columns: records have no field {unknown}; the fields are {list(FIELDS)}")
         if missing := sorted(set(self.columns.values()) - set(known)):
             raise ValueError(f"{name}: columns: the data set has no column {missing}; it has {known}")
         if not self.columns:
             raise ValueError(
-                f"{name}: none of the columns {known} has the name of a field, {list(_FIELDS)}; say with columns which "
+                f"{name}: none of the columns {known} has the name of a field, {list(FIELDS)}; say with columns which "
                 "column holds which field"
             )
         self._features = getattr(dataset, "features", None) or {}
         self._is_stored = hasattr(dataset, "with_format") and dataset.format["type"] != "custom"  # which is a transform
+        if self._is_stored or isinstance(dataset, ParquetRows):
+            dataset = dataset.select_columns(list(dict.fromkeys(self.columns.values())))
         if self._is_stored:
-            dataset = dataset.select_columns(list(dict.fromkeys(self.columns.values()))).with_format("arrow")
+            dataset = dataset.with_format("arrow")
         self.dataset, self.task, self.name = dataset, task, name
-        self._folder = MediaFolder(root)
+        self._reader = RecordReader(MediaFolder(root, check=check), task)
 
     @classmethod
     def from_disk(cls, folder: str | Path, **options: Any) -> "ColumnRecords":
@@ -99,8 +105,8 @@ class ColumnRecords:
         if not isinstance(row, Mapping):
             raise RecordError(f"the row must be a dict, got {type(row).__name__}")
         fields = {field: self._value(column, row.get(column)) for field, column in self.columns.items()}
-        return parse(
-            {field: value for field, value in fields.items() if value is not None}, self._folder, task=self.task
+        return self._reader.read(
+            {field: value for field, value in fields.items() if value is not None}, lambda: self.where(index)
         )
 
     @cached_property
@@ -110,6 +116,8 @@ class ColumnRecords:
         To read all images would take as long as an epoch. So one row of many that changes and keeps its length is
         likely to be missed. None where the rows are not read as the library stores them.
         """
+        if isinstance(self.dataset, ParquetRows):
+            return f"{self.dataset.fingerprint}-{zlib.crc32(repr(sorted(self.columns.items())).encode()):08x}"
         if not self._is_stored:
             return None
         size = len(self)

@@ -1,90 +1,82 @@
-"""Records in a JSONL file, one a line, in the formats of ``lynx.data.records``, each read when it is wanted.
+"""Records in a JSONL file, one a line, in the shapes of ``lynx.data.shapes``, each read when it is wanted."""
 
-A record's ``type`` names the group its answers are counted in; any other field is kept and ignored.
-"""
-
-import os
 import zlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from lynx.data.records import MediaFolder, Record, check_length, parse, parse_line
+from lynx.data.places import FileRecords
 from lynx.media.regular import refuse_other_than_file
 
-_CHUNK = 2**24  # bytes searched for line ends at once
+_CHUNK = 2**22  # bytes searched for line ends at once
+_SPACE = ord(" ")  # the largest byte that JSON takes for space
 
 
-class JsonlRecords:
-    """The records of a JSONL file of any size, a ``RecordSource``. Only the places of its lines are in memory.
+class JsonlRecords(FileRecords):
+    """The records of a JSONL file of any size, a ``RecordSource``. Blank lines are none, and have no number.
 
     Args:
         path: the JSONL file, which must not change while it is used.
         root: the folder that the paths of media are relative to and may not leave; the file's own by default.
         task: the name of the prompts that put its questions; None leaves them as they are.
+        check: decode all images, and a frame of every video, when their record is read.
 
     Attributes:
-        fingerprint: tells the file's content from other content, wherever it lies; the images that it names are not in
-            it. All bytes are in it: they are read for the lines' places anyway, and a checksum adds little to that.
+        fingerprint: as of ``FileRecords``. All bytes are in it: they are read for the lines' places anyway, and a
+            checksum adds little to that.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it has no lines, or is no regular file but a folder, a pipe or a device.
     """
 
-    def __init__(self, path: str | Path, root: str | Path | None = None, *, task: str | None = None):
-        self.path = Path(path)
-        self.task = task
-        self._folder = MediaFolder(root if root is not None else self.path.parent)
-        self._starts, self.fingerprint = _scanned(self.path)
-        if len(self._starts) < 2:
-            raise ValueError(f"{self.path} is empty")
-        self._file: int | None = None
-
-    def __len__(self) -> int:
-        return len(self._starts) - 1
-
-    def __getitem__(self, index: int) -> Record:
-        """One record.
-
-        Raises:
-            RecordError: it cannot be used.
-            IndexError: there is no record of this number.
-        """
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self.path} has {len(self)} records, so the last number is {len(self) - 1}, not {index}")
-        if self._file is None:
-            self._file = os.open(self.path, os.O_RDONLY)
-        start, end = self._starts[index : index + 2].tolist()
-        check_length(end - start)
-        # Not seek and read: forked workers share the file's position.
-        return parse(parse_line(os.pread(self._file, end - start, start)), self._folder, task=self.task)
+    def __init__(
+        self, path: str | Path, root: str | Path | None = None, *, task: str | None = None, check: bool = False
+    ):
+        path = Path(path)
+        starts, self._blank, fingerprint = _scanned(path)
+        super().__init__(path, root, task=task, check=check, starts=starts, between=0, fingerprint=fingerprint)
 
     def where(self, index: int) -> str:
         """The file and line of a record."""
-        return f"{self.path}:{index + 1}"
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_file": None}  # another process opens the file for itself
-
-    def __del__(self) -> None:
-        if getattr(self, "_file", None) is not None:
-            os.close(self._file)  # type: ignore[arg-type]
+        return f"{self.path}:{index + 1 + np.searchsorted(self._blank, index, side='right')}"
 
 
-def _scanned(path: Path) -> tuple[np.ndarray, str]:
-    """(lines + 1,) int64: where every line starts, and the end of the file; and the fingerprint."""
+def _scanned(path: Path) -> tuple[np.ndarray, np.ndarray, str]:
+    """Where every line starts that is not blank, and the end; before which of them a blank line is; the fingerprint.
+
+    A record is read up to the start of the next one, with the blank lines between them: to JSON they are space.
+    """
     refuse_other_than_file(path)
-    found, size, checksum = [np.zeros(1, np.int64)], path.stat().st_size, 0
+    found, blank, size, checksum = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], path.stat().st_size, 0
+    start, has_text, count = 0, False, 0  # of the line that has begun, and how many records there are before it
     with (
         path.open("rb") as file,
         tqdm(total=size, desc=f"lines of {path.name}", unit="B", unit_scale=True, delay=2) as bar,
     ):
         while chunk := file.read(_CHUNK):
-            found.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + (file.tell() - len(chunk) + 1))
             checksum = zlib.crc32(chunk, checksum)
+            data = np.frombuffer(chunk, np.uint8)
+            begin = file.tell() - len(chunk)
+            inner = np.flatnonzero(data == ord("\n")) + 1  # starts of lines
+            pieces = np.concatenate([[0], inner[inner < len(data)]])
+            texts = np.maximum.reduceat(data, pieces) > _SPACE
+            texts[0] |= has_text
+            starts = np.concatenate([[start], begin + pieces[1:]])
+            if len(pieces) > len(inner):  # the last line has not ended
+                start, has_text, starts, texts = int(starts[-1]), bool(texts[-1]), starts[:-1], texts[:-1]
+            else:
+                start, has_text = begin + len(data), False
+            found.append(starts[texts])
+            blank.append(count + np.cumsum(texts)[~texts])
+            count += int(texts.sum())
             bar.update(len(chunk))
+    if has_text:
+        found.append(np.array([start]))
     starts = np.concatenate(found)
-    return starts if starts[-1] == size else np.append(starts, size), f"{size:x}-{checksum:08x}"
+    return (
+        np.append(starts, size)[: len(starts) + 1 if len(starts) else 0],
+        np.concatenate(blank),
+        f"{size:x}-{checksum:08x}",
+    )

@@ -1,4 +1,4 @@
-"""Questions whose answers are known, from a JSONL file in any format of ``lynx.data.records``, Open-VQA's included."""
+"""Questions whose answers are known, from any data that is trained on too, Open-VQA's annotations included."""
 
 import logging
 from collections.abc import Callable
@@ -8,8 +8,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lynx.data.records import MediaFolder, Messages, RecordError, check_length, lines_of, parse, parse_line, text_of
-from lynx.media.regular import refuse_other_than_file
+from lynx.data.records import Messages, Record, RecordError, text_of
+from lynx.data.source import open_source
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def read(
     question is asked.
 
     Args:
-        path: the JSONL file.
+        path: the data, as of ``lynx.data.source.open_source``.
         root: the folder that the paths of media are relative to and may not leave; the file's own by default.
         encode: the ``encode`` of a ``LynxProcessor``, for example; a record that it refuses is skipped too.
 
@@ -52,30 +52,23 @@ def read(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: none of its records can be used, or it is no regular file but a folder, a pipe or a device.
-        ModuleNotFoundError: it names a video, and PyAV is not installed.
+        ValueError: none of its records can be used, or it is not data.
+        ModuleNotFoundError: it names a video, and PyAV is not installed; or as of ``open_source``.
     """
     path = Path(path)
-    folder = MediaFolder(path.parent if root is None else root, check=True)
+    source = open_source(path, root=None if root is None else Path(root), check=True)
     questions: list[Question] = []
     skipped: list[str] = []
-    refuse_other_than_file(path)
-    with path.open("rb") as file:
-        for number, (line, size) in enumerate(
-            tqdm(lines_of(file), desc=f"reading {path.name}", unit="record", delay=2), start=1
-        ):
-            if not line.strip():
-                continue
-            try:
-                check_length(size)
-                found = _questions(parse_line(line), folder)
-                if encode is not None:
-                    for each in found:
-                        encode(each.messages)
-            except ValueError as error:  # a RecordError, or what encode says
-                skipped.append(f"{path}:{number}: {error}")
-            else:
-                questions += found
+    for index in tqdm(range(len(source)), desc=f"reading {path.name}", unit="record", delay=2):
+        try:
+            found = _questions(source[index])
+            if encode is not None:
+                for each in found:
+                    encode(each.messages)
+        except (ValueError, OSError) as error:  # a RecordError, or what encode says
+            skipped.append(f"{source.where(index)}: {error}")
+        else:
+            questions += found
     if not questions:
         first = f"; the first one: {skipped[0]}" if skipped else ""
         raise ValueError(f"{path}: none of its {len(skipped)} records can be used{first}")
@@ -84,16 +77,15 @@ def read(
     return questions, skipped
 
 
-def _questions(line: dict[str, Any], folder: MediaFolder) -> list[Question]:
-    first, *others = parse(line, folder).conversations
+def _questions(record: Record) -> list[Question]:
+    first, *others = record.conversations
     content = first[0]["content"]
     media = [part for part in content if part["type"] != "text"] if isinstance(content, list) else []
-    kind = str(line.get("type", line.get("class", "all")))
     found = []
     for *messages, answer in (first, *(_about(media, other) for other in others)):
         if not text_of(messages[-1]).strip():
             raise RecordError("the question is empty")
-        found.append(Question(messages, answer["choices"] if "choices" in answer else [text_of(answer)], kind))
+        found.append(Question(messages, answer["choices"] if "choices" in answer else [text_of(answer)], record.kind))
     return found
 
 

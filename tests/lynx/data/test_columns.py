@@ -138,6 +138,7 @@ def test_a_saved_data_set(root, monkeypatch):
     library = types.SimpleNamespace(load_from_disk={str(root / "saved"): rows}.__getitem__)
     monkeypatch.setitem(sys.modules, "datasets", library)
     (root / "saved").mkdir()
+    (root / "saved/state.json").write_text("{}")
     columns = {"image": "img", "answer": "label"}
     description = [{"name": "g", "weight": 1, "datasets": [{"name": "s", "path": "saved", "columns": columns}]}]
     [records] = open_mixture(description, root, seed=0).datasets

@@ -12,8 +12,9 @@ from PIL import Image
 from lynx.data import digits
 from lynx.data.collator import Collator
 from lynx.data.jsonl import JsonlRecords
+from lynx.data.media_folder import MediaFolder
 from lynx.data.mixture import Group, Mixture, Reference
-from lynx.data.records import MediaFolder, RecordError, text_of
+from lynx.data.records import RecordError, text_of
 from lynx.data.stream import PackDataset
 from lynx.data.tokenizer import train_tokenizer
 from lynx.media.videos import load_video
@@ -70,7 +71,7 @@ def test_good_records(root):
         ({"messages": "What?"}, "messages must be a list, got str"),
         (record(3), "neither text nor a list"),
         (record([{"type": "audio"}]), "not a text, an image or a video"),
-        (image(None), "the path of an image or a video is None, expected text"),
+        (image(None), "places for images in its text: 1; images that it names: 0"),
         (image("c.png"), "no such image: "),
         (image("../secret.png"), "leaves the root folder"),
         (image("/etc/passwd"), "leaves the root folder"),
@@ -171,7 +172,7 @@ def test_video_files(root, processor):
         with pytest.raises(RecordError, match=reason):
             JsonlRecords(path)[index]
     with pytest.raises(RecordError, match=r"cut\.mp4: cut short"):
-        MediaFolder(root, check=True).resolve("cut.mp4", is_video=True)
+        MediaFolder(root, check=True).source("cut.mp4", is_video=True)
     batch = batch_of(path, processor, 0, 1)
     assert batch["frame_positions"].tolist() == [0, 1, 2, 3]
     assert "cut.mp4: cut short" in batch["report"].skipped[0].reason

@@ -1,17 +1,25 @@
 """What every source of records gives, whatever it reads."""
 
+import io
 import json
 import pickle
+import tarfile
 
 import pytest
 import torch
 
 from lynx.data.columns import ColumnRecords
+from lynx.data.json_list import JsonListRecords
 from lynx.data.jsonl import JsonlRecords
+from lynx.data.media_folder import MediaFolder
 from lynx.data.mixture import Group, Mixture
-from lynx.data.records import MediaFolder, Record, RecordError, parse
+from lynx.data.parquet import ParquetRows
+from lynx.data.records import Record, RecordError
+from lynx.data.shapes import parse
+from lynx.data.shards import ShardedRecords
 from lynx.data.source import RecordSource, open_source
 from lynx.data.stream import PackSampler
+from lynx.data.tar import TarRecords
 from tests.lynx.batches import load
 
 RECORDS = [{"question": f"{n}?", "answer": "yes"} for n in range(5)] + [{"question": "Why?"}]  # the last has no answer
@@ -39,7 +47,40 @@ def jsonl(folder):
     return JsonlRecords(path)
 
 
-SOURCES = {"jsonl": jsonl, "columns": lambda folder: ColumnRecords(RECORDS), "own": lambda folder: Own()}
+def json_list(folder):
+    path = folder / "some.json"
+    path.write_text(json.dumps({"data": RECORDS}))
+    return JsonListRecords(path)
+
+
+def tar(folder, records=RECORDS, name="some.tar"):
+    path = folder / name
+    with tarfile.open(path, "w") as file:
+        for number, record in enumerate(records):
+            content = json.dumps(record).encode()
+            member = tarfile.TarInfo(f"{number}.json")
+            member.size = len(content)
+            file.addfile(member, io.BytesIO(content))
+    return TarRecords(path)
+
+
+def parquet(folder):
+    pyarrow = pytest.importorskip("pyarrow.parquet")
+    rows = [{"question": each["question"], "answer": each.get("answer")} for each in RECORDS]
+    pyarrow.write_table(
+        pytest.importorskip("pyarrow").Table.from_pylist(rows), folder / "some.parquet", row_group_size=2
+    )
+    return ColumnRecords(ParquetRows(folder / "some.parquet"))
+
+
+def shards(folder):
+    return ShardedRecords([tar(folder, RECORDS[:2], "0.tar"), tar(folder, RECORDS[2:], "1.tar")])
+
+
+SOURCES = {
+    "jsonl": jsonl, "json list": json_list, "tar": tar, "parquet": parquet, "shards": shards,
+    "columns": lambda folder: ColumnRecords(RECORDS), "own": lambda folder: Own(),
+}  # fmt: skip
 
 
 @pytest.fixture(params=SOURCES)
@@ -99,11 +140,18 @@ def test_a_path_is_opened_by_what_it_is(tmp_path, monkeypatch):
     opened = open_source(path, task="vqa")
     assert isinstance(opened, JsonlRecords)
     assert opened.task == "vqa"
-    with pytest.raises(ValueError, match=r"columns are for a folder .*some\.jsonl is not a folder"):
+    with pytest.raises(ValueError, match=r"columns are for the rows of a table, .* and .*some\.jsonl has none"):
         open_source(path, columns={"image": "photo"})
     with pytest.raises(FileNotFoundError):
         open_source(tmp_path / "none.jsonl")
     asked = []
-    monkeypatch.setattr(ColumnRecords, "from_disk", lambda folder, **options: asked.append((folder, options)))
+
+    def from_disk(folder, **options):
+        asked.append((folder, options))
+        return Own()
+
+    monkeypatch.setattr(ColumnRecords, "from_disk", from_disk)
+    (tmp_path / "state.json").write_text("{}")
     open_source(tmp_path, columns={"image": "photo"}, root=tmp_path, task="vqa")
-    assert asked == [(tmp_path, {"columns": {"image": "photo"}, "root": tmp_path, "task": "vqa"})]
+    options = {"columns": {"image": "photo"}, "root": tmp_path, "task": "vqa", "check": False}
+    assert asked == [(tmp_path, options)]

@@ -13,7 +13,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, features
+from PIL import Image, ImageCms, features
 
 from lynx.media.images import ImageError, load_image
 from tests.lynx.media import raw_files
@@ -466,12 +466,14 @@ def test_profiles_where_pillow_does_not_tell_of_them():
 
 
 def test_a_profile_that_says_srgb_changes_nothing():
+    """Nor does one that says it with other rounding."""
     levels = draw(40, 50, 3)
     image = Image.fromarray(levels.astype(np.uint8))
-    for profile in (
-        raw_files.rgb_profile(raw_files.SRGB),
-        raw_files.rgb_profile([(0.3127, 0.329), *raw_files.SRGB[1:]]),
-    ):
+    rounded = raw_files.rgb_profile([raw_files.SRGB[0], (0.6395, 0.3295), *raw_files.SRGB[2:]])
+    srgb = ImageCms.createProfile("sRGB")
+    moved = ImageCms.profileToProfile(image, io.BytesIO(rounded), srgb)
+    assert 0 < np.abs(np.asarray(moved).astype(int) - levels).max() <= 2
+    for profile in (raw_files.rgb_profile(raw_files.SRGB), rounded):
         np.testing.assert_array_equal(shown(saved(image, "PNG", icc_profile=profile)), levels)
 
 
@@ -558,6 +560,15 @@ def test_primaries():
     np.testing.assert_allclose(shown(png(COLOURS, 8, COLOUR, **chunks)), expected, atol=1)
     expected = raw_files.in_srgb(COLOURS / 255, raw_files.ADOBE_RGB)
     np.testing.assert_allclose(shown(png(COLOURS, 8, COLOUR, cHRM=chunks["cHRM"])), expected, atol=1)
+
+
+def test_another_white():
+    """The white of the file is the white of the screen."""
+    primaries = ((0.3457, 0.3585), *raw_files.ADOBE_RGB[1:])
+    expected = raw_files.in_srgb(COLOURS / 255, primaries)
+    np.testing.assert_allclose(expected[0, 1:3], COLOURS[0, 1:3], atol=0.1)
+    file = png(COLOURS, 8, COLOUR, cHRM=raw_files.chromaticities(primaries))
+    np.testing.assert_allclose(shown(file), expected, atol=1)
 
 
 def test_what_goes_first_of_what_png_says():
@@ -659,6 +670,9 @@ def test_an_icon_may_hold_a_larger_image():
     assert load_image(icon).size == (300, 400)
     with pytest.raises(ImageError, match="300 x 400 pixels are more than the limit of 1000"):
         load_image(icon, max_pixels=1000)
+    bitmap = icon[:22] + struct.pack("<IiiHHI", 40, 300, 800, 1, 32, 0).ljust(40, b"\0")  # and nothing to decode
+    with pytest.raises(ImageError, match="300 x 400 pixels are more than the limit of 1000"):
+        load_image(bitmap, max_pixels=1000)
 
 
 @pytest.mark.parametrize("kind", ["float", "colours of 16 bits", "32 bits", "gamma"])
