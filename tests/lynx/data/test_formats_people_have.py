@@ -366,6 +366,8 @@ def test_images_beside_messages(root):
     places = [{"type": "image", "text": None, "index": 1}, {"type": "text", "text": "?", "index": None}]
     places += [{"type": "image", "text": None, "index": 0}]
     assert parts(read(messages(places, images=["1.png", "2.png"]), root)[0]) == ["2.png", "?", "1.png"]
+    beside = [{"type": "image"}, {"type": "text", "text": "Is <image> a tag?"}]
+    assert parts(read(messages(beside, images="cat.png"), root)[0]) == ["cat.png", "Is <image> a tag?"]
     images = [{"bytes": raw(root), "path": None}, {"bytes": None, "path": "1.png"}, Image.new("RGB", (3, 3))]
     content = [{"type": "image"}, {"type": "image"}, {"type": "image"}, {"type": "text", "text": "?"}]
     found = read(messages(content, images=images), root)[0]["content"]
