@@ -114,7 +114,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         "--preset open-vqa-image --judge FOLDER",
     )
     evaluate.add_argument("model", type=Path, help="a model folder")
-    evaluate.add_argument("data", type=Path, help="JSONL as train reads it, or an annotation file of Open-VQA")
+    evaluate.add_argument("data", type=Path, help="data as train reads it, or an annotation file of Open-VQA")
     evaluate.add_argument("--root", type=Path, help="the folder of the images (default: the data file's)")
     evaluate.add_argument("--preset", metavar="NAME", help=_PRESET_HELP + " (default: greedy)")
     evaluate.add_argument(

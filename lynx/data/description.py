@@ -15,7 +15,7 @@ Or the paper's groups and weights, Table 9, and the files of its data sets:
       - {name: VQAv2, path: vqav2.jsonl, root: images, task: vqa}
 
 ``path`` is what ``lynx.data.source.open_source`` opens, relative to the recipe, and ``root`` the folder of the images;
-``columns`` is for folders of the ``datasets`` library. Where ``partial`` is true, data sets of the paper may be
+``columns`` is for tables: Parquet, and folders of the ``datasets`` library. Where ``partial`` is true, data sets of the paper may be
 missing: the others of a group share its weight, and groups without any are left out. ``more`` are groups as above
 beside the paper's, which weigh 100 together.
 """
@@ -43,7 +43,7 @@ def open_mixture(
     Raises:
         ValueError: the description is not as above; the message says where.
         OSError: a file cannot be read.
-        ModuleNotFoundError: a data set needs the ``datasets`` library, which is not installed.
+        ModuleNotFoundError: a data set needs pyarrow or the ``datasets`` library, which is not installed.
     """
     if isinstance(description, Mapping):
         return Mixture(_of_paper(description, Path(folder)), seed=seed)

@@ -47,7 +47,7 @@ def parse_line(line: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # of the syntax, the encoding, or the nesting
         raise RecordError(f"not JSON: {error}") from error
     if not isinstance(record, dict):
-        raise RecordError(f"the line must be a JSON object, got {type(record).__name__}")
+        raise RecordError(f"a record must be a JSON object, got {type(record).__name__}")
     return record
 
 

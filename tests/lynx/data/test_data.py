@@ -64,7 +64,7 @@ def test_good_records(root):
     ("bad", "reason"),
     [
         ("{not json", "not JSON"),
-        ("[]", "the line must be a JSON object, got list"),
+        ("[]", "a record must be a JSON object, got list"),
         ({"question": "What?"}, "this one has no answer"),
         ({"messages": [{"role": "user", "content": "What?"}]}, "roles are"),
         ({"messages": []}, "roles are"),

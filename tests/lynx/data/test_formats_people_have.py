@@ -446,7 +446,7 @@ def test_elements_of_a_list(tmp_path, monkeypatch, chunk, indent):
         ('{\n"question": "?"\n}\n{\n"question": "?"\n}', "several JSON values, some over several lines"),
         ("[\n1]]", "a bracket closes that was not opened"),
         ('[\n{"question": "?", "answer": "x"}\n] and more', "more than JSON at its end"),
-        ("[\n1, 2]", "the line must be a JSON object, got int"),
+        ("[\n1, 2]", "a record must be a JSON object, got int"),
     ],
 )  # fmt: skip
 def test_json_that_is_no_list_of_records(tmp_path, content, reason):
