@@ -15,9 +15,9 @@ Or the paper's groups and weights, Table 9, and the files of its data sets:
       - {name: VQAv2, path: vqav2.jsonl, root: images, task: vqa}
 
 ``path`` is what ``lynx.data.source.open_source`` opens, relative to the recipe, and ``root`` the folder of the images;
-``columns`` is for tables: Parquet, and folders of the ``datasets`` library. Where ``partial`` is true, data sets of the paper may be
-missing: the others of a group share its weight, and groups without any are left out. ``more`` are groups as above
-beside the paper's, which weigh 100 together.
+``columns`` is for tables: Parquet, and folders of the ``datasets`` library. Where ``partial`` is true, data sets of the
+paper may be missing: the others of a group share its weight, and groups without any are left out. ``more`` are groups
+as above beside the paper's, which weigh 100 together.
 """
 
 from collections.abc import Mapping, Sequence

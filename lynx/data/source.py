@@ -156,8 +156,10 @@ def _shards_in(folder: Path) -> list[Path]:
     names = sorted(each.name for each in folder.iterdir() if not each.name.startswith("."))
     groups: dict[str, list[Path]] = {}
     for name in names:
-        if name.endswith(_SHARDS):
-            groups.setdefault(re.sub(r"\d+", "*", name), []).append(folder / name)
+        if name.endswith(_SHARDS) and (folder / name).is_file():
+            # As the Hub names shards, after "of" stands what may be a hash; else what differs is numbers.
+            pattern = re.sub(r"\d+-of-\d+.*(\.\w+)$", r"*\1", name)
+            groups.setdefault(re.sub(r"\d+", "*", pattern), []).append(folder / name)
     if len(groups) == 1:
         return next(iter(groups.values()))
     if groups:
