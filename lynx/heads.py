@@ -12,20 +12,17 @@ from lynx_kernels.layout import require
 
 
 def changed_reason(head: nn.Module, device: torch.device | None) -> str | None:
-    """Why the head must be called, or None where a product with its weight is what calling it does."""
-    reason = children.changed_reason(head, nn.Linear, device)
-    if reason is None and head._parameters.get("bias") is not None:
-        return "it has a bias, which the loss does not take"
-    return reason
+    """Why the head must be called, or None where its weight and bias say what calling it does."""
+    return children.changed_reason(head, nn.Linear, device)
 
 
 def logits(head: nn.Module, hidden: Tensor) -> Tensor:
     """The logits (..., V) of rows (..., width)."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or changed_reason(head, hidden.device) is not None:
         return head(hidden)
-    weight, _ = children.weight_and_bias(head)
+    weight, bias = children.weight_and_bias(head)
     # The largest product of a new token.
-    return onednn.linear(hidden, weight) if onednn.is_quicker(hidden, weight) else head(hidden)
+    return onednn.linear(hidden, weight, bias) if onednn.is_quicker(hidden, weight) else head(hidden)
 
 
 def loss(
@@ -38,8 +35,8 @@ def loss(
 ) -> Tensor:
     """The mean cross entropy of the supervised rows.
 
-    ``linear_cross_entropy`` takes the weight of a head that nobody changed. Another is called, once, with the rows that
-    are supervised: all logits of these rows are then in memory.
+    ``linear_cross_entropy`` takes weight and bias of a head that nobody changed. Another is called, once, with the rows
+    that are supervised: all logits of these rows are then in memory.
 
     Args:
         head: the projection.
@@ -53,8 +50,10 @@ def loss(
     """
     reason = changed_reason(head, hidden.device)
     if reason is None:
-        weight, _ = children.weight_and_bias(head)
-        return linear_cross_entropy(hidden, weight, labels, num_items=num_items, max_supervised=max_supervised)
+        weight, bias = children.weight_and_bias(head)
+        return linear_cross_entropy(
+            hidden, weight, labels, bias=bias, num_items=num_items, max_supervised=max_supervised
+        )
     children.log_once(head, {"the head": reason})
     labels = labels.to(hidden.device)
     rows = _supervised(labels, max_supervised)

@@ -9,6 +9,7 @@ from lynx_kernels.ops.pack_embeddings import pack_embeddings
 from lynx_kernels.ops.pack_frames import pack_frames
 from lynx_kernels.ops.prefix_attention import prefix_attention
 from lynx_kernels.ops.prefix_attention_decode import prefix_attention_decode
+from lynx_kernels.ops.token_log_probs import token_log_probs
 from lynx_kernels.packing import PackPlanner, plan_packs
 
 __version__ = "0.1.0"
@@ -26,4 +27,5 @@ __all__ = [
     "plan_packs",
     "prefix_attention",
     "prefix_attention_decode",
+    "token_log_probs",
 ]

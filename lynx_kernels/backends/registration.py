@@ -26,6 +26,7 @@ _SCHEMA_TYPES = {
     int | None: "SymInt?",
     list[int]: "SymInt[]",
     float: "float",
+    float | None: "float?",
     list[float]: "float[]",
     bool: "bool",
     list[bool]: "bool[]",

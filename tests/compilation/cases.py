@@ -15,6 +15,10 @@ from lynx_kernels import PackedLayout, SpanLayout
 from lynx_kernels.backends import dispatch
 from lynx_kernels.ops.adapter import OPERATION as ADAPTER
 from lynx_kernels.ops.cross_attention import OPERATION as CROSS
+from lynx_kernels.ops.head_common.chunked import CHUNK, Scoring
+from lynx_kernels.ops.head_common.entries import Chunk
+from lynx_kernels.ops.head_common.head import HeadCall
+from lynx_kernels.ops.head_common.operator import triton_score
 from lynx_kernels.ops.pack_embeddings import OPERATION as EMBEDDINGS
 from lynx_kernels.ops.prefix_attention import OPERATION as PREFIX
 from lynx_kernels.ops.prefix_attention_decode import OPERATION as DECODE
@@ -244,4 +248,46 @@ EMBEDDINGS_CASES = [
     _embeddings_case(BF16, BF16, 1, 1, 1),
 ]
 
-CASES = [*ADAPTER_CASES, *ATTENTION_CASES, *EMBEDDINGS_CASES]
+
+# The output head of linear_cross_entropy and token_log_probs: one chunk of rows. Its products are PyTorch's.
+
+
+def head(vocabulary, dtype, asked, options):
+    """Score a chunk: of rows that predict an entry each, or several; losses alone, or gradients and entropies too."""
+    rows, entries = torch.empty(2, CHUNK, dtype=torch.int64, device="meta")
+    losses, products = _meta(8192, dtype=FP32), _meta(CHUNK, vocabulary, dtype=FP32)
+    call = HeadCall("", _meta(8192, 64, dtype=dtype), _meta(vocabulary, 64, dtype=dtype), entries, **options)
+    entropies = torch.empty_like(losses) if "entropy" in asked else None
+    factors = torch.empty_like(losses) if "weights" in asked else None
+    grad_dtype = dtype if "gradient" in asked else None
+    scoring = Scoring(call, _meta(8192, dtype=torch.int64), losses, entropies, factors, grad_dtype)
+    at = entries if "several" in asked else None
+    grad = triton_score(scoring, products, Chunk(rows, rows >= 0, entries, at))
+    if grad_dtype is not None:
+        _assert_alike([grad], [_meta(CHUNK, vocabulary, dtype=dtype)])
+
+
+def _head_case(dtype, asked, vocabulary=32000, **options) -> Case:
+    changes = [*asked, *options]
+    shape = f"V={vocabulary}" + (f" with {', '.join(changes)}" if changes else "")
+    if options.get("bias"):
+        options["bias"] = _meta(vocabulary, dtype=dtype)
+    launch = partial(head, vocabulary, dtype, asked, options)
+    return Case("head", shape, NAMES[dtype], launch, ("head_fwd_kernel",), FP32)
+
+
+HEAD_CASES = [
+    # The loss of a frozen or trained head; of a shared prompt's many labels, weighted; a fp32 head's, over its logits.
+    *(_head_case(dtype, ("gradient",)) for dtype in (BF16, FP16, FP32)),
+    _head_case(BF16, ("gradient", "weights", "several")),
+    # Log-probabilities and entropies, with a Jacobian or without.
+    _head_case(BF16, ("gradient", "weights", "entropy")),
+    _head_case(BF16, ("several", "entropy")),
+    # Everything, and other vocabularies: Gemma's, and one whose rows are not aligned.
+    _head_case(BF16, ("gradient", "weights", "several", "entropy"), bias=True, softcap=30.0, label_smoothing=0.1),
+    _head_case(BF16, ("gradient",), 262144, softcap=30.0),
+    _head_case(BF16, ("gradient",), 50257),
+    _head_case(FP32, ("gradient",), 1),
+]
+
+CASES = [*ADAPTER_CASES, *ATTENTION_CASES, *EMBEDDINGS_CASES, *HEAD_CASES]

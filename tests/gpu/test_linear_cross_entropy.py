@@ -1,37 +1,66 @@
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 
 from lynx_kernels.backends import dispatch
-from lynx_kernels.ops.linear_cross_entropy import OPERATION, chunked, linear_cross_entropy
+from lynx_kernels.ops.head_common import chunked
+from lynx_kernels.ops.linear_cross_entropy import OPERATION, linear_cross_entropy
 from tests.gpu import bench
+from tests.lynx_kernels.head_cases import make as make_on
+from tests.lynx_kernels.head_cases import make_entries
 from tests.lynx_kernels.helpers import check, check_results, count_compilations, permuted, run
-from tests.lynx_kernels.test_linear_cross_entropy import make as make_on
-from tests.lynx_kernels.test_linear_cross_entropy import naive, with_options
+from tests.lynx_kernels.test_linear_cross_entropy import calls, entry_calls, make_weights, naive, naive_entries
 
 BF16 = torch.bfloat16
-CASES = [(impl, dtype) for impl in OPERATION.names for dtype in bench.DTYPES]
-IMPLEMENTATIONS = list(OPERATION.names)
 LLAMA = {"width": 4096, "vocabulary": 32000} if bench.DEVICE == "cuda" else {"width": 64, "vocabulary": 500}
 
 
+def on_device(tensors):
+    return [each.to(bench.DEVICE) for each in tensors]
+
+
 def make(*args, **options):
-    return [each.to(bench.DEVICE) for each in make_on(*args, **options)]
+    return on_device(make_on(*args, **options))
 
 
-def calls(impl, **options):
-    return with_options(linear_cross_entropy, impl=impl, **options)
+def runs(impl):
+    return bench.PRESENT and impl not in dispatch.explain(linear_cross_entropy, *make(dtype=BF16)).reasons
+
+
+IMPLEMENTATIONS = [impl for impl in OPERATION.names if runs(impl)]
+CASES = [(impl, dtype) for impl in IMPLEMENTATIONS for dtype in bench.DTYPES]
 
 
 def num_supervised(labels):
     return int((labels != -100).sum())
 
 
-@pytest.mark.parametrize(("reduction", "name"), [("mean", "chunked"), ("sum", "chunked"), ("none", "reference")])
-def test_default_implementation(reduction, name):
-    assert dispatch.explain(linear_cross_entropy, *make(), reduction=reduction).name == name
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize(("dtype", "name"), [(BF16, "triton"), (torch.float32, "triton"), (torch.float64, "chunked")])
+def test_default_implementation(dtype, name):
+    choice = dispatch.explain(linear_cross_entropy, *make(dtype=dtype))
+    assert choice.name == name, choice
+
+
+@pytest.mark.parametrize(("rows", "entries"), [(21, 90), (700, 2000), (3000, 1500)])
+@pytest.mark.parametrize(("impl", "dtype"), CASES)
+def test_entries(impl, dtype, rows, entries):
+    """Of rows that predict none, one, or many; weighted; a bias that trains; every option."""
+    inputs = on_device(make_entries(entries, rows, 130, 1003, dtype))
+    options = {"weights": make_weights(entries).to(bench.DEVICE), "softcap": 3.0, "logit_scale": 0.7}
+    check(entry_calls(impl, **options), partial(naive_entries, **options), inputs)
+    options |= {"reduction": "none", "label_smoothing": 0.1}
+    grad = (make_weights(entries) - 0.5).to(bench.DEVICE)
+    check(entry_calls(impl, **options), partial(naive_entries, **options), inputs, grad)
+
+
+@pytest.mark.usefixtures("cuda")
+def test_fp64():
+    inputs = on_device(make_entries())
+    check(entry_calls(None), naive_entries, inputs)
 
 
 @pytest.mark.parametrize("rows", [3, 1000, 4096])
@@ -46,7 +75,7 @@ def test_odd_sizes(impl, dtype, rows, width, vocabulary):
     for supervised in (0.4, 1.0):
         inputs = make(rows, width, vocabulary, dtype, supervised=supervised)
         for options in ({}, {"reduction": "sum", "label_smoothing": 0.1}):
-            check(calls(impl, **options), with_options(naive, **options), inputs)
+            check(calls(impl, **options), partial(naive, **options), inputs)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -58,11 +87,11 @@ def test_no_supervised_rows(impl):
                 assert each.eq(0).all()
 
 
-@pytest.mark.parametrize("dtype", bench.DTYPES)
-def test_each_row(dtype):
+@pytest.mark.parametrize(("impl", "dtype"), CASES)
+def test_each_row(impl, dtype):
     inputs = make(300, 128, 1000, dtype)
     grad = torch.randn(300, dtype=torch.float64).to(bench.DEVICE)
-    check(calls(None, reduction="none"), with_options(naive, reduction="none"), inputs, grad)
+    check(calls(impl, reduction="none"), partial(naive, reduction="none"), inputs, grad)
 
 
 @pytest.mark.parametrize(("impl", "dtype"), CASES)
@@ -147,6 +176,9 @@ def test_compiles_twice_at_most(impl):
 def test_deterministic(impl, dtype):
     inputs = make(2000, 256, 1000, dtype)
     bench.check_deterministic(lambda: run(calls(impl), inputs, None))
+    inputs = on_device(make_entries(2000, 30, 256, 1000, dtype))
+    for reduction in ("sum", "none"):
+        bench.check_deterministic(lambda r=reduction: run(entry_calls(impl, reduction=r), inputs, None))
 
 
 @pytest.mark.usefixtures("cuda")
@@ -156,6 +188,9 @@ def test_never_synchronises(impl, bounded):
     inputs = make(2000, 256, 1000, BF16)
     options = {"max_supervised": num_supervised(inputs[2])} if bounded else {}
     bench.check_never_synchronises(lambda: run(calls(impl, **options), inputs, None))
+    inputs = on_device(make_entries(2000, 900, 256, 1000, BF16))
+    options = {"weights": make_weights(2000).to(bench.DEVICE), "max_supervised": 1500 if bounded else None}
+    bench.check_never_synchronises(lambda: run(entry_calls(impl, **options), inputs, None))
 
 
 @pytest.mark.usefixtures("cuda")
@@ -166,15 +201,21 @@ def test_graph_replays_with_new_inputs(impl):
     call = calls(impl, max_supervised=num_supervised(inputs[2]) + 9)
     check_results(bench.replayed(lambda: run(call, inputs, None), inputs, new), naive, new)
 
+    inputs = on_device(make_entries(2000, 900, 256, 1000, BF16))
+    new = [each.flip(0) for each in inputs]
+    call = entry_calls(impl)
+    check_results(bench.replayed(lambda: run(call, inputs, None), inputs, new), naive_entries, new)
+
 
 @pytest.mark.usefixtures("cuda")
-def test_memory():
-    """Logits exist only for a chunk of rows, and a frozen head has no gradient."""
+@pytest.mark.parametrize(("impl", "logits"), [("triton", 1.5), ("chunked", 4)])
+def test_memory(impl, logits):
+    """Logits exist only for a chunk of rows, in so many copies, and a frozen head has no gradient."""
     hidden, weight, labels = make(8192, **LLAMA, dtype=BF16)
     hidden.requires_grad_()
-    peak, kept = bench.memory_of(lambda: linear_cross_entropy(hidden, weight, labels, impl="chunked"))
+    peak, kept = bench.memory_of(lambda: linear_cross_entropy(hidden, weight, labels, impl=impl))
     assert kept <= hidden.nbytes + 8 * bench.ROUNDING
-    assert peak <= 2 * hidden.nbytes + 4 * chunked.CHUNK * weight.shape[0] * 4
+    assert peak <= 2 * hidden.nbytes + (logits + 0.5) * chunked.CHUNK * weight.shape[0] * 4
     assert peak < labels.shape[0] * weight.shape[0] * 4 / 2
 
 
@@ -188,25 +229,32 @@ def test_more_than_2_to_the_31_elements():
     hidden[-100:] = tail[0]
     labels = torch.full((rows,), -100, device=bench.DEVICE)
     labels[-100:] = tail[2]
-    loss, grad_hidden, grad_weight = run(calls("chunked", max_supervised=100), (hidden, tail[1], labels), None)
+    loss, grad_hidden, grad_weight = run(calls(None, max_supervised=100), (hidden, tail[1], labels), None)
     assert not grad_hidden[:-100].any()
     check_results([loss, grad_hidden[-100:], grad_weight], naive, tail)
 
 
 @pytest.mark.usefixtures("cuda")
-@pytest.mark.parametrize("wrong", ["label", "bound"])
+@pytest.mark.parametrize("wrong", ["label", "predictor", "weight", "bound"])
 def test_device_assertions(wrong):
     """Runs in a separate process, because a device assertion makes CUDA unusable."""
     code = f"""
 import torch
 from lynx_kernels import linear_cross_entropy
 hidden, weight, labels = torch.ones(3, 8).cuda(), torch.ones(4, 8).cuda(), torch.tensor([0, -100, 3]).cuda()
-linear_cross_entropy(hidden, weight, labels, max_supervised=2)
+options = dict(predictors=torch.tensor([0, -1, 2]).cuda(), weights=torch.ones(3).cuda(), max_supervised=2)
+linear_cross_entropy(hidden, weight, labels, **options)
 torch.cuda.synchronize()
 print("right")
 if {wrong!r} == "label":
     labels[0] = 4
-linear_cross_entropy(hidden, weight, labels, max_supervised=2 if {wrong!r} == "label" else 1)
+elif {wrong!r} == "predictor":
+    options["predictors"][1] = 3
+elif {wrong!r} == "weight":
+    options["weights"][0] = -1
+else:
+    options["max_supervised"] = 1
+linear_cross_entropy(hidden, weight, labels, **options)
 torch.cuda.synchronize()
 print("wrong")
 """

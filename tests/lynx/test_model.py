@@ -11,8 +11,7 @@ from lynx import LynxForConditionalGeneration, LynxProcessor
 from lynx.generation.answers import answer
 from lynx_kernels import PackedLayout
 from lynx_kernels.backends import onednn
-from lynx_kernels.ops.linear_cross_entropy import chunked
-from lynx_kernels.ops.linear_cross_entropy import rows as loss_rows
+from lynx_kernels.ops.head_common import chunked, entries
 from tests.lynx.conftest import VISION, conversation, make_config, make_image, make_model
 from tests.lynx.model_checks import check_checkpointing_changes_nothing, check_packed_is_padded, inputs
 from tests.numbers import assert_within_budget
@@ -114,7 +113,7 @@ def test_unsupervised_rows_do_not_reach_the_vocabulary_on_a_device(model, proces
     """The batch says how many rows are supervised, where the host may not read its labels."""
     batch = processor.pack(samples)
     expected = model(**batch).loss
-    monkeypatch.setattr(loss_rows, "host_may_read", lambda tensor: False)
+    monkeypatch.setattr(entries, "host_may_read", lambda tensor: False)
     seen = []
     product = chunked._product
     monkeypatch.setattr(chunked, "_product", lambda left, right: seen.append(left.shape[0]) or product(left, right))
@@ -260,13 +259,15 @@ def test_bad_batches_say_what_is_wrong(model, processor, samples):
             model(**batch)
 
 
-def test_logits_of_a_large_vocabulary(model, monkeypatch):
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_logits_of_a_large_vocabulary(model, has_bias, monkeypatch):
     """Without gradients, in fp32 on a CPU, they are oneDNN's; a head that was changed is called as it is."""
     monkeypatch.setattr(onednn, "SMALL_WEIGHT", 0)
     called = []
     product = onednn.linear
     monkeypatch.setattr(onednn, "linear", lambda *args: called.append(1) or product(*args))
     hidden, head = torch.randn(2, 5, 32), model.get_output_embeddings()
+    head.bias = nn.Parameter(torch.randn(head.out_features)) if has_bias else None
     expected = head(hidden)
     with torch.no_grad():
         for rows in (hidden, hidden[:, -1:], hidden[:, ::2], hidden[:0], hidden[0]):

@@ -1,6 +1,6 @@
-"""The arguments of linear_cross_entropy and of its two operators.
+"""The arguments of linear_cross_entropy's operators and implementations.
 
-T rows, width d, vocabulary V.
+T rows, width d, vocabulary V, N entries.
 """
 
 from typing import NamedTuple
@@ -8,18 +8,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lynx_kernels.ops.head_common.head import HeadCall
 
-class LossCall(NamedTuple):
-    """The call of the operation. It chooses the implementation."""
+
+class LinearCrossEntropyCall(NamedTuple):
+    """The forward call."""
 
     hidden: Tensor  # (T, d)
     weight: Tensor  # (V, d)
-    shift_labels: Tensor  # (T,) int64
-    label_smoothing: float = 0.0
-    ignore_index: int = -100
-    reduction: str = "mean"
-    num_items: int | Tensor | None = None
-    max_supervised: int | None = None
+    labels: Tensor  # (N,) int64
+    predictors: Tensor | None  # (N,) int64 or int32
+    weights: Tensor | None  # (N,), 0 where the entry is not counted
+    bias: Tensor | None  # (V,)
+    softcap: float | None
+    logit_scale: float
+    label_smoothing: float
+    ignore_index: int
+    max_supervised: int | None
+    sums: bool  # return the sum of the losses, and compute its gradients now
+    needs: list[bool]  # which of hidden, weight and bias need a gradient of the sum
 
     @property
     def device(self) -> torch.device:
@@ -27,35 +34,38 @@ class LossCall(NamedTuple):
         return self.hidden.device
 
 
-class LossesCall(NamedTuple):
-    """The operator that returns the loss of each row."""
+class LinearCrossEntropyBackwardCall(NamedTuple):
+    """The backward of a call that does not sum."""
 
+    grad: Tensor  # (N,)
     hidden: Tensor
     weight: Tensor
-    shift_labels: Tensor
+    labels: Tensor
+    predictors: Tensor | None
+    weights: Tensor | None
+    bias: Tensor | None
+    softcap: float | None
+    logit_scale: float
     label_smoothing: float
     ignore_index: int
+    max_supervised: int | None
+    needs: list[bool]  # which of hidden, weight and bias need a gradient
+
+    @property
+    def factors(self) -> Tensor:
+        """(N,): the gradient of each loss before it is weighted."""
+        return self.grad if self.weights is None else self.grad * self.weights
 
 
-class LossesBackwardCall(NamedTuple):
-    """The backward of LossesCall."""
-
-    grad: Tensor  # (T,)
-    hidden: Tensor
-    weight: Tensor
-    shift_labels: Tensor
-    label_smoothing: float
-    ignore_index: int
-    needs: list[bool]  # which of hidden and weight need a gradient
+def head_call(call: LinearCrossEntropyCall | LinearCrossEntropyBackwardCall) -> HeadCall:
+    """The same call, of losses without weights."""
+    return HeadCall(
+        "linear_cross_entropy", call.hidden, call.weight, call.labels, call.predictors, call.bias, call.softcap,
+        call.logit_scale, label_smoothing=call.label_smoothing, ignore_index=call.ignore_index,
+        max_supervised=call.max_supervised,
+    )  # fmt: skip
 
 
-class LossSumCall(NamedTuple):
-    """The operator that returns the sum of the losses together with its gradients."""
-
-    hidden: Tensor
-    weight: Tensor
-    shift_labels: Tensor
-    label_smoothing: float
-    ignore_index: int
-    max_supervised: int  # upper bound of the number of supervised rows
-    needs: list[bool]  # which of hidden and weight need a gradient
+def weighted(losses: Tensor, weights: Tensor | None) -> Tensor:
+    """losses (N,) times their weights."""
+    return losses if weights is None else losses * weights.to(losses.dtype)
