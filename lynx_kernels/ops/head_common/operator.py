@@ -58,7 +58,7 @@ def check(call: HeadCall) -> None:
             continue
         if not isinstance(value, int | float):
             raise TypeError(f"{operation}: {name} is a {type(value).__name__}, expected {expected}")
-        if not math.isfinite(value) or (is_positive and value <= 0):
+        if not -math.inf < value < math.inf or (is_positive and value <= 0):  # isfinite cannot be compiled
             raise ValueError(f"{operation}: {name}={value}, expected {expected}")
 
 
