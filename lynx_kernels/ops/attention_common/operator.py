@@ -1,5 +1,6 @@
 """Checks and operator registration that the three attention operations share."""
 
+import math
 from collections.abc import Callable
 from typing import Any, get_type_hints
 
@@ -18,19 +19,22 @@ def define_attention(operation: dispatch.Operation, num_floats: int) -> Callable
     Args:
         operation: its call starts with the differentiable tensors, queries first. Its backward call holds the gradients
             of both results, then both results, then all fields of the call.
-        num_floats: the number of differentiable tensors.
+        num_floats: the number of differentiable tensors. One may be None; the backward operator returns (0,) for it.
 
     Returns:
         A function of a call's fields and the name of the implementation; it returns the output and the LSE.
     """
     fields = operation.call._fields
-    num_tensors = sum(annotation is Tensor for annotation in get_type_hints(operation.call).values())
+    num_tensors = sum(each in (Tensor, Tensor | None) for each in get_type_hints(operation.call).values())
 
     def forward_fake(call: Any) -> tuple[Tensor, Tensor]:
-        return call.q.new_empty(call.q.shape), call.q.new_empty(call.q.shape[:-1], dtype=acc_dtype(call.q.dtype))
+        q, _, v = call[:3]
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        return out, q.new_empty(q.shape[:-1], dtype=acc_dtype(q.dtype))
 
     def backward_fake(call: Any) -> tuple[Tensor, ...]:
-        return tuple(tensor.new_empty(tensor.shape) for tensor in call[4 : 4 + num_floats])
+        floats = call[4 : 4 + num_floats]
+        return tuple(call.lse.new_empty(0) if each is None else each.new_empty(each.shape) for each in floats)
 
     def setup_context(ctx: Any, call: Any, impl: str, output: tuple[Tensor, Tensor]) -> None:
         ctx.save_for_backward(*output, *call[:num_tensors])
@@ -39,10 +43,13 @@ def define_attention(operation: dispatch.Operation, num_floats: int) -> Callable
 
     def autograd(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         gradients = backward(grad, grad_lse, *ctx.saved_tensors, *ctx.options, ctx.impl)
+        floats = ctx.saved_tensors[2 : 2 + num_floats]
+        gradients = [None if each is None else gradient for each, gradient in zip(floats, gradients, strict=True)]
         return (*gradients, *[None] * (len(fields) - num_floats))
 
     def autocast(dtype: torch.dtype, call: Any) -> Any:
-        return call._replace(**{name: autocast_to(getattr(call, name), dtype) for name in fields[:num_floats]})
+        cast = {name: getattr(call, name) for name in fields[:num_floats] if name != "sinks"}  # sinks are scores
+        return call._replace(**{name: autocast_to(each, dtype) for name, each in cast.items()})
 
     backward = define(
         f"{operation.name}_backward",
@@ -75,8 +82,12 @@ def _fit(num_dimensions: int, q: Tensor, keys_and_values: tuple[Tensor, ...]) ->
     return shape[-1] != 0 and heads[-1] == shape[-1] and heads[0] != 0 and shape[-2] % heads[0] == 0
 
 
-def check_heads(operation: str, num_dimensions: int, q: Tensor, **keys_and_values: Tensor) -> None:
+def check_heads(
+    operation: str, num_dimensions: int, q: Tensor, *, narrow: tuple[str, ...] = (), **keys_and_values: Tensor
+) -> None:
     """Check that q (..., H, D) and every key or value (..., Hkv, D) are valid and match.
+
+    ``narrow`` names those that may have a smaller head dimension than D.
 
     Raises:
         TypeError: a tensor is not floating point or is a DTensor, or fp64 is mixed with narrower dtypes.
@@ -102,10 +113,15 @@ def check_heads(operation: str, num_dimensions: int, q: Tensor, **keys_and_value
             )
     num_kv_heads = next(iter(keys_and_values.values())).shape[-2]
     for name, tensor in keys_and_values.items():
-        if tensor.shape[-1] != q.shape[-1]:
-            raise ValueError(f"{operation}: {name} has head dimension {tensor.shape[-1]}, q has {q.shape[-1]}")
         if tensor.shape[-2] != num_kv_heads:
             raise ValueError(f"{operation}: {name} has {tensor.shape[-2]} heads, the other keys have {num_kv_heads}")
+        if name in narrow and 0 < tensor.shape[-1] <= q.shape[-1]:
+            continue
+        if tensor.shape[-1] != q.shape[-1]:
+            at_most = "; it may be from 1 to that" if name in narrow else ""
+            raise ValueError(
+                f"{operation}: {name} has head dimension {tensor.shape[-1]}, q has {q.shape[-1]}{at_most}"
+            )
     if q.shape[-1] == 0:
         raise ValueError(f"{operation}: q has head dimension 0")
     if num_kv_heads == 0 or q.shape[-2] % num_kv_heads != 0:
@@ -123,13 +139,26 @@ def check_rows(operation: str, layout: Tensor, **rows: tuple[Tensor, int]) -> No
             raise ValueError(f"{operation}: {name} has {tensor.shape[0]} rows, but the layout describes {expected}")
 
 
+def check_scores(operation: str, q: Tensor, softcap: float | None, sinks: Tensor | None) -> None:
+    """Check the options of the scores of q (..., H, D). Raises ValueError and TypeError as ``check_heads``."""
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"{operation}: softcap is {softcap}, expected a positive number or None")
+    if sinks is None:
+        return
+    dispatch.refuse_dtensors(operation, sinks=sinks)
+    dispatch.require_floating(operation, sinks=sinks)
+    dispatch.require_same_device(operation, q.device, sinks=sinks)
+    if tuple(sinks.shape) != (q.shape[-2],):
+        raise ValueError(f"{operation}: sinks has shape {tuple(sinks.shape)}, expected ({q.shape[-2]},), one a head")
+
+
 def resolve_scale(scale: float | None, q: Tensor) -> float:
     """``scale``, or 1 / sqrt(D) if it is None."""
     return q.shape[-1] ** -0.5 if scale is None else float(scale)
 
 
-def triton_unsupported_reason(call: Any) -> str | None:
+def triton_unsupported_reason(call: Any, max_head_dim: int = 256) -> str | None:
     """Why the Triton kernels cannot take the call, or None if they can."""
-    if (head_dim := call.q.shape[-1]) > 256:
-        return f"the Triton kernels support head_dim up to 256, and it is {head_dim}"
+    if (head_dim := call.q.shape[-1]) > max_head_dim:
+        return f"the Triton kernels support head_dim up to {max_head_dim}, and it is {head_dim}"
     return triton_backend.unsupported_reason(*call.floats)

@@ -11,6 +11,7 @@ from lynx_kernels.ops.attention_common import cpu as common_cpu
 from lynx_kernels.ops.attention_common.operator import (
     check_heads,
     check_rows,
+    check_scores,
     define_attention,
     resolve_scale,
     triton_unsupported_reason,
@@ -37,13 +38,23 @@ OPERATION = dispatch.Operation(
 )
 
 
-def _call(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, scale: float | None) -> PrefixAttentionCall:
+def _call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: PackedLayout,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> PrefixAttentionCall:
     if not isinstance(layout, PackedLayout):
         raise TypeError(f"prefix_attention: layout is a {type(layout).__name__}, expected a PackedLayout")
-    check_heads("prefix_attention", 3, q, k=k, v=v)
+    check_heads("prefix_attention", 3, q, narrow=("v",), k=k, v=v)
     tokens = layout.num_tokens
-    check_rows("prefix_attention", layout.segments, q=(q, tokens), k=(k, tokens), v=(v, tokens))
-    return PrefixAttentionCall(q, k, v, layout.segments, layout.root_is_causal, resolve_scale(scale, q))
+    check_rows("prefix_attention", layout.runs, q=(q, tokens), k=(k, tokens), v=(v, tokens))
+    check_scores("prefix_attention", q, softcap, sinks)
+    tables = layout.runs, layout.tokens, layout.key_runs, layout.window, layout.chunk
+    return PrefixAttentionCall(q, k, v, sinks, *tables, resolve_scale(scale, q), softcap)
 
 
 @overload
@@ -54,6 +65,8 @@ def prefix_attention(
     layout: PackedLayout,
     *,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     return_lse: Literal[False] = False,
     impl: str | None = None,
 ) -> Tensor: ...
@@ -65,6 +78,8 @@ def prefix_attention(
     layout: PackedLayout,
     *,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     return_lse: Literal[True],
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
@@ -76,30 +91,36 @@ def prefix_attention(
     layout: PackedLayout,
     *,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Softmax attention in which every token sees its root and, causally, its own branch, as ``layout`` describes.
+    """Softmax attention over a packed row in which each token sees those that ``layout`` says.
 
     Args:
         q: (T, H, D), fp64, fp32, fp16 or bf16, any strides.
-        k, v: (T, Hkv, D); query head h uses key head ``h // (H / Hkv)``.
+        k: (T, Hkv, D); query head h uses key head ``h // (H / Hkv)``.
+        v: (T, Hkv, Dv); Dv may be smaller than D.
         layout: which of the T tokens see which, on the same device.
         scale: factor on the scores before the softmax, 1 / sqrt(D) by default.
-        return_lse: also return the LSE, the log of each query's softmax denominator. Differentiable; use it to combine
-            partial results.
+        softcap: a score s becomes ``softcap * tanh(s / softcap)`` (Gemma 2).
+        sinks: (H,), a score that each query of the head gives to nothing, in units of scores, not scaled (gpt-oss).
+            Differentiable.
+        return_lse: also return the LSE, the log of each query's softmax denominator, its sink included.
+            Differentiable; use it to combine partial results.
         impl: the name of an implementation; None takes the best that can run.
 
     Returns:
-        (T, H, D) in the dtype of q; with ``return_lse`` also (T, H) in fp32 (fp64 for fp64).
+        (T, H, Dv) in the dtype of q; with ``return_lse`` also (T, H) in fp32 (fp64 for fp64).
 
     Raises:
         ValueError: a shape or a device is invalid, or the layout has another number of tokens.
         TypeError: ``layout`` is not a PackedLayout, or a tensor is not floating point or is a DTensor.
     """
-    call = _call(q, k, v, layout, scale)
+    call = _call(q, k, v, layout, scale, softcap, sinks)
     out, lse = _OPERATOR(*call, OPERATION.choose(impl, call))
     return (out, lse) if return_lse else out
 
 
-_OPERATOR = define_attention(OPERATION, num_floats=3)
+_OPERATOR = define_attention(OPERATION, num_floats=4)

@@ -1,6 +1,6 @@
 """The arguments of prefix_attention's operators and implementations.
 
-T tokens, H query heads, Hkv key heads, head dimension D.
+T tokens, H query heads, Hkv key heads, head dimension D of queries and keys, Dv of values.
 """
 
 from typing import NamedTuple
@@ -8,22 +8,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lynx_kernels.ops.attention_common.table import Table
-
 
 class PrefixAttentionCall(NamedTuple):
     """The forward call."""
 
     q: Tensor  # (T, H, D)
     k: Tensor  # (T, Hkv, D)
-    v: Tensor  # (T, Hkv, D)
-    segments: Tensor  # PackedLayout.segments
-    root_is_causal: bool
+    v: Tensor  # (T, Hkv, Dv)
+    sinks: Tensor | None  # (H,)
+    runs: Tensor  # the three tables of PackedLayout
+    tokens: Tensor
+    key_runs: Tensor
+    window: int | None
+    chunk: int | None
     scale: float
+    softcap: float | None
 
     @property
     def floats(self) -> tuple[Tensor, ...]:
-        """The differentiable tensors, queries first."""
+        """Queries, keys and values: the tensors that decide dtype and device."""
         return self[:3]
 
     @property
@@ -31,27 +34,22 @@ class PrefixAttentionCall(NamedTuple):
         """The device it runs on."""
         return self.q.device
 
-    @property
-    def table(self) -> Table:
-        """The table that says which keys each query sees."""
-        return Table(self.segments, self.root_is_causal)
-
 
 class PrefixAttentionBackwardCall(NamedTuple):
     """The backward call: the gradients of the results, the results, then the inputs."""
 
-    grad: Tensor | None  # (T, H, D)
+    grad: Tensor | None  # (T, H, Dv)
     grad_lse: Tensor | None  # (T, H)
     out: Tensor
     lse: Tensor
     q: Tensor
     k: Tensor
     v: Tensor
-    segments: Tensor
-    root_is_causal: bool
+    sinks: Tensor | None
+    runs: Tensor
+    tokens: Tensor
+    key_runs: Tensor
+    window: int | None
+    chunk: int | None
     scale: float
-
-    @property
-    def table(self) -> Table:
-        """The table that says which keys each query sees."""
-        return Table(self.segments, self.root_is_causal)
+    softcap: float | None
