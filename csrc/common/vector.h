@@ -240,6 +240,21 @@ LYNX_INLINE Floats exp(Floats x) {
     return (Floats)((Words)power + ((Words)shifted << 23));
 }
 
+// The series up to x^11 where it falls off fast, elsewhere 1 - 2 / (e^2|x| + 1).
+LYNX_INLINE Floats tanh(Floats x) {
+    const Floats square = x * x;
+    Floats series = square * -5.70498872745e-3f + 2.06390887954e-2f;
+    series = series * square - 5.37397155531e-2f;
+    series = series * square + 1.33314422036e-1f;
+    series = series * square - 3.33332819422e-1f;
+    const Floats near = x + x * square * series;
+    const Floats size = x < 0.0f ? -x : x;
+    const Floats twice = size + size;
+    const Floats limit = broadcast(60.0f);  // e^60 is finite, and tanh is 1 long before
+    const Floats far = 1.0f - 2.0f / (exp(twice > limit ? limit : twice) + 1.0f);
+    return size < 0.625f ? near : x < 0.0f ? -far : x != x ? x : far;
+}
+
 // The natural logarithm of a normal positive x. With x = 2^n m and s = (m - 1) / (m + 1), log m = 2 artanh s. The
 // series of artanh is cut where its terms fall below 2e-9 of the result, for m between sqrt(1/2) and sqrt(2).
 LYNX_INLINE Floats log(Floats x) {

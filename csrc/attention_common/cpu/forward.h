@@ -1,4 +1,5 @@
 // Forward: out = softmax(scale q k^T) v and its LSE, the log of the softmax's denominator, one key tile after another.
+// A soft cap c makes the scores c tanh(scale / c q k^T). A sink is a score without a value, added at the end.
 #pragma once
 
 #include "online_softmax.h"
@@ -17,26 +18,25 @@ template <class Compute>
 struct ForwardScratch : TileScratch<Compute> {
     typedef typename Compute::Word Word;
     Word* queries;   // (rows, lda)
-    float* acc;      // (rows, ldb): the output before it is divided by row_sum
+    float* acc;      // (rows, ldb of values): the output before it is divided by row_sum
     float* row_sum;  // (rows + kWidth, kWidth), its lanes not yet added
     float* row_max;  // (rows + kWidth,)
     size_t bytes;
 
-    ForwardScratch(Workspace workspace, int64_t rows, const Sizes<Compute>& sizes)
-        : TileScratch<Compute>(workspace, kForwardBlockM, kForwardBlockN, sizes) {
+    ForwardScratch(Workspace workspace, int64_t rows, const Sizes<Compute>& sizes, const Sizes<Compute>& value_sizes)
+        : TileScratch<Compute>(workspace, kForwardBlockM, kForwardBlockN, sizes, value_sizes) {
         queries = workspace.take<Word>(rows * sizes.lda);
-        acc = workspace.take<float>(rows * sizes.ldb);
+        acc = workspace.take<float>(rows * value_sizes.ldb);
         row_sum = workspace.take<float>((rows + kWidth) * kWidth);
         row_max = workspace.take<float>(rows + kWidth);
         bytes = workspace.bytes();
     }
 };
 
-inline int64_t queries_of(const Problem& problem, const Task& task) {
-    int64_t queries = 0;
-    for (int64_t i = task.first_run; i < task.last_run; i++)
-        queries += problem.runs[i].last_query - problem.runs[i].first_query;
-    return queries;
+// The rows of the scratch that a task's runs take, for one query head.
+inline int64_t rows_of(const Problem& problem, const Task& task) {
+    const Run& last = problem.runs[task.last_run - 1];
+    return last.row - problem.runs[task.first_run].row + round_up(last.last_query - last.first_query, 2);
 }
 
 // Prefetches what the task reads of the next key head, in steps, while this head is computed. Without it short samples
@@ -44,19 +44,24 @@ inline int64_t queries_of(const Problem& problem, const Task& task) {
 template <class Element>
 class NextHead {
    public:
-    NextHead(const Problem& problem, const Task& task, int64_t kv_head, int64_t queries) {
+    NextHead(const Problem& problem, const Task& task, int64_t kv_head) {
         const int64_t group_heads = problem.num_heads / problem.num_kv_heads;
         const int64_t first_query = problem.runs[task.first_run].first_query;
         const int64_t first_key = task.first_tile < task.last_tile ? problem.tiles[task.first_tile].begin : 0;
-        const int64_t keys = task.first_tile < task.last_tile ? problem.tiles[task.last_tile - 1].end - first_key : 0;
-        const int64_t row_bytes = problem.head_dim * sizeof(Element);
-        const bool is_contiguous = problem.runs[task.last_run - 1].last_query - first_query == queries;
+        int64_t queries = 0, keys = 0;
+        for (int64_t i = task.first_run; i < task.last_run; i++)
+            queries += problem.runs[i].last_query - problem.runs[i].first_query;
+        for (int64_t t = task.first_tile; t < task.last_tile; t++) keys += problem.tiles[t].end - problem.tiles[t].begin;
+        const int64_t row_bytes = problem.head_dim * sizeof(Element), value_bytes = problem.value_dim * sizeof(Element);
+        const bool is_contiguous =
+            problem.runs[task.last_run - 1].last_query - first_query == queries &&
+            (keys == 0 || problem.tiles[task.last_tile - 1].end - first_key == keys);
         if (kv_head + 1 == problem.num_kv_heads || !is_contiguous ||
-            (queries * group_heads + 2 * keys) * row_bytes > kMaxBytes)
+            (queries * group_heads + keys) * row_bytes + keys * value_bytes > kMaxBytes)
             return;
         blocks_[0] = block(problem.q, first_query, (kv_head + 1) * group_heads, queries, group_heads * row_bytes);
         blocks_[1] = block(problem.k, first_key, kv_head + 1, keys, row_bytes);
-        blocks_[2] = block(problem.v, first_key, kv_head + 1, keys, row_bytes);
+        blocks_[2] = block(problem.v, first_key, kv_head + 1, keys, value_bytes);
         queries_ = queries;
     }
 
@@ -91,48 +96,65 @@ class NextHead {
 
 // Adds one tile to a run's queries, for one query head. `row_of_run` is the scratch row of the run's first query.
 template <class Compute, class Element>
-void forward_tile(const ForwardScratch<Compute>& scratch, const Sizes<Compute>& sizes, const Run& run, const View& view,
-                  int64_t row_of_run, float scale, int64_t dim, NextHead<Element>& next_head) {
+void forward_tile(const Problem& problem, const ForwardScratch<Compute>& scratch, const Sizes<Compute>& sizes,
+                  const Sizes<Compute>& value_sizes, const Run& run, const View& view, int64_t row_of_run,
+                  NextHead<Element>& next_head) {
     typedef typename Compute::Word Word;
-    const int64_t ldp = kForwardBlockN / Compute::kNumbers;
-    for (int64_t query = view.first_query; query < run.last_query;) {
-        const int64_t block_m = view.is_unmasked_from(query) ? kForwardBlockM : kForwardMaskedBlockM;
-        const int64_t m = min(block_m, run.last_query - query);
+    const int64_t ldp = kForwardBlockN / Compute::kNumbers, dim = problem.value_dim;
+    for (int64_t query = view.first_query; query < view.last_query;) {
+        const int64_t rest = view.last_query - query, all = min(kForwardBlockM, rest);
+        const int64_t m = view.is_unmasked(query, query + all - 1) ? all : min(kForwardMaskedBlockM, rest);
         const int64_t row = row_of_run + query - run.first_query;
-        const int64_t n = view.keys_seen(query + m - 1);
-        float* acc = scratch.acc + row * sizes.ldb;
+        // The keys that the block sees. None sees those before `begin`.
+        const int64_t begin = view.keys_unseen(query) / kWidth * kWidth;
+        const int64_t n = view.keys_seen(query + m - 1) - begin;
+        float* acc = scratch.acc + row * value_sizes.ldb;
         matmul<Compute, false>(m, n,
-                               {scratch.queries + row * sizes.lda, sizes.lda, scratch.keys, kForwardBlockN,
+                               {scratch.queries + row * sizes.lda, sizes.lda, scratch.keys + begin, kForwardBlockN,
                                 scratch.scores, kForwardBlockN, sizes.words, false});
+        float scale = problem.scale;
+        if (problem.softcap > 0) {
+            cap_scores(scratch.scores, m, kForwardBlockN, n, scale, problem.softcap);
+            scale = 1;
+        }
         next_head.prefetch(m);
-        for (int64_t i = 0; i < m; i++)
-            online_softmax<Compute>(scratch.scores + i * kForwardBlockN, scratch.p + i * ldp,
-                                    view.keys_seen(query + i), n, scale, scratch.row_max[row + i],
-                                    scratch.row_sum + (row + i) * kWidth, acc + i * sizes.ldb, dim);
+        for (int64_t i = 0; i < m; i++) {
+            const int64_t unseen = view.keys_unseen(query + i) - begin, seen = view.keys_seen(query + i) - begin;
+            const auto softmax = unseen > 0 ? online_softmax<Compute, true> : online_softmax<Compute, false>;
+            softmax(scratch.scores + i * kForwardBlockN, scratch.p + i * ldp, unseen, seen, n, scale,
+                    scratch.row_max[row + i], scratch.row_sum + (row + i) * kWidth, acc + i * value_sizes.ldb, dim);
+        }
         matmul<Compute, false>(m, dim,
-                               Product<Word>{scratch.p, ldp, scratch.values, sizes.ldb, acc, sizes.ldb,
-                                             sizes.k_over(n), true});
+                               Product<Word>{scratch.p, ldp, scratch.values + begin / Compute::kNumbers * value_sizes.ldb,
+                                             value_sizes.ldb, acc, value_sizes.ldb, sizes.k_over(n), true});
         query += m;
     }
 }
 
 // Writes the output and the LSE of a run's queries, for one query head.
 template <class Compute, class Element>
-void write_output(const Problem& problem, const ForwardScratch<Compute>& scratch, const Sizes<Compute>& sizes,
+void write_output(const Problem& problem, const ForwardScratch<Compute>& scratch, const Sizes<Compute>& value_sizes,
                   const Run& run, int64_t first_row, int64_t head) {
-    const int64_t rows = run.last_query - run.first_query, dim = problem.head_dim;
+    const int64_t rows = run.last_query - run.first_query, dim = problem.value_dim;
+    const Floats nothing_seen = broadcast(-__builtin_inff());
     for (int64_t begin = 0; begin < rows; begin += kWidth) {
-        const Floats denominator = sums_of_rows(scratch.row_sum + (first_row + begin) * kWidth);
+        Floats denominator = sums_of_rows(scratch.row_sum + (first_row + begin) * kWidth);
+        Floats row_max = load(scratch.row_max + first_row + begin), factor = broadcast(1.0f);
+        if (problem.sinks != nullptr) {
+            const Floats sink = broadcast(problem.sinks[head]), raised = maximum(row_max, sink);
+            factor = row_max == nothing_seen ? Floats{} : exp(row_max - raised);
+            denominator = denominator * factor + exp(sink - raised);
+            row_max = raised;
+        }
         const Floats divisors = denominator == 0.0f ? broadcast(1.0f) : denominator;  // 0: no key is seen, acc is 0
-        const Floats lse = load(scratch.row_max + first_row + begin) + log(denominator);
-        const Floats nothing_seen = broadcast(-__builtin_inff());
+        const Floats lse = row_max + log(denominator);
         const Floats values = denominator == denominator ? (denominator == 0.0f ? nothing_seen : lse) : denominator;
         for (int64_t i = 0; i < min(kWidth, rows - begin); i++) {
             const int64_t query = run.first_query + begin + i;
-            const float* acc = scratch.acc + (first_row + begin + i) * sizes.ldb;
+            const float* acc = scratch.acc + (first_row + begin + i) * value_sizes.ldb;
             Element* out = head_of<Element>(problem.out, query, head);
             for (int64_t column = 0; column < dim; column += kWidth)
-                store_first(out + column, load(acc + column) / divisors[i], dim - column);
+                store_first(out + column, load(acc + column) * factor[i] / divisors[i], dim - column);
             problem.lse[query * problem.num_heads + head] = values[i];
         }
     }
@@ -140,59 +162,55 @@ void write_output(const Problem& problem, const ForwardScratch<Compute>& scratch
 
 template <class Compute, class Element>
 void forward_task(const Problem& problem, const Task& task, int64_t kv_head, void* block) {
-    const int64_t dim = problem.head_dim, group_heads = problem.num_heads / problem.num_kv_heads;
-    const int64_t queries = queries_of(problem, task), rows = queries * group_heads;
-    const int64_t first_head = kv_head * group_heads;
-    const Sizes<Compute> sizes(dim);
-    const ForwardScratch<Compute> scratch(Workspace(block), rows, sizes);
-    const float scale = problem.scale;
-    NextHead<Element> next_head(problem, task, kv_head, queries);
-    memset(scratch.acc, 0, rows * sizes.ldb * sizeof(float));
+    const int64_t group_heads = problem.num_heads / problem.num_kv_heads, first_head = kv_head * group_heads;
+    const int64_t task_rows = rows_of(problem, task), rows = task_rows * group_heads;
+    const int64_t first_row = problem.runs[task.first_run].row;
+    const Sizes<Compute> sizes(problem.head_dim), value_sizes(problem.value_dim);
+    const ForwardScratch<Compute> scratch(Workspace(block), rows, sizes, value_sizes);
+    NextHead<Element> next_head(problem, task, kv_head);
+    memset(scratch.acc, 0, rows * value_sizes.ldb * sizeof(float));
     memset(scratch.row_sum, 0, rows * kWidth * sizeof(float));
     for (int64_t row = 0; row < rows; row++) scratch.row_max[row] = -__builtin_inff();
 
     // Rows of the scratch: all queries of the task for the first query head, then for the next one, and so on.
-    for (int64_t head = 0; head < group_heads; head++) {
-        int64_t row = head * queries;
+    for (int64_t head = 0; head < group_heads; head++)
         for (int64_t i = task.first_run; i < task.last_run; i++) {
             const Run& run = problem.runs[i];
             const Rows<Element> q = {head_of<Element>(problem.q, run.first_query, first_head + head),
-                                     problem.q.row_stride, run.last_query - run.first_query, dim};
-            pack_a<Compute>(q, scratch.queries + row * sizes.lda, sizes.lda);
-            row += q.count;
+                                     problem.q.row_stride, run.last_query - run.first_query, problem.head_dim};
+            pack_a<Compute>(q, scratch.queries + (head * task_rows + run.row - first_row) * sizes.lda, sizes.lda);
         }
-    }
     for (int64_t t = task.first_tile; t < task.last_tile; t++) {
         const Tile& tile = problem.tiles[t];
         bool is_packed = false;
-        int64_t row = 0;
-        for (int64_t i = task.first_run; i < task.last_run; i++) {
+        for (int64_t i = first_run_of(problem, task, tile);
+             i < task.last_run && problem.runs[i].first_query < tile.last_query; i++) {
             const Run& run = problem.runs[i];
-            const View view = view_of(run, tile);
-            if (view.first_query < run.last_query && !is_packed) {
-                pack_b_transposed<Compute>(rows_of_tile<Element>(problem.k, tile, kv_head, dim), scratch.keys,
-                                           kForwardBlockN);
-                pack_b<Compute>(rows_of_tile<Element>(problem.v, tile, kv_head, dim), scratch.values, sizes.ldb);
+            const View view = view_of(problem, run, tile);
+            if (view.first_query >= view.last_query) continue;
+            if (!is_packed) {
+                pack_b_transposed<Compute>(rows_of_tile<Element>(problem.k, tile, kv_head, problem.head_dim),
+                                           scratch.keys, kForwardBlockN);
+                pack_b<Compute>(rows_of_tile<Element>(problem.v, tile, kv_head, problem.value_dim), scratch.values,
+                                value_sizes.ldb);
                 is_packed = true;
             }
             for (int64_t head = 0; head < group_heads; head++)
-                forward_tile(scratch, sizes, run, view, head * queries + row, scale, dim, next_head);
-            row += run.last_query - run.first_query;
+                forward_tile(problem, scratch, sizes, value_sizes, run, view, head * task_rows + run.row - first_row,
+                             next_head);
         }
     }
-    for (int64_t head = 0; head < group_heads; head++) {
-        int64_t row = head * queries;
-        for (int64_t i = task.first_run; i < task.last_run; i++) {
-            write_output<Compute, Element>(problem, scratch, sizes, problem.runs[i], row, first_head + head);
-            row += problem.runs[i].last_query - problem.runs[i].first_query;
-        }
-    }
+    for (int64_t head = 0; head < group_heads; head++)
+        for (int64_t i = task.first_run; i < task.last_run; i++)
+            write_output<Compute, Element>(problem, scratch, value_sizes, problem.runs[i],
+                                           head * task_rows + problem.runs[i].row - first_row, first_head + head);
 }
 
 template <class Compute>
 size_t forward_scratch_bytes(const Problem& problem, const Task& task) {
-    const int64_t rows = queries_of(problem, task) * (problem.num_heads / problem.num_kv_heads);
-    return ForwardScratch<Compute>(Workspace(nullptr), rows, Sizes<Compute>(problem.head_dim)).bytes;
+    const int64_t rows = rows_of(problem, task) * (problem.num_heads / problem.num_kv_heads);
+    return ForwardScratch<Compute>(Workspace(nullptr), rows, Sizes<Compute>(problem.head_dim),
+                                   Sizes<Compute>(problem.value_dim)).bytes;
 }
 
 }  // namespace

@@ -7,22 +7,35 @@
 
 namespace lynx::attention {
 
-// Runs and the keys they see. No run of another group sees these keys. Tiles must end at `cuts`: they go from the
-// group's first key to behind its last one, and are fewer than two if it has no keys.
+// Keys that no tile crosses the ends of.
+typedef Tile KeyRange;
+
+// Runs, the keys they see, and the earlier runs' keys that each run sees. No run of another group sees these keys.
 struct Group {
     std::vector<Run> runs;
-    std::vector<int64_t> cuts;
+    std::vector<KeyRange> keys;  // ascending
 };
 
 // The groups of a layout, and the sizes that its table was checked against.
 struct Layout {
     int64_t num_queries, num_keys;
     std::vector<Group> groups;
+    std::vector<int32_t> see_end, floor;  // as in Problem; empty for null
 };
 
-// `table` is PackedLayout.segments, (rows, 4). Throws std::invalid_argument if it does not describe `num_tokens`
-// tokens.
-Layout read_packed_layout(const int32_t* table, int64_t rows, int64_t num_tokens, bool root_is_causal);
+// The tables of a PackedLayout.
+struct PackedTables {
+    const int32_t* runs;  // (num_runs + 1, columns)
+    int64_t num_runs, columns;
+    const int32_t* tokens;    // (3, num_tokens)
+    const int32_t* key_runs;  // (num_key_runs + 1,)
+    int64_t num_key_runs;
+    int64_t num_tokens;
+    int64_t window, chunk;  // 0: none
+};
+
+// Throws std::invalid_argument if the tables do not describe `num_tokens` tokens.
+Layout read_packed_layout(const PackedTables& tables);
 
 // Likewise. `table` is SpanLayout.segments, (rows, 3).
 Layout read_span_layout(const int32_t* table, int64_t rows, int64_t num_queries, int64_t num_keys);

@@ -6,22 +6,25 @@
 
 namespace lynx::attention {
 
-// Consecutive queries that see keys by one rule. They see all keys of the shared range. Of their own range [own_begin,
-// own_end), query q sees the keys before full_end and the keys up to q. Either range may be empty.
+// Consecutive queries, of one run of a PackedLayout or one segment of a SpanLayout.
 struct Run {
     int64_t first_query, last_query;
-    int64_t shared_begin, shared_end;
-    int64_t own_begin, own_end, full_end;
+    int64_t key_begin, key_end;  // of a segment's span; of a run, all keys
+    int64_t id;                  // of the run, also in parts of it
+    int64_t row;                 // of its first query in the scratch, counted from the plan's first run; even
 };
 
-// Consecutive keys. No tile crosses the end of a range that a run sees. So a run sees all of a tile, none of it, or the
-// part that its causal rule says.
+// Consecutive keys. If a query sees keys of the tile, it sees all of them, but for those that its own run's order hides
+// and those that lie before its window.
 struct Tile {
     int64_t begin, end;
+    int64_t run;                      // whose rows the keys are; -1 in a SpanLayout
+    int64_t offset;                   // row number minus place along the path
+    int64_t first_query, last_query;  // the only queries that may see it
 };
 
-// What one thread does at a time, for each key head: some runs times some tiles. In forward these are all tiles of the
-// group, in backward all runs of it.
+// What one thread does at a time, for each key head: some runs times some tiles. In forward these are all tiles that the
+// runs see, in backward all runs that see the tiles. Runs are sorted by queries, or no tile has a query interval.
 struct Task {
     int64_t first_run, last_run;
     int64_t first_tile, last_tile;
@@ -30,7 +33,7 @@ struct Task {
     double cost;
 };
 
-// (rows, heads, head_dim). The head dimension is contiguous; strides are in elements.
+// (rows, heads, head_dim or value_dim). The head dimension is contiguous; strides are in elements.
 struct Matrix {
     void* data;
     int64_t row_stride, head_stride;
@@ -39,8 +42,12 @@ struct Matrix {
 struct Problem {
     const Run* runs;
     const Tile* tiles;
-    int64_t num_queries, num_keys, num_heads, num_kv_heads, head_dim;
+    const int32_t* see_end;  // (num_queries,): of its own run a query sees the keys before it; null: all
+    const int32_t* floor;    // (num_queries,): a query sees no key before this place along the path; null: no such rule
+    int64_t num_queries, num_keys, num_heads, num_kv_heads, head_dim, value_dim;
     float scale;
+    float softcap;       // 0: none
+    const float* sinks;  // (num_heads,), or null
     bool is_bfloat16;  // else fp32
     Matrix q, k, v;
     Matrix out;         // forward writes it and lse, backward reads both

@@ -7,7 +7,7 @@
 
 namespace {
 
-// Of operands of one head dimension, in words of Compute; strides of sums in fp32 numbers.
+// Of operands of one head dimension (that of keys, or that of values), in words of Compute; strides of sums in fp32 numbers.
 template <class Compute>
 struct Sizes {
     int64_t words;  // along head_dim
@@ -34,9 +34,10 @@ struct TileScratch {
     float* scores;  // (block_m, block_n)
     Word* p;        // (block_m, block_n in words); in fp32 it replaces the scores
 
-    TileScratch(Workspace& workspace, int64_t block_m, int64_t block_n, const Sizes<Compute>& sizes) {
+    TileScratch(Workspace& workspace, int64_t block_m, int64_t block_n, const Sizes<Compute>& sizes,
+                const Sizes<Compute>& value_sizes) {
         keys = workspace.take<Word>(sizes.words * block_n);
-        values = workspace.take<Word>(sizes.k_over(block_n) * sizes.ldb);
+        values = workspace.take<Word>(sizes.k_over(block_n) * value_sizes.ldb);
         scores = workspace.take<float>(block_m * block_n);
         p = Compute::kNumbers == 1 ? reinterpret_cast<Word*>(scores)
                                    : workspace.take<Word>(block_m * block_n / Compute::kNumbers);

@@ -24,7 +24,7 @@ struct Scratch : TileScratch<Compute> {
     size_t bytes;
 
     Scratch(Workspace workspace, int64_t kv_heads, int64_t rows, const Sizes<Compute>& sizes)
-        : TileScratch<Compute>(workspace, kBlockM, kBlockN, sizes) {
+        : TileScratch<Compute>(workspace, kBlockM, kBlockN, sizes, sizes) {
         queries = workspace.take<Word>(kv_heads * rows * sizes.lda);
         row_sum = workspace.take<float>(kv_heads * rows * kWidth);
         bytes = workspace.bytes();
@@ -105,7 +105,7 @@ void attend_to_tile(const Problem& problem, const Segment& segment, int64_t firs
             // The older queries of a branch do not see its newest keys.
             const int64_t newer = segment.is_causal ? problem.num_queries - 1 - (row + i) / group_heads : 0;
             const int64_t seen = segment.num_keys - newer - first_key;
-            online_softmax<Compute>(scratch.scores + i * kBlockN, scratch.p + i * ldp, seen < 0 ? 0 : min(seen, keys),
+            online_softmax<Compute, false>(scratch.scores + i * kBlockN, scratch.p + i * ldp, 0, seen < 0 ? 0 : min(seen, keys),
                                     keys, problem.scale, problem.row_max[result + row + i],
                                     scratch.row_sum + (row + i) * kWidth, acc + i * problem.acc_stride, dim);
         }

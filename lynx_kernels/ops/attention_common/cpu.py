@@ -46,20 +46,30 @@ def _view(tensor: Tensor) -> tuple[int, int, int]:
     return tensor.data_ptr(), tensor.stride(0), tensor.stride(1)
 
 
-def forward(layout: Any, call: Any) -> tuple[Tensor, Tensor]:
-    """Return the output (Q, H, D) and the LSE (Q, H). ``layout`` is the compiled module's object for the layout."""
+def _sizes(call: Any) -> tuple[int, int, int, int]:
+    """Query heads, key heads, the head dimension, and that of the values."""
+    return call.q.shape[1], call.k.shape[1], call.q.shape[2], call.v.shape[2]
+
+
+def forward(layout: Any, call: Any, softcap: float | None = None, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the output (Q, H, Dv) and the LSE (Q, H). ``layout`` is the compiled module's object for the layout."""
     q, k, v = call.floats
     dtype = common_dtype(q, k, v)
-    out, lse = q.new_empty(q.shape, dtype=dtype), q.new_empty(q.shape[:2], dtype=torch.float32)
+    out = q.new_empty(*q.shape[:2], v.shape[2], dtype=dtype)
+    lse = q.new_empty(q.shape[:2], dtype=torch.float32)
     queries, keys, values = (prepare(each, dtype) for each in (q, k, v))
+    sinks = None if sinks is None else sinks.to(torch.float32).contiguous()
     cpu_backend.module.attention_forward(
-        layout, (q.shape[1], k.shape[1], q.shape[2]), call.scale, dtype == torch.bfloat16,
-        _view(queries), _view(keys), _view(values), _view(out), lse.data_ptr(), torch.get_num_threads(),
+        layout, _sizes(call), (call.scale, softcap or 0.0, 0 if sinks is None else sinks.data_ptr()),
+        dtype == torch.bfloat16, _view(queries), _view(keys), _view(values), _view(out), lse.data_ptr(),
+        torch.get_num_threads(),
     )  # fmt: skip
     return out.to(q.dtype), lse
 
 
-def backward(layout: Any, call: Any, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def backward(
+    layout: Any, call: Any, gradients: tuple[Tensor, ...], softcap: float | None = None
+) -> tuple[Tensor, ...]:
     """Return the gradients of q, k and v. Computes in the dtype of ``gradients`` and writes the results there first."""
     q, k, v, dtype = call.q, call.k, call.v, gradients[0].dtype
     grad = torch.zeros_like(call.out, dtype=dtype) if call.grad is None else call.grad
@@ -67,7 +77,7 @@ def backward(layout: Any, call: Any, gradients: tuple[Tensor, ...]) -> tuple[Ten
     lse = call.lse.contiguous()
     grad_lse = None if call.grad_lse is None else call.grad_lse.to(torch.float32).contiguous()
     cpu_backend.module.attention_backward(
-        layout, (q.shape[1], k.shape[1], q.shape[2]), call.scale, dtype == torch.bfloat16,
+        layout, _sizes(call), (call.scale, softcap or 0.0, 0), dtype == torch.bfloat16,
         _view(grad), 0 if grad_lse is None else grad_lse.data_ptr(), _view(out), lse.data_ptr(),
         _view(queries), _view(keys), _view(values), *map(_view, gradients), torch.get_num_threads(),
     )  # fmt: skip
