@@ -89,10 +89,8 @@ def _packed(rows: Rows, prefix_is_causal: bool, implementation: str) -> Rows:
         raise ValueError("a packed row cannot continue past_key_values; pass a padded batch")
     if shape != (1, layout.num_tokens):
         raise ValueError(f"a packed batch is (1, {layout.num_tokens}) as its layout says, got {tuple(shape)}")
-    if layout.max_root_length > 0 and layout.root_is_causal != prefix_is_causal:
-        raise ValueError(
-            f"the layout has root_is_causal={layout.root_is_causal}, the model prefix_is_causal={prefix_is_causal}"
-        )
+    if layout.has_full and prefix_is_causal:
+        raise ValueError("the layout has full segments, but the model was made with prefix_is_causal=True")
     if implementation != attention_integration.NAME:
         raise ValueError(
             f"packed rows need attn_implementation={attention_integration.NAME!r}, the decoder has {implementation!r}, "

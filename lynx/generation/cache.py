@@ -118,7 +118,7 @@ class SharedRootCache(Cache):
     def last_tokens(self) -> Tensor:
         """(rows,): the index in the packed row of the last token of each row."""
         ends = [(branch or self._roots[root])[-1] for root, branch in self._branches]
-        return torch.tensor(ends, device=self.layout.segments.device)
+        return torch.tensor(ends, device=self.layout.runs.device)
 
     def read(self, rows: int, length: int) -> dict[str, Any]:
         """What a decoder is called with to read the prompt, in place of ``rows`` rows of ``length`` tokens.
@@ -132,7 +132,7 @@ class SharedRootCache(Cache):
                 f"the input has {rows} rows of {length} tokens, but the cache's unread prompt needs a multiple of "
                 f"{len(self._branches)} rows of {self._prompt_length}; pass past_key_values=DynamicCache() to generate"
             )
-        device = self.layout.segments.device
+        device = self.layout.runs.device
         branches = [each for each in self._branches for _ in range(repeats)]
         self._root_tokens, self._root_slots, self.root_lengths = _slots(self._roots, device)
         self._branch_tokens, self._branch_slots, self.branch_lengths = _slots([each for _, each in branches], device)

@@ -68,9 +68,7 @@ class AttentionMask:
             key = torch.arange(keys, device=self.device)
             seen = (key <= query if self.is_causal else key >= 0).expand(rows, 1, queries, keys)
         else:
-            row = torch.arange(rows, device=self.device)[:, None, None] * queries
-            first, last = (each.view(rows, 1, keys) - row for each in self.layout.key_intervals())
-            seen = ((first <= query) & (query < last))[:, None]
+            seen = self.layout.visible(torch.arange(rows * queries, device=self.device).view(rows, queries))[:, None]
         if not torch.compiler.is_compiling():
             self._dense.append(seen)
         return seen

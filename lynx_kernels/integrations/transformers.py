@@ -94,14 +94,14 @@ def packed_mask(layout: PackedLayout) -> AttentionMask:
     transformers passes it to ``mask``, which returns it. So no mask is built, and ``position_ids`` are not searched for
     packed sequences, which would read a device tensor on the host.
     """
-    return AttentionMask("this model", torch.Size((1, 1, 0, 0)), layout.segments.device, is_packed=True)
+    return AttentionMask("this model", torch.Size((1, 1, 0, 0)), layout.runs.device, is_packed=True)
 
 
 def padded_mask(layout: PackedLayout) -> AttentionMask:
     """The ``attention_mask`` of a padded batch (B, L) whose layout ``PackedLayout.from_padding_mask`` built."""
-    length = layout.max_group_length
+    length = layout.max_length
     shape = torch.Size((layout.num_tokens // length if length else 0, 1, length, length))
-    return AttentionMask("this model", shape, layout.segments.device, layout=layout)
+    return AttentionMask("this model", shape, layout.runs.device, layout=layout)
 
 
 def mask(

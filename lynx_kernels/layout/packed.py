@@ -359,9 +359,9 @@ class PackedLayout(Layout):
         return self.tokens[0], self.tokens[2]
 
     def visible(self, rows: Tensor | None = None) -> Tensor:
-        """(n, n) bool, ``[query, key]``: whether the query sees the key. For tests and drawings, not for kernels.
+        """(..., n, n) bool, ``[query, key]``: whether the query sees the key. For tests and drawings, not for kernels.
 
-        ``rows`` (n,) are those looked at, all T by default.
+        ``rows`` (..., n) are those looked at, all T by default.
         """
         rows = torch.arange(self.num_tokens, device=self.tokens.device) if rows is None else rows
         return visible(rows, self.tokens, self.runs, self.window, self.chunk)

@@ -57,7 +57,7 @@ def packed_case(
         lambda q, k, v: prefix_attention(q, k, v, layout, scale=scale, return_lse=True, impl=impl),
         lambda q, k, v: dense_attention(q, k, v, visible, scale),
         inputs,
-        [layout.segments],
+        [layout.runs, layout.tokens, layout.key_runs],
     )
 
 

@@ -57,15 +57,27 @@ def span_visible(query_lengths: Sequence[int], key_spans: Sequence[tuple[int, in
 
 
 def dense_attention(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Plain softmax attention in the dtype of the inputs: q (Q, H, D), k and v (K, Hkv, D), visible (Q, K)."""
+    """Plain softmax attention in the dtype of the inputs: q (Q, H, D), k (K, Hkv, D), v (K, Hkv, Dv), visible (Q, K)."""
     copies = q.shape[1] // k.shape[1]
     k, v = (each.repeat_interleave(copies, dim=1) for each in (k, v))
     scale = q.shape[2] ** -0.5 if scale is None else scale
     scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     sees_nothing = ~visible.any(1)
     scores = scores.masked_fill(~(visible | sees_nothing[:, None]), float("-inf"))
+    if sinks is not None:  # a key without a value; here every query sees a key
+        scores = torch.cat([scores, sinks.to(scores.dtype)[:, None, None].expand(-1, len(q), 1)], 2)
+        weights = scores.softmax(-1)[..., :-1] * visible
+        return torch.einsum("hqk,khd->qhd", weights, v), scores.logsumexp(-1).T
     weights = scores.softmax(-1) * visible
     lse = scores.logsumexp(-1).masked_fill(sees_nothing, float("-inf")) if k.shape[0] else scores.sum(-1) - torch.inf
     return torch.einsum("hqk,khd->qhd", weights, v), lse.T

@@ -238,19 +238,34 @@ def test_instruction_sets():
 def test_invalid_tables():
     q = torch.zeros(5, 1, 4)
     operators = torch.ops.lynx_kernels
-    packed, spans = PackedLayout.from_groups([(3, [2])]).segments, SpanLayout.from_spans([5], [(0, 5)], 5)
+    layout, spans = PackedLayout.from_groups([(3, [1, 1])]), SpanLayout.from_spans([5], [(0, 5)], 5)
     inverse = spans.tile_offsets, spans.tile_segments
-    for table, column, value in ((packed, 3, 9), (packed, 1, -1), (packed, 2, 9)):
-        broken = table.clone()
-        broken[1, column] = value
-        with pytest.raises(ValueError, match="row 1 of the layout's segments is not a segment"):
-            operators.prefix_attention(q, q, q, broken, True, 1.0, "cpu")
+    tables = layout.runs, layout.tokens, layout.key_runs
+    options = None, None, 1.0, None, "cpu"
+    for table, row, column, value, message in (
+        (0, 1, 0, 9, "do not go from 0 to 5|ends before it starts"),
+        (0, 1, 1, 7, "run 1 of the layout has an offset that is not in its rows"),
+        (0, 1, 3, -1, "run 1 of the layout sees rows that are not before it"),
+        (0, 1, 4, 5, "run 1 of the layout sees rows that are not before it"),
+        (0, 1, 5, 3, "run 1 of the layout sees a run whose offset is not in its rows"),
+        (0, -1, 0, 9, "runs do not go from 0 to 5"),
+        (1, 0, 2, 3, "has tokens that see, or are seen by, rows they cannot"),
+        (1, 1, 0, 5, "has tokens that see, or are seen by, rows they cannot"),
+        (1, 2, 1, 9, "has tokens that see, or are seen by, rows they cannot"),
+        (2, 1, None, 2, "is not a part of a run whose keys have one last query"),
+        (2, -1, None, 7, "key_runs do not go from 0 to 5"),
+    ):
+        broken = [each.clone() for each in tables]
+        broken[table][row if column is None else (row, column)] = value
+        with pytest.raises(ValueError, match=message):
+            operators.prefix_attention(q, q, q, None, *broken, *options)
     broken = spans.segments.clone()
     broken[0, 2] = 6
-    with pytest.raises(ValueError, match="row 0 of the layout's segments sees keys outside 0 to 5"):
+    with pytest.raises(ValueError, match="segment 0 of the layout sees keys outside 0 to 5"):
         operators.cross_attention(q, q, q, broken, *inverse, 1.0, "cpu")
-    with pytest.raises(ValueError, match="do not run from 0 to 4"):
-        operators.prefix_attention(q[:4], q[:4], q[:4], packed, True, 1.0, "cpu")
+    with pytest.raises(ValueError, match="do not go from 0 to 6"):
+        longer = torch.cat([layout.tokens, layout.tokens[:, -1:]], 1)
+        operators.prefix_attention(*[q.new_zeros(6, 1, 4)] * 3, None, layout.runs, longer, layout.key_runs, *options)
     with pytest.raises(ValueError, match="do not run from 0 to 4"):
         operators.cross_attention(q[:4], q, q, spans.segments, *inverse, 1.0, "cpu")
 

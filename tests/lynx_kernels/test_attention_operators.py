@@ -20,8 +20,13 @@ from tests.lynx_kernels.attention_helpers import random, run
 from tests.lynx_kernels.helpers import count_compilations, permuted
 
 _SPANS = SpanLayout.from_spans(*SPANS_OF_A_BATCH)
+_PACKED = PackedLayout.from_groups(GROUPS_OF_A_BATCH)
 OPERATORS = {
-    "prefix_attention": (packed_case(True), [PackedLayout.from_groups(GROUPS_OF_A_BATCH).segments], [True, 0.4]),
+    "prefix_attention": (
+        packed_case(True),
+        [None, _PACKED.runs, _PACKED.tokens, _PACKED.key_runs],
+        [None, None, 0.4, None],
+    ),
     "cross_attention": (span_case(), [_SPANS.segments, _SPANS.tile_offsets, _SPANS.tile_segments], [0.4]),
     "prefix_attention_decode": (
         decode_case(2),
@@ -106,7 +111,7 @@ DYNAMIC = torch.export.Dim.DYNAMIC
                 PackedLayout.from_groups([(5, [2, 4, 9]), (7, [1])] * 3),
             ],
             lambda layout: [layout.num_tokens] * 3,
-            [{0: DYNAMIC}, {0: DYNAMIC}, None, *[DYNAMIC] * 4],
+            [{0: DYNAMIC}, {1: DYNAMIC}, *[{0: DYNAMIC}] * 3, DYNAMIC, None],
         ),
         (
             cross_attention,

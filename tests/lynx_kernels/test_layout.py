@@ -35,12 +35,8 @@ def test_from_groups(groups, root_is_causal):
     assert torch.equal(layout.visible(), packed_visible(groups, root_is_causal))
     assert layout.position_ids.tolist() == position_ids(groups)
     assert layout.position_ids.dtype == torch.int64
-    assert layout.segments.dtype == torch.int32
-    assert layout.root_is_causal is root_is_causal
-    assert layout.max_group_length == max(lengths, default=0)
-    assert layout.max_root_length == max((root for root, _ in groups), default=0)
-    assert layout.max_branch_length == max((branch for _, branches in groups for branch in branches), default=0)
-    assert layout.max_branches == max((sum(b > 0 for b in branches) for _, branches in groups), default=0)
+    assert layout.has_full is (not root_is_causal and any(root > 1 for root, _ in groups))
+    assert layout.max_length == max((root + max([0, *branches]) for root, branches in groups), default=0)
 
 
 @EXAMPLES
@@ -54,25 +50,12 @@ def test_every_key_is_seen_by_one_interval(groups, root_is_causal):
 
 
 @EXAMPLES
-@given(GROUPS, st.booleans())
-def test_table_is_as_documented(groups, root_is_causal):
-    segments = PackedLayout.from_groups(groups, root_is_causal=root_is_causal).segments
-    rows, start = [], 0
-    for root, branches in groups:
-        bounds = np.cumsum([start, root, *branches]).tolist()
-        rows += [[a, start, bounds[1], bounds[-1]] for a, b in pairwise(bounds) if b > a]
-        start = bounds[-1]
-    assert segments.tolist() == [*rows, [start] * 4]
-
-
-@EXAMPLES
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=5), st.booleans())
 def test_from_prefixes(samples, root_is_causal):
     prefixes, texts = [prefix for prefix, _ in samples], [text for _, text in samples]
     layout = PackedLayout.from_prefixes(prefixes, texts, root_is_causal=root_is_causal)
     groups = [(prefix, [text]) for prefix, text in samples]
     assert_same(layout, PackedLayout.from_groups(groups, root_is_causal=root_is_causal))
-    assert layout.root_is_causal is root_is_causal
 
 
 @EXAMPLES
@@ -90,7 +73,7 @@ def test_causal_and_full(lengths):
 def test_equal_is_full_with_equal_lengths():
     for count, length in ((1, 5), (4, 7)):
         assert_same(PackedLayout.equal(count, length), PackedLayout.full([length] * count))
-    assert torch.equal(PackedLayout.equal(0, 3).segments, PackedLayout.full([]).segments)
+    assert torch.equal(PackedLayout.equal(0, 3).runs, PackedLayout.full([]).runs)
     with pytest.raises(ValueError, match="too many for int32 offsets"):
         PackedLayout.equal(2**16, 2**15, device="meta")
 
@@ -102,7 +85,7 @@ def test_lengths_may_be_any_integers():
     spans = SpanLayout.from_spans(np.array([2, 1]), torch.tensor([[0, 3], [1, 3]]), np.int64(3))
     assert torch.equal(spans.visible(), span_visible([2, 1], [(0, 3), (1, 3)], 3))
     for each in (layout, spans):
-        assert {type(getattr(each, f.name)) for f in fields(each)} <= {int, bool, torch.Tensor}
+        assert {type(getattr(each, f.name)) for f in fields(each)} <= {int, bool, type(None), torch.Tensor}
 
 
 @pytest.mark.parametrize("groups", [[(1, [2]), (-1, [2])], [(1, [2]), (3, [2, -1])]])
@@ -148,11 +131,8 @@ def test_from_padding_mask(batch, is_causal, dtype):
     assert layout.num_tokens == mask.numel()
     assert torch.equal(layout.visible(), packed_visible(groups, is_causal))
     assert layout.position_ids.tolist() == position_ids(groups)
-    assert layout.segments.dtype == torch.int32
-    root, branch = (0, length) if is_causal else (length, 0)
-    assert (layout.max_group_length, layout.max_root_length, layout.max_branch_length) == (length, root, branch)
-    assert layout.max_branches == min(branch, 1)
-    assert layout.root_is_causal is is_causal
+    assert layout.max_length == length
+    assert layout.has_full is not is_causal
 
 
 @EXAMPLES
@@ -170,10 +150,8 @@ def test_from_padding_mask_with_full_roots(batch, data):
     layout = PackedLayout.from_padding_mask(mask, root_lengths=torch.tensor(roots, dtype=torch.int64))
     assert torch.equal(layout.visible(), packed_visible(groups, root_is_causal=False))
     assert layout.position_ids.tolist() == position_ids(groups)
-    assert not layout.root_is_causal
-    maxima = layout.max_group_length, layout.max_root_length, layout.max_branch_length
-    assert maxima == (length,) * 3
-    assert layout.max_branches == min(length, 1)
+    assert layout.has_full
+    assert layout.max_length == length
 
 
 def test_invalid_padding_masks():
@@ -192,51 +170,12 @@ def test_invalid_padding_masks():
             PackedLayout.from_padding_mask(torch.ones(1, 3), **options)
 
 
-@EXAMPLES
-@given(GROUPS, st.booleans(), st.sampled_from([-100, 0, -1]), st.data())
-def test_shift_labels(groups, root_is_causal, ignore_index, data):
-    tokens = tokens_of(groups)
-    labels, expected = [], [ignore_index] * len(tokens)
-    for token, (group, part, place) in enumerate(tokens):
-        root, branches = groups[group]
-        is_shared = root > 0 and sum(branch > 0 for branch in branches) > 1
-        is_invalid = (part > 0 and place == 0 and is_shared) or (part == 0 and not root_is_causal)
-        labels.append(ignore_index if is_invalid or data.draw(st.booleans()) else 1000 + token)
-        has_predictor = place > 0 or (part > 0 and root > 0 and not is_shared)
-        if has_predictor:
-            expected[token - 1] = labels[token]
-    layout = PackedLayout.from_groups(groups, root_is_causal=root_is_causal)
-    targets = layout.shift_labels(torch.tensor(labels, dtype=torch.int64), ignore_index=ignore_index)
-    assert targets.tolist() == expected
-    assert targets.dtype == torch.int64
-
-
-def test_shift_labels_across_padding():
+def test_select_across_padding():
     layout = PackedLayout.from_padding_mask(torch.tensor([[0, 0, 1, 1, 1], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0]]))
     labels = torch.tensor([-100, -100, 12, 13, 14, 20, 21, -100, -100, -100, *[-100] * 5])
-    assert layout.shift_labels(labels)[:10].tolist() == [-100, -100, 13, 14, -100, 21, -100, -100, -100, -100]
-    assert (layout.shift_labels(labels)[10:] == -100).all()
-
-
-def test_shift_labels_without_a_predictor():
-    def shift(groups, supervised, root_is_causal=True):
-        layout = PackedLayout.from_groups(groups, root_is_causal=root_is_causal)
-        labels = torch.full((layout.num_tokens,), -100)
-        labels[supervised] = 7
-        return layout.shift_labels(labels).tolist()
-
-    for first in (2, 4):
-        with pytest.raises(ValueError, match="first token of one of several branches is supervised"):
-            shift([(2, [2, 1])], first)
-    with pytest.raises(ValueError, match="a token of a full root is supervised"):
-        shift([(0, [1]), (2, [2])], 1, root_is_causal=False)
-    # Similar layouts are valid: one branch, whatever the root; several branches without a root; an empty branch.
-    assert shift([(2, [2])], 2, root_is_causal=False) == [-100, 7, -100, -100]
-    assert shift([(0, [2, 1])], 2) == [-100] * 3
-    assert shift([(2, []), (0, [2])], 2) == [-100] * 4
-    assert shift([(2, [0, 2, 0])], 2) == [-100, 7, -100, -100]
-    with pytest.raises(ValueError, match=r"labels must be \(4,\) like the layout, got \(3,\)"):
-        PackedLayout.causal([4]).shift_labels(torch.zeros(3, dtype=torch.int64))
+    selected, predictors = layout.select(labels)
+    assert selected.tolist() == [13, 14, 21]
+    assert predictors.tolist() == [2, 3, 5]
 
 
 @EXAMPLES
@@ -330,10 +269,10 @@ def test_to_moves_all_tensors_and_only_them(layout):
 
 
 def test_device_argument():
-    assert PackedLayout.from_groups([(1, [2])], device="meta").segments.is_meta
+    assert PackedLayout.from_groups([(1, [2])], device="meta").runs.is_meta
     assert PackedLayout.from_prefixes([1], [2], device="meta").position_ids.is_meta
-    assert PackedLayout.causal([1], device="meta").segments.is_meta
-    assert PackedLayout.full([1], device="meta").segments.is_meta
+    assert PackedLayout.causal([1], device="meta").runs.is_meta
+    assert PackedLayout.full([1], device="meta").tokens.is_meta
     assert SpanLayout.from_spans([1], [(0, 1)], 1, device="meta").tile_segments.is_meta
 
 
@@ -357,7 +296,7 @@ def test_loads_with_weights_only(layout):
 def test_layout_as_input_of_compiled_code():
     def use(x, layout):
         first, last = layout.key_intervals()
-        return x * (last - first + layout.position_ids) * layout.max_group_length
+        return x * (last - first + layout.position_ids) * layout.max_length
 
     batches = [[(3, [4])], [(2, [4, 1]), (0, [5])], [(7, [2])] * 3, [(0, [11])], [(2, [2] * 3)] * 9]
     layouts = [PackedLayout.from_groups(groups) for groups in batches]
@@ -371,10 +310,10 @@ def test_layout_as_input_of_compiled_code():
 
 def test_layout_built_inside_compiled_code():
     def shift(mask, labels):
-        return PackedLayout.from_padding_mask(mask).shift_labels(labels)
+        return torch.stack(PackedLayout.from_padding_mask(mask).select(labels))
 
     mask, labels = torch.tensor([[0, 1, 1], [1, 1, 0]]), torch.tensor([-100, 1, 2, 3, 4, -100])
     compiled = torch.compile(shift, backend="aot_eager", fullgraph=True)
-    assert torch.equal(compiled(mask, labels), shift(mask, labels))
+    assert compiled(mask, labels).tolist() == [[-100, -100, 2, -100, 4, -100], [-1, -1, 1, -1, 3, -1]]
     with pytest.raises(RuntimeError, match="a row has padding between tokens"):
         compiled(torch.tensor([[0, 1, 1], [1, 0, 1]]), labels)
