@@ -79,7 +79,7 @@ class Call:
         v = v.repeat_interleave(self.heads // self.kv_heads, 1)
         terms = torch.einsum("qhd,khd->hqk", grads[0], v).abs().max().item() + grads[1].abs().max().item()
         scale = self.dim**-0.5 if self.scale is None else abs(self.scale)
-        return max(1.0, terms * scale * max(q.abs().max().item(), k.abs().max().item()))
+        return terms * max(1.0, scale * max(q.abs().max().item(), k.abs().max().item()))
 
     def check(self, dtype: torch.dtype, impl: str) -> None:
         visible, grads, inputs = self.forest.visible(), self.grads(), self.inputs(dtype)
