@@ -204,13 +204,13 @@ def setup(
         assert_near([each[..., few, :] for each in values], exact())
 
     def provider(peer: Peer) -> Callable[[Any], object]:
-        own_grad = cache(lambda: _own_grad(peer, copies[0][peer.form.name], grad) if requires_grad else grad)
+        own_grad = cache(lambda: own_grad(peer, copies[0][peer.form.name], grad) if requires_grad else grad)
         return lambda inputs: run(peer.attend, own_grad(), inputs[peer.form.name])
 
     providers = {name: provider(peer) for name, peer in peers.items()}
     flops = _FLOP[mode] * workload.pairs * heads * dim
     if is_prefix:
-        providers["matmuls"] = _matmuls(flops, dtype, device)
+        providers["matmuls"] = matmuls(flops, dtype, device)
     return Setup(
         providers=providers,
         copies=copies,
@@ -235,7 +235,7 @@ def _too_large(peer: Peer, mode: str, dtype: torch.dtype, device: str, heads: in
     return None if seconds <= most else f"a call would take about {seconds:.1f} s, more than {most:g}"
 
 
-def _own_grad(peer: Peer, inputs: Sequence[Tensor], grad: Tensor) -> Tensor:
+def own_grad(peer: Peer, inputs: Sequence[Tensor], grad: Tensor) -> Tensor:
     """The gradient of the packed output as one of the peer's output: 0 at pads and at repeated roots."""
     with torch.no_grad():
         output = torch.empty_like(peer.attend(*inputs))
@@ -255,7 +255,7 @@ def _traffic(workload: Workload, mode: str, inputs: Sequence[Tensor]) -> int:
     return 3 * read + 3 * q.nbytes  # backward reads inputs, output and its gradient, and writes those of the inputs
 
 
-def _matmuls(flops: int, dtype: torch.dtype, device: str) -> Callable[[Any], object]:
+def matmuls(flops: int, dtype: torch.dtype, device: str) -> Callable[[Any], object]:
     """As many FLOP in products with a 2048 x 2048 matrix."""
     rows = max(1, round(flops / (2 * 2048**2)))
     times = -(-rows // 65536)

@@ -7,7 +7,7 @@ device, every function reads its input on the host.
 """
 
 from collections.abc import Sequence
-from itertools import accumulate, groupby, pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch

@@ -91,7 +91,11 @@ def find_runs(segments: Segments) -> tuple[list[Run], list[int]]:
                 ranges = [*above.ranges, (above.start, segments.starts[ancestor + 1], above.offset)]
             run_of[index] = len(runs)
             runs.append(Run(start, end, start - segments.path_starts[index], ranges))
-        if before < 0 or run_of[before] != run_of[index] or segments.subtree_ends[before] != segments.subtree_ends[index]:
+        if (
+            before < 0
+            or run_of[before] != run_of[index]
+            or segments.subtree_ends[before] != segments.subtree_ends[index]
+        ):
             key_runs.append(start)
         before = index
     return runs, key_runs

@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from lynx_kernels.layout.base import Layout, check_size, require, segment_of_tokens
+from lynx_kernels.layout.base import Layout, require, segment_of_tokens
 
 KEY_TILE = 64  # keys per tile of SpanLayout's inverse table
 

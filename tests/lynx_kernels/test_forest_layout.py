@@ -73,9 +73,7 @@ def test_predictors_and_select(forest):
     assert layout.predictors.tolist() == predictors
     visible = forest.visible()
     assert not any(visible[row, token] for token, row in enumerate(predictors) if row >= 0), "it would see the answer"
-    can_be_supervised = [
-        place == 0 or not forest.full[segment] for segment, place, _ in forest.tokens()
-    ]
+    can_be_supervised = [place == 0 or not forest.full[segment] for segment, place, _ in forest.tokens()]
     labels = torch.tensor([100 + row if can else -100 for row, can in enumerate(can_be_supervised)], dtype=torch.int64)
     selected, rows = layout.select(labels)
     expected = [(100 + t, p) for t, p in enumerate(predictors) if p >= 0 and can_be_supervised[t]]

@@ -67,9 +67,7 @@ def forward(layout: Any, call: Any, softcap: float | None = None, sinks: Tensor 
     return out.to(q.dtype), lse
 
 
-def backward(
-    layout: Any, call: Any, gradients: tuple[Tensor, ...], softcap: float | None = None
-) -> tuple[Tensor, ...]:
+def backward(layout: Any, call: Any, gradients: tuple[Tensor, ...], softcap: float | None = None) -> tuple[Tensor, ...]:
     """Return the gradients of q, k and v. Computes in the dtype of ``gradients`` and writes the results there first."""
     q, k, v, dtype = call.q, call.k, call.v, gradients[0].dtype
     grad = torch.zeros_like(call.out, dtype=dtype) if call.grad is None else call.grad

@@ -119,9 +119,7 @@ def check_heads(
             continue
         if tensor.shape[-1] != q.shape[-1]:
             at_most = "; it may be from 1 to that" if name in narrow else ""
-            raise ValueError(
-                f"{operation}: {name} has head dimension {tensor.shape[-1]}, q has {q.shape[-1]}{at_most}"
-            )
+            raise ValueError(f"{operation}: {name} has head dimension {tensor.shape[-1]}, q has {q.shape[-1]}{at_most}")
     if q.shape[-1] == 0:
         raise ValueError(f"{operation}: q has head dimension 0")
     if num_kv_heads == 0 or q.shape[-2] % num_kv_heads != 0:

@@ -8,7 +8,13 @@ from torch import Tensor
 
 from lynx_kernels.backends.dtypes import acc_dtype
 from lynx_kernels.layout.packed import visible
-from lynx_kernels.ops.attention_common.reference import attend, attend_backward, batches_of_shape, sinks_backward, take_rows
+from lynx_kernels.ops.attention_common.reference import (
+    attend,
+    attend_backward,
+    batches_of_shape,
+    sinks_backward,
+    take_rows,
+)
 from lynx_kernels.ops.prefix_attention.call import PrefixAttentionBackwardCall, PrefixAttentionCall
 
 
