@@ -1,8 +1,8 @@
 """Attention over trees of segments against what people run today, who must repeat what branches share, or mask it.
 
-Peers: ``sdpa dense mask`` (the whole row with a T x T mask, the baseline), ``sdpa per path`` (each path from a root to a
-leaf alone, what it shares repeated), ``flex`` (FlexAttention with the layout's BlockMask; no backward on CPUs) and our
-own kernel with each path repeated. Bringing inputs into a peer's form is not timed. Rates count the FLOP of visible
+Peers: ``sdpa dense mask`` (the whole row with a T x T mask, the baseline), ``sdpa per path`` (each path from a root to
+a leaf alone, what it shares repeated), ``flex`` (FlexAttention with the layout's BlockMask; no backward on CPUs) and
+our own kernel with each path repeated. Bringing inputs into a peer's form is not timed. Rates count the FLOP of visible
 pairs only; ``bound`` in a shape says how many times the FLOP the repeated form takes, so the most that sharing can
 gain. Floor: ``matmuls``, as many FLOP in products of large matrices.
 
@@ -72,10 +72,8 @@ class Forest:
     def repeated(self) -> "Forest":
         """Each path by itself."""
         order = [segment for path in self.paths for segment in path]
-        parents = [
-            number - 1 if place else -1
-            for number, place in enumerate(p for path in self.paths for p in range(len(path)))
-        ]
+        places = [place for path in self.paths for place in range(len(path))]
+        parents = [number - 1 if place else -1 for number, place in enumerate(places)]
         full = None if self.full is None else tuple(self.full[each] for each in order)
         return Forest(self.name, tuple(self.lengths[each] for each in order), tuple(parents), full, self.windows)
 
@@ -128,6 +126,8 @@ QUICK = [Forest("picture-4-questions", *_levels(144, (4, 16))), Forest("levels",
 def cases(*, quick: bool, device: str) -> Iterator[Case]:
     """Every tree, forward and with backward."""
     heads, dim = HEADS[device]
+    names = ["sdpa dense mask", "sdpa per path", "flex", "matmuls"]
+    names += [f"{how}{OURS}{impl}" for how in ("", "repeated ") for impl in OPERATION.names]
     for name in NAMES[device]:
         for forest in QUICK if quick else forests():
             for mode in ("forward", "train"):
@@ -137,13 +137,9 @@ def cases(*, quick: bool, device: str) -> Iterator[Case]:
                     mode,
                     f"{name} H={heads} D={dim} {forest.name}{bound}",
                     partial(setup, forest, mode, DTYPES[name], device, heads, dim),
-                    (*_PEERS, *(f"repeated {OURS}{impl}" for impl in OPERATION.names), "matmuls")
-                    + tuple(OURS + impl for impl in OPERATION.names),
+                    tuple(names),
                     _FLOP[mode] * forest.pairs * heads * dim / matmul_rate(device, DTYPES[name]),
                 )
-
-
-_PEERS = ("sdpa dense mask", "sdpa per path", "flex")
 
 
 def _one(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
@@ -195,8 +191,8 @@ def peers_of(forest: Forest, mode: str, device: str, impls: Sequence[str], compi
     found: dict[str, Peer | str] = {}
     dense = len(forest.windows) * tokens**2
     if dense <= _MOST_PAIRS[device] or len(forest.paths) == 1:
-        masks = [layout.visible().to(device) for layout in forest.layouts("cpu")]
-        found["sdpa dense mask"] = Peer(_sum([partial(_one, attn_mask=mask) for mask in masks]), dense)
+        visible = [layout.visible().to(device) for layout in forest.layouts("cpu")]
+        found["sdpa dense mask"] = Peer(_sum([partial(_one, attn_mask=each) for each in visible]), dense)
     else:
         found["sdpa dense mask"] = f"its masks have {dense / 2**20:.0f} M pairs"
     attend, form = _per_path(forest, device)

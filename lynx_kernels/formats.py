@@ -190,6 +190,11 @@ def to_block_mask(layout: PackedLayout, *, block_size: int = 128) -> Any:
             return in_tree & ((place[query] // chunk == place[key] // chunk) | (query < see_end[key]))
         return in_tree
 
+    def floor(place: Tensor) -> Tensor:  # the first place that a query there sees, but for full segments
+        if window is not None:
+            return place - window + 1
+        return place if chunk is None else place // chunk * chunk
+
     blocks = -(-tokens // block_size)
     begin = torch.arange(blocks, device=device) * block_size  # of a block of queries
     end = (begin + block_size).clamp(max=tokens)
@@ -202,8 +207,7 @@ def to_block_mask(layout: PackedLayout, *, block_size: int = 128) -> Any:
         # Places rise along a run, so those of the block's ends bound what its queries see. A block across runs is not
         # skipped.
         in_one_run = place[end - 1] - place[begin] == end - 1 - begin
-        low = place[begin] - window + 1 if window is not None else place[begin] // chunk * chunk
-        high = place[end - 1] - window + 1 if window is not None else place[end - 1] // chunk * chunk
+        low, high = (floor(place[each]) for each in (begin, end - 1))
         is_near = (place[key] >= low[:, None]) | ~in_one_run[:, None] | (see_end[key] > begin[:, None])
         some, whole = some & is_near, whole & (place[key] >= high[:, None]) & in_one_run[:, None]
     some, whole = (each.unflatten(1, (blocks, block_size)) for each in (some, whole))

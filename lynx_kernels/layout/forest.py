@@ -41,7 +41,8 @@ def read_segments(lengths: Sequence[int], parents: Sequence[int]) -> Segments:
     lengths, parents = [as_int(each) for each in lengths], [as_int(each) for each in parents]
     if len(lengths) != len(parents):
         raise ValueError(f"{len(lengths)} lengths but {len(parents)} parents")
-    starts, path_starts = [0, *accumulate(lengths)], []
+    starts = [0, *accumulate(lengths)]
+    path_starts: list[int] = []
     path: list[int] = []  # from the root to segment i - 1
     depths: list[int] = []
     for index, (length, parent) in enumerate(zip(lengths, parents, strict=True)):
@@ -72,7 +73,7 @@ def find_runs(segments: Segments) -> tuple[list[Run], list[int]]:
     runs: list[Run] = []
     key_runs: list[int] = []
     run_of, nearest = [-1] * len(segments.lengths), [-1] * len(segments.lengths)  # the nearest non-empty ancestor
-    before = -1  # the last non-empty segment
+    before = (-1, -1)  # the run and the last query of the keys before
     for index, length in enumerate(segments.lengths):
         parent = segments.parents[index]
         ancestor = parent if parent < 0 or segments.lengths[parent] > 0 else nearest[parent]

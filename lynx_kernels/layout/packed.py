@@ -355,7 +355,7 @@ class PackedLayout(Layout):
         return torch.where(chosen, labels, ignore_index), torch.where(chosen, predictors, -1)
 
     def key_intervals(self) -> tuple[Tensor, Tensor]:
-        """``(first, last)``, each (T,) int32: but for window and chunk, key k is seen by ``first[k] <= q < last[k]``."""
+        """``(first, last)``, each (T,) int32: key k is seen by ``first[k] <= q < last[k]``, but for window and chunk."""
         return self.tokens[0], self.tokens[2]
 
     def visible(self, rows: Tensor | None = None) -> Tensor:
@@ -388,11 +388,14 @@ def visible(rows: Tensor, tokens: Tensor, runs: Tensor, window: int | None, chun
     first, see_end, last = (each[rows][..., None, :] for each in tokens)  # (..., 1, n): of keys
     query = rows[..., :, None]
     in_tree = (first <= query) & (query < last)
-    if window is None and chunk is None:
-        return in_tree
     place = path_positions(runs, tokens.shape[1])[rows]  # (..., n)
     of_query, of_key = place[..., :, None], place[..., None, :]
-    near = of_query - of_key < window if window is not None else of_query // chunk == of_key // chunk
+    if window is not None:
+        near = of_query - of_key < window
+    elif chunk is not None:
+        near = of_query // chunk == of_key // chunk
+    else:
+        return in_tree
     return in_tree & (near | (query < see_end))
 
 

@@ -65,7 +65,7 @@ def dense_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Plain softmax attention in the dtype of the inputs: q (Q, H, D), k (K, Hkv, D), v (K, Hkv, Dv), visible (Q, K)."""
+    """Plain softmax attention in the dtype of the inputs: q (Q, H, D), k and v (K, Hkv, D or Dv), visible (Q, K)."""
     copies = q.shape[1] // k.shape[1]
     k, v = (each.repeat_interleave(copies, dim=1) for each in (k, v))
     scale = q.shape[2] ** -0.5 if scale is None else scale

@@ -1,4 +1,4 @@
-"""Random forests of segments and, from their lists alone, who sees whom: brute force, nothing of the layouts' tables."""
+"""Random forests of segments and, from their lists alone, who sees whom: nothing of the layouts' tables."""
 
 import random
 from collections.abc import Sequence
@@ -74,7 +74,7 @@ class Forest:
 
 
 @st.composite
-def forests(draw, lengths=st.integers(0, 7), max_segments: int = 8, local: bool = True) -> Forest:
+def forests(draw, max_segments: int = 8, local: bool = True) -> Forest:
     parents: list[int] = []
     for segment in range(draw(st.integers(0, max_segments))):
         path, each = [-1], segment - 1
@@ -83,7 +83,7 @@ def forests(draw, lengths=st.integers(0, 7), max_segments: int = 8, local: bool 
             each = parents[each]
         parents.append(draw(st.sampled_from(path)))
     count = len(parents)
-    sizes = draw(st.lists(lengths, min_size=count, max_size=count))
+    sizes = draw(st.lists(st.integers(0, 7), min_size=count, max_size=count))
     full = draw(st.lists(st.booleans(), min_size=count, max_size=count))
     kind = draw(st.sampled_from(["", "", "window", "chunk"])) if local else ""
     return Forest(sizes, parents, full, **({kind: draw(st.integers(1, 12))} if kind else {}))

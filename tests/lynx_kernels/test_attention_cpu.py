@@ -263,9 +263,9 @@ def test_invalid_tables():
     broken[0, 2] = 6
     with pytest.raises(ValueError, match="segment 0 of the layout sees keys outside 0 to 5"):
         operators.cross_attention(q, q, q, broken, *inverse, 1.0, "cpu")
+    longer = layout.runs, torch.cat([layout.tokens, layout.tokens[:, -1:]], 1), layout.key_runs
     with pytest.raises(ValueError, match="do not go from 0 to 6"):
-        longer = torch.cat([layout.tokens, layout.tokens[:, -1:]], 1)
-        operators.prefix_attention(*[q.new_zeros(6, 1, 4)] * 3, None, layout.runs, longer, layout.key_runs, *options)
+        operators.prefix_attention(*[q.new_zeros(6, 1, 4)] * 3, None, *longer, *options)
     with pytest.raises(ValueError, match="do not run from 0 to 4"):
         operators.cross_attention(q[:4], q, q, spans.segments, *inverse, 1.0, "cpu")
 

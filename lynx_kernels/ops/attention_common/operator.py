@@ -83,7 +83,7 @@ def _fit(num_dimensions: int, q: Tensor, keys_and_values: tuple[Tensor, ...]) ->
 
 
 def check_heads(
-    operation: str, num_dimensions: int, q: Tensor, *, narrow: tuple[str, ...] = (), **keys_and_values: Tensor
+    operation: str, num_dimensions: int, q: Tensor, narrow: tuple[str, ...] = (), /, **keys_and_values: Tensor
 ) -> None:
     """Check that q (..., H, D) and every key or value (..., Hkv, D) are valid and match.
 

@@ -49,7 +49,7 @@ def _call(
 ) -> PrefixAttentionCall:
     if not isinstance(layout, PackedLayout):
         raise TypeError(f"prefix_attention: layout is a {type(layout).__name__}, expected a PackedLayout")
-    check_heads("prefix_attention", 3, q, narrow=("v",), k=k, v=v)
+    check_heads("prefix_attention", 3, q, ("v",), k=k, v=v)
     tokens = layout.num_tokens
     check_rows("prefix_attention", layout.runs, q=(q, tokens), k=(k, tokens), v=(v, tokens))
     check_scores("prefix_attention", q, softcap, sinks)
