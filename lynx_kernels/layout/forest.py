@@ -92,13 +92,10 @@ def find_runs(segments: Segments) -> tuple[list[Run], list[int]]:
                 ranges = [*above.ranges, (above.start, segments.starts[ancestor + 1], above.offset)]
             run_of[index] = len(runs)
             runs.append(Run(start, end, start - segments.path_starts[index], ranges))
-        if (
-            before < 0
-            or run_of[before] != run_of[index]
-            or segments.subtree_ends[before] != segments.subtree_ends[index]
-        ):
+        seen_until = run_of[index], segments.subtree_ends[index]
+        if before != seen_until:
             key_runs.append(start)
-        before = index
+        before = seen_until
     return runs, key_runs
 
 

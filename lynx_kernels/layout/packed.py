@@ -355,7 +355,7 @@ class PackedLayout(Layout):
         return torch.where(chosen, labels, ignore_index), torch.where(chosen, predictors, -1)
 
     def key_intervals(self) -> tuple[Tensor, Tensor]:
-        """``(first, last)``, each (T,) int32: key k is seen by ``first[k] <= q < last[k]``, but for window and chunk."""
+        """``(first, last)``, each (T,) int32: key k is seen by ``first[k] <= q < last[k]``; window and chunk aside."""
         return self.tokens[0], self.tokens[2]
 
     def visible(self, rows: Tensor | None = None) -> Tensor:
