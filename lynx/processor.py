@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from lynx.config import LynxConfig
-from lynx.data.conversation import IGNORED, ConversationEncoder, Sample
+from lynx.data.conversation import IGNORED, Branch, ConversationEncoder, Sample
 from lynx.fusion import fusion_of
 from lynx.media import tower
 from lynx.media.arguments import as_list, with_sources
@@ -221,13 +221,19 @@ class LynxProcessor(ProcessorMixin):
         """
         return self._conversations.encode(messages)
 
-    def encode_branches(self, conversations: Sequence[Sequence[dict[str, Any]]]) -> Sample:
-        """Several conversations about the same media, each as ``encode`` takes it; a pack holds the media once.
+    def encode_branches(self, branches: Sequence[Branch]) -> Sample:
+        """Several conversations about the same media; a pack holds the media, and what they share, once.
+
+        Args:
+            branches: each a conversation as ``encode`` takes it, or one that forks: ``{"messages": [...], "branches":
+                [...]}``, whose branches, which may fork again, continue its messages. So several answers to one
+                question are branches that begin with the assistant. All tokens of an answer are supervised, the first
+                one of a branch too: the last row of what it continues predicts it.
 
         Raises:
-            ValueError: as for ``encode``, or a conversation after the first has media.
+            ValueError: as for ``encode``, a conversation after the first has media, or a branch has other keys.
         """
-        return self._conversations.encode_branches(conversations)
+        return self._conversations.encode_branches(branches)
 
     def costs(self, sample: Sample) -> tuple[int, int]:
         """What a sample adds to a pack: tokens of the row, and tokens of the vision tower. Its media are not opened."""
@@ -246,7 +252,7 @@ class LynxProcessor(ProcessorMixin):
         generator: np.random.Generator | Sequence[np.random.Generator | None] | None = None,
         always_vision: bool = False,
     ) -> BatchFeature:
-        """One packed row, (1, T): each sample's vision tokens as a root, and its text as a branch, or several.
+        """One packed row, (1, T): each sample's vision tokens as a root, and its text as a branch, or a tree of them.
 
         Args:
             samples: what ``encode`` or ``encode_branches`` returned, in the order of the row.
@@ -265,13 +271,7 @@ class LynxProcessor(ProcessorMixin):
             ImageError: an image or video cannot be used.
         """
         rows = self._rows(samples)
-        layout = PackedLayout.from_groups(
-            [
-                (self.prefix_length(sample.media), sample.branch_lengths or [len(sample.token_ids)])
-                for sample in samples
-            ],
-            root_is_causal=self.prefix_is_causal,
-        )
+        layout = self._layout(samples)
         return BatchFeature(
             {
                 "input_ids": torch.tensor([[token for ids, _ in rows for token in ids]], dtype=torch.int64),
@@ -305,6 +305,17 @@ class LynxProcessor(ProcessorMixin):
                 **self._fusion_inputs(samples, padded_length=length),
             }
         )
+
+    def _layout(self, samples: Sequence[Sample]) -> PackedLayout:
+        """Of each sample a root of vision tokens, which has none where there are no media, and its texts below."""
+        lengths: list[int] = []
+        parents: list[int] = []
+        for sample in samples:
+            root = len(lengths)
+            lengths += [self.prefix_length(sample.media), *(sample.branch_lengths or [len(sample.token_ids)])]
+            parents += [-1, *(root + 1 + parent if parent >= 0 else root for parent in sample.branch_parents or [-1])]
+        full = None if self.prefix_is_causal else [parent == -1 for parent in parents]
+        return PackedLayout.from_segments(lengths, parents, full=full)
 
     def _rows(self, samples: Sequence[Sample]) -> list[tuple[list[int], list[int]]]:
         if not samples:

@@ -1,6 +1,6 @@
 """Conversations in transformers' messages format, as the tokens of a row and the labels to learn."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,6 +8,9 @@ from transformers import PreTrainedTokenizerBase
 
 from lynx.media.images import ImageSource
 from lynx.media.videos import VideoSource
+
+# Messages, or messages and what goes on from them in more than one way: {"messages": [...], "branches": [...]}.
+Branch = Sequence[dict[str, Any]] | Mapping[str, Any]
 
 PROMPT = "User: {question}\nBot:"
 IGNORED = -100
@@ -24,6 +27,7 @@ class Sample:
         labels: the token ids to learn, -100 at the others.
         places: for cross-attention, how many tokens come before each item; None if all items come first.
         branch_lengths: the lengths of the texts where there are several about the same media; else empty.
+        branch_parents: for each of these texts the number of the one that it continues, -1 for none.
     """
 
     media: list[list[ImageSource] | VideoSource]
@@ -32,6 +36,7 @@ class Sample:
     labels: list[int]
     places: list[int] | None = None
     branch_lengths: tuple[int, ...] = ()
+    branch_parents: tuple[int, ...] = ()
 
     @property
     def num_supervised(self) -> int:
@@ -53,15 +58,19 @@ class ConversationEncoder:
 
     def encode(self, messages: Sequence[dict[str, Any]]) -> Sample:
         """One conversation; arguments and errors as of ``LynxProcessor.encode``."""
+        return self._encode(messages, 0)
+
+    def _encode(self, messages: Sequence[dict[str, Any]], before_it: int) -> Sample:
+        """A conversation, or messages that continue one of ``before_it`` messages."""
         media: list[list[ImageSource] | VideoSource] = []
         is_video = []
-        token_ids, labels = [self.tokenizer.bos_token_id], [IGNORED]
+        token_ids, labels = ([], []) if before_it else ([self.tokenizer.bos_token_id], [IGNORED])
         places: list[int] = []
         marks: list[int] = []  # places of media in the text that is not tokenised yet
         if not messages:
             raise ValueError("the conversation is empty: it has no messages")
         prompt = ""
-        for turn, message in enumerate(messages):
+        for turn, message in enumerate(messages, before_it):
             if not isinstance(message, dict):
                 raise ValueError(f"message {turn} is a {type(message).__name__}, expected a dict with role and content")
             expected = "assistant" if turn % 2 else "user"
@@ -100,20 +109,34 @@ class ConversationEncoder:
             self._append(token_ids, labels, prompt, None, marks, places)
         return Sample(media, is_video, token_ids, labels, places)
 
-    def encode_branches(self, conversations: Sequence[Sequence[dict[str, Any]]]) -> Sample:
+    def encode_branches(self, branches: Sequence[Branch]) -> Sample:
         """Several conversations about the same media; arguments and errors as of ``LynxProcessor.encode_branches``."""
-        if not conversations:
+        if not branches:
             raise ValueError("there are no conversations")
-        first, *others = [self.encode(messages) for messages in conversations]
+        texts: list[Sample] = []
+        parents: list[int] = []
+
+        def add(branch: Branch, parent: int, before_it: int) -> None:
+            messages, children = _parts_of_branch(branch)
+            number = len(texts)
+            texts.append(self._encode(messages, before_it))
+            parents.append(parent)
+            for child in children:
+                add(child, number, before_it + len(messages))
+
+        for branch in branches:
+            add(branch, -1, 0)
+        first, *others = texts
         if not others:
             return first
         if any(other.media for other in others):
             raise ValueError("only the first conversation may have media; the others are about the same media")
         return replace(
             first,
-            token_ids=[token for each in (first, *others) for token in each.token_ids],
-            labels=[label for each in (first, *others) for label in each.labels],
-            branch_lengths=tuple(len(each.token_ids) for each in (first, *others)),
+            token_ids=[token for each in texts for token in each.token_ids],
+            labels=[label for each in texts for label in each.labels],
+            branch_lengths=tuple(len(each.token_ids) for each in texts),
+            branch_parents=tuple(parents),
         )
 
     def _frames(self, frames: Any, turn: int) -> list[ImageSource] | VideoSource:
@@ -157,6 +180,17 @@ class ConversationEncoder:
 
     def _normalise(self, text: str) -> str:
         return text.lower() if self.lowercase else text
+
+
+def _parts_of_branch(branch: Branch) -> tuple[Sequence[dict[str, Any]], Sequence[Branch]]:
+    """The messages of a branch, and the branches that continue them."""
+    if not isinstance(branch, Mapping):
+        return branch, ()
+    unknown = sorted(branch.keys() - {"messages", "branches"})
+    children = branch.get("branches", [])
+    if "messages" not in branch or unknown or not isinstance(children, Sequence) or isinstance(children, str):
+        raise ValueError(f"a branch must have messages and may have a list of branches, got {sorted(branch)}")
+    return branch["messages"], children
 
 
 def _parts(content: Any, turn: int) -> list[dict[str, Any]]:
