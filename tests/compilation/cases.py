@@ -123,53 +123,50 @@ ADAPTER_CASES = [
 
 # Attention.
 
-ATTENTION = (
-    "attention_fwd_kernel",
+PREFIX_KERNELS = (
+    "prefix_attention_fwd_kernel",
     "attention_bwd_preprocess_kernel",
-    "attention_bwd_dq_kernel",
-    "attention_bwd_dkdv_kernel",
+    "prefix_attention_bwd_dq_kernel",
+    "prefix_attention_bwd_dkdv_kernel",
 )
-SPLIT = (
-    "attention_fwd_kernel",
-    "attention_combine_kernel",
+CROSS_KERNELS = (
+    "cross_attention_fwd_kernel",
     "attention_bwd_preprocess_kernel",
-    "attention_bwd_dq_kernel",
-    "attention_bwd_dkdv_kernel",
+    "cross_attention_bwd_dq_kernel",
+    "cross_attention_bwd_dkdv_kernel",
 )
+SPLIT = CROSS_KERNELS[0], "attention_combine_kernel", *CROSS_KERNELS[1:]
 
 
-def attention(operation: dispatch.Operation, inputs, *table):
+def attention(operation: dispatch.Operation, inputs, *options):
     """prefix_attention or cross_attention, and the gradients through output and LSE."""
-    q, *_ = inputs
-    out, lse = operation.forward(*inputs, *table, 0.1, "triton")
-    _assert_alike([out, lse], [q, _meta(*q.shape[:2], dtype=FP32)])
-    _assert_alike(operation.backward(out, lse, out, lse, *inputs, *table, 0.1, "triton"), inputs)
+    q, _, v, *_ = inputs
+    out, lse = operation.forward(*inputs, *options, "triton")
+    _assert_alike([out, lse], [_meta(*q.shape[:2], v.shape[2], dtype=q.dtype), _meta(*q.shape[:2], dtype=FP32)])
+    gradients = operation.backward(out, lse, out, lse, *inputs, *options, "triton")
+    _assert_alike(gradients, [_meta(0, dtype=FP32) if each is None else each for each in inputs])
 
 
-def _attention_case(operation, shape, rows, heads, head_dim, dtype, kernels, *table) -> Case:
-    (queries, keys), (query_heads, key_heads) = rows, heads
-    inputs = [_meta(queries, query_heads, head_dim, dtype=dtype)]
-    inputs += [_meta(keys, key_heads, head_dim, dtype=dtype)] * 2
-    shape = f"{shape} H={query_heads}/{key_heads} D={head_dim}"
-    return Case(operation.name, shape, NAMES[dtype], partial(attention, operation, inputs, *table), kernels, dtype)
-
-
-def _prefix_case(groups, head_dim, dtype=BF16, *, heads=(8, 4), root_is_causal=True) -> Case:
-    layout = PackedLayout.from_groups(groups, root_is_causal=root_is_causal, device="meta")
-    tokens, segments = layout.num_tokens, len(layout.segments) - 1
-    shape = f"T={tokens} in {segments} {'causal' if root_is_causal else 'full'}"
-    table = layout.segments, root_is_causal
-    return _attention_case(PREFIX, shape, (tokens, tokens), heads, head_dim, dtype, ATTENTION, *table)
+def _prefix_case(
+    layout: PackedLayout, head_dim, dtype=BF16, *, value_dim=None, heads=(8, 4), softcap=None, sinks=False, name=""
+) -> Case:
+    (query_heads, key_heads), tokens, meta = heads, layout.num_tokens, partial(_meta, dtype=dtype)
+    inputs = [meta(tokens, query_heads, head_dim), meta(tokens, key_heads, head_dim)]
+    inputs += [meta(tokens, key_heads, value_dim or head_dim), _meta(query_heads, dtype=FP32) if sinks else None]
+    options = layout.runs, layout.tokens, layout.key_runs, layout.window, layout.chunk, 0.1, softcap
+    shape = f"T={tokens} in {layout.runs.shape[0] - 1}{name} H={query_heads}/{key_heads} D={head_dim}"
+    shape += "" if value_dim is None else f" Dv={value_dim}"
+    return Case(PREFIX.name, shape, NAMES[dtype], partial(attention, PREFIX, inputs, *options), PREFIX_KERNELS, dtype)
 
 
 def _cross_case(query_lengths, keys, head_dim, dtype=BF16, *, kernels=SPLIT) -> Case:
     """Every query segment sees ``keys`` keys, and shares none."""
     spans = [(i * keys, i * keys + keys) for i in range(len(query_lengths))]
     layout = SpanLayout.from_spans(query_lengths, spans, spans[-1][1], device="meta")
-    shape = f"Q={layout.num_queries} in {len(spans)} K={layout.num_keys}"
-    table = layout.segments, layout.tile_offsets, layout.tile_segments
-    rows = layout.num_queries, layout.num_keys
-    return _attention_case(CROSS, shape, rows, (16, 16), head_dim, dtype, kernels, *table)
+    shape = f"Q={layout.num_queries} in {len(spans)} K={layout.num_keys} H=16/16 D={head_dim}"
+    inputs = [_meta(rows, 16, head_dim, dtype=dtype) for rows in (layout.num_queries, *[layout.num_keys] * 2)]
+    options = layout.segments, layout.tile_offsets, layout.tile_segments, 0.1
+    return Case(CROSS.name, shape, NAMES[dtype], partial(attention, CROSS, inputs, *options), kernels, dtype)
 
 
 def decode(branches, heads, kv_heads, head_dim, dtype):
@@ -195,25 +192,38 @@ def _decode_case(heads, kv_heads, head_dim, dtype=BF16, branches=5) -> Case:
     )
 
 
-# 8192 tokens in 16 segments and in 160: long ones, and ones that leave most of a large tile empty. Both numbers are
-# multiples of 16, so that launches common to both compile once.
-LONG, SHORT = [(576, [448])] * 8, [(32, [70])] * 80
+# 8192 tokens in 16 runs, and 8160 in 160: long ones, and ones that leave most of a large tile empty. Both numbers are
+# multiples of 16, so that launches common to both compile once. In a tree with two branches a run sees another; in a tree
+# that forks twice a run sees two others.
+LONG = PackedLayout.from_prefixes([256] * 16, [256] * 16, device="meta")
+SHORT = PackedLayout.from_prefixes([32] * 160, [19] * 160, device="meta")
+FORK = PackedLayout.from_groups([(512, [256, 256])] * 8, device="meta")
+FORKS = PackedLayout.from_segments([128, 64, 64, 128, 128], [-1, 0, 0, 2, 2], device="meta")
+WINDOW = LONG.with_local(window=1024)
 
 ATTENTION_CASES = [
-    *(_prefix_case(LONG, head_dim) for head_dim in (128, 88, 64, 256)),
+    *(_prefix_case(LONG, head_dim) for head_dim in (128, 88, 64, 256, 512)),
     _prefix_case(SHORT, 128),
-    _prefix_case(LONG, 128, root_is_causal=False),
+    _prefix_case(FORK, 128, name=" of 2 ranges"),
+    _prefix_case(FORKS, 128, name=" of 3 ranges"),
+    _prefix_case(LONG, 192, value_dim=128),
     _prefix_case(LONG, 128, heads=(8, 8)),
     _prefix_case(LONG, 128, FP16),
-    *(_prefix_case(LONG, head_dim, FP32) for head_dim in (128, 64, 256)),
+    *(_prefix_case(LONG, head_dim, FP32) for head_dim in (128, 64, 256, 512)),
+    # Variants of layers with a window, its full segments included: Gemma 2 and 3, gpt-oss.
+    _prefix_case(WINDOW, 128, name=" window"),
+    _prefix_case(FORK.with_local(window=1024), 128, name=" of 2 ranges, window"),
+    _prefix_case(WINDOW, 256, name=" window"),
+    _prefix_case(WINDOW, 64, sinks=True, name=" window sinks"),
+    _prefix_case(WINDOW, 256, softcap=50.0, name=" window softcap"),
     # Sizes of 1, and sizes that are not multiples of 16.
-    _prefix_case([(1, [])], 1, heads=(1, 1)),
-    _prefix_case([(70, [7])], 7, heads=(3, 1), root_is_causal=False),
-    _prefix_case([(0, [300])], 32, heads=(1, 1)),
+    _prefix_case(PackedLayout.causal([1], device="meta"), 1, heads=(1, 1)),
+    _prefix_case(PackedLayout.causal([70, 7], device="meta"), 7, heads=(3, 1)),
+    _prefix_case(PackedLayout.causal([300], device="meta"), 32, heads=(1, 1)),
     # Latents of two images, whose keys are split; long texts, each with the image before it.
     *(_cross_case([32, 32], 901, head_dim) for head_dim in (128, 88, 64, 256)),
     _cross_case([32, 32], 901, 64, FP32),
-    _cross_case([2048] * 4, 901, 128, kernels=ATTENTION),
+    _cross_case([2048] * 4, 901, 128, kernels=CROSS_KERNELS),
     # Beams of one image: tiles of 16 rows, and of 64 where heads share keys.
     *(_decode_case(32, 32, head_dim) for head_dim in (128, 88, 64)),
     *(_decode_case(32, 4, head_dim) for head_dim in (128, 256)),

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from lynx_kernels import SpanLayout, cross_attention, explain
-from lynx_kernels.ops.attention_common import triton as implementation
 from lynx_kernels.ops.attention_common.triton import splits
 from lynx_kernels.ops.attention_common.triton.launches import Launch
 from lynx_kernels.ops.attention_common.triton.splits import choose_num_splits
+from lynx_kernels.ops.cross_attention import triton as implementation
 from lynx_kernels.ops.cross_attention.call import CrossAttentionBackwardCall
 from tests.lynx_kernels.attention_cases import (
     assert_case_within_budget,

@@ -24,8 +24,8 @@ OPERATION = dispatch.Operation(
     CrossAttentionBackwardCall,
     dispatch.Implementation(
         "triton",
-        triton_backend.lazy("lynx_kernels.ops.attention_common.triton", "forward"),
-        triton_backend.lazy("lynx_kernels.ops.attention_common.triton", "backward"),
+        triton_backend.lazy("lynx_kernels.ops.cross_attention.triton", "forward"),
+        triton_backend.lazy("lynx_kernels.ops.cross_attention.triton", "backward"),
         architectures=triton_backend.ARCHITECTURES,
         unsupported_reason=triton_unsupported_reason,
         not_preferred_reason=triton_backend.not_preferred_reason,

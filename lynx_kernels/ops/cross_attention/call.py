@@ -8,8 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lynx_kernels.ops.attention_common.table import Table
-
 
 class CrossAttentionCall(NamedTuple):
     """The forward call."""
@@ -32,11 +30,6 @@ class CrossAttentionCall(NamedTuple):
         """The device it runs on."""
         return self.q.device
 
-    @property
-    def table(self) -> Table:
-        """The table that says which keys each query sees."""
-        return Table(self.segments, inverse=(self.tile_offsets, self.tile_segments))
-
 
 class CrossAttentionBackwardCall(NamedTuple):
     """The backward call: the gradients of the results, the results, then the inputs."""
@@ -52,8 +45,3 @@ class CrossAttentionBackwardCall(NamedTuple):
     tile_offsets: Tensor
     tile_segments: Tensor
     scale: float
-
-    @property
-    def table(self) -> Table:
-        """The table that says which keys each query sees."""
-        return Table(self.segments, inverse=(self.tile_offsets, self.tile_segments))

@@ -1,5 +1,6 @@
 """Self-attention over a packed row of tokens, described by a PackedLayout."""
 
+from functools import partial
 from typing import Literal, overload
 
 from torch import Tensor
@@ -25,10 +26,10 @@ OPERATION = dispatch.Operation(
     PrefixAttentionBackwardCall,
     dispatch.Implementation(
         "triton",
-        triton_backend.lazy("lynx_kernels.ops.attention_common.triton", "forward"),
-        triton_backend.lazy("lynx_kernels.ops.attention_common.triton", "backward"),
+        triton_backend.lazy("lynx_kernels.ops.prefix_attention.triton", "forward"),
+        triton_backend.lazy("lynx_kernels.ops.prefix_attention.triton", "backward"),
         architectures=triton_backend.ARCHITECTURES,
-        unsupported_reason=triton_unsupported_reason,
+        unsupported_reason=partial(triton_unsupported_reason, max_head_dim=512),
         not_preferred_reason=triton_backend.not_preferred_reason,
     ),
     dispatch.Implementation(

@@ -38,9 +38,12 @@ SMALL_M_BWD_DQ = Launch(32, 32, num_warps=4, num_stages=2)
 # For a head_dim above 128: three stages of 128 x 64 would take 256 KiB, more than a block can have.
 WIDE_FWD = Launch(128, 32, num_warps=8, num_stages=2)
 WIDE_BWD_DQ = Launch(64, 32, num_warps=8, num_stages=1)
+# For a head_dim above 256: accumulators of 32 x 512 take 64 registers per thread.
+WIDEST = Launch(32, 32, num_warps=8, num_stages=1)
 # IEEE fp32 does not use tensor cores; operands are in registers, spread over 8 warps. Fewer than 64 rows, because with
 # more Triton 3.7 compiles TF32 on sm_100.
 IEEE = Launch(32, 32, num_warps=8, num_stages=1)
+WIDEST_IEEE = Launch(16, 16, num_warps=8, num_stages=1)
 
 
 def choose_launches(
@@ -48,7 +51,9 @@ def choose_launches(
 ) -> tuple[Launch, Launch, Launch]:
     """The launches of forward, bwd_dq and bwd_dkdv. ``spans``: whether the layout is a SpanLayout."""
     if compute == torch.float32:
-        return (IEEE,) * 3
+        return (IEEE if head_dim <= 256 else WIDEST_IEEE,) * 3
+    if head_dim > 256:
+        return (WIDEST,) * 3
     if head_dim > 128:
         return WIDE_FWD, WIDE_BWD_DQ, BWD_DKDV
     # Compared with the average number of queries per segment, empty segments included.
@@ -79,15 +84,31 @@ def in_units(*strides: int) -> tuple[list[int], int]:
     return [stride // unit for stride in strides], unit
 
 
+def strides_of(*tensors: Tensor) -> tuple[list[int], int]:
+    """Token and head strides of (T, H, D) tensors, in units, and the number of elements in a unit."""
+    return in_units(*(tensor.stride(dim) for tensor in tensors for dim in (0, 1)))
+
+
+def readable(tensor: Tensor, compute: torch.dtype) -> Tensor:
+    """The (T, H, D) tensor in that dtype, copied where its strides do not suit the kernels."""
+    # Vector loads need unit stride inside a row. Row strides must be small enough for int32 offsets inside a tile.
+    tensor = tensor.to(compute)
+    return tensor if tensor.stride(-1) == 1 and tensor.stride(0) < 2**24 else tensor.contiguous()
+
+
 def exponent(scale: float) -> float:
     """The scale of scores in base 2. Never 0, because a masked score of -inf times 0 would be NaN."""
     return max(abs(scale) * math.log2(math.e), 1e-30)
 
 
-def constants(launch: Launch, head_dim: int, unit: int) -> dict[str, int]:
-    """The compile-time arguments of every kernel over query and key tiles."""
-    width, rest = columns(head_dim)
+def constants(launch: Launch, unit: int, head_dim: int, value_dim: int | None = None) -> dict[str, int]:
+    """The compile-time arguments of a kernel over query and key tiles. ``value_dim``: of kernels that take one."""
+    (width, rest), values = columns(head_dim), {}
+    if value_dim is not None:
+        value_width, value_rest = columns(value_dim)
+        values = {"DV": value_dim, "BDV": value_width, "RESTV": value_rest}
     return {
-        "UNIT": unit, "D": head_dim, "BD": width, "REST": rest, "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n,
+        "UNIT": unit, "D": head_dim, "BD": width, "REST": rest, **values,
+        "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n,
         "num_warps": launch.num_warps, "num_stages": launch.num_stages,
     }  # fmt: skip

@@ -8,117 +8,42 @@ Strides are in units of UNIT elements. So Triton knows the alignment of rows and
 elements fit in 32 bits. Head and sequence strides may not; they are multiplied by a 64-bit index before UNIT.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import triton
 import triton.language as tl
 
-
-def named(suffix: str) -> Callable[[Any], str]:
-    """The name, in a profiler's trace, of a kernel shared by prefix_attention and cross_attention."""
-
-    def name(specialization: Any) -> str:
-        operation = "cross_attention" if specialization.constants["SPANS"] else "prefix_attention"
-        return f"{operation}_{suffix}_kernel"
-
-    return name
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def find_segment(p_segments, n_segments, i_tile, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """The segment of tile i_tile, and the index of the tile in it.
+def find_block(p_starts, width, n_rows, i_tile, BLOCK: tl.constexpr):
+    """The row of a table of token ranges that tile i_tile belongs to, and the number of the tile in that range.
 
-    Segment s owns the tiles from ``start(s) // BLOCK + s`` up to those of segment s + 1. These are as many tiles as it
-    has blocks, or one more. So a grid of ``T // BLOCK + S`` programs is enough for any lengths, and no plan is needed.
+    A range starts at the first value of its row and ends where the next one starts; rows are width values apart. Range
+    r owns the tiles from ``start(r) // BLOCK + r`` up to those of range r + 1. These are as many tiles as it has
+    blocks, or one more. So a grid of ``T // BLOCK + n_rows`` programs is enough for any lengths, and no plan is needed.
     """
     i_low = i_tile * 0
-    i_high = i_low + n_segments
+    i_high = i_low + n_rows
     while i_high - i_low > 1:
         i_middle = (i_low + i_high) // 2
-        i_first = tl.load(p_segments + i_middle * WIDTH) // BLOCK + i_middle
+        i_first = tl.load(p_starts + i_middle.to(tl.int64) * width) // BLOCK + i_middle
         is_after = i_first > i_tile
         i_low = tl.where(is_after, i_low, i_middle)
         i_high = tl.where(is_after, i_middle, i_high)
-    return i_low, i_tile - tl.load(p_segments + i_low * WIDTH) // BLOCK - i_low
+    return i_low, i_tile - tl.load(p_starts + i_low.to(tl.int64) * width) // BLOCK - i_low
 
 
 @triton.jit
-def tile_of_queries(
-    p_segments,
-    n_segments,
-    SPANS: tl.constexpr,
-    ROOT_IS_CAUSAL: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """The queries of this program, and the two key ranges they see: one fully, the other causally.
+def cut(i_start, i_whole, i_whole_end, i_end, BLOCK: tl.constexpr):
+    """Tiles from i_start on that cover the tokens before i_end. Those from i_whole to i_whole_end need no mask.
 
-    Returns the first query; the end of its segment (at most the first query if there is no work); and the start and end
-    of both ranges, a tuple for tiles_of_keys. The last tiles of a segment start first, because in a causal segment they
-    see the most keys.
+    Returns how many tiles need one at the front, how many need none, and how many need one at the back.
     """
-    WIDTH: tl.constexpr = 3 if SPANS else 4
-    i_segment, i_block = find_segment(p_segments, n_segments, tl.program_id(0), WIDTH, BLOCK_M)
-    p_row = p_segments + i_segment * WIDTH
-    i_start = tl.load(p_row)
-    i_end = tl.load(p_row + WIDTH)
-    i_first = i_start + (tl.cdiv(i_end - i_start, BLOCK_M) - 1 - i_block) * BLOCK_M
-    i_first = tl.where(i_first < i_start, i_end, i_first)
-    if SPANS:
-        # This program's split of the span; the number of splits is the third dimension of the grid.
-        i_key_start = tl.load(p_row + 1)
-        i_key_end = tl.load(p_row + 2)
-        split_size = tl.cdiv(tl.cdiv(i_key_end - i_key_start, BLOCK_N), tl.num_programs(2)) * BLOCK_N
-        i_full = tl.minimum(i_key_start + tl.program_id(2) * split_size, i_key_end)
-        i_full_end = tl.minimum(i_full + split_size, i_key_end)
-        i_causal = i_first + 1
-        i_causal_end = i_causal
-    else:
-        i_root = tl.load(p_row + 1)
-        i_root_end = tl.load(p_row + 2)
-        i_last = tl.minimum(i_first + BLOCK_M, i_end)
-        is_root = i_start < i_root_end
-        # A causal root sees one causal range. So does a branch that directly follows its root. A full root sees itself.
-        is_joined = i_start == i_root_end
-        if ROOT_IS_CAUSAL:
-            is_joined = is_joined | is_root
-        i_full = i_root
-        i_full_end = tl.where(is_joined, i_root, i_root_end)
-        i_causal = tl.where(is_joined, i_root, tl.where(is_root, i_last, i_start))
-        i_causal_end = i_last
-    return i_first, i_end, (i_full, i_full_end, i_causal, i_causal_end)
-
-
-@triton.jit
-def tiles_of_keys(i_first, ranges, BLOCK_N: tl.constexpr):
-    """The number of unmasked tiles, which all queries from i_first on see; the number of masked tiles; and a tuple for
-    unmasked_tile and masked_tile."""
-    i_full, i_full_end, i_causal, i_causal_end = ranges
-    n_full = (i_full_end - i_full) // BLOCK_N
-    n_causal = tl.maximum(i_first + 1 - i_causal, 0) // BLOCK_N
-    n_full_masked = tl.cdiv(i_full_end - i_full, BLOCK_N) - n_full
-    n_masked = n_full_masked + tl.cdiv(i_causal_end - i_causal, BLOCK_N) - n_causal
-    return n_full + n_causal, n_masked, (n_full, n_full_masked, n_causal)
-
-
-@triton.jit
-def unmasked_tile(i, ranges, counts, BLOCK_N: tl.constexpr):
-    """The first key of unmasked tile i."""
-    i_full, _, i_causal, _ = ranges
-    n_full, _, _ = counts
-    return tl.where(i < n_full, i_full + i * BLOCK_N, i_causal + (i - n_full) * BLOCK_N).to(tl.int64)
-
-
-@triton.jit
-def masked_tile(i, o_q, ranges, counts, BLOCK_N: tl.constexpr):
-    """The first key of masked tile i, the number of its keys, and how many of them each query sees."""
-    i_full, i_full_end, i_causal, i_causal_end = ranges
-    n_full, n_full_masked, n_causal = counts
-    is_full = i < n_full_masked
-    i_key = tl.where(is_full, i_full + n_full * BLOCK_N, i_causal + (n_causal + i - n_full_masked) * BLOCK_N)
-    n_keys = tl.where(is_full, i_full_end, i_causal_end) - i_key
-    return i_key.to(tl.int64), n_keys, tl.where(is_full, n_keys, o_q + 1 - i_key)
+    n_tiles = tl.cdiv(tl.maximum(i_end - i_start, 0), BLOCK)
+    n_front = tl.minimum(tl.cdiv(tl.maximum(i_whole - i_start, 0), BLOCK), n_tiles)
+    n_unmasked = tl.maximum(tl.maximum(i_whole_end - i_start, 0) // BLOCK - n_front, 0)
+    return n_front, n_unmasked, n_tiles - n_front - n_unmasked
 
 
 @triton.jit
@@ -194,3 +119,24 @@ def add_weighted_rows(b_acc, b_acc_rest, b_left, b_rows, b_rows_rest, REST: tl.c
     if REST > 0:
         b_acc_rest = tl.dot(b_left, b_rows_rest, b_acc_rest, input_precision="ieee")
     return b_acc, b_acc_rest
+
+
+@triton.jit
+def tanh(b_x):
+    """tanh to about two units in the last place of fp32. By exp alone it would lose the digits of small values."""
+    b_square = b_x * b_x
+    b_series = 1.57394409e-2 * b_square - 5.23025580e-2  # the minimax polynomial of CUDA's tanhf
+    b_series = b_series * b_square + 1.33152977e-1
+    b_series = b_series * b_square - 3.33327681e-1
+    b_small = b_series * b_square * b_x + b_x
+    b_exp = tl.exp(-2 * tl.abs(b_x))  # never overflows
+    b_large = (1 - b_exp) / (1 + b_exp)
+    return tl.where(tl.abs(b_x) < 0.55, b_small, tl.where(b_x < 0, -b_large, b_large))
+
+
+@triton.jit
+def capped(b_products, inner):
+    """Scores up to a factor: the products, or tanh(inner * products) if there is a soft cap, else inner is None."""
+    if inner is not None:
+        b_products = tanh(b_products * inner)
+    return b_products

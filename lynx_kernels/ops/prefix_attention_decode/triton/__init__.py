@@ -56,7 +56,7 @@ def forward(call: DecodeCall) -> tuple[Tensor, Tensor]:
         fwd.prefix_attention_decode_fwd_kernel[(branches * tiles, kv_heads, root_splits + branch_splits)](
             q, *root, *branch, *(each.contiguous() for each in call.indices.values()),
             outs, lses, *strides, branches, queries, heads // kv_heads, slots, root_splits, exponent(call.scale),
-            NEGATIVE=call.scale < 0, SCAN=_SCAN, **constants(launch, head_dim, unit),
+            NEGATIVE=call.scale < 0, SCAN=_SCAN, **constants(launch, unit, head_dim),
         )  # fmt: skip
         combine(outs, lses, out, lse)
     return out, lse

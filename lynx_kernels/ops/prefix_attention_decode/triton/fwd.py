@@ -4,9 +4,7 @@ import triton
 import triton.language as tl
 
 from lynx_kernels.ops.attention_common.triton.fwd import attend
-from lynx_kernels.ops.attention_common.triton.tiles import zero_rows
-
-_LN2 = tl.constexpr(0.6931471805599453)
+from lynx_kernels.ops.attention_common.triton.tiles import LN2, zero_rows
 
 
 @triton.jit
@@ -129,7 +127,7 @@ def prefix_attention_decode_fwd_kernel(
         b_out, b_out_rest, b_max, b_sum = attend(
             b_q, b_q_rest, b_out, b_out_rest, b_max, b_sum,
             p_k + o_key, p_v + o_key, stride_key, stride_key, BLOCK_N, o_seen, scale,
-            False, D, BD, REST, BLOCK_N,
+            False, D, BD, REST, D, BD, REST, BLOCK_N,
         )  # fmt: skip
     for i in range(n_full, tl.cdiv(i_end - i_first, BLOCK_N)):
         i_key = i_first + i * BLOCK_N
@@ -137,7 +135,7 @@ def prefix_attention_decode_fwd_kernel(
         b_out, b_out_rest, b_max, b_sum = attend(
             b_q, b_q_rest, b_out, b_out_rest, b_max, b_sum,
             p_k + o_key, p_v + o_key, stride_key, stride_key, i_end - i_key, o_seen - i_key, scale,
-            True, D, BD, REST, BLOCK_N,
+            True, D, BD, REST, D, BD, REST, BLOCK_N,
         )  # fmt: skip
 
     b_inverse = 1 / tl.where(b_sum == 0, 1.0, b_sum)[:, None]
@@ -145,4 +143,4 @@ def prefix_attention_decode_fwd_kernel(
     tl.store(p_out + o_out[:, None] * D + o_d[None, :], b_out * b_inverse, mask=m_tile)
     if REST > 0:
         tl.store(p_out + o_out[:, None] * D + o_rest[None, :], b_out_rest * b_inverse, mask=m_rest)
-    tl.store(p_lse + o_out, (b_max + tl.log2(b_sum)) * _LN2, mask=m_row)
+    tl.store(p_lse + o_out, (b_max + tl.log2(b_sum)) * LN2, mask=m_row)
