@@ -193,8 +193,8 @@ def _decode_case(heads, kv_heads, head_dim, dtype=BF16, branches=5) -> Case:
 
 
 # 8192 tokens in 16 runs, and 8160 in 160: long ones, and ones that leave most of a large tile empty. Both numbers are
-# multiples of 16, so that launches common to both compile once. In a tree with two branches a run sees another; in a tree
-# that forks twice a run sees two others.
+# multiples of 16, so that launches common to both compile once. In a tree with two branches a run sees another; in a
+# tree that forks twice a run sees two others.
 LONG = PackedLayout.from_prefixes([256] * 16, [256] * 16, device="meta")
 SHORT = PackedLayout.from_prefixes([32] * 160, [19] * 160, device="meta")
 FORK = PackedLayout.from_groups([(512, [256, 256])] * 8, device="meta")

@@ -18,7 +18,7 @@ class Forest:
 
     lengths: tuple[int, ...]
     parents: tuple[int, ...]
-    full: tuple[bool, ...]
+    full: tuple[bool, ...] = ()  # none
     window: int | None = None
     chunk: int | None = None
 
@@ -27,9 +27,8 @@ class Forest:
         return sum(self.lengths)
 
     def layout(self) -> PackedLayout:
-        return PackedLayout.from_segments(
-            self.lengths, self.parents, full=self.full, window=self.window, chunk=self.chunk
-        )
+        local = {"window": self.window, "chunk": self.chunk}
+        return PackedLayout.from_segments(self.lengths, self.parents, full=self.full or None, **local)
 
     def path(self, segment: int) -> list[int]:
         """The segment and its ancestors."""
@@ -52,17 +51,13 @@ class Forest:
 
     def _sees(self, query: tuple[int, int], key: tuple[int, int]) -> bool:
         (segment, place), (of_key, before) = query, key
-        if segment == of_key and self.full[segment]:
+        if segment == of_key and self.full and self.full[segment]:
             return True
         if of_key not in self.path(segment) or before > place:
             return False
         if self.window is not None:
             return place - before < self.window
         return self.chunk is None or place // self.chunk == before // self.chunk
-
-    def roots(self) -> list[int]:
-        """The root of each token's tree."""
-        return [self.path(segment)[-1] for segment, _ in self.tokens()]
 
 
 def random_forest(seed: int, most: int = 96) -> Forest:

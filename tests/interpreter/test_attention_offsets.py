@@ -4,14 +4,17 @@ import pytest
 import torch
 
 from lynx_kernels import PackedLayout, SpanLayout, cross_attention, prefix_attention, prefix_attention_decode
-from lynx_kernels.ops.attention_common import triton as attention
+from lynx_kernels.ops.attention_common.triton import bwd as common_bwd
 from lynx_kernels.ops.attention_common.triton import splits
 from lynx_kernels.ops.attention_common.triton.launches import Launch
+from lynx_kernels.ops.cross_attention import triton as cross
 from lynx_kernels.ops.cross_attention.call import CrossAttentionBackwardCall, CrossAttentionCall
+from lynx_kernels.ops.prefix_attention import triton as prefix
 from lynx_kernels.ops.prefix_attention.call import PrefixAttentionBackwardCall, PrefixAttentionCall
 from lynx_kernels.ops.prefix_attention_decode import triton as decode_host
+from tests.interpreter.forests import Forest
 from tests.interpreter.sparse import run_only
-from tests.lynx_kernels.attention_helpers import dense_attention, packed_visible, random, run
+from tests.lynx_kernels.attention_helpers import dense_attention, random, run
 from tests.numbers import assert_within_budget
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # the LSE without keys is log 0
@@ -22,8 +25,9 @@ FAR_ROWS = 2**24 - 8
 
 
 def use_launches(monkeypatch, *launches, num_splits=1):
-    monkeypatch.setattr(attention, "choose_launches", lambda *shape: launches)
-    monkeypatch.setattr(attention, "choose_num_splits", lambda *shape: num_splits)
+    for operation in (prefix, cross):
+        monkeypatch.setattr(operation, "choose_launches", lambda *shape: launches)
+    monkeypatch.setattr(cross, "choose_num_splits", lambda *shape: num_splits)
 
 
 def spread(tensor, *strides):
@@ -94,17 +98,24 @@ def large(tokens, *last):
     return tensors
 
 
-def test_many_tokens(monkeypatch):
+@pytest.mark.parametrize("window", [None, 3])
+def test_many_tokens(window, monkeypatch):
     """The last sequence of a row of 2^31 values: 2^26 tokens and two heads."""
     use_launches(monkeypatch, *[Launch(16, 16, 4, 1)] * 3)
     run_only(monkeypatch, last_programs)
     tokens, last = 2**26 + 5, slice(-5, None)
     inputs = [random(5, 2, 16, dtype=FP16, seed=seed) for seed in range(4)]
-    table = torch.tensor([[0] * 3 + [tokens - 5], [*[tokens - 5] * 3, tokens], [tokens] * 4], dtype=INT32), True, 0.25
+    runs = torch.tensor([[0, 0, 1], [tokens - 5, tokens - 5, 2], [tokens, 0, 2]], dtype=INT32)
+    token_table = torch.empty(3, tokens, dtype=INT32)
+    token_table[:, last] = torch.arange(tokens - 5, tokens)
+    token_table[1, last] += 1
+    token_table[2, last] = tokens
+    options = None, runs, token_table, runs[:, 0], window, None, 0.25, None
     q, k, v, grad = large(tokens, *inputs)
-    out, lse = attention.forward(PrefixAttentionCall(q, k, v, *table))
-    gradients = attention.backward(PrefixAttentionBackwardCall(grad, None, out, lse, q, k, v, *table))
-    check_last([out, *gradients], inputs, packed_visible([(0, [5])], True), last)
+    out, lse = prefix.forward(PrefixAttentionCall(q, k, v, *options))
+    *gradients, _ = prefix.backward(PrefixAttentionBackwardCall(grad, None, out, lse, q, k, v, *options))
+    visible = Forest((5,), (-1,), window=window).visible()
+    check_last([out, *gradients], inputs, visible, last)
 
 
 @pytest.mark.parametrize("num_splits", [1, 2])
@@ -118,8 +129,8 @@ def test_many_keys(num_splits, monkeypatch):
     tile_offsets[-1] = 1
     table = torch.tensor([[0, keys - 5, keys], [3, keys, keys]], dtype=INT32), tile_offsets, torch.zeros(1, dtype=INT32)
     far_k, far_v = large(keys, k, v)
-    out, lse = attention.forward(CrossAttentionCall(q, far_k, far_v, *table, 0.25))
-    grad_q, grad_k, grad_v = attention.backward(
+    out, lse = cross.forward(CrossAttentionCall(q, far_k, far_v, *table, 0.25))
+    grad_q, grad_k, grad_v = cross.backward(
         CrossAttentionBackwardCall(grad, None, out, lse, q, far_k, far_v, *table, 0.25)
     )
     check_last([out, grad_q, grad_k[-5:], grad_v[-5:]], [q, k, v, grad], torch.ones(3, 5, dtype=torch.bool))
@@ -150,7 +161,7 @@ def test_combine_of_many_rows(monkeypatch):
 def test_128k_tokens(monkeypatch):
     """One causal sequence: output and gradient of its last queries, and gradients of its first keys."""
     use_launches(monkeypatch, Launch(16, 4096, 4, 1), Launch(16, 4096, 4, 1), Launch(4096, 16, 4, 1))
-    monkeypatch.setattr(attention, "_PREPROCESS_ROWS", 8192)
+    monkeypatch.setattr(common_bwd, "_PREPROCESS_ROWS", 8192)
     run_only(
         monkeypatch, lambda kernel, programs: range(programs if kernel == "attention_bwd_preprocess_kernel" else 1)
     )
@@ -160,11 +171,10 @@ def test_128k_tokens(monkeypatch):
     layout = PackedLayout.causal([tokens])
     last = tokens - (tokens - 1) // 16 * 16  # queries of the last tile
     visible = torch.arange(tokens) <= torch.arange(tokens)[-last:, None]
-    ours, our_lse = attention.forward(PrefixAttentionCall(q, k, v, layout.segments, True, scale))
+    options = None, layout.runs, layout.tokens, layout.key_runs, None, None, scale, None
+    ours, our_lse = prefix.forward(PrefixAttentionCall(q, k, v, *options))
     out[-last:], lse[-last:] = ours[-last:], our_lse[-last:]
-    grad_q, grad_k, grad_v = attention.backward(
-        PrefixAttentionBackwardCall(grad, None, out, lse, q, k, v, layout.segments, True, scale)
-    )
+    grad_q, grad_k, grad_v, _ = prefix.backward(PrefixAttentionBackwardCall(grad, None, out, lse, q, k, v, *options))
 
     def of_last_queries(dtype):
         outputs = run(

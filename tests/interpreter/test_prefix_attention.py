@@ -1,30 +1,33 @@
-"""Prefix attention in Triton, compared with plain attention.
+"""Prefix attention in Triton, compared with plain attention. test_prefix_attention_forests.py has random forests.
 
 The interpreter's time depends on the number of programs, not on their size. So most cases have few tiles and heads.
 """
 
-from functools import partial
+from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from lynx_kernels import PackedLayout, prefix_attention
 from lynx_kernels.backends import dispatch
-from lynx_kernels.ops.attention_common import triton as implementation
+from lynx_kernels.ops.attention_common.triton import bwd as common_bwd
+from lynx_kernels.ops.attention_common.triton import launches
 from lynx_kernels.ops.attention_common.triton.launches import Launch
-from tests.lynx_kernels.attention_cases import GROUPS_OF_A_BATCH, Case, assert_results_within_budget, grads_of
-from tests.lynx_kernels.attention_helpers import EXAMPLES, dense_attention, packed_visible, random, run
+from lynx_kernels.ops.prefix_attention import triton as implementation
+from tests.interpreter.forests import Forest, plain_attention
+from tests.lynx_kernels.attention_cases import Case, assert_results_within_budget, grads_of
+from tests.lynx_kernels.attention_helpers import random, run
 from tests.lynx_kernels.helpers import permuted
 from tests.numbers import assert_within_budget
 
 FP32, FP16 = torch.float32, torch.float16
-SEVERAL_TILES = [(37, [0, 19, 5]), (0, [35])]  # tiles of 16: three for a root; several branches; no root
-ONE_TILE_EACH = [(5, [3, 4]), (0, [6])]
+# Tiles of 16: a trunk of three, of which the first branch goes on; a tree without a root; forks in a fork.
+SEVERAL_TILES = Forest((37, 19, 5, 35), (-1, 0, 0, -1))
+FORKS = Forest((17, 9, 3, 20, 5, 18), (-1, 0, 0, 2, 2, 4))
+ONE_TILE_EACH = Forest((5, 3, 4, 6), (-1, 0, 0, -1))
 TILES = [Launch(16, 32, 4, 1), Launch(32, 16, 4, 1)]  # both make the diagonal cross several tiles
-NAMES = ["output", "lse", "gradient of q", "gradient of k", "gradient of v"]
-both_roots = pytest.mark.parametrize("root_is_causal", [True, False])
+NAMES = ["output", "lse", "gradient of q", "gradient of k", "gradient of v", "gradient of sinks"]
+full_too = pytest.mark.parametrize("full", [False, True])
 
 
 def use_launch(monkeypatch, launch):
@@ -36,105 +39,112 @@ def _small_tiles(monkeypatch):
     use_launch(monkeypatch, Launch(16, 16, 4, 1))
 
 
-def make(groups, root_is_causal, dtype=FP32, heads=1, kv_heads=1, dim=16, scale=None, impl="triton"):
-    """The operation and plain attention over ``groups``, the inputs, and gradients for output and LSE."""
-    layout = PackedLayout.from_groups(groups, root_is_causal=root_is_causal)
-    operation = partial(prefix_attention, layout=layout, scale=scale, return_lse=True, impl=impl)
-    naive = partial(dense_attention, visible=packed_visible(groups, root_is_causal), scale=scale)
-    inputs = [random(layout.num_tokens, h, dim, dtype=dtype, seed=i) for i, h in enumerate([heads, kv_heads, kv_heads])]
-    return operation, naive, inputs, [grad.to(dtype) for grad in grads_of([inputs[0], inputs[0][..., 0]])]
+def with_full_roots(forest):
+    return replace(forest, full=tuple(parent == -1 for parent in forest.parents))
 
 
-def check_prefix(*case, magnitude=0.0, **options):
+def make(
+    forest,
+    dtype=FP32,
+    heads=1,
+    kv_heads=1,
+    dim=16,
+    value_dim=None,
+    scale=None,
+    softcap=None,
+    sinks=False,
+    impl="triton",
+    layout=None,
+):
+    """The operation and plain attention over a forest, the inputs, and gradients for output and LSE."""
+    layout, visible = layout or forest.layout(), forest.visible()
+    tokens = layout.num_tokens
+    shapes = [(tokens, heads, dim), (tokens, kv_heads, dim), (tokens, kv_heads, value_dim or dim), (heads,)]
+    inputs = [random(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes if sinks else shapes[:3])]
+
+    def operation(q, k, v, sinks=None):
+        options = {"scale": scale, "softcap": softcap, "sinks": sinks}
+        return prefix_attention(q, k, v, layout, **options, return_lse=True, impl=impl)
+
+    def naive(q, k, v, sinks=None):
+        return plain_attention(q, k, v, sinks, visible, scale, softcap)
+
+    outputs = [torch.empty(tokens, heads, value_dim or dim), inputs[0][..., 0]]
+    return operation, naive, inputs, [grad.to(dtype) for grad in grads_of(outputs)]
+
+
+def check(forest, *case, magnitude=0.0, **options):
     """Output, LSE and the gradients through both are within the error budget."""
-    operation, naive, inputs, grads = make(*case, **options)
+    operation, naive, inputs, grads = make(forest, *case, **options)
     results = run(operation, inputs, grads)
-    assert_results_within_budget(results, Case(operation, naive, inputs, []), grads, [magnitude] * len(results))
+    # The gradient of a sink sums rowsum(dO * O), which may cancel.
+    magnitudes = [magnitude] * 5 + [max(magnitude, grads[0].shape[2] ** 0.5)]
+    case = Case(operation, naive, inputs, [])
+    assert_results_within_budget(results, case, grads, magnitudes[: len(results)])
 
 
-@both_roots
+@full_too
 @pytest.mark.parametrize("launch", TILES, ids=str)
 @pytest.mark.parametrize("dtype", [FP32, FP16])
-def test_tiles(dtype, launch, root_is_causal, monkeypatch):
+def test_tiles(dtype, launch, full, monkeypatch):
     use_launch(monkeypatch, launch)
-    check_prefix(SEVERAL_TILES, root_is_causal, dtype, heads=2 if dtype == FP32 else 1)
+    forest = with_full_roots(SEVERAL_TILES) if full else SEVERAL_TILES
+    check(forest, dtype, heads=2 if dtype == FP32 else 1)
 
 
 @pytest.mark.usefixtures("_small_tiles")
-@both_roots
-def test_roots_that_end_near_a_tile_boundary(root_is_causal):
-    """The first query of a branch sees one key less than a tile, exactly a tile, and one key more."""
-    check_prefix([(14, [2]), (15, [2]), (16, [2])], root_is_causal, FP16)
+@full_too
+def test_roots_that_end_near_a_tile_boundary(full):
+    """The first query of a second branch sees one key less than a tile, exactly a tile, and one key more."""
+    forest = Forest((14, 1, 2, 15, 1, 2, 16, 1, 2), (-1, 0, 0, -1, 3, 3, -1, 6, 6))
+    check(with_full_roots(forest) if full else forest, FP16)
 
 
-@both_roots
-@pytest.mark.parametrize("groups", [[(150, [70])], [(40, [70])] + [(0, [1])] * 3], ids=["long", "short"])
-def test_shipped_launches(groups, root_is_causal):
-    check_prefix(groups, root_is_causal, FP16)
+@full_too
+@pytest.mark.parametrize(
+    "forest",
+    [Forest((150, 70), (-1, 0)), Forest((40, 10, 70, 1, 1, 1), (-1, 0, 0, -1, -1, -1))],
+    ids=["long", "short"],
+)
+def test_shipped_launches(forest, full):
+    check(with_full_roots(forest) if full else forest, FP16)
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim", "scale", "root_is_causal"),
+    ("heads", "kv_heads", "dim", "value_dim", "scale", "softcap"),
     [
-        (4, 2, 7, -0.3, True), (3, 1, 7, -0.3, False), (1, 1, 88, -0.3, False), (2, 2, 33, 0.0, True),
-        (1, 1, 1, None, True), (1, 1, 256, None, True),
+        (4, 2, 7, 7, -0.3, None), (3, 1, 7, 3, -0.3, 1.5), (1, 1, 88, 88, -0.3, None), (2, 2, 33, 33, 0.0, None),
+        (2, 2, 33, 17, 0.0, 0.7), (1, 1, 1, 1, None, None), (1, 1, 256, 40, None, None), (1, 1, 512, 512, None, None),
+        (1, 1, 300, 257, None, 2.0),
     ],
 )  # fmt: skip
-def test_heads_and_scales(heads, kv_heads, dim, scale, root_is_causal):
-    check_prefix(ONE_TILE_EACH, root_is_causal, heads=heads, kv_heads=kv_heads, dim=dim, scale=scale)
-
-
-@both_roots
-def test_empty_roots_branches_and_groups(root_is_causal):
-    check_prefix(GROUPS_OF_A_BATCH, root_is_causal)
+@pytest.mark.parametrize("sinks", [False, True])
+def test_heads_and_scales(heads, kv_heads, dim, value_dim, scale, softcap, sinks):
+    check(ONE_TILE_EACH, FP32, heads, kv_heads, dim, value_dim, scale, softcap, sinks)
 
 
 def test_no_tokens():
-    operation, _, inputs, grads = make([(0, []), (0, [0])], True)
+    operation, _, inputs, grads = make(Forest((0, 0, 0), (-1, -1, 1)), sinks=True)
     for result, like in zip(run(operation, inputs, grads), [inputs[0], grads[1], *inputs], strict=True):
         assert result.shape == like.shape
-
-
-LENGTHS = st.integers(0, 20)
-FEW_GROUPS = st.lists(st.tuples(LENGTHS, st.lists(LENGTHS, max_size=2)), max_size=2).filter(
-    lambda groups: 0 < sum(root + sum(branches) for root, branches in groups) < 60
-)
+    assert (result == 0).all()
 
 
 @pytest.mark.usefixtures("_small_tiles")
-@settings(EXAMPLES, max_examples=5)
-@given(FEW_GROUPS, st.booleans())
-def test_any_layout(groups, root_is_causal):
-    # For a token that sees only itself, the gradient of q cancels; its rounding errors are those of values near 1.
-    check_prefix(groups, root_is_causal, magnitude=1.0)
-
-
-@pytest.mark.usefixtures("_small_tiles")
-@both_roots
-@pytest.mark.parametrize("token", [36, 37, 61])
-def test_no_information_leaks(token, root_is_causal):
-    """Forward, a token reaches only the tokens that see it. Backward, it reaches only the tokens that it sees."""
-    operation, _, inputs, grads = make(SEVERAL_TILES, root_is_causal)
-    visible = packed_visible(SEVERAL_TILES, root_is_causal)
-    leaves = [each.requires_grad_() for each in inputs]
-    outputs = operation(*leaves)
-    changed = [each.detach().clone() for each in inputs]
-    for each in changed:
-        each[token] += 0.5
-    for before, after in zip(outputs, operation(*changed), strict=True):
-        assert torch.equal((before != after).flatten(1).any(1), visible[:, token])
-    only_of_token = [
-        torch.zeros_like(grad).index_copy(0, torch.tensor([token]), grad[token : token + 1]) for grad in grads
-    ]
-    grad_q, grad_k, grad_v = torch.autograd.grad(outputs, leaves, only_of_token)
-    seen = visible[token]
-    assert torch.equal((grad_q != 0).flatten(1).any(1), torch.arange(len(seen)) == token)
-    assert torch.equal((grad_k != 0).flatten(1).any(1), seen)
-    assert torch.equal((grad_v != 0).flatten(1).any(1), seen)
+def test_empty_sequences_from_offsets():
+    """Layouts made on the device have runs without tokens, the random forests' have none."""
+    offsets = torch.tensor([0, 0, 20, 20, 20, 23, 40, 40])
+    for is_causal in (True, False):
+        layout = PackedLayout.from_offsets(offsets, 40, is_causal=is_causal)
+        forest = Forest((20, 3, 17), (-1,) * 3, (not is_causal,) * 3)
+        check(forest, layout=layout)
+        check(replace(forest, window=5), layout=layout.with_local(window=5))
 
 
 def in_wider_rows(tensor):
     """The same values surrounded by NaN, as in a slice of a fused projection."""
+    if tensor.dim() == 1:
+        return torch.stack([tensor, torch.full_like(tensor, torch.nan)], 1)[:, 0]
     wider = torch.full((tensor.shape[0], tensor.shape[1] + 2, tensor.shape[2] + 3), torch.nan, dtype=tensor.dtype)
     return wider[:, 1:-1, 2:-1].copy_(tensor)
 
@@ -142,7 +152,9 @@ def in_wider_rows(tensor):
 @pytest.mark.usefixtures("_small_tiles")
 def test_any_strides():
     """Tiles that need a mask for columns, rows, both, and none; with NaN beyond every edge."""
-    operation, _, inputs, grads = make([(20, [19])], True, FP16, dim=40)
+    operation, _, inputs, grads = make(
+        Forest((20, 19, 3), (-1, 0, 0), window=30), FP16, dim=40, value_dim=24, sinks=True
+    )
     expected = run(operation, inputs, grads)
     for spread in (permuted, in_wider_rows):
         for ours, theirs in zip(
@@ -161,13 +173,13 @@ def test_any_strides():
 def test_rows_with_too_large_strides_are_copied():
     for distance, is_copied in [(2**24 - 1, False), (2**24, True)]:
         rows = torch.empty_strided((2, 1, 8), (distance, 8, 1), device="meta")
-        assert implementation._readable(rows, FP32).is_contiguous() == is_copied
+        assert launches.readable(rows, FP32).is_contiguous() == is_copied
 
 
 @pytest.mark.usefixtures("_small_tiles")
 @pytest.mark.parametrize("weights", [(1, 0), (0, 1), (1, 1)], ids=["output", "lse", "both"])
 def test_expanded_and_omitted_gradients(weights):
-    operation, naive, inputs, _ = make(ONE_TILE_EACH, True)
+    operation, naive, inputs, _ = make(ONE_TILE_EACH, sinks=True)
 
     def gradients(function, dtype):
         leaves = [each.to(dtype).requires_grad_() for each in inputs]
@@ -183,66 +195,43 @@ def test_expanded_and_omitted_gradients(weights):
 
 @pytest.mark.usefixtures("_small_tiles")
 @pytest.mark.parametrize(("dtype", "size"), [(FP32, 30.0), (FP16, 30.0)])
-@pytest.mark.parametrize("scale", [1.0, -1.0])
-def test_huge_scores(dtype, size, scale):
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (-1.0, None), (-1.0, 3e3)])
+@pytest.mark.parametrize("sink", [None, -1e4, 1e4])
+def test_huge_scores(dtype, size, scale, softcap, sink):
     """Scores of thousands: P is nearly 0 or 1, and no exponential overflows, masked or not."""
-    operation, naive, inputs, grads = make(ONE_TILE_EACH, True, dtype, scale=scale)
-    inputs = [inputs[0] * size, inputs[1] * size, inputs[2]]
+    forest = replace(ONE_TILE_EACH, window=4)
+    operation, naive, inputs, grads = make(forest, dtype, scale=scale, softcap=softcap, sinks=sink is not None)
+    inputs = [inputs[0] * size, inputs[1] * size, *inputs[2:]]
+    if sink is not None:
+        inputs[3][:] = sink
     exact = run(naive, [each.double() for each in inputs], grads)
-    for name, ours, truth in zip(NAMES, run(operation, inputs, grads), exact, strict=True):
+    for name, ours, truth in zip(NAMES[: len(exact)], run(operation, inputs, grads), exact, strict=True):
         torch.testing.assert_close(ours.double(), truth, rtol=0, atol=2e-2 * max(1, truth.abs().max().item()), msg=name)
 
 
 @pytest.mark.usefixtures("_small_tiles")
 def test_delta_beyond_fp16():
     """For a token that sees only itself dS is 0, however large rowsum(dO * O) is."""
-    operation, _, inputs, grads = make([(0, [1, 1])], True, FP16)
+    operation, _, inputs, grads = make(Forest((1, 1), (-1, -1)), FP16)
     _, _, grad_q, grad_k, _ = run(operation, [*inputs[:2], inputs[2] * 1000], [grads[0] * 1000, grads[1] * 0])
     for gradient in (grad_q, grad_k):
         torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1)
 
 
-@both_roots
-@pytest.mark.usefixtures("_small_tiles")
-def test_nan_stays_in_its_group(root_is_causal):
-    operation, _, inputs, grads = make([(5, [3, 4]), (2, [6]), (0, [3])], root_is_causal)
-    group, others = slice(12, 20), [*range(12), *range(20, 23)]
-    expected = run(operation, inputs, grads)
-    for each in [*inputs, *grads]:
-        each[group] = torch.nan
-    for ours, theirs in zip(run(operation, inputs, grads), expected, strict=True):
-        assert torch.equal(ours[others], theirs[others])
-        assert ours[group].isnan().all()
-
-
-@both_roots
-@pytest.mark.usefixtures("_small_tiles")
-def test_nan_in_a_branch_does_not_reach_root_or_other_branches(root_is_causal):
-    operation, _, inputs, grads = make([(5, [3, 4, 2])], root_is_causal)
-    branch, others = slice(8, 12), [*range(8), *range(12, 14)]
-    expected = run(operation, inputs, grads)
-    for each in [*inputs, *grads]:
-        each[branch] = torch.nan
-    out, lse, grad_q, grad_k, grad_v = run(operation, inputs, grads)
-    for ours, theirs in zip((out, lse, grad_q), expected, strict=False):
-        assert torch.equal(ours[others], theirs[others])
-    for ours, theirs in zip((grad_k, grad_v), expected[3:], strict=True):
-        assert torch.equal(ours[others][5:], theirs[others][5:])
-        assert ours[:5].isnan().all()  # the branch sees the root
-
-
 @pytest.mark.usefixtures("_small_tiles")
 def test_two_runs_agree_bit_by_bit():
-    operation, _, inputs, grads = make(SEVERAL_TILES, True, FP16)
+    operation, _, inputs, grads = make(replace(FORKS, window=11), FP16, heads=2, sinks=True)
     for ours, theirs in zip(run(operation, inputs, grads), run(operation, inputs, grads), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("dtypes", [(FP16, FP32, FP32), (FP32, FP16, FP16), (FP16, FP16, FP32)], ids=str)
+@pytest.mark.parametrize(
+    "dtypes", [(FP16, FP32, FP32, FP32), (FP32, FP16, FP16, FP16), (FP16, FP16, FP32, FP32)], ids=str
+)
 def test_mixed_dtypes(dtypes):
     """Products are in fp32. Every result has the dtype of its input and is as exact as the reference."""
-    operation, naive, inputs, grads = make(ONE_TILE_EACH, True)
-    reference, *_ = make(ONE_TILE_EACH, True, impl="reference")
+    operation, naive, inputs, grads = make(ONE_TILE_EACH, sinks=True)
+    reference, *_ = make(ONE_TILE_EACH, sinks=True, impl="reference")
     inputs = [each.to(dtype) for each, dtype in zip(inputs, dtypes, strict=True)]
     exact = run(naive, [each.double() for each in inputs], [grad.to(dtypes[0]) for grad in grads])
     actual, plain = run(operation, inputs, grads), run(reference, inputs, grads)
@@ -253,19 +242,19 @@ def test_mixed_dtypes(dtypes):
 
 def test_one_launch_forward_and_three_backward(monkeypatch):
     launched = []
-    for module in (implementation.fwd, implementation.bwd):
+    for module in (implementation.fwd, implementation.bwd, common_bwd):
         for name in (name for name in vars(module) if name.endswith("_kernel")):
             kernel = getattr(module, name)
             monkeypatch.setattr(
                 kernel, "run", lambda *a, run=kernel.run, name=name, **k: (launched.append(name), run(*a, **k))
             )
-    operation, _, inputs, grads = make(ONE_TILE_EACH, True)
+    operation, _, inputs, grads = make(ONE_TILE_EACH)
     run(operation, inputs, grads)
     assert launched == [
-        "attention_fwd_kernel",
+        "prefix_attention_fwd_kernel",
         "attention_bwd_preprocess_kernel",
-        "attention_bwd_dq_kernel",
-        "attention_bwd_dkdv_kernel",
+        "prefix_attention_bwd_dq_kernel",
+        "prefix_attention_bwd_dkdv_kernel",
     ]
 
 
@@ -276,6 +265,6 @@ def test_interpreter_runs_only_when_named():
     assert choice.name != "triton"
     assert choice.reasons["triton"] == "the Triton interpreter runs only when named by impl="
     assert dispatch.explain(prefix_attention, *inputs, layout, impl="triton").name == "triton"
-    wide = dispatch.explain(prefix_attention, *[random(3, 1, 257, dtype=FP32)] * 3, layout, impl="triton")
+    wide = dispatch.explain(prefix_attention, *[random(3, 1, 513, dtype=FP32)] * 3, layout, impl="triton")
     assert wide.name is None
-    assert wide.reasons["triton"].endswith("support head_dim up to 256, and it is 257")
+    assert wide.reasons["triton"].endswith("support head_dim up to 512, and it is 513")

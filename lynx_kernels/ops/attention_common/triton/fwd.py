@@ -5,6 +5,7 @@ import triton.language as tl
 
 from lynx_kernels.ops.attention_common.triton.tiles import add_weighted_rows, capped, load_rows, products_of_rows
 
+
 @triton.jit
 def attend(
     b_q, b_q_rest, b_out, b_out_rest, b_max, b_sum,

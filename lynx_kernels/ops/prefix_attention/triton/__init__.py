@@ -3,7 +3,6 @@
 import math
 
 import torch
-
 from torch import Tensor
 
 from lynx_kernels.ops.attention_common.triton.bwd import preprocess

@@ -104,12 +104,9 @@ def prefix_attention_bwd_dq_kernel(
 def _limit(i_pos, i_end_pos, extent, n_tokens, LOCAL: tl.constexpr):
     """The position at which queries see keys no more, given the keys' positions and the ends of their segments if full.
 
-    At most n_tokens: so no sum is beyond 32 bits.
+    At most n_tokens, so no sum is beyond 32 bits.
     """
-    if LOCAL == "window":
-        i_limit = i_pos
-    else:
-        i_limit = i_pos // extent * extent
+    i_limit = i_pos if LOCAL == "window" else i_pos // extent * extent
     return tl.maximum(i_limit + tl.minimum(extent, n_tokens - i_limit), i_end_pos)
 
 
@@ -211,9 +208,7 @@ def prefix_attention_bwd_dkdv_kernel(
         i_run = _run_of_token(p_runs, width, n_runs, i_first)
         i_offset = tl.load(p_runs + i_run.to(tl.int64) * width + 1)
         o_limit = _limit(o_k - i_offset, tl.load(p_see_end + o_k) - i_offset, extent, n_tokens, LOCAL)
-        i_limit_of_first = _limit(
-            i_first - i_offset, tl.load(p_see_end + i_first) - i_offset, extent, n_tokens, LOCAL
-        )
+        i_limit_of_first = _limit(i_first - i_offset, tl.load(p_see_end + i_first) - i_offset, extent, n_tokens, LOCAL)
         i_limit_of_last = _limit(i_last - i_offset, tl.load(p_see_end + i_last) - i_offset, extent, n_tokens, LOCAL)
         i_start = i_q_first
         while i_start < i_q_last:

@@ -1,13 +1,13 @@
 """The keys that a tile of queries visits: ranges of ancestors' runs, then its own run. PackedLayout has the tables.
 
-A row of the table of runs is n_ranges triples: the run's start, offset and the first run behind its subtree; then start,
-end and offset of each earlier range. Ranges are visited in pairs, so that one loop over tiles is enough where there are
-one or two: pair i is earlier range i, and with the last one the tile's own run. First all unmasked tiles are visited,
-then all masked ones, which is the same order for any number of pairs.
+A row of the table of runs is n_ranges triples: the run's start, offset and the first run behind its subtree; then
+start, end and offset of each earlier range. Ranges are visited in pairs, so that one loop over tiles is enough where
+there are one or two: pair i is earlier range i, and with the last one the tile's own run. First all unmasked tiles are
+visited, then all masked ones, which is the same order for any number of pairs.
 
-LOCAL is None, "window" or "chunk"; extent is the size of either. A query at position p sees positions from its floor on:
-``p - window + 1``, or its chunk's start, and in any case its full segment. The floors do not fall along a run. So a tile
-of keys lies before all floors and is not visited, or behind all and needs no mask, or needs a mask.
+LOCAL is None, "window" or "chunk"; extent is the size of either. A query at position p sees positions from its floor
+on: ``p - window + 1``, or its chunk's start, and in any case its full segment. The floors do not fall along a run. So a
+tile of keys lies before all floors and is not visited, or behind all and needs no mask, or needs a mask.
 """
 
 import triton
@@ -102,7 +102,7 @@ def pair_of_ranges(
 
 @triton.jit
 def unmasked_keys(earlier, own, RANGES: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Where the unmasked tiles of the pair start: at ``range(first, end, BLOCK_N)``, but from split on shift further."""
+    """Where the unmasked tiles of the pair start: ``range(first, end, BLOCK_N)``, from split on shift further."""
     i_start, _, _, n_front, n_unmasked, _ = own
     i_first = i_start + n_front * BLOCK_N
     i_split = i_first
