@@ -12,9 +12,9 @@ from lynx_kernels.ops.cross_attention.call import CrossAttentionBackwardCall, Cr
 from lynx_kernels.ops.prefix_attention import triton as prefix
 from lynx_kernels.ops.prefix_attention.call import PrefixAttentionBackwardCall, PrefixAttentionCall
 from lynx_kernels.ops.prefix_attention_decode import triton as decode_host
-from tests.interpreter.forests import Forest
 from tests.interpreter.sparse import run_only
 from tests.lynx_kernels.attention_helpers import dense_attention, random, run
+from tests.lynx_kernels.forests import Forest
 from tests.numbers import assert_within_budget
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # the LSE without keys is log 0
@@ -114,7 +114,7 @@ def test_many_tokens(window, monkeypatch):
     q, k, v, grad = large(tokens, *inputs)
     out, lse = prefix.forward(PrefixAttentionCall(q, k, v, *options))
     *gradients, _ = prefix.backward(PrefixAttentionBackwardCall(grad, None, out, lse, q, k, v, *options))
-    visible = Forest((5,), (-1,), window=window).visible()
+    visible = Forest([5], [-1], [False], window).visible()
     check_last([out, *gradients], inputs, visible, last)
 
 

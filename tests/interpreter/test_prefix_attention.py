@@ -14,17 +14,23 @@ from lynx_kernels.ops.attention_common.triton import bwd as common_bwd
 from lynx_kernels.ops.attention_common.triton import launches
 from lynx_kernels.ops.attention_common.triton.launches import Launch
 from lynx_kernels.ops.prefix_attention import triton as implementation
-from tests.interpreter.forests import Forest, plain_attention
 from tests.lynx_kernels.attention_cases import Case, assert_results_within_budget, grads_of
-from tests.lynx_kernels.attention_helpers import random, run
+from tests.lynx_kernels.attention_helpers import dense_attention, random, run
+from tests.lynx_kernels.forests import Forest
 from tests.lynx_kernels.helpers import permuted
 from tests.numbers import assert_within_budget
 
 FP32, FP16 = torch.float32, torch.float16
+
+
+def forest_of(lengths, parents, full=None, **local):
+    return Forest([*lengths], [*parents], [*full] if full else [False] * len(lengths), **local)
+
+
 # Tiles of 16: a trunk of three, of which the first branch goes on; a tree without a root; forks in a fork.
-SEVERAL_TILES = Forest((37, 19, 5, 35), (-1, 0, 0, -1))
-FORKS = Forest((17, 9, 3, 20, 5, 18), (-1, 0, 0, 2, 2, 4))
-ONE_TILE_EACH = Forest((5, 3, 4, 6), (-1, 0, 0, -1))
+SEVERAL_TILES = forest_of((37, 19, 5, 35), (-1, 0, 0, -1))
+FORKS = forest_of((17, 9, 3, 20, 5, 18), (-1, 0, 0, 2, 2, 4))
+ONE_TILE_EACH = forest_of((5, 3, 4, 6), (-1, 0, 0, -1))
 TILES = [Launch(16, 32, 4, 1), Launch(32, 16, 4, 1)]  # both make the diagonal cross several tiles
 NAMES = ["output", "lse", "gradient of q", "gradient of k", "gradient of v", "gradient of sinks"]
 full_too = pytest.mark.parametrize("full", [False, True])
@@ -40,7 +46,7 @@ def _small_tiles(monkeypatch):
 
 
 def with_full_roots(forest):
-    return replace(forest, full=tuple(parent == -1 for parent in forest.parents))
+    return replace(forest, full=[parent == -1 for parent in forest.parents])
 
 
 def make(
@@ -67,7 +73,7 @@ def make(
         return prefix_attention(q, k, v, layout, **options, return_lse=True, impl=impl)
 
     def naive(q, k, v, sinks=None):
-        return plain_attention(q, k, v, sinks, visible, scale, softcap)
+        return dense_attention(q, k, v, visible, scale, softcap, sinks)
 
     outputs = [torch.empty(tokens, heads, value_dim or dim), inputs[0][..., 0]]
     return operation, naive, inputs, [grad.to(dtype) for grad in grads_of(outputs)]
@@ -96,14 +102,14 @@ def test_tiles(dtype, launch, full, monkeypatch):
 @full_too
 def test_roots_that_end_near_a_tile_boundary(full):
     """The first query of a second branch sees one key less than a tile, exactly a tile, and one key more."""
-    forest = Forest((14, 1, 2, 15, 1, 2, 16, 1, 2), (-1, 0, 0, -1, 3, 3, -1, 6, 6))
+    forest = forest_of((14, 1, 2, 15, 1, 2, 16, 1, 2), (-1, 0, 0, -1, 3, 3, -1, 6, 6))
     check(with_full_roots(forest) if full else forest, FP16)
 
 
 @full_too
 @pytest.mark.parametrize(
     "forest",
-    [Forest((150, 70), (-1, 0)), Forest((40, 10, 70, 1, 1, 1), (-1, 0, 0, -1, -1, -1))],
+    [forest_of((150, 70), (-1, 0)), forest_of((40, 10, 70, 1, 1, 1), (-1, 0, 0, -1, -1, -1))],
     ids=["long", "short"],
 )
 def test_shipped_launches(forest, full):
@@ -124,7 +130,7 @@ def test_heads_and_scales(heads, kv_heads, dim, value_dim, scale, softcap, sinks
 
 
 def test_no_tokens():
-    operation, _, inputs, grads = make(Forest((0, 0, 0), (-1, -1, 1)), sinks=True)
+    operation, _, inputs, grads = make(forest_of((0, 0, 0), (-1, -1, 1)), sinks=True)
     for result, like in zip(run(operation, inputs, grads), [inputs[0], grads[1], *inputs], strict=True):
         assert result.shape == like.shape
     assert (result == 0).all()
@@ -136,7 +142,7 @@ def test_empty_sequences_from_offsets():
     offsets = torch.tensor([0, 0, 20, 20, 20, 23, 40, 40])
     for is_causal in (True, False):
         layout = PackedLayout.from_offsets(offsets, 40, is_causal=is_causal)
-        forest = Forest((20, 3, 17), (-1,) * 3, (not is_causal,) * 3)
+        forest = forest_of((20, 3, 17), (-1,) * 3, (not is_causal,) * 3)
         check(forest, layout=layout)
         check(replace(forest, window=5), layout=layout.with_local(window=5))
 
@@ -153,7 +159,7 @@ def in_wider_rows(tensor):
 def test_any_strides():
     """Tiles that need a mask for columns, rows, both, and none; with NaN beyond every edge."""
     operation, _, inputs, grads = make(
-        Forest((20, 19, 3), (-1, 0, 0), window=30), FP16, dim=40, value_dim=24, sinks=True
+        forest_of((20, 19, 3), (-1, 0, 0), window=30), FP16, dim=40, value_dim=24, sinks=True
     )
     expected = run(operation, inputs, grads)
     for spread in (permuted, in_wider_rows):
@@ -212,7 +218,7 @@ def test_huge_scores(dtype, size, scale, softcap, sink):
 @pytest.mark.usefixtures("_small_tiles")
 def test_delta_beyond_fp16():
     """For a token that sees only itself dS is 0, however large rowsum(dO * O) is."""
-    operation, _, inputs, grads = make(Forest((1, 1), (-1, -1)), FP16)
+    operation, _, inputs, grads = make(forest_of((1, 1), (-1, -1)), FP16)
     _, _, grad_q, grad_k, _ = run(operation, [*inputs[:2], inputs[2] * 1000], [grads[0] * 1000, grads[1] * 0])
     for gradient in (grad_q, grad_k):
         torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1)

@@ -8,16 +8,17 @@ import torch
 
 from lynx_kernels.ops.attention_common.triton.launches import Launch
 from lynx_kernels.ops.prefix_attention import triton as implementation
-from tests.interpreter.forests import Forest, random_forest
-from tests.interpreter.test_prefix_attention import FORKS, check, make, use_launch
+from tests.interpreter.test_prefix_attention import FORKS, check, forest_of, make, use_launch
 from tests.lynx_kernels.attention_helpers import run
+from tests.lynx_kernels.forests import random_forest
 
 LAUNCHES = [Launch(16, 16, 4, 1), Launch(32, 16, 4, 1), Launch(16, 32, 4, 1)]
 SEEDS = 200
+LENGTHS = [(0, 1, 2, 3, 5), (0, 1, 4, 9), (1, 2, 17, 33)]  # of segments
 DTYPES = [torch.float32, torch.float32, torch.float16, torch.bfloat16]
 
 # Full segments of every length below, in every kind of locality.
-FULL = (True, False, True, True, False, True)
+FULL = [True, False, True, True, False, True]
 LOCAL = {
     "plain": {},
     "window": {"window": 7},
@@ -32,9 +33,11 @@ def test_random_forests(first, monkeypatch):
     """Every combination of forest, locality, soft cap, sinks, head dimensions, heads, dtype and tiles is drawn."""
     for seed in range(first, first + 10):
         rng = python_random.Random(seed)
-        forest = random_forest(seed, most=rng.choice([16, 32, 32, 96]))
+        forest = random_forest(rng, rng.choice(LENGTHS))
+        while forest.num_tokens > 96:
+            forest = random_forest(rng, rng.choice(LENGTHS))
         use_launch(monkeypatch, rng.choice(LAUNCHES))
-        heads, kv_heads = rng.choice([(1, 1)] * 6 + [(2, 1), (3, 3)])
+        heads, kv_heads = rng.choice([(1, 1)] * 8 + [(2, 1), (6, 3)])
         dim, value_dim = rng.choice([(16, 16), (24, 8), (7, 5)])
         options = {"scale": rng.choice([None, None, -0.7]), "softcap": rng.choice([None, None, 2.0])}
         options |= {"sinks": rng.random() < 0.4, "dtype": rng.choice(DTYPES)}
@@ -87,7 +90,7 @@ def test_no_information_leaks(token, locality):
 @every_locality
 def test_nan_stays_in_its_tree(locality):
     """Between two other trees, whose tiles it shares if tiles start at aligned rows."""
-    forest = Forest((5, 3, 4, 20, 2, 3), (-1, 0, 0, -1, 3, -1), **locality)
+    forest = forest_of((5, 3, 4, 20, 2, 3), (-1, 0, 0, -1, 3, -1), **locality)
     operation, _, inputs, grads = make(forest, sinks=True)
     tree, others = slice(12, 34), [*range(12), *range(34, 37)]
     expected = run(operation, inputs, grads)
@@ -104,11 +107,11 @@ def test_nan_stays_in_its_tree(locality):
 def test_nan_in_a_branch_stays_on_its_path(branch, locality):
     """It never reaches a token that is on no path with it. The first branch goes on in the run of the root."""
     forest = replace(FORKS, **locality)
-    paths = [forest.path(segment) for segment, _ in forest.tokens()]
+    paths = [[segment, *forest.ancestors(segment)] for segment, _, _ in forest.tokens()]
     segments = {path[0] for path in paths[branch]}
     others = [
         row for row, path in enumerate(paths)
-        if not segments & set(path) and not any(path[0] in forest.path(each) for each in segments)
+        if not segments & set(path) and not any(path[0] in forest.ancestors(each) for each in segments)
     ]  # fmt: skip
     assert others
     operation, _, inputs, grads = make(forest)
@@ -121,11 +124,11 @@ def test_nan_in_a_branch_stays_on_its_path(branch, locality):
 
 
 PACKED = {
-    "one range": Forest((40, 3), (-1, 0)),
-    "two ranges": Forest((20, 9, 18), (-1, 0, 0)),
-    "three ranges": Forest((5, 2, 9, 4, 19), (-1, 0, 0, 2, 2)),
-    "window": Forest((20, 9, 18), (-1, 0, 0), window=11),
-    "chunk and full": Forest((20, 9, 18), (-1, 0, 0), (True, False, True), chunk=8),
+    "one range": forest_of((40, 3), (-1, 0)),
+    "two ranges": forest_of((20, 9, 18), (-1, 0, 0)),
+    "three ranges": forest_of((5, 2, 9, 4, 19), (-1, 0, 0, 2, 2)),
+    "window": forest_of((20, 9, 18), (-1, 0, 0), window=11),
+    "chunk and full": forest_of((20, 9, 18), (-1, 0, 0), (True, False, True), chunk=8),
 }
 
 
@@ -133,13 +136,13 @@ PACKED = {
 @pytest.mark.parametrize("forest", PACKED.values(), ids=PACKED)
 def test_packing_changes_no_bit(forest):
     """A sample alone, and the same between others that make the table wider."""
-    before, after = Forest((1, 6), (-1, 0)), Forest((2, 1, 2, 1, 2, 1, 2), (-1, 0, 0, 2, 2, 4, 4))
+    before, after = forest_of((1, 6), (-1, 0)), forest_of((2, 1, 2, 1, 2, 1, 2), (-1, 0, 0, 2, 2, 4, 4))
     parts, lengths, parents, full = [before, forest, after], [], [], []
     for part in parts:
         parents += [each if each < 0 else each + len(lengths) for each in part.parents]
         lengths += part.lengths
-        full += part.full or [False] * len(part.lengths)
-    pack = replace(forest, lengths=tuple(lengths), parents=tuple(parents), full=tuple(full))
+        full += part.full
+    pack = replace(forest, lengths=lengths, parents=parents, full=full)
     rows = slice(before.num_tokens, before.num_tokens + forest.num_tokens)
     assert pack.layout().max_ranges == 4
     operation, _, inputs, grads = make(pack, sinks=True)
@@ -158,7 +161,7 @@ def test_packing_changes_no_bit(forest):
 )
 def test_tiles_beyond_a_window_are_not_visited(hidden, others, locality):
     """NaN there changes nothing, though 0 * NaN is NaN in tiles that are masked."""
-    operation, _, inputs, grads = make(Forest((64, 5, 40), (-1, 0, 0), **locality))
+    operation, _, inputs, grads = make(forest_of((64, 5, 40), (-1, 0, 0), **locality))
     expected = run(operation, inputs, grads)
     for each in [*inputs, *grads]:
         each[hidden] = torch.nan
@@ -172,7 +175,7 @@ def test_subtrees_beyond_a_window_are_skipped(monkeypatch):
     visited = []
     visit = implementation.bwd.bwd_dkdv_queries
     monkeypatch.setattr(implementation.bwd, "bwd_dkdv_queries", lambda *a: (visited.append(1), visit(*a))[1])
-    operation, _, inputs, grads = make(Forest((32, 1, 1, *[1] * 12), (-1, 0, 0, *[2] * 12), window=4))
+    operation, _, inputs, grads = make(forest_of((32, 1, 1, *[1] * 12), (-1, 0, 0, *[2] * 12), window=4))
     run(operation, inputs, grads)
     # Two tiles of the trunk, of which all twelve other runs see the last; its first child; the second with eleven runs
     # below; and twelve that no other run sees.
