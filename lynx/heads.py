@@ -30,10 +30,12 @@ def loss(
     hidden: Tensor,
     labels: Tensor,
     *,
+    predictors: Tensor | None = None,
+    weights: Tensor | None = None,
     num_items: Tensor | int | None = None,
     max_supervised: int | None = None,
 ) -> Tensor:
-    """The mean cross entropy of the supervised rows.
+    """The mean cross entropy of the labels.
 
     ``linear_cross_entropy`` takes weight and bias of a head that nobody changed. Another is called, once, with the rows
     that are supervised: all logits of these rows are then in memory.
@@ -41,39 +43,50 @@ def loss(
     Args:
         head: the projection.
         hidden: (T, width).
-        labels: (T,) int64, already shifted, -100 where not supervised.
+        labels: (N,) int64, -100 where not supervised.
+        predictors: (N,) int64, the rows that predict the labels, -1 where none does; without them N is T, and row i
+            predicts label i.
+        weights: (N,), of the labels.
         num_items, max_supervised: as ``linear_cross_entropy`` takes them.
 
     Raises:
-        ValueError: more rows are supervised than max_supervised.
+        ValueError: more labels are supervised than max_supervised.
         IndexError: a label is out of range.
     """
     reason = changed_reason(head, hidden.device)
     if reason is None:
         weight, bias = children.weight_and_bias(head)
         return linear_cross_entropy(
-            hidden, weight, labels, bias=bias, num_items=num_items, max_supervised=max_supervised
-        )
+            hidden, weight, labels, predictors=predictors, weights=weights, bias=bias, num_items=num_items,
+            max_supervised=max_supervised,
+        )  # fmt: skip
     children.log_once(head, {"the head": reason})
     labels = labels.to(hidden.device)
-    rows = _supervised(labels, max_supervised)
-    labels = labels[rows]
+    if predictors is not None:
+        labels = torch.where(predictors < 0, IGNORED, labels)
+    entries = _supervised(labels, max_supervised)
+    rows = entries if predictors is None else predictors[entries].clamp(min=0)
+    labels = labels[entries]
     is_supervised = labels != IGNORED
     # A row that is not supervised may hold anything: 0 * nan would spoil the gradient of a weight.
     scores = head(torch.where(is_supervised[:, None], hidden[rows], 0)[None])[0]  # (n, V)
-    labels = labels.to(scores.device)
-    total = F.cross_entropy(scores.to(acc_dtype(scores.dtype)), labels, ignore_index=IGNORED, reduction="sum")
-    count = is_supervised.sum() if num_items is None else num_items
+    labels, is_supervised = labels.to(scores.device), is_supervised.to(scores.device)
+    losses = F.cross_entropy(scores.to(acc_dtype(scores.dtype)), labels, ignore_index=IGNORED, reduction="none")
+    of_labels = is_supervised
+    if weights is not None:
+        of_labels = torch.where(is_supervised, weights[entries].to(losses), 0)
+        losses = losses * of_labels
+    total, count = losses.sum(), of_labels.sum() if num_items is None else num_items
     if isinstance(count, Tensor):
         return total / torch.where(count == 0, 1, count).to(total.device)
     return total / (count or 1)
 
 
 def _supervised(labels: Tensor, max_supervised: int | None) -> Tensor:
-    """The numbers of the supervised rows; of more, where labels are on a device, which the host does not read."""
+    """The numbers of the supervised labels; of more, where they are on a device, which the host does not read."""
     is_supervised = labels != IGNORED
     if max_supervised is not None:
-        message = f"more rows are supervised than max_supervised={max_supervised}"
+        message = f"more labels are supervised than max_supervised={max_supervised}"
         require(is_supervised.sum() <= max_supervised, message)
     if labels.is_cpu and not torch.compiler.is_compiling():
         return is_supervised.nonzero()[:, 0]

@@ -205,6 +205,7 @@ class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, Guessi
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        label_weights: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         max_supervised: int | None = None,
         use_cache: bool | None = None,
@@ -227,8 +228,9 @@ class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, Guessi
             inputs_embeds: (B, L, width) instead of input_ids and pixel_values.
             labels: (B, L) int64 token ids, -100 where not supervised. With labels, no (B, L, V) logits are computed:
                 the output's ``logits`` are None.
+            label_weights: (B, L), by how much each label counts; one weight for all if None.
             num_items_in_batch: what to divide the summed loss by: the supervised tokens of the whole accumulated
-                batch. Those of this batch if None.
+                batch, or the sum of their weights. Those of this batch if None.
             max_supervised: an upper bound of the labels that are not -100, as ``LynxProcessor`` counts them. The host
                 does not read labels on a device; with this bound only so many rows reach the vocabulary projection.
             kwargs: the inputs of the fusion, which its class describes: ``cross_layout`` or ``media`` for
@@ -261,7 +263,15 @@ class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, Guessi
         elif pixel_values is not None:
             raise ValueError("pass pixel_values beside input_ids; inputs_embeds already holds the vision tokens")
         rows = Rows(
-            inputs_embeds, input_ids, attention_mask, position_ids, layout, past_key_values, use_cache, labels
+            inputs_embeds,
+            input_ids,
+            attention_mask,
+            position_ids,
+            layout,
+            past_key_values,
+            use_cache,
+            labels,
+            label_weights,
         ).arranged(self)
         rows = self.fusion.feed(self, rows, vision_tokens, fusion_inputs)
         outputs = self.get_decoder()(**rows.decoder_arguments(), **kwargs)
@@ -276,10 +286,13 @@ class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, Guessi
         hidden = outputs.last_hidden_state
         loss = logits = None
         if labels is not None:
+            targets = rows.targets()
             loss = heads.loss(
                 self.get_output_embeddings(),
                 hidden.flatten(0, 1),
-                rows.targets(),
+                targets.labels,
+                predictors=targets.predictors,
+                weights=targets.weights,
                 num_items=num_items_in_batch,
                 max_supervised=max_supervised,
             )

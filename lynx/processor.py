@@ -251,6 +251,7 @@ class LynxProcessor(ProcessorMixin):
         *,
         generator: np.random.Generator | Sequence[np.random.Generator | None] | None = None,
         always_vision: bool = False,
+        weighs_answers: bool = False,
     ) -> BatchFeature:
         """One packed row, (1, T): each sample's vision tokens as a root, and its text as a branch, or a tree of them.
 
@@ -260,6 +261,8 @@ class LynxProcessor(ProcessorMixin):
                 for the centre crop and the middle frames. Or a list with one for each sample, all None or all not.
             always_vision: if there are no media, give the vision tower a black image of which no token is made. The
                 tower then runs in every batch, which the reduction of its gradients across processes needs.
+            weighs_answers: also return ``label_weights``, those of ``Sample.label_weights``: long answers count for
+                less than their tokens.
 
         Returns:
             ``input_ids``, ``labels``, ``max_supervised`` (how many labels there are) and ``layout``; where there are
@@ -272,12 +275,17 @@ class LynxProcessor(ProcessorMixin):
         """
         rows = self._rows(samples)
         layout = self._layout(samples)
+        weights = {}
+        if weighs_answers:
+            padded = [[0.0] * self.prefix_length(each.media) + each.label_weights() for each in samples]
+            weights["label_weights"] = torch.tensor([[weight for row in padded for weight in row]])
         return BatchFeature(
             {
                 "input_ids": torch.tensor([[token for ids, _ in rows for token in ids]], dtype=torch.int64),
                 "labels": torch.tensor([[label for _, labels in rows for label in labels]], dtype=torch.int64),
                 "max_supervised": sum(sample.num_supervised for sample in samples),
                 "layout": layout,
+                **weights,
                 **(self._media(samples, generator) or (self._unseen_image() if always_vision else {})),
                 **self._fusion_inputs(samples),
             }

@@ -44,10 +44,19 @@ class Collator:
         token_budget: what the packs were planned for, to know how full they are.
         always_vision: put an image into batches that have none. No token sees it, but the same layers then run, and
             take part in the reduction of gradients, on every rank.
+        weighs_answers: as ``LynxProcessor.pack`` takes it.
     """
 
-    def __init__(self, processor: LynxProcessor, token_budget: int, *, always_vision: bool = False):
+    def __init__(
+        self,
+        processor: LynxProcessor,
+        token_budget: int,
+        *,
+        always_vision: bool = False,
+        weighs_answers: bool = False,
+    ):
         self.processor, self.token_budget, self.always_vision = processor, token_budget, always_vision
+        self.weighs_answers = weighs_answers
 
     def __call__(self, items: Sequence[Encoded | Skipped]) -> BatchFeature:
         """A batch as ``LynxProcessor.pack`` makes it, and its ``report``, a ``Report``."""
@@ -57,7 +66,9 @@ class Collator:
             tokenizer = self.processor.tokenizer
             samples = [Sample([], [], [tokenizer.bos_token_id, tokenizer.eos_token_id], [IGNORED, IGNORED])]
         generators = [item.generator for item in encoded] or None
-        batch = self.processor.pack(samples, generator=generators, always_vision=self.always_vision)
+        batch = self.processor.pack(
+            samples, generator=generators, always_vision=self.always_vision, weighs_answers=self.weighs_answers
+        )
         supervised: Counter[str] = Counter()
         for item in encoded:
             supervised[item.dataset] += item.sample.num_supervised

@@ -43,6 +43,16 @@ class Sample:
         """How many tokens are supervised."""
         return sum(label != IGNORED for label in self.labels)
 
+    def label_weights(self) -> list[float]:
+        """Of each token ``1 / sqrt(n)``, where n tokens of its text are supervised: Molmo's rule, by which an answer
+        ten times as long weighs three times as much."""
+        weights: list[float] = []
+        for length in self.branch_lengths or (len(self.labels),):
+            labels = self.labels[len(weights) : len(weights) + length]
+            supervised = sum(label != IGNORED for label in labels)
+            weights += [max(supervised, 1) ** -0.5] * length
+        return weights
+
 
 class ConversationEncoder:
     """Turns conversations into samples: ``BOS User: question\\nBot: answer EOS``.

@@ -1,8 +1,9 @@
 """Rows of tokens as they enter the decoder, packed or padded: the position of each token, and what it sees."""
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import Cache
@@ -14,6 +15,14 @@ from lynx_kernels.integrations.attention_mask import AttentionMask
 
 if TYPE_CHECKING:
     from lynx.model import LynxForConditionalGeneration
+
+
+class Targets(NamedTuple):
+    """The arguments of ``heads.loss``: labels (N,), and their predictors and weights."""
+
+    labels: Tensor
+    predictors: Tensor | None
+    weights: Tensor | None
 
 
 @dataclass
@@ -29,6 +38,7 @@ class Rows:
         past_key_values: the cache that the rows continue.
         use_cache: as in transformers.
         labels: (B, L) int64; None where logits are wanted.
+        label_weights: (B, L), of the labels; None where all weigh the same.
         keywords: what the decoder hands to its layers.
     """
 
@@ -40,6 +50,7 @@ class Rows:
     past_key_values: Cache | None = None
     use_cache: bool | None = None
     labels: Tensor | None = None
+    label_weights: Tensor | None = None
     keywords: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -52,20 +63,32 @@ class Rows:
         names = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache")
         return {**{name: getattr(self, name) for name in names}, **self.keywords}
 
-    def targets(self) -> Tensor:
-        """(B * L,) int64: the label that each token is to predict, -100 where it predicts nothing.
+    def targets(self) -> Targets:
+        """What is to be predicted, and from which rows.
+
+        The first token of a branch is predicted by the last one of what it continues, which may predict several.
 
         Raises:
-            ValueError: the labels are missing, or their shape is not that of the rows.
+            ValueError: the labels are missing, labels or weights have another shape than the rows, or a supervised
+                token is seen by the token that would predict it.
         """
         shape = self.inputs_embeds.shape[:2]
         if self.labels is None:
             raise ValueError("these rows have no labels; pass labels to get a loss")
-        if self.labels.shape != shape:
-            raise ValueError(f"labels have shape {tuple(self.labels.shape)}, the batch {tuple(shape)}")
-        if self.layout is not None:
-            return self.layout.shift_labels(self.labels[0])
-        return F.pad(self.labels[:, 1:], (0, 1), value=IGNORED).flatten()
+        for name, each in (("labels", self.labels), ("label_weights", self.label_weights)):
+            if each is not None and each.shape != shape:
+                raise ValueError(f"{name} have shape {tuple(each.shape)}, the batch {tuple(shape)}")
+        weights = self.label_weights
+        if self.layout is None:
+            shifted = F.pad(self.labels[:, 1:], (0, 1), value=IGNORED).flatten()
+            weights = None if weights is None else F.pad(weights[:, 1:], (0, 1)).flatten()
+            return Targets(shifted, None, weights)
+        token = torch.arange(self.layout.num_tokens, device=self.labels.device)
+        tokens, predictors = self.layout.select(torch.where(self.labels[0] == IGNORED, IGNORED, token))
+        is_token = tokens != IGNORED
+        labels = torch.where(is_token, self.labels[0][tokens], IGNORED)
+        weights = None if weights is None else torch.where(is_token, weights[0][tokens], 0)
+        return Targets(labels, predictors, weights)
 
     def arranged(self, model: "LynxForConditionalGeneration") -> "Rows":
         """These rows with the mask and the positions that causal text has, packed or padded.

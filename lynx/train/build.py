@@ -181,7 +181,11 @@ def data(
         lookahead=recipe.lookahead,
         seed=recipe.seed,
     )
-    return sampler, sampler.dataset, Collator(processor, recipe.token_budget, always_vision=True)
+    return (
+        sampler,
+        sampler.dataset,
+        Collator(processor, recipe.token_budget, always_vision=True, weighs_answers=recipe.answer_weights == "sqrt"),
+    )
 
 
 def _prompts(source: str | None) -> Prompts:

@@ -104,6 +104,8 @@ class Recipe:
         save_total_limit: how many checkpoints of a stage are kept, the newest ones.
         log_every: steps between entries of the log.
         tensorboard: write the log for TensorBoard, too.
+        answer_weights: ``"tokens"``: every supervised token counts the same; ``"sqrt"``: one of n tokens of an answer
+            counts ``1 / sqrt(n)``, Molmo's rule.
         max_skipped: the run stops when more records than this cannot be used, of all ranks together.
     """
 
@@ -129,6 +131,7 @@ class Recipe:
     save_total_limit: int = 2
     log_every: int = 10
     tensorboard: bool = False
+    answer_weights: Literal["tokens", "sqrt"] = "tokens"
     max_skipped: int = 1000
 
     def as_dict(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
+from lynx.data.conversation import IGNORED
 from lynx.data.skipped import SkippedRecords
 from lynx.model import LynxForConditionalGeneration
 from lynx.train import checkpoints, flops, param_groups
@@ -133,6 +134,13 @@ class LynxTrainer(Trainer):
         for batch in batches:
             self._see(batch)
         return batches, self._get_num_items_in_batch(batches, device)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        """As Trainer's; where labels have weights, their sum."""
+        if not batch_samples or "label_weights" not in batch_samples[0]:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        total = sum((each["label_weights"] * (each["labels"] != IGNORED)).sum() for each in batch_samples)
+        return self.accelerator.gather(total.to(device)).sum()
 
     def _see(self, batch: dict[str, Any]) -> None:
         report = batch.pop("report", None)
