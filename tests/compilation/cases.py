@@ -213,7 +213,6 @@ ATTENTION_CASES = [
     # Variants of layers with a window, its full segments included: Gemma 2 and 3, gpt-oss.
     _prefix_case(WINDOW, 128, name=" window"),
     _prefix_case(FORK.with_local(window=1024), 128, name=" of 2 ranges, window"),
-    _prefix_case(WINDOW, 256, name=" window"),
     _prefix_case(WINDOW, 64, sinks=True, name=" window sinks"),
     _prefix_case(WINDOW, 256, softcap=50.0, name=" window softcap"),
     # Sizes of 1, and sizes that are not multiples of 16.
