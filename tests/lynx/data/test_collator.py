@@ -80,6 +80,80 @@ def test_branches_on_one_root_equal_separate_rows(processor, model):
         torch.testing.assert_close(gradients[0][name], gradient, rtol=0, atol=atol, msg=name)
 
 
+def test_a_dialog_that_forks(model, processor):
+    """Answers to one question, and dialogs that go on from one of them, are as good as each dialog alone."""
+    model = model.double()
+    question = _showing(make_image(2), [{"role": "user", "content": [{"type": "text", "text": "Which digit?"}]}])
+    short = {"role": "assistant", "content": "two"}
+    long = {"role": "assistant", "content": "it is a two, I think"}
+    then, so = conversation("Odd?", "no"), conversation("Prime?", "yes, it is")
+    tree = processor.encode_branches(
+        [{"messages": question, "branches": [[short], {"messages": [long], "branches": [then, so]}]}]
+    )
+    assert tree.branch_parents == (-1, 0, 0, 2, 2)
+    packed = processor.pack([tree])
+    separate = [processor.encode([*question, *rest]) for rest in ([short], [long, *then], [long, *so])]
+    rows = processor.pack(separate)
+    # What the last two dialogs share is learnt once.
+    known = separate[2].labels.index(-100, separate[2].labels.index(separate[2].labels[-1]) + 1)
+    start = rows["labels"].shape[1] - len(separate[2].labels)
+    rows["labels"][0, start : start + known] = -100
+    assert (packed["labels"] != -100).sum() == (rows["labels"] != -100).sum()
+    alone = [(processor.pack([each])["labels"] != -100).sum() for each in separate]
+    assert packed["labels"].shape[1] < rows["labels"].shape[1]
+    assert alone[0] < packed["max_supervised"] == int((packed["labels"] != -100).sum())
+    losses, gradients = [], []
+    for batch in (packed, rows):
+        model.zero_grad()
+        losses.append(model(**{**batch, "pixel_values": batch["pixel_values"].double()}).loss)
+        losses[-1].backward()
+        gradients.append({name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None})
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-12, atol=0)
+    for name, gradient in gradients[1].items():
+        atol = 1e-5 * max(gradient.abs().max().item(), 1e-3)
+        torch.testing.assert_close(gradients[0][name], gradient, rtol=0, atol=atol, msg=name)
+
+
+def test_the_first_token_of_an_answer_that_starts_a_branch_is_learnt(model, processor):
+    question = [{"role": "user", "content": "What?"}]
+    answers = [[{"role": "assistant", "content": text}] for text in ("yes", "no")]
+    sample = processor.encode_branches([{"messages": question, "branches": answers}])
+    batch = processor.pack([sample])
+    first = sum(sample.branch_lengths[:2])  # the first token of the second answer
+    assert batch["labels"][0, first] != -100
+    loss = model(**batch).loss
+    batch["labels"][0, first] = -100
+    assert not torch.equal(model(**batch).loss, loss)
+    assert batch["labels"][0, 0] == -100, "BOS is never learnt"
+
+
+def test_weighed_answers(model, processor):
+    """The loss is the mean over tokens, one of n of an answer weighing 1 / sqrt(n), vision tokens nothing."""
+    media = make_image(1)
+    together = processor.encode_branches(
+        [_showing(media, conversation("Odd?", "yes")), conversation("How?", "by its last digit")]
+    )
+    other = processor.encode(conversation("Hello", "hi"))
+    batch = processor.pack([together, other], weighs_answers=True)
+    labels, weights = batch["labels"][0], batch["label_weights"][0]
+    ends = [sum(together.branch_lengths[: i + 1]) + processor.num_latents for i in range(2)] + [len(labels)]
+    for start, end in zip([processor.num_latents, *ends], ends, strict=False):
+        count = int((labels[start:end] != -100).sum())
+        assert torch.allclose(weights[start:end], torch.tensor(count**-0.5)), "of each answer's own tokens"
+    assert weights[: processor.num_latents].eq(0).all()
+    plain = {name: each for name, each in batch.items() if name != "label_weights"}
+    losses = []
+    for token in (labels != -100).nonzero().flatten():
+        only = torch.full_like(batch["labels"], -100)
+        only[0, token] = labels[token]
+        losses.append(model(**{**plain, "labels": only}).loss * weights[token])
+    expected = torch.stack(losses).sum() / weights[labels != -100].sum()
+    torch.testing.assert_close(model(**batch).loss, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        model(**batch, num_items_in_batch=2).loss, torch.stack(losses).sum() / 2, rtol=1e-6, atol=0
+    )
+
+
 def _showing(media, messages):
     (question, *rest) = messages
     return [{**question, "content": [{"type": "image", "image": media}, *question["content"]]}, *rest]
@@ -91,6 +165,11 @@ def test_branches_that_cannot_be(processor):
         processor.encode_branches([conversation("Even?", "no"), with_media])
     with pytest.raises(ValueError, match="no conversations"):
         processor.encode_branches([])
+    for wrong in ({"messages": conversation("Even?", "no"), "branch": []}, {"branches": []}):
+        with pytest.raises(ValueError, match="a branch must have messages and may have a list of branches"):
+            processor.encode_branches([with_media, wrong])
+    with pytest.raises(ValueError, match="message 2 has role 'assistant', expected 'user'"):
+        processor.encode_branches([{"messages": with_media, "branches": [[{"role": "assistant", "content": "so"}]]}])
     several = processor.encode_branches([with_media, conversation("Even?", "no")])
     with pytest.raises(ValueError, match="several branches cannot be padded"):
         processor.pad([several])
