@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from lynx.config import LynxConfig
-from lynx.data.conversation import IGNORED, Branch, ConversationEncoder, Sample
+from lynx.data.conversation import IGNORED, ConversationEncoder, Sample
 from lynx.fusion import fusion_of
 from lynx.media import tower
 from lynx.media.arguments import as_list, with_sources
@@ -221,19 +221,22 @@ class LynxProcessor(ProcessorMixin):
         """
         return self._conversations.encode(messages)
 
-    def encode_branches(self, branches: Sequence[Branch]) -> Sample:
+    def encode_branches(
+        self, conversations: Sequence[Sequence[dict[str, Any]]], parents: Sequence[int] | None = None
+    ) -> Sample:
         """Several conversations about the same media; a pack holds the media, and what they share, once.
 
         Args:
-            branches: each a conversation as ``encode`` takes it, or one that forks: ``{"messages": [...], "branches":
-                [...]}``, whose branches, which may fork again, continue its messages. So several answers to one
-                question are branches that begin with the assistant. All tokens of an answer are supervised, the first
-                one of a branch too: the last row of what it continues predicts it.
+            conversations: each as ``encode`` takes it.
+            parents: for conversation i, the earlier one that its messages continue, or -1; depth first, as in
+                ``PackedLayout.from_segments``. So several answers to one question are conversations that begin with
+                the assistant. All tokens of an answer are supervised, the first one of a branch too: the last row of
+                what it continues predicts it. None: no conversation continues another.
 
         Raises:
-            ValueError: as for ``encode``, a conversation after the first has media, or a branch has other keys.
+            ValueError: as for ``encode``, a conversation after the first has media, or the parents do not fit.
         """
-        return self._conversations.encode_branches(branches)
+        return self._conversations.encode_branches(conversations, parents)
 
     def costs(self, sample: Sample) -> tuple[int, int]:
         """What a sample adds to a pack: tokens of the row, and tokens of the vision tower. Its media are not opened."""

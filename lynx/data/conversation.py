@@ -1,6 +1,6 @@
 """Conversations in transformers' messages format, as the tokens of a row and the labels to learn."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,9 +8,6 @@ from transformers import PreTrainedTokenizerBase
 
 from lynx.media.images import ImageSource
 from lynx.media.videos import VideoSource
-
-# Messages, or messages and what goes on from them in more than one way: {"messages": [...], "branches": [...]}.
-Branch = Sequence[dict[str, Any]] | Mapping[str, Any]
 
 PROMPT = "User: {question}\nBot:"
 IGNORED = -100
@@ -119,23 +116,23 @@ class ConversationEncoder:
             self._append(token_ids, labels, prompt, None, marks, places)
         return Sample(media, is_video, token_ids, labels, places)
 
-    def encode_branches(self, branches: Sequence[Branch]) -> Sample:
+    def encode_branches(
+        self, conversations: Sequence[Sequence[dict[str, Any]]], parents: Sequence[int] | None = None
+    ) -> Sample:
         """Several conversations about the same media; arguments and errors as of ``LynxProcessor.encode_branches``."""
-        if not branches:
+        if not conversations:
             raise ValueError("there are no conversations")
+        parents = tuple(parents or [-1] * len(conversations))
+        if len(parents) != len(conversations):
+            raise ValueError(f"{len(conversations)} conversations but {len(parents)} parents")
         texts: list[Sample] = []
-        parents: list[int] = []
-
-        def add(branch: Branch, parent: int, before_it: int) -> None:
-            messages, children = _parts_of_branch(branch)
-            number = len(texts)
+        ends: list[int] = []  # how many messages there are up to the end of each
+        for number, (messages, parent) in enumerate(zip(conversations, parents, strict=True)):
+            if not -1 <= parent < number:
+                raise ValueError(f"conversation {number} has parent {parent}, expected an earlier one, or -1 for none")
+            before_it = ends[parent] if parent >= 0 else 0
             texts.append(self._encode(messages, before_it))
-            parents.append(parent)
-            for child in children:
-                add(child, number, before_it + len(messages))
-
-        for branch in branches:
-            add(branch, -1, 0)
+            ends.append(before_it + len(messages))
         first, *others = texts
         if not others:
             return first
@@ -146,7 +143,7 @@ class ConversationEncoder:
             token_ids=[token for each in texts for token in each.token_ids],
             labels=[label for each in texts for label in each.labels],
             branch_lengths=tuple(len(each.token_ids) for each in texts),
-            branch_parents=tuple(parents),
+            branch_parents=parents,
         )
 
     def _frames(self, frames: Any, turn: int) -> list[ImageSource] | VideoSource:
@@ -190,17 +187,6 @@ class ConversationEncoder:
 
     def _normalise(self, text: str) -> str:
         return text.lower() if self.lowercase else text
-
-
-def _parts_of_branch(branch: Branch) -> tuple[Sequence[dict[str, Any]], Sequence[Branch]]:
-    """The messages of a branch, and the branches that continue them."""
-    if not isinstance(branch, Mapping):
-        return branch, ()
-    unknown = sorted(branch.keys() - {"messages", "branches"})
-    children = branch.get("branches", [])
-    if "messages" not in branch or unknown or not isinstance(children, Sequence) or isinstance(children, str):
-        raise ValueError(f"a branch must have messages and may have a list of branches, got {sorted(branch)}")
-    return branch["messages"], children
 
 
 def _parts(content: Any, turn: int) -> list[dict[str, Any]]:

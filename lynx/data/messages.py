@@ -29,8 +29,11 @@ _MARKS = {"image": "<image>", "video": "<video>"}
 _SOURCES = ("base64", "path", "image", "image_url", "video", "video_url", "url", "bytes")
 
 
-def messages_of(turns: Any, folder: MediaFolder) -> Messages:
+def messages_of(turns: Any, folder: MediaFolder, *, after: str = "assistant", goes_on: bool = False) -> Messages:
     """Messages of user and assistant in turn, the media that they name resolved; what the system says comes first.
+
+    ``after`` is who spoke last before them, where they continue others. They end with the assistant, unless others
+    continue them (``goes_on``).
 
     A part in which no image or video is named stays as a place for one, ``{"type": "image"}``.
 
@@ -42,9 +45,10 @@ def messages_of(turns: Any, folder: MediaFolder) -> Messages:
     messages = [_message(turn, folder) for turn in turns]
     system = messages.pop(0)["content"] if messages and messages[0]["role"] == "system" else ""
     roles = [message["role"] for message in messages]
-    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+    turn = ["user", "assistant"] if after == "assistant" else ["assistant", "user"]
+    if not roles or roles != (turn * len(roles))[: len(roles)] or not (goes_on or roles[-1] == "assistant"):
         raise RecordError(
-            f"roles are {roles}, expected user and assistant in turn, ending with assistant; a system's message may "
+            f"roles are {roles}, expected {' and '.join(turn)} in turn, ending with assistant; a system's message may "
             "come before them"
         )
     if system:

@@ -69,10 +69,16 @@ class Prompts:
     def phrase(self, record: Record, generator: np.random.Generator) -> list[Messages]:
         """The record's conversations; prompts are drawn and put its questions, answers are drawn from their choices.
 
+        Prompts open conversations: what continues another one is left as it is.
+
         Raises:
             RecordError: the task is unknown, or none of its prompts fits a question.
         """
-        return [self._conversation(messages, record.task, generator) for messages in record.conversations]
+        parents = record.parents or (-1,) * len(record.conversations)
+        return [
+            self._conversation(messages, record.task if parent < 0 else None, generator)
+            for messages, parent in zip(record.conversations, parents, strict=True)
+        ]
 
     def _conversation(self, messages: Messages, task: str | None, generator: np.random.Generator) -> Messages:
         prompt = None if task is None else self._draw(task, _has_text(messages[0]), generator)

@@ -24,6 +24,7 @@ class Record:
         conversations: messages as ``LynxProcessor.encode`` takes them, paths checked; the media stand in the first.
             Instead of ``content`` an answer may have ``choices``, right answers of which one is to be drawn. A
             question may be empty, for a prompt to ask.
+        parents: for each conversation the earlier one that it continues, -1 for none; empty where none does.
         task: the name of the prompts that put its questions; None leaves them as they are.
         kind: the group that its answers are counted in: its ``type``, or its ``class`` as in Open-VQA, or "all".
     """
@@ -31,6 +32,7 @@ class Record:
     conversations: list[Messages]
     task: str | None = None
     kind: str = "all"
+    parents: tuple[int, ...] = ()
 
 
 def check_length(size: int, limit: int | None = None) -> None:

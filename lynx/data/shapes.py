@@ -24,12 +24,14 @@ class Shape(NamedTuple):
         keys: of each group of keys a record has one.
         read: makes the conversations of it.
         tasks: of a record that does not ask: whose prompts ask about an image, and about a video.
+        parents: gives ``Record.parents``, where conversations may continue each other.
     """
 
     name: str
     keys: tuple[tuple[str, ...], ...]
     read: Callable[[Mapping[str, Any], MediaFolder], list[Messages]]
     tasks: tuple[str, str] | None = None
+    parents: Callable[[Mapping[str, Any]], tuple[int, ...]] | None = None
 
 
 _IMAGES, _VIDEOS = ("image", "images", "file_name"), ("video", "videos")
@@ -66,7 +68,8 @@ def parse(record: Mapping[str, Any], folder: MediaFolder, *, task: str | None = 
     if task is None and shape.tasks is not None:
         task = shape.tasks[any(record.get(key) is not None for key in _VIDEOS)]
     kind = record.get("type", record.get("class", "all"))
-    return Record(shape.read(record, folder), task, str(kind))
+    conversations = shape.read(record, folder)
+    return Record(conversations, task, str(kind), () if shape.parents is None else shape.parents(record))
 
 
 class RecordReader:
@@ -146,14 +149,73 @@ def _messages(record: Mapping[str, Any], folder: MediaFolder) -> list[Messages]:
     return [place(messages_of(turns, folder), _media(record, folder))]
 
 
-def _branches(record: Mapping[str, Any], folder: MediaFolder) -> list[Messages]:
-    branches = record["branches"]
+class _Branch(NamedTuple):
+    """Messages of a record, and the earlier branch that they continue, -1 for none."""
+
+    turns: Any
+    parent: int
+    forks: bool
+
+
+def _walk(branches: Any, parent: int = -1, found: list[_Branch] | None = None) -> list[_Branch]:
+    """All branches, depth first: lists of messages, or mappings of messages and the branches that continue them."""
+    found = [] if found is None else found
     if not isinstance(branches, list) or not branches:
         raise RecordError("branches is not a list of conversations, or is empty")
+    for branch in branches:
+        turns, below = branch, None
+        if isinstance(branch, Mapping):
+            turns, below = branch.get("messages", branch.get("conversations")), branch.get("branches")
+            if turns is None:
+                raise RecordError(f"a branch needs messages; one has {[*branch]}")
+        number = len(found)
+        found.append(_Branch(turns, parent, below is not None))
+        if below is not None:
+            if _depth(found) > _MOST_LEVELS:
+                raise RecordError(f"branches nest more than {_MOST_LEVELS} levels deep")
+            _walk(below, number, found)
+    return found
+
+
+_MOST_LEVELS = 100
+
+
+def _depth(branches: list[_Branch]) -> int:
+    """The levels above and at the last branch."""
+    depth, parent = 1, branches[-1].parent
+    while parent >= 0:
+        depth, parent = depth + 1, branches[parent].parent
+    return depth
+
+
+def _read(branches: list[_Branch], folder: MediaFolder) -> list[Messages]:
+    conversations: list[Messages] = []
+    for turns, parent, forks in branches:
+        after = conversations[parent][-1]["role"] if parent >= 0 else "assistant"
+        conversations.append(messages_of(turns, folder, after=after, goes_on=forks))
+    return conversations
+
+
+def _root(record: Mapping[str, Any]) -> list[Any]:
+    """What stands above all branches of a record: its messages, if it has some."""
+    has_messages = any(record.get(key) is not None for key in ("messages", "conversations"))
+    return [record] if has_messages else record["branches"]
+
+
+def _parents(record: Mapping[str, Any]) -> tuple[int, ...]:
+    return tuple(branch.parent for branch in _walk(_root(record)))
+
+
+def _forking(record: Mapping[str, Any], folder: MediaFolder) -> list[Messages]:
+    return _about(_media(record, folder), _read(_walk(_root(record)), folder))
+
+
+def _branches(record: Mapping[str, Any], folder: MediaFolder) -> list[Messages]:
+    branches = _walk(record["branches"])
     media = parts_of(record["media"], folder) if record.get("media") is not None else _media(record, folder)
     if not all(part["type"] in part for part in media):
         raise RecordError(f"media holds what is not an image or a video, or a part that names none: {record['media']}")
-    return _about(media, [messages_of(each, folder) for each in branches])
+    return _about(media, _read(branches, folder))
 
 
 def _prompted(record: Mapping[str, Any], folder: MediaFolder) -> list[Messages]:
@@ -197,8 +259,9 @@ def _pair(question: Any, answer: Any) -> Messages:
 
 
 SHAPES = (
+    Shape("messages with branches", (("messages", "conversations"), ("branches",)), _forking, parents=_parents),
     Shape("messages", (("messages",),), _messages),
-    Shape("branches", (("branches",),), _branches),
+    Shape("branches", (("branches",),), _branches, parents=_parents),
     Shape("conversations", (("conversations",),), _messages),
     Shape("a prompt and a completion", (("prompt",), ("completion",)), _prompted),
     Shape("a question and an answer", (("answer",),), _questions),

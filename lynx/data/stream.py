@@ -90,7 +90,7 @@ class PackDataset(Dataset):
             conversations = self.prompts.phrase(record, generator)
             drawing = generator if self.augment else None
             conversations[0] = [_fewer_frames(each, self.processor.max_frames, drawing) for each in conversations[0]]
-            return self.processor.encode_branches(conversations), generator
+            return self.processor.encode_branches(conversations, record.parents), generator
         except (ValueError, OSError) as error:
             return self.skip(reference, str(error))
 

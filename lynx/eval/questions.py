@@ -78,6 +78,8 @@ def read(
 
 
 def _questions(record: Record) -> list[Question]:
+    if any(parent >= 0 for parent in record.parents):
+        raise RecordError("its conversations continue each other; to evaluate, write each in full")
     first, *others = record.conversations
     content = first[0]["content"]
     media = [part for part in content if part["type"] != "text"] if isinstance(content, list) else []

@@ -106,7 +106,9 @@ def test_sums_over_many_chunks(has_bf16, impl, monkeypatch):
     bias = torch.zeros(3, dtype=torch.bfloat16)
     inputs = hidden.repeat(1100, 1), weight, bias, labels.repeat(1100), torch.arange(2200)
     exact = run(
-        partial(naive_entries, reduction="sum"), [hidden.double().repeat(1100, 1), weight.double(), bias.double(), *inputs[3:]], None
+        partial(naive_entries, reduction="sum"),
+        [hidden.double().repeat(1100, 1), weight.double(), bias.double(), *inputs[3:]],
+        None,
     )
     for ours, truth in zip(run(entry_calls(impl, reduction="sum"), inputs, None), exact, strict=True):
         torch.testing.assert_close(ours.double(), truth, rtol=0, atol=0.02 * truth.abs().max().item())

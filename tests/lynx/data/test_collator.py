@@ -87,10 +87,7 @@ def test_a_dialog_that_forks(model, processor):
     short = {"role": "assistant", "content": "two"}
     long = {"role": "assistant", "content": "it is a two, I think"}
     then, so = conversation("Odd?", "no"), conversation("Prime?", "yes, it is")
-    tree = processor.encode_branches(
-        [{"messages": question, "branches": [[short], {"messages": [long], "branches": [then, so]}]}]
-    )
-    assert tree.branch_parents == (-1, 0, 0, 2, 2)
+    tree = processor.encode_branches([question, [short], [long], then, so], [-1, 0, 0, 2, 2])
     packed = processor.pack([tree])
     separate = [processor.encode([*question, *rest]) for rest in ([short], [long, *then], [long, *so])]
     rows = processor.pack(separate)
@@ -117,7 +114,7 @@ def test_a_dialog_that_forks(model, processor):
 def test_the_first_token_of_an_answer_that_starts_a_branch_is_learnt(model, processor):
     question = [{"role": "user", "content": "What?"}]
     answers = [[{"role": "assistant", "content": text}] for text in ("yes", "no")]
-    sample = processor.encode_branches([{"messages": question, "branches": answers}])
+    sample = processor.encode_branches([question, *answers], [-1, 0, 0])
     batch = processor.pack([sample])
     first = sum(sample.branch_lengths[:2])  # the first token of the second answer
     assert batch["labels"][0, first] != -100
@@ -165,11 +162,12 @@ def test_branches_that_cannot_be(processor):
         processor.encode_branches([conversation("Even?", "no"), with_media])
     with pytest.raises(ValueError, match="no conversations"):
         processor.encode_branches([])
-    for wrong in ({"messages": conversation("Even?", "no"), "branch": []}, {"branches": []}):
-        with pytest.raises(ValueError, match="a branch must have messages and may have a list of branches"):
-            processor.encode_branches([with_media, wrong])
     with pytest.raises(ValueError, match="message 2 has role 'assistant', expected 'user'"):
-        processor.encode_branches([{"messages": with_media, "branches": [[{"role": "assistant", "content": "so"}]]}])
+        processor.encode_branches([with_media, [{"role": "assistant", "content": "so"}]], [-1, 0])
+    with pytest.raises(ValueError, match="conversation 1 has parent 1, expected an earlier one"):
+        processor.encode_branches([with_media, conversation("Even?", "no")], [-1, 1])
+    with pytest.raises(ValueError, match="2 conversations but 1 parents"):
+        processor.encode_branches([with_media, conversation("Even?", "no")], [-1])
     several = processor.encode_branches([with_media, conversation("Even?", "no")])
     with pytest.raises(ValueError, match="several branches cannot be padded"):
         processor.pad([several])

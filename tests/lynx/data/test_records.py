@@ -287,6 +287,56 @@ def test_the_papers_mixture_with_own_files(root):
         open_mixture({**some, "partial": False}, root, seed=0)
 
 
+def test_dialogs_that_fork(root):
+    folder, say = MediaFolder(root), lambda role, text: {"role": role, "content": text}
+    ask = {"role": "user", "content": [{"type": "image", "path": "a.png"}, {"type": "text", "text": "Odd?"}]}
+    deeper = {"messages": [say("assistant", "no")], "branches": [[say("user", "Sure?"), say("assistant", "yes")]]}
+    record = parse({"messages": [ask], "branches": [[ANSWER], deeper]}, folder)
+    assert record.parents == (-1, 0, 0, 2)
+    assert [[message["role"] for message in each] for each in record.conversations] == [
+        ["user"], ["assistant"], ["assistant"], ["user", "assistant"],
+    ]  # fmt: skip
+    assert record.conversations[0][0]["content"][0]["type"] == "image"
+    llava = {"conversations": [{"from": "human", "value": "Odd?"}], "branches": [[{"from": "gpt", "value": "yes"}]]}
+    assert parse(llava, folder).parents == (-1, 0)
+    about = {"media": [{"type": "image", "path": "a.png"}], "branches": [[QUESTION, ANSWER], deeper_of(QUESTION)]}
+    assert parse(about, folder).parents == (-1, -1, 1)
+
+
+def deeper_of(question):
+    return {"messages": [question], "branches": [[ANSWER]]}
+
+
+def test_a_prompt_opens_a_dialog_and_leaves_what_continues_it(root):
+    record = parse({**deeper_of(QUESTION), "branches": [[ANSWER, QUESTION, ANSWER]]}, MediaFolder(root), task="vqa")
+    first, second = Prompts({"vqa": ["Say: {question}"]}).phrase(record, np.random.default_rng(0))
+    assert first[0]["content"][0]["text"] == "Say: Odd?"
+    assert second[1] == QUESTION
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"messages": [QUESTION], "branches": []}, "branches is not a list of conversations, or is empty"),
+        ({"messages": [QUESTION], "branches": [[QUESTION, ANSWER]]}, "expected assistant and user in turn"),
+        ({"messages": [QUESTION, ANSWER], "branches": [[QUESTION]]}, "ending with assistant"),
+        ({"messages": [QUESTION], "branches": [{"branch": []}]}, "a branch needs messages; one has"),
+        ({"branches": [{"messages": [QUESTION, ANSWER], "branches": "x"}]}, "branches is not a list"),
+    ],
+)
+def test_dialogs_that_cannot_fork_so(root, record, message):
+    with pytest.raises(RecordError, match=message):
+        parse(record, MediaFolder(root))
+
+
+def test_branches_nest_only_so_deep(root):
+    record = deeper_of(QUESTION)
+    for _ in range(500):
+        record = {"messages": [QUESTION, ANSWER], "branches": [record]}
+    with pytest.raises(RecordError, match="branches nest more than 100 levels deep"):
+        parse(record, MediaFolder(root))
+
+
 @pytest.mark.parametrize(
     ("description", "message"),
     [
