@@ -29,7 +29,7 @@ def forest_of(lengths, parents, full=None, **local):
 
 # Tiles of 16: a trunk of three, of which the first branch goes on; a tree without a root; forks in a fork.
 SEVERAL_TILES = forest_of((37, 19, 5, 35), (-1, 0, 0, -1))
-FORKS = forest_of((17, 9, 3, 20, 5, 18), (-1, 0, 0, 2, 2, 4))
+FORKS = forest_of((17, 9, 3, 14, 5, 11), (-1, 0, 0, 2, 2, 4))
 ONE_TILE_EACH = forest_of((5, 3, 4, 6), (-1, 0, 0, -1))
 TILES = [Launch(16, 32, 4, 1), Launch(32, 16, 4, 1)]  # both make the diagonal cross several tiles
 NAMES = ["output", "lse", "gradient of q", "gradient of k", "gradient of v", "gradient of sinks"]

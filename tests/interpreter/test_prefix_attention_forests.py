@@ -60,11 +60,11 @@ def rows_that_differ(before, after):
 
 @pytest.mark.usefixtures("_small_tiles")
 @every_locality
-@pytest.mark.parametrize("token", [16, 18, 50])
+@pytest.mark.parametrize("token", [18, 45])
 def test_no_information_leaks(token, locality):
     """Forward, a token reaches only the tokens that see it. Backward, it reaches only the tokens that it sees."""
     forest = replace(FORKS, **locality)
-    operation, _, inputs, grads = make(forest, sinks=token == 18, softcap=3.0 if token == 50 else None)
+    operation, _, inputs, grads = make(forest, sinks=token == 18, softcap=3.0 if token == 45 else None)
     visible = forest.visible()
     leaves = [each.requires_grad_() for each in inputs]
     outputs = operation(*leaves)
@@ -103,7 +103,7 @@ def test_nan_stays_in_its_tree(locality):
 
 @pytest.mark.usefixtures("_small_tiles")
 @every_locality
-@pytest.mark.parametrize("branch", [slice(17, 26), slice(26, 29), slice(49, 72)], ids=str)
+@pytest.mark.parametrize("branch", [slice(17, 26), slice(43, 59)], ids=str)
 def test_nan_in_a_branch_stays_on_its_path(branch, locality):
     """It never reaches a token that is on no path with it. The first branch goes on in the run of the root."""
     forest = replace(FORKS, **locality)

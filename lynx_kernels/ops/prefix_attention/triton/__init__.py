@@ -74,9 +74,10 @@ def backward(call: PrefixAttentionBackwardCall) -> tuple[Tensor, ...]:
     _, dq_launch, dkdv_launch = _launches(call, compute)
     num_ranges, (local, extent) = call.runs.shape[1] // 3, _locality(call)
     runs, token_table, key_runs = (each.contiguous() for each in (call.runs, call.tokens, call.key_runs))
-    scales = call.scale, call.scale * math.log2(math.e), None
+    outer, inner = call.scale, None
     if call.softcap is not None:
-        scales = call.scale, call.softcap * math.log2(math.e), call.scale / call.softcap
+        outer, inner = call.softcap, call.scale / call.softcap
+    scales = call.scale, outer * math.log2(math.e), inner
     with torch.cuda.device_of(q):
         lse_delta = preprocess(grad, call.out, call.lse, call.grad_lse)
         bwd.prefix_attention_bwd_dq_kernel[_grid(tokens, runs, dq_launch.block_m, heads)](
