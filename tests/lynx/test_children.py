@@ -109,8 +109,8 @@ def test_lora_on_every_target(fusion, targets, use_dora, tmp_path):
     moved = case.logits(model)
     assert (moved - start).abs().max() > 1e-5
     loss = model(**case.packed).loss
-    targets_of = case.packed["layout"].shift_labels(case.packed["labels"][0])
-    torch.testing.assert_close(loss.detach(), F.cross_entropy(moved[0], targets_of), rtol=1e-5, atol=1e-5)
+    labels, rows = case.packed["layout"].select(case.packed["labels"][0])
+    torch.testing.assert_close(loss.detach(), F.cross_entropy(moved[0, rows], labels), rtol=1e-5, atol=1e-5)
     answer = model.generate(**case.question, **ANSWERS)
 
     model.save_pretrained(tmp_path, save_embedding_layers=False)
@@ -262,9 +262,9 @@ def test_a_hook_that_changes_the_head_changes_loss_logits_and_answers_alike(case
         return out
 
     model.get_output_embeddings().register_forward_hook(favour)
-    labels = case.packed["layout"].shift_labels(case.packed["labels"][0])
+    labels, rows = case.packed["layout"].select(case.packed["labels"][0])
     torch.testing.assert_close(
-        model(**case.packed).loss, F.cross_entropy(model(**inputs(case.packed)).logits[0], labels)
+        model(**case.packed).loss, F.cross_entropy(model(**inputs(case.packed)).logits[0, rows], labels)
     )
     assert (model.generate(**case.question, **ANSWERS)[0, -6:] == favourite).all()
 
@@ -338,10 +338,10 @@ def test_supervised_rows_of_a_device(max_supervised, monkeypatch):
 def test_a_head_with_a_bias_is_not_called(case):
     head = case.model.get_output_embeddings()
     head.bias = torch.nn.Parameter(torch.randn(head.out_features))
-    labels = case.packed["layout"].shift_labels(case.packed["labels"][0])
+    labels, rows = case.packed["layout"].select(case.packed["labels"][0])
     logits = case.logits(case.model)[0]
     case.model(**case.packed).loss.backward()
-    torch.testing.assert_close(case.model(**case.packed).loss.detach(), F.cross_entropy(logits, labels))
+    torch.testing.assert_close(case.model(**case.packed).loss.detach(), F.cross_entropy(logits[rows], labels))
     assert head.bias.grad.any()
     assert explain(case.model).name == "kernels"
 
@@ -389,9 +389,11 @@ def test_dynamic_quantization(case):
     model = torch.ao.quantization.quantize_dynamic(case.model, {torch.nn.Linear}, dtype=torch.qint8)
     logits = case.logits(model)
     assert 0 < (logits - before).abs().max() < 0.1 * before.abs().max()
-    labels = case.packed["layout"].shift_labels(case.packed["labels"][0])
+    labels, rows = case.packed["layout"].select(case.packed["labels"][0])
     with torch.no_grad():
-        torch.testing.assert_close(model(**case.packed).loss, F.cross_entropy(logits[0], labels), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            model(**case.packed).loss, F.cross_entropy(logits[0, rows], labels), rtol=1e-3, atol=1e-3
+        )
     assert model.generate(**case.question, **ANSWERS).shape[0] == 1
     assert "quantized.dynamic" in explain(model).reasons["kernels for the head"]
 

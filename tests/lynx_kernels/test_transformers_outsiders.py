@@ -225,7 +225,7 @@ def test_uses_of_transformers_and_accelerate(options):
     assert mask[:, :, :, :3] is mask[..., :7] is mask[:, :, :, :] is mask.to("cpu") is mask.contiguous() is mask
     [moved] = accelerate.utils.send_to_device([mask], "meta")
     assert isinstance(moved, AttentionMask)
-    assert (moved.layout.segments if moved.seen is None else moved.seen).is_meta
+    assert (moved.layout.runs if moved.seen is None else moved.seen).is_meta
     expected = torch.tensor([[[0, 0, 0], [0, 1, 0], [0, 1, 1]], [[1, 0, 0], [1, 1, 0], [1, 1, 1]]], dtype=torch.bool)
     is_token = expected.any(2)
     assert torch.equal(mask.dense()[:, 0][is_token], expected[is_token])
