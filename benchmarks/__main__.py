@@ -19,6 +19,7 @@ from benchmarks import (
     pack_frames,
     planner,
     report,
+    token_log_probs,
 )
 from benchmarks.harness import Case, measure
 from benchmarks.rows import RESULTS, append
@@ -34,6 +35,7 @@ OPERATIONS: dict[str, Callable[..., Iterator[Case]]] = {
     "pack_embeddings": pack_embeddings.cases,
     "pack_frames": pack_frames.cases,
     "planner": planner.cases,
+    "token_log_probs": token_log_probs.cases,
 }
 
 

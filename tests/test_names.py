@@ -88,6 +88,10 @@ RENAMES = [
     Rename(
         r"\badapter_few|\bfew_(plan|tokens|driver)|\bFEW_(TOKENS|IEEE|UNALIGNED)|\bis_few\b|\bfew\.(cu|h)\b", "small_m"
     ),
+    Rename(
+        r"\bshift_labels\b[=:]|\blinear_cross_entropy_sum\b|\bLoss(es)?(Backward|Sum)?Call\b",
+        "labels, LinearCrossEntropyCall",
+    ),
     # The model
     Rename(r"\bSETTINGS\b|\bcheck_settings\b|\bsettings=|--settings", "GENERATION_PRESETS, preset=", MODEL),
     Rename(r"\badd_adapters\b|\badd_blocks\b", "PrefixFusion.install, CrossAttentionFusion.install", MODEL),

@@ -22,8 +22,11 @@ print([name for name in {SLOW!r} if name in set(sys.modules) - before])
 
 @pytest.mark.parametrize(
     "name",
-    ["adapter", "cross_attention", "linear_cross_entropy", "pack_embeddings", "pack_frames", "prefix_attention"],
-)
+    [
+        "adapter", "cross_attention", "linear_cross_entropy", "pack_embeddings", "pack_frames", "prefix_attention",
+        "token_log_probs",
+    ],
+)  # fmt: skip
 def test_operation_has_a_folder_of_its_name(name):
     """``lynx_kernels`` exports the function. Its folder, with reference and call, is under ``ops``."""
     package = importlib.import_module("lynx_kernels")

@@ -356,6 +356,19 @@ def test_only_needed_gradients(trained, products, impl):
     assert products == [logits] * 2
 
 
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@every_impl
+def test_a_bias_may_train_alone(reduction, products, impl):
+    inputs = make_entries()
+    *_, expected = run(entry_calls(impl, reduction=reduction), inputs, None)
+    products.clear()
+    bias = inputs[2].requires_grad_()
+    torch.testing.assert_close(
+        torch.autograd.grad(entry_calls(impl, reduction=reduction)(*inputs).sum(), bias)[0], expected
+    )
+    assert {shape[1:] for shape in products} == {(13, 19)}  # no products but the logits
+
+
 @every_impl
 def test_logits_never_exist_for_all_rows(products, host, impl):
     hidden, weight, labels = make(130)

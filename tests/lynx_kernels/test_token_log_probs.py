@@ -80,8 +80,11 @@ def test_entropy(dtype, options, impl):
 
     for ours, theirs in zip(run(function, inputs, make_grad()), expected, strict=True):
         assert torch.equal(ours, theirs)
+    hidden, weight, bias, labels, predictors = inputs
+    run(frozen(function, weight, bias), (hidden, labels, predictors), make_grad())
     with torch.no_grad():
         function(*inputs)
+    assert len(entropies) == 3
     exact, plain = (
         naive_entropy(*(each.to(wanted) if each.is_floating_point() else each for each in inputs), **options)
         for wanted in (torch.float64, dtype)
@@ -140,7 +143,7 @@ def test_one_row_predicts_the_first_token_of_every_branch(impl):
     for trained in (False, True):
         weight.requires_grad_(trained)
         grad = torch.tensor([1.0, -2.0, 0.5, 4.0], dtype=torch.float64)
-        shared = torch.full((4,), 6)
+        shared = torch.full((4,), 6, dtype=torch.int32)
         log_probs = token_log_probs(hidden, weight, labels, predictors=shared, impl=impl)
         (together,) = torch.autograd.grad(log_probs, hidden, grad)
         apart = 0
@@ -216,6 +219,17 @@ def test_huge_logits(impl):
     torch.testing.assert_close(log_probs, -F.nll_loss(plain, labels, reduction="none"))
     expected = torch.where(labels == -100, 0, torch.special.entr(plain.exp()).sum(-1))
     torch.testing.assert_close(entropy, expected)
+
+
+@pytest.mark.parametrize("trained", [0, 1, 2])
+@every_impl
+def test_only_needed_gradients(trained, impl):
+    """Of hidden, weight or bias alone."""
+    inputs, grad = make_entries(), make_grad()
+    expected = run(calls(impl), inputs, grad)[1 + trained]
+    leaf = inputs[trained].requires_grad_()
+    (actual,) = torch.autograd.grad(calls(impl)(*inputs), leaf, grad)
+    torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("trained", [False, True])

@@ -101,6 +101,7 @@ def run(
             grad_hidden[chunk.entries if by_entry else chunk.rows] = _times_weight(grad, weight).to(hidden.dtype)
         if needs_weight:
             grad_weight = _add_product(grad_weight, grad.t(), x)
+        del grad  # makes room for the next logits
     if needs_weight:
         grad_weight = weight.new_zeros(weight.shape) if grad_weight is None else grad_weight
         grad_weight = grad_weight.to(summed_dtype(call.weight))

@@ -80,7 +80,7 @@ def chunks(call: HeadCall, labels: Tensor, size: int, *, by_entry: bool = False)
     if predictors is not None and not by_entry:
         yield from _row_chunks(call, labels, entries, predictors, size)
         return
-    rows = entries if predictors is None else predictors[entries].clamp(min=0)
+    rows = entries if predictors is None else predictors[entries].long().clamp(min=0)
     for some, theirs in zip(entries.split(size), rows.split(size), strict=True):
         if len(some):
             yield Chunk(theirs, labels[some] >= 0, some, None)
