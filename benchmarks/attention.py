@@ -204,8 +204,8 @@ def setup(
         assert_near([each[..., few, :] for each in values], exact())
 
     def provider(peer: Peer) -> Callable[[Any], object]:
-        own_grad = cache(lambda: own_grad(peer, copies[0][peer.form.name], grad) if requires_grad else grad)
-        return lambda inputs: run(peer.attend, own_grad(), inputs[peer.form.name])
+        its_grad = cache(lambda: own_grad(peer, copies[0][peer.form.name], grad) if requires_grad else grad)
+        return lambda inputs: run(peer.attend, its_grad(), inputs[peer.form.name])
 
     providers = {name: provider(peer) for name, peer in peers.items()}
     flops = _FLOP[mode] * workload.pairs * heads * dim
