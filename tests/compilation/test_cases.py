@@ -23,12 +23,11 @@ TOO_LARGE_FOR_GFX942 = {
     "adapter T=512 d=4096 r=2048, fp32 through bf16": {"adapter_bwd_bottleneck_kernel"},
     "adapter T=8192 d=4096 r=256, fp32 through bf16": {"adapter_bwd_bottleneck_kernel"},
     # Three stages of 64 keys at a head_dim of 128, or of 32 at 256.
-    "prefix_attention T=8192 in 16 causal H=8/4 D=128, bf16": {"attention_fwd_kernel"},
-    "prefix_attention T=8160 in 160 causal H=8/4 D=128, bf16": {"attention_fwd_kernel"},
-    "prefix_attention T=8192 in 16 full H=8/4 D=128, bf16": {"attention_fwd_kernel"},
-    "prefix_attention T=8192 in 16 causal H=8/8 D=128, bf16": {"attention_fwd_kernel"},
-    "prefix_attention T=8192 in 16 causal H=8/4 D=128, fp16": {"attention_fwd_kernel"},
-    "cross_attention Q=8192 in 4 K=3604 H=16/16 D=128, bf16": {"attention_fwd_kernel"},
+    "prefix_attention T=8192 in 16 H=8/4 D=128, bf16": {"prefix_attention_fwd_kernel"},
+    "prefix_attention T=8160 in 160 H=8/4 D=128, bf16": {"prefix_attention_fwd_kernel"},
+    "prefix_attention T=8192 in 16 H=8/8 D=128, bf16": {"prefix_attention_fwd_kernel"},
+    "prefix_attention T=8192 in 16 H=8/4 D=128, fp16": {"prefix_attention_fwd_kernel"},
+    "cross_attention Q=8192 in 4 K=3604 H=16/16 D=128, bf16": {"cross_attention_fwd_kernel"},
     "prefix_attention_decode B=5 of one root H=32/4 D=128, bf16": {"prefix_attention_decode_fwd_kernel"},
     "prefix_attention_decode B=5 of one root H=32/4 D=256, bf16": {"prefix_attention_decode_fwd_kernel"},
 }
