@@ -12,17 +12,25 @@ from tests.compilation.offline import GFX942, SHARED_MEMORY, TENSOR_CORES
 
 WITHOUT_PRODUCTS = {"attention_bwd_preprocess_kernel", "attention_combine_kernel"}
 HALF = [case for case in ATTENTION_CASES if case.compute != FP32]
-# The allowed spilled bytes in half precision, by kernel, GPU and head_dim. 0 for all others.
+# The allowed spilled bytes in half precision, by kernel, GPU and head_dim. For all others 0, or WIDE_SPILLS.
 SPILLS = {
-    ("attention_fwd_kernel", 80, 128): 52,
-    ("attention_fwd_kernel", 100, 7): 24,
-    ("attention_bwd_dq_kernel", 100, 64): 16,
-    ("attention_bwd_dkdv_kernel", 80, 88): 96,
-    ("attention_bwd_dkdv_kernel", 100, 88): 32,
-    ("attention_bwd_dkdv_kernel", GFX942, 88): 20,
+    ("prefix_attention_fwd_kernel", 80, 128): 76,
+    ("cross_attention_fwd_kernel", 80, 128): 28,
+    ("prefix_attention_bwd_dq_kernel", GFX942, 128): 52,
+    ("prefix_attention_bwd_dkdv_kernel", 80, 88): 60,
+    ("prefix_attention_bwd_dkdv_kernel", 100, 88): 16,
+    ("prefix_attention_bwd_dkdv_kernel", 100, 64): 8,
+    ("prefix_attention_bwd_dkdv_kernel", GFX942, 88): 8,
+    ("cross_attention_bwd_dkdv_kernel", 80, 88): 96,
+    ("cross_attention_bwd_dkdv_kernel", GFX942, 88): 16,
+    # ptxas leaves most registers unused here. Two stages mend it, but spill on sm_100; 32 keys spill nowhere, but use
+    # older tensor cores on sm_90.
+    ("prefix_attention_bwd_dkdv_kernel", 80, 192): 21660,
+    ("prefix_attention_bwd_dq_kernel", GFX942, 512): 1648,
+    ("prefix_attention_bwd_dkdv_kernel", GFX942, 512): 2172,
 }
 # With a head_dim above 128 accumulators take twice the registers. In fp32 operands are in registers too.
-WIDE_SPILLS, SINGLE_SPILLS, WIDE_SINGLE_SPILLS = 1200, 1300, 12000
+WIDE_SPILLS, SINGLE_SPILLS, WIDE_SINGLE_SPILLS = 1300, 1300, 12000
 
 
 def test_cases_cover_every_launch():
@@ -59,7 +67,7 @@ def test_spills(case, arch):
         if case.compute == FP32:
             most = SINGLE_SPILLS if head_dim <= 128 else WIDE_SINGLE_SPILLS
         else:
-            most = SPILLS.get((row.kernel, arch, head_dim), 0) if head_dim <= 128 else WIDE_SPILLS
+            most = SPILLS.get((row.kernel, arch, head_dim), 0 if head_dim <= 128 else WIDE_SPILLS)
         assert row.spilled <= most, row
 
 
