@@ -109,18 +109,18 @@ def _levels(root: int, *below: tuple[int, int]) -> tuple[tuple[int, ...], tuple[
 
 
 def forests() -> list[Forest]:
-    """One picture, many questions; many pictures, many answers; a prompt's completions; levels; Gemma 3's pattern."""
+    """One image, many questions; many images, many answers; a prompt's completions; levels; Gemma 3's pattern."""
     gemma = tuple(length for _ in range(4) for length in (256, 768))
     return [
-        Forest("picture-8-questions", *_levels(576, (8, 64))),
-        Forest("8-pictures-8-completions", *_levels(8 * 576, (8, 128))),
+        Forest("image-8-questions", *_levels(576, (8, 64))),
+        Forest("8-images-8-completions", *_levels(8 * 576, (8, 128))),
         Forest("prompt-16-completions", *_levels(1100, (16, 1000))),
         Forest("3-levels", *_levels(576, (4, 64), (4, 64))),
         Forest("gemma3-4k", gemma, tuple(range(-1, 7)), (True, False) * 4, (1024,) * 5 + (None,)),
     ]
 
 
-QUICK = [Forest("picture-4-questions", *_levels(144, (4, 16))), Forest("levels", *_levels(64, (2, 16), (2, 16)))]
+QUICK = [Forest("image-4-questions", *_levels(144, (4, 16))), Forest("levels", *_levels(64, (2, 16), (2, 16)))]
 
 
 def cases(*, quick: bool, device: str) -> Iterator[Case]:

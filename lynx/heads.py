@@ -50,7 +50,7 @@ def loss(
         num_items, max_supervised: as ``linear_cross_entropy`` takes them.
 
     Raises:
-        ValueError: more labels are supervised than max_supervised.
+        ValueError: more rows are supervised than max_supervised.
         IndexError: a label is out of range.
     """
     reason = changed_reason(head, hidden.device)
@@ -86,7 +86,7 @@ def _supervised(labels: Tensor, max_supervised: int | None) -> Tensor:
     """The numbers of the supervised labels; of more, where they are on a device, which the host does not read."""
     is_supervised = labels != IGNORED
     if max_supervised is not None:
-        message = f"more labels are supervised than max_supervised={max_supervised}"
+        message = f"more rows are supervised than max_supervised={max_supervised}"
         require(is_supervised.sum() <= max_supervised, message)
     if labels.is_cpu and not torch.compiler.is_compiling():
         return is_supervised.nonzero()[:, 0]

@@ -1,4 +1,4 @@
-"""The code in the documentation runs, and the pictures that it draws are those that are committed.
+"""The code in the documentation runs, and the drawings that it draws are those that are committed.
 
 ``python -m tests.test_docs`` draws them again.
 """
@@ -25,7 +25,7 @@ def run(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_code_runs_and_draws_the_committed_pictures(page, tmp_path, monkeypatch):
+def test_code_runs_and_draws_the_committed_drawings(page, tmp_path, monkeypatch):
     (tmp_path / page).mkdir()
     monkeypatch.chdir(tmp_path)
     run(page)

@@ -12,8 +12,10 @@ from lynx.data.conversation import IGNORED
 from lynx_kernels import PackedLayout
 from lynx_kernels.integrations import transformers as attention_integration
 from lynx_kernels.integrations.attention_mask import AttentionMask
+from lynx_kernels.layout import require
 
 if TYPE_CHECKING:
+    from lynx.config import LynxConfig
     from lynx.model import LynxForConditionalGeneration
 
 
@@ -86,8 +88,9 @@ class Rows:
         token = torch.arange(self.layout.num_tokens, device=self.labels.device)
         tokens, predictors = self.layout.select(torch.where(self.labels[0] == IGNORED, IGNORED, token))
         is_token = tokens != IGNORED
-        labels = torch.where(is_token, self.labels[0][tokens], IGNORED)
-        weights = None if weights is None else torch.where(is_token, weights[0][tokens], 0)
+        found = tokens.clamp(min=0)
+        labels = torch.where(is_token, self.labels[0][found], IGNORED)
+        weights = None if weights is None else torch.where(is_token, weights[0][found], 0)
         return Targets(labels, predictors, weights)
 
     def arranged(self, model: "LynxForConditionalGeneration") -> "Rows":
@@ -99,10 +102,10 @@ class Rows:
         """
         if self.layout is None:
             return _padded(self)
-        return _packed(self, model.config.prefix_is_causal, model.get_decoder().config._attn_implementation)
+        return _packed(self, model.config, model.get_decoder().config._attn_implementation)
 
 
-def _packed(rows: Rows, prefix_is_causal: bool, implementation: str) -> Rows:
+def _packed(rows: Rows, config: "LynxConfig", implementation: str) -> Rows:
     layout, shape = rows.layout, rows.inputs_embeds.shape[:2]
     if not isinstance(layout, PackedLayout):
         raise TypeError(f"layout is a {type(layout).__name__}, expected a PackedLayout")
@@ -112,8 +115,12 @@ def _packed(rows: Rows, prefix_is_causal: bool, implementation: str) -> Rows:
         raise ValueError("a packed row cannot continue past_key_values; pass a padded batch")
     if shape != (1, layout.num_tokens):
         raise ValueError(f"a packed batch is (1, {layout.num_tokens}) as its layout says, got {tuple(shape)}")
-    if layout.has_full and prefix_is_causal:
+    if layout.has_full and config.prefix_is_causal:
         raise ValueError("the layout has full segments, but the model was made with prefix_is_causal=True")
+    if not (layout.has_full or config.prefix_is_causal) and rows.input_ids is not None:
+        is_image = rows.input_ids == config.image_token_id
+        message = "the layout has no full segment, but vision tokens, and the model prefix_is_causal=False"
+        require(~(is_image[:, 1:] & is_image[:, :-1]).any(), message)
     if implementation != attention_integration.NAME:
         raise ValueError(
             f"packed rows need attn_implementation={attention_integration.NAME!r}, the decoder has {implementation!r}, "

@@ -1,4 +1,4 @@
-"""Pictures of who sees whom, for people: SVG, and characters for a terminal."""
+"""Drawings of who sees whom, for people: SVG, and characters for a terminal."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ class Drawing:
         )
 
     def svg(self) -> str:
-        """The picture as the text of an SVG file."""
+        """The image as the text of an SVG file."""
         cells = self.seen.shape[0]
         label = max((len(name) for name, _, _ in self.segments), default=0) * 0.62 * _FONT + 2 * _MARGIN
         side, top = cells * _CELL, label

@@ -25,8 +25,8 @@ class PackedLayout(Layout):
 
     - One causal segment a sample: packed causal sequences. Full segments alone: the frames of a ViT.
     - Vision tokens, then a child of text: prefix tuning (causal), or a prefix-LM (full).
-    - Several children: one picture and many questions, or one prompt and many completions.
-    - A chain text, full picture, text, ...: Gemma 3 and PaliGemma. Deeper trees: conversations that fork.
+    - Several children: one image and many questions, or one prompt and many completions.
+    - A chain text, full image, text, ...: Gemma 3 and PaliGemma. Deeper trees: conversations that fork.
 
     With a ``window`` w a query at position p also sees only positions above p - w; with a ``chunk`` c only those of its
     chunk of c positions. A full segment sees all of itself whatever they are.
@@ -367,7 +367,7 @@ class PackedLayout(Layout):
         return visible(rows, self.tokens, self.runs, self.window, self.chunk)
 
     def draw(self, names: Sequence[str] | None = None) -> "Drawing":
-        """A picture of who sees whom: SVG in a notebook or by ``save``, and characters for a terminal by ``print``.
+        """An image of who sees whom: SVG in a notebook or by ``save``, and characters for a terminal by ``print``.
 
         Args:
             names: one a segment, in the order of ``from_segments``; "0", "1", ... by default.

@@ -169,15 +169,15 @@ def _tanh_kernel(p_x, p_tanh, p_slope, N: tl.constexpr):
 
 
 def test_tanh():
-    """Relative to the result, from tiny to saturated; where the slope is too small for fp32 it is 0."""
+    """Relative to the result, from tiny to saturated; where the derivative is too small for fp32 it is 0."""
     x = torch.cat([torch.logspace(-30, 2, 512), -torch.logspace(-30, 2, 500), torch.linspace(-1, 1, 1024)])
     x = torch.cat([x, torch.tensor([0.0, -0.0, 0.25, -0.25, torch.inf, -torch.inf]), x[:6]])
     x = x[:2048]
-    tanh, slope = torch.empty(2, 2048)
-    _tanh_kernel[(1,)](x, tanh, slope, N=2048)
+    tanh, derivative = torch.empty(2, 2048)
+    _tanh_kernel[(1,)](x, tanh, derivative, N=2048)
     exact = x.double().tanh()
     torch.testing.assert_close(tanh.double(), exact, rtol=4e-7, atol=0)
-    torch.testing.assert_close(slope.double(), 1 / x.double().cosh() ** 2, rtol=2e-5, atol=1e-37)
+    torch.testing.assert_close(derivative.double(), 1 / x.double().cosh() ** 2, rtol=2e-5, atol=1e-37)
     assert token_log_probs(
         torch.full((1, 1), torch.nan), x[:3, None], torch.zeros(1).long(), softcap=1.0, impl="triton"
     ).isnan()

@@ -158,7 +158,7 @@ def test_drawings_show_what_is_seen(forest):
 
 def test_drawings_of_long_rows_share_cells(tmp_path):
     layout = PackedLayout.from_segments([5000, 300, 300], [-1, 0, 0])
-    drawing = layout.draw(["a picture", "<first>", "second"])
+    drawing = layout.draw(["an image", "<first>", "second"])
     assert len(str(drawing).splitlines()) == 64
     assert 0 < drawing.seen[0, 0] < 1
     assert drawing.seen[-1, 0] == pytest.approx(1)

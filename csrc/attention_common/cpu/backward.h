@@ -98,15 +98,15 @@ LYNX_INLINE void softmax_backward(const BackwardScratch<Compute>& scratch, int64
         Floats p[kRows], ds[kRows];
         for (int i = 0; i < kRows; i++) {
             const int64_t at = cell + i * kBackwardBlockN + key;
-            Floats score = load(scratch.p + at) * scores.scale, slope;
+            Floats score = load(scratch.p + at) * scores.scale, derivative;
             if constexpr (kCapped) {
                 const Floats capped = tanh(score / scores.softcap);
-                slope = 1.0f - capped * capped;
+                derivative = 1.0f - capped * capped;
                 score = capped * scores.softcap;
             }
             p[i] = exp(score - scratch.lse[row + i]);
             ds[i] = p[i] * (load(scratch.ds + at) - scratch.delta[row + i]);
-            if constexpr (kCapped) ds[i] *= slope;
+            if constexpr (kCapped) ds[i] *= derivative;
             if (keys_seen[i] < key + kWidth || keys_unseen[i] > key) {
                 const Ints seen = (lane_numbers() < (int32_t)(keys_seen[i] - key)) &
                                   (lane_numbers() >= (int32_t)(keys_unseen[i] - key));

@@ -42,8 +42,9 @@ def define_attention(operation: dispatch.Operation, num_floats: int) -> Callable
         ctx.set_materialize_grads(False)
 
     def autograd(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        gradients = backward(grad, grad_lse, *ctx.saved_tensors, *ctx.options, ctx.impl)
-        floats = ctx.saved_tensors[2 : 2 + num_floats]
+        saved = ctx.saved_tensors  # once: checkpointing unpacks it
+        gradients = backward(grad, grad_lse, *saved, *ctx.options, ctx.impl)
+        floats = saved[2 : 2 + num_floats]
         gradients = [None if each is None else gradient for each, gradient in zip(floats, gradients, strict=True)]
         return (*gradients, *[None] * (len(fields) - num_floats))
 

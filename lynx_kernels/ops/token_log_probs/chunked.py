@@ -51,6 +51,6 @@ def backward_of_jacobian(call: TokenLogProbsJacobianCall) -> Tensor:
         return (jacobian * grad).to(jacobian.dtype)
     total = grad.new_zeros((num_rows, jacobian.shape[1]))
     rows = predictors.long().clamp(min=0)
-    for row, slope, factor in zip(rows.split(CHUNK), jacobian.split(CHUNK), grad.split(CHUNK), strict=True):
-        add_at(total, row, slope * factor)
+    for row, derivative, factor in zip(rows.split(CHUNK), jacobian.split(CHUNK), grad.split(CHUNK), strict=True):
+        add_at(total, row, derivative * factor)
     return total.to(jacobian.dtype)

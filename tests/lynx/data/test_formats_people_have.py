@@ -105,7 +105,7 @@ def test_the_records_that_are_documented(root, processor):
     for record in documented():
         parsed = parse(record, MediaFolder(root, check=True))
         conversations = tasks.phrase(parsed, np.random.default_rng(0))
-        sample = processor.encode_branches(conversations)
+        sample = processor.encode_branches(conversations, parsed.parents)
         assert sample.num_supervised > 0
         shows = "image" in json.dumps(record) or "video" in json.dumps(record) or "file_name" in record
         assert bool(sample.media) == shows

@@ -41,7 +41,7 @@ def test_packed_and_padded_give_the_same(tokenizer, bridge, is_causal):
     packed, padded = processor.pack(samples), processor.pad(samples)
     prefixes = [6, 0, 3] if bridge == "resampler" else [2 * 5, 0, 2 * 5]
     assert [(row == processor.image_token_id).sum() for row in padded["input_ids"]] == prefixes
-    assert packed["layout"].root_is_causal is is_causal
+    assert packed["layout"].has_full is not is_causal
     packed_logits = model(**inputs(packed)).logits[0]
     padded_logits = model(**inputs(padded)).logits[padded["attention_mask"].bool()]
     assert packed_logits.abs().max() > 0.1
@@ -140,7 +140,9 @@ def test_an_image_of_which_no_token_is_made(tokenizer, bridge):
 def test_a_layout_of_another_kind_is_refused(tokenizer):
     model, _ = build(tokenizer, prefix_is_causal=False)
     _, causal = build(tokenizer)
-    with pytest.raises(ValueError, match="layout has root_is_causal=True, the model prefix_is_causal=False"):
+    with pytest.raises(
+        ValueError, match="the layout has no full segment, but vision tokens, and the model prefix_is_causal=False"
+    ):
         model(**causal.pack([two_images(causal)]))
 
 
