@@ -273,6 +273,8 @@ def test_compiled_equals_eager(impl):
 @pytest.mark.parametrize("impl", FP32)
 def test_autocast(impl, compiled):
     """Products are in bf16; x and the norm stay in fp32."""
+    if impl == "cpu" and not onednn.HAS_BF16:
+        pytest.skip("this CPU has no products in bf16")
     inputs, grad = make(dtype=torch.float32)
     function = with_options(adapter, impl=impl)
     if compiled:
