@@ -120,9 +120,15 @@ void forward_tile(const Problem& problem, const ForwardScratch<Compute>& scratch
         next_head.prefetch(m);
         for (int64_t i = 0; i < m; i++) {
             const int64_t unseen = view.keys_unseen(query + i) - begin, seen = view.keys_seen(query + i) - begin;
-            const auto softmax = unseen > 0 ? online_softmax<Compute, true> : online_softmax<Compute, false>;
-            softmax(scratch.scores + i * kForwardBlockN, scratch.p + i * ldp, unseen, seen, n, scale,
-                    scratch.row_max[row + i], scratch.row_sum + (row + i) * kWidth, acc + i * value_sizes.ldb, dim);
+            const float* scores = scratch.scores + i * kForwardBlockN;
+            Word* p = scratch.p + i * ldp;
+            float *sum = scratch.row_sum + (row + i) * kWidth, *sums = acc + i * value_sizes.ldb;
+            if (unseen > 0)
+                online_softmax<Compute, true>(scores, p, unseen, seen, n, scale, scratch.row_max[row + i], sum, sums,
+                                              dim);
+            else
+                online_softmax<Compute, false>(scores, p, unseen, seen, n, scale, scratch.row_max[row + i], sum, sums,
+                                               dim);
         }
         matmul<Compute, false>(m, dim,
                                Product<Word>{scratch.p, ldp, scratch.values + begin / Compute::kNumbers * value_sizes.ldb,
