@@ -317,7 +317,9 @@ def test_setup_tells_the_frame_what_to_measure(monkeypatch):
     assert tiny(WORKLOADS["resampler"]).captured
     saved = memory.saved(partial(case.providers["lynx reference"], case.copies[0]), case.parameters)
     rows = 16 * 4 * 4  # bytes of a number for each of 16 tokens and 4 heads
-    assert saved == 16 * rows + rows + WORKLOADS["full"].layout("cpu").segments.nbytes  # output and LSE, not q, k, v
+    layout = WORKLOADS["full"].layout("cpu")
+    tables = layout.runs.nbytes + layout.tokens.nbytes + layout.key_runs.nbytes
+    assert saved == 16 * rows + rows + tables  # output and LSE, not q, k, v
     assert tiny(WORKLOADS["full"]).parameters == ()
     refused = dict.fromkeys(["triton", "cpu", "reference"], "not today")
     monkeypatch.setattr(attention, "explain", lambda *args: Explanation("other", refused))
