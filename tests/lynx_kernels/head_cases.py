@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lynx_kernels.backends import onednn
+
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 IMPLEMENTATIONS = ["chunked", "reference"]  # those of every machine
 # Each changes the logits. A cap of 3 bends logits of a few units, and a scale shows on which side of the cap it stands.
@@ -38,6 +40,11 @@ def make_entries(entries=90, rows=21, width=13, vocabulary=19, dtype=torch.float
     labels, predictors = labels[order], predictors[order]
     labels[::5], predictors[1::5] = -100, -1
     return hidden.to(dtype), weight.to(dtype), bias.to(dtype), labels, predictors
+
+
+def precision_of_logits(impl, dtype):
+    """The dtype that sets the budget where it is not that of the result: CPUs with products in bf16 round logits."""
+    return torch.bfloat16 if dtype == torch.bfloat16 and impl == "chunked" and onednn.HAS_BF16 else None
 
 
 def logits_of(hidden, weight, bias=None, *, softcap=None, logit_scale=1.0, temperature=1.0) -> Tensor:

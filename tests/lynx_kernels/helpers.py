@@ -50,12 +50,14 @@ def check(
     grad: Tensor | None = None,
     *,
     last_magnitude: float = 0.0,
+    precision: torch.dtype | None = None,
 ) -> None:
     """Check output and gradients of ``operation`` against the error budget from ``naive`` in fp64 and in their dtype.
 
-    ``last_magnitude`` is the ``magnitude`` of the budget of the last gradient.
+    ``last_magnitude`` is the ``magnitude`` of the budget of the last gradient, ``precision`` the ``precision`` of all.
     """
-    check_results(run(operation, inputs, grad), naive, inputs, grad, last_magnitude=last_magnitude)
+    actual = run(operation, inputs, grad)
+    check_results(actual, naive, inputs, grad, last_magnitude=last_magnitude, precision=precision)
 
 
 def check_results(
@@ -65,6 +67,7 @@ def check_results(
     grad: Tensor | None = None,
     *,
     last_magnitude: float = 0.0,
+    precision: torch.dtype | None = None,
 ) -> None:
     """The same check for the results of ``run``."""
     exact_inputs = [each.double() if each is not None and each.is_floating_point() else each for each in inputs]
@@ -75,7 +78,8 @@ def check_results(
             torch.testing.assert_close(ours, truth, rtol=1e-12, atol=1e-12)
         else:
             magnitude = last_magnitude if index == len(actual) - 1 else 0.0
-            assert_within_budget(ours, truth, theirs, "output" if index == 0 else f"gradient {index - 1}", magnitude)
+            what = "output" if index == 0 else f"gradient {index - 1}"
+            assert_within_budget(ours, truth, theirs, what, magnitude, precision=precision)
 
 
 def count_compilations(function: Callable, calls: Sequence[tuple], backend: str = "aot_eager") -> list[int]:

@@ -8,7 +8,15 @@ from lynx_kernels import explain
 from lynx_kernels.backends import onednn
 from lynx_kernels.ops.head_common import chunked, reference
 from lynx_kernels.ops.linear_cross_entropy import linear_cross_entropy
-from tests.lynx_kernels.head_cases import DTYPES, IMPLEMENTATIONS, OPTIONS, logits_of, make, make_entries
+from tests.lynx_kernels.head_cases import (
+    DTYPES,
+    IMPLEMENTATIONS,
+    OPTIONS,
+    logits_of,
+    make,
+    make_entries,
+    precision_of_logits,
+)
 from tests.lynx_kernels.helpers import check, count_compilations, dtensors, permuted, run
 from tests.numbers import assert_within_budget
 
@@ -74,7 +82,8 @@ def test_entries(dtype, reduction, label_smoothing, options, impl):
     """More entries than rows, with weights, and a head with a bias that trains."""
     options = {"reduction": reduction, "label_smoothing": label_smoothing, "weights": make_weights(), **options}
     grad = make_weights(90) - 0.5 if reduction == "none" else None
-    check(entry_calls(impl, **options), partial(naive_entries, **options), make_entries(dtype=dtype), grad)
+    inputs, precision = make_entries(dtype=dtype), precision_of_logits(impl, dtype)
+    check(entry_calls(impl, **options), partial(naive_entries, **options), inputs, grad, precision=precision)
 
 
 @every_impl
@@ -566,7 +575,7 @@ def test_autocast(compiled, impl):
     with torch.autocast("cpu", torch.bfloat16):
         actual = run(function, (hidden, weight, labels), None)
     rounded = hidden.bfloat16(), weight.bfloat16()
-    logits = torch.bfloat16 if impl == "chunked" and onednn.HAS_BF16 else torch.float32
+    logits = precision_of_logits(impl, torch.bfloat16) or torch.float32
     exact = run(naive, (*(each.double() for each in rounded), labels), None)
     plain = run(naive, (*(each.to(logits) for each in rounded), labels), None)
     precisions = logits, torch.bfloat16, torch.bfloat16  # gradients are products in bf16

@@ -6,7 +6,15 @@ from torch.nn import functional as F
 
 from lynx_kernels import explain, linear_cross_entropy, token_log_probs
 from lynx_kernels.ops.head_common import chunked, reference
-from tests.lynx_kernels.head_cases import DTYPES, IMPLEMENTATIONS, OPTIONS, logits_of, make, make_entries
+from tests.lynx_kernels.head_cases import (
+    DTYPES,
+    IMPLEMENTATIONS,
+    OPTIONS,
+    logits_of,
+    make,
+    make_entries,
+    precision_of_logits,
+)
 from tests.lynx_kernels.helpers import check, count_compilations, dtensors, permuted, run
 from tests.numbers import assert_within_budget
 
@@ -59,9 +67,10 @@ def test_equals_log_softmax(dtype, options, impl):
     """With a head that trains and with a frozen one."""
     inputs, grad = make_entries(dtype=dtype), make_grad()
     hidden, weight, bias, labels, predictors = inputs
-    check(calls(impl, **options), partial(naive, **options), inputs, grad)
+    precision = precision_of_logits(impl, dtype)
+    check(calls(impl, **options), partial(naive, **options), inputs, grad, precision=precision)
     ours, theirs = (frozen(each, weight, bias) for each in (calls(impl, **options), partial(naive, **options)))
-    check(ours, theirs, (hidden, labels, predictors), grad)
+    check(ours, theirs, (hidden, labels, predictors), grad, precision=precision)
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.6, **OPTIONS[1]}])
