@@ -30,27 +30,30 @@ def loss(
     hidden: Tensor,
     labels: Tensor,
     *,
+    logits: Tensor | None = None,
     predictors: Tensor | None = None,
     weights: Tensor | None = None,
     num_items: Tensor | int | None = None,
     max_supervised: int | None = None,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """The mean cross entropy of the labels.
 
     ``linear_cross_entropy`` takes weight and bias of a head that nobody changed. Another is called, once, with the rows
-    that are supervised: all logits of these rows are then in memory.
+    that are supervised: all logits of these rows are then in memory. It is not called where the logits are known.
 
     Args:
         head: the projection.
         hidden: (T, width).
         labels: (N,) int64, -100 where not supervised.
+        logits: (T, V), of all rows, where the head was called already.
         predictors: (N,) int64, the rows that predict the labels, -1 where none does; without them N is T, and row i
             predicts label i.
         weights: (N,), of the labels.
-        num_items, max_supervised: as ``linear_cross_entropy`` takes them.
+        num_items, max_supervised, label_smoothing: as ``linear_cross_entropy`` takes them.
 
     Raises:
-        ValueError: more rows are supervised than max_supervised.
+        ValueError: more rows are supervised than max_supervised, or label_smoothing is not in [0, 1].
         IndexError: a label is out of range.
     """
     reason = changed_reason(head, hidden.device)
@@ -58,7 +61,7 @@ def loss(
         weight, bias = children.weight_and_bias(head)
         return linear_cross_entropy(
             hidden, weight, labels, predictors=predictors, weights=weights, bias=bias, num_items=num_items,
-            max_supervised=max_supervised,
+            max_supervised=max_supervised, label_smoothing=label_smoothing,
         )  # fmt: skip
     children.log_once(head, {"the head": reason})
     labels = labels.to(hidden.device)
@@ -69,9 +72,18 @@ def loss(
     labels = labels[entries]
     is_supervised = labels != IGNORED
     # A row that is not supervised may hold anything: 0 * nan would spoil the gradient of a weight.
-    scores = head(torch.where(is_supervised[:, None], hidden[rows], 0)[None])[0]  # (n, V)
+    if logits is None:
+        scores = head(torch.where(is_supervised[:, None], hidden[rows], 0)[None])[0]  # (n, V)
+    else:
+        scores = torch.where(is_supervised.to(logits.device)[:, None], logits[rows.to(logits.device)], 0)
     labels, is_supervised = labels.to(scores.device), is_supervised.to(scores.device)
-    losses = F.cross_entropy(scores.to(acc_dtype(scores.dtype)), labels, ignore_index=IGNORED, reduction="none")
+    losses = F.cross_entropy(
+        scores.to(acc_dtype(scores.dtype)),
+        labels,
+        ignore_index=IGNORED,
+        reduction="none",
+        label_smoothing=label_smoothing,
+    )
     of_labels = is_supervised
     if weights is not None:
         of_labels = torch.where(is_supervised, weights[entries].to(losses), 0)

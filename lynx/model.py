@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from lynx import heads
+from lynx import heads, trainer_inputs
 from lynx.config import LynxConfig
 from lynx.embedding import embed
 from lynx.fusion import fusion_of, take_inputs
@@ -205,14 +205,14 @@ class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, Guessi
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        label_weights: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         max_supervised: int | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        skip_logits: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits, or the loss where there are labels.
+        """Logits, or the loss where there are labels, or both.
 
         The batch is padded, (B, L) with an ``attention_mask``, or packed, (1, T) with a ``layout``.
 
@@ -222,24 +222,31 @@ class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, Guessi
             attention_mask: (B, L), zero at pads; for padded batches.
             position_ids: (B, L); by default from the layout, or counted over the tokens of the attention mask.
             layout: who sees whom in a packed row.
-            past_key_values, use_cache, logits_to_keep: as everywhere in transformers. If a ``SharedRootCache`` has an
+            past_key_values, use_cache, logits_to_keep: as everywhere in transformers, but no cache is filled beside a
+                loss unless use_cache asks for it. If a ``SharedRootCache`` has an
                 unread prompt, that is read in place of the inputs, and the last logits of its rows, (B, 1, V), are
                 returned.
             inputs_embeds: (B, L, width) instead of input_ids and pixel_values.
-            labels: (B, L) int64 token ids, -100 where not supervised. With labels, no (B, L, V) logits are computed:
-                the output's ``logits`` are None.
-            label_weights: (B, L), by how much each label counts; one weight for all if None.
+            labels: (B, L) int64 token ids, -100 where not supervised.
             num_items_in_batch: what to divide the summed loss by: the supervised tokens of the whole accumulated
                 batch, or the sum of their weights. Those of this batch if None.
             max_supervised: an upper bound of the labels that are not -100, as ``LynxProcessor`` counts them. The host
                 does not read labels on a device; with this bound only so many rows reach the vocabulary projection.
-            kwargs: the inputs of the fusion, which its class describes: ``cross_layout`` or ``media`` for
-                cross-attention, ``prefix_lengths`` for a prefix. All others go to the decoder.
+            skip_logits: whether the output's ``logits`` are None beside a loss, and no (B, L, V) matrix is computed; by
+                default in training, and not in evaluation, where metrics may want them. False also says that the caller
+                makes a loss of the logits, as a compute_loss_func of ``Trainer`` does.
+            kwargs: ``label_weights``, (B, L), by how much each label counts; one weight for all if None.
+                ``label_smoothing``, in [0, 1], as in ``torch.nn.functional.cross_entropy``; 0 by default. And the
+                inputs of the fusion, which its class describes: ``cross_layout`` or ``media`` for cross-attention,
+                ``prefix_lengths`` for a prefix. All others go to the decoder.
 
         Raises:
             ValueError: the arguments do not fit together; the message names them.
         """
+        # Not parameters: Trainer evaluates no loss of a batch that lacks one of those with "label" in their names.
+        label_weights, label_smoothing = kwargs.pop("label_weights", None), kwargs.pop("label_smoothing", 0.0)
         fusion_inputs = take_inputs(self.fusion, kwargs)
+        trainer_inputs.check(labels, position_ids, num_items_in_batch, skip_logits, kwargs)
         if (past_key_values is not None or use_cache) and drops_caches(self.get_decoder()):
             raise ValueError(
                 "gradient checkpointing keeps no keys and values while the model trains: leave out past_key_values "
@@ -250,6 +257,8 @@ class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, Guessi
             if names := [name for name, value in given.items() if value is not None]:
                 raise ValueError(f"{', '.join(names)} cannot be read into a SharedRootCache; use another cache")
             return self.forward_shared(past_key_values, input_ids, inputs_embeds, attention_mask, **kwargs)
+        if use_cache is None and past_key_values is None and not (labels is None and num_items_in_batch is None):
+            use_cache = False  # beside a cache, transformers does not look for the texts of a flattened row
         for name in ("output_attentions", "output_hidden_states"):
             if getattr(self.config, name):
                 kwargs.setdefault(name, True)
@@ -285,20 +294,23 @@ class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, Guessi
 
         hidden = outputs.last_hidden_state
         loss = logits = None
+        if labels is None or not (self.training if skip_logits is None else skip_logits):
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
+            logits = self.project(hidden[:, kept])
         if labels is not None:
             targets = rows.targets()
             loss = heads.loss(
                 self.get_output_embeddings(),
                 hidden.flatten(0, 1),
                 targets.labels,
+                logits=None if logits is None or not keeps_all else logits.flatten(0, 1),
                 predictors=targets.predictors,
                 weights=targets.weights,
                 num_items=num_items_in_batch,
                 max_supervised=max_supervised,
+                label_smoothing=label_smoothing,
             )
-        else:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.project(hidden[:, kept])
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -352,6 +364,13 @@ class LynxForConditionalGeneration(PreTrainedModel, SharedRootGeneration, Guessi
             self.check_continued(cache, input_ids, kwargs)
         with no_checkpointing(self):
             return super().generate(input_ids, **kwargs)
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        """Refused: each tensor of a batch would be cut by its first dimension, but frames are not rows."""
+        raise ValueError(
+            "torch.nn.DataParallel, which Trainer takes where a process sees several GPUs, does not support a Lynx "
+            "model: start the run with torchrun, or set CUDA_VISIBLE_DEVICES to one of them"
+        )
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused: it reads ids alone."""

@@ -86,6 +86,11 @@ class PrefixFusion(Fusion):
             return rows
         if isinstance(rows.attention_mask, AttentionMask):
             raise ValueError("attention_mask is already a mask of queries and keys; pass that of the tokens, (B, L)")
+        if rows.attention_mask is None and rows.position_ids is not None:  # transformers then looks for several texts
+            require(
+                (rows.position_ids.diff(dim=-1) > 0).all(),
+                "position_ids that start again in a row need prefix_is_causal=True, or a layout in their place",
+            )
         prefix_lengths = inputs.get("prefix_lengths")
         if prefix_lengths is None and rows.input_ids is not None:
             prefix_lengths = lengths(rows.input_ids, rows.attention_mask, model.config.image_token_id)

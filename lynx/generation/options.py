@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from transformers import Cache, GenerationConfig, SynthIDTextWatermarkingConfig
 
+from lynx.data.conversation import IGNORED
+
 _ON_THE_HUB = "its code is no longer in transformers, but may be passed as custom_generate"
 _NO_LAYERS = "it drafts with layers that a Lynx model does not have"
 _FROM_IDS = "transformers reads it of input_ids alone, and ignores it where there are embeddings"
@@ -98,6 +100,12 @@ def check(model: Any, input_ids: Tensor | None, options: Mapping[str, Any]) -> N
         options: of ``generate``, the images already embedded or in ``media``.
     """
     embeds, cache = options.get("inputs_embeds"), options.get("past_key_values")
+    labels = options.get("labels")
+    if labels is not None and (labels != IGNORED).any():
+        raise ValueError(
+            "generate: labels name answers, so the rows hold them already; pass questions alone. This is what "
+            "Seq2SeqTrainer's predict_with_generate needs, too: its loss is that of the same rows"
+        )
     _refuse(model, options, _REFUSED, "")
     if model.device.type == "cpu":
         _refuse(model, options, _REFUSED_ON_CPU, " on a CPU")
