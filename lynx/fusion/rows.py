@@ -132,7 +132,6 @@ def _packed(rows: Rows, config: "LynxConfig", implementation: str) -> Rows:
         layout=layout,
         attention_mask=attention_integration.packed_mask(layout),
         position_ids=layout.position_ids[None] if rows.position_ids is None else rows.position_ids,
-        keywords={**rows.keywords, "layout": layout},
     )
 
 

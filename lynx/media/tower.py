@@ -70,7 +70,7 @@ def encode(tower: PreTrainedModel, pixel_values: Tensor) -> Tensor:
         return tower.encoder(inputs_embeds=hidden).last_hidden_state
     frames, tokens = hidden.shape[:2]
     layout = PackedLayout.equal(frames, tokens, device=hidden.device)
-    packed = tower.encoder(inputs_embeds=hidden.flatten(0, 1)[None], layout=layout).last_hidden_state
+    packed = tower.encoder(inputs_embeds=hidden.flatten(0, 1)[None], encoder_layout=layout).last_hidden_state
     return packed.view_as(hidden)
 
 

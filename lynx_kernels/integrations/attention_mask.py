@@ -30,9 +30,9 @@ class AttentionMask:
         is_causal: without ``seen``, and without ``layout`` or padding: query i sees keys up to i if true, all if false.
         layout: of the B * Q tokens, if queries and keys are the same tokens.
         seen: (B, 1, Q, K) bool, true where a query sees a key.
-        has_padding: with ``layout``: false if it is known that there is none.
-        is_packed: whether ``packed_mask`` made it. Then the layout comes separately.
-        unsupported: the feature for which our attention refuses the mask.
+        is_plain: with ``layout``: whether it is known that ``is_causal`` says the same.
+        has_pattern: whether the pattern of the model is in it.
+        is_packed: whether ``packed_mask`` made it. Then ``layout`` is that of one row, whatever ``shape`` is.
     """
 
     model: str
@@ -41,9 +41,9 @@ class AttentionMask:
     is_causal: bool = False
     layout: PackedLayout | None = None
     seen: Tensor | None = None
-    has_padding: bool = True
+    is_plain: bool = False
+    has_pattern: bool = False
     is_packed: bool = False
-    unsupported: str | None = None
     _dense: list[Tensor] = field(default_factory=list)  # the result of dense(), for all layers
 
     dtype = torch.bool
@@ -75,7 +75,7 @@ class AttentionMask:
 
     def for_sdpa(self) -> tuple[Tensor | None, bool]:
         """``attn_mask`` and ``is_causal`` of scaled_dot_product_attention: no mask if ``is_causal`` is enough."""
-        if self.seen is None and (self.layout is None or not self.has_padding):
+        if self.seen is None and (self.layout is None or self.is_plain):
             return None, self.is_causal
         return self.dense(), False
 

@@ -2,67 +2,57 @@
 
 A layer runs in one of four ways. Each gives what the model's own eager attention gives.
 
-- Packed: one batch row with its ``PackedLayout`` in the model's keyword arguments, ``layout=``, and
-  ``attention_mask=packed_mask(layout)``. Runs ``prefix_attention``.
+- Packed: one batch row and ``attention_mask=packed_mask(layout)``. The model's own pattern stays: its windows, chunks
+  and blocks of image tokens are added to the layout. Or, as everywhere in transformers, one row without a mask whose
+  ``position_ids`` start again at each sample. Encoders without masks take ``encoder_layout=`` among their keyword
+  arguments. Runs ``prefix_attention``.
 - Padded: causal rows, or full rows of a decoder with ``is_causal=False`` in its configuration, with padding on either
-  side or none. The mask function builds their layout from the 2-D mask, once for all layers. Runs
-  ``prefix_attention``. Outputs at padding are meaningless.
+  side or none, and again with the model's pattern. The mask function builds their layout from the 2-D mask, once for
+  all layers of a kind. Runs ``prefix_attention``. Outputs at padding are meaningless.
 - Decoding over a cache in which rows share roots, given by ``shared_roots=`` in the model's keyword arguments. Runs
   ``prefix_attention_decode``.
-- Everything else runs PyTorch's scaled_dot_product_attention, with transformers' own dense mask where there is one:
-  decoding over another cache, masks with a pattern of the model (PaliGemma's full prefix), 4-D masks of the caller,
-  padded encoders (their mask could be that of a cross-attention, whose queries are other tokens than its keys), layers
-  without a mask. So do rows with padding between their tokens, values and keys of different widths (MLA), and heads
-  too wide for the kernels. The logger ``lynx_kernels`` says once per kind of layer what runs and why: a warning for the
-  last three, INFO for the others.
+- Everything else runs PyTorch's scaled_dot_product_attention, with transformers' own dense mask where there is one, or
+  plain products where there are soft caps or sinks: decoding over another cache, masks with a pattern that is none of
+  ours, 4-D masks of the caller, padded encoders (their mask could be that of a cross-attention, whose queries are other
+  tokens than its keys), layers without a mask. So do rows with padding between their tokens, values wider than keys,
+  and heads too wide for the kernels. The logger ``lynx_kernels`` says once per kind of layer what runs and why: a
+  warning for the last three, INFO for the others.
 
-What no way supports is refused by name: sliding windows, chunked masks, soft caps, sinks, biases, sparse attention. A
-model that does not call transformers' AttentionInterface is refused too: when it is built, if its source shows it, and
-otherwise when it computes with our mask.
+What no way supports is refused by name: position biases, sparse attention. A model that does not call transformers'
+AttentionInterface is refused too: when it is built, if its source shows it, and otherwise when it computes with our
+mask.
 """
 
 import logging
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import (
-    AttentionMaskInterface,
-    bidirectional_mask_function,
-    causal_mask_function,
-    sdpa_mask,
-)
+from transformers.masking_utils import AttentionMaskInterface
 
 from lynx_kernels.integrations.attention_mask import AttentionMask
+from lynx_kernels.integrations.logs import model_name, say
+from lynx_kernels.integrations.mask_function import mask
 from lynx_kernels.integrations.outsiders import refuse_outsiders
 from lynx_kernels.layout import PackedLayout
 from lynx_kernels.ops.prefix_attention import prefix_attention
 from lynx_kernels.ops.prefix_attention_decode import prefix_attention_decode
 
-logger = logging.getLogger("lynx_kernels")
-
 NAME = "lynx"
-MAX_HEAD_DIM = 256  # of the kernels for GPUs
+MAX_HEAD_DIM = 512  # of the kernels for GPUs
 _UNSUPPORTED = {  # argument of the attention function -> the feature that a layer asks for with it
-    "sliding_window": "sliding windows",
-    "attention_chunk_size": "chunked masks",  # from the configuration
-    "softcap": "soft caps",
-    "s_aux": "attention sinks",
-    "sinks": "attention sinks",
     "position_bias": "position biases",
     "indices": "sparse attention",
     "block_indices": "sparse attention",
 }
-_SOUNDS_UNSUPPORTED = re.compile(r"(^|_)(bias|sinks?|soft_?cap|alibi|block_mask|head_mask|topk_indices)$")
+_SOUNDS_UNSUPPORTED = re.compile(r"(^|_)(bias|soft_?cap|sinks?|alibi|block_mask|head_mask|topk_indices)$")
 # Values of layer_types in configurations. Other kinds of layers, such as linear attention and convolutions, do not read
 # a layout: they would mix the samples of a packed row.
 _KEEP_SAMPLES_APART = {"full_attention", "sliding_attention", "chunked_attention", "dense", "sparse", "mlp", "moe"}
-_said: set[tuple[str, str]] = set()  # (kind of layer, message) that were logged
 
 
 @dataclass(frozen=True)
@@ -89,12 +79,13 @@ def register() -> None:
 
 
 def packed_mask(layout: PackedLayout) -> AttentionMask:
-    """The ``attention_mask`` to pass to a decoder together with ``layout``.
+    """The ``attention_mask`` to pass to a decoder for a packed row.
 
-    transformers passes it to ``mask``, which returns it. So no mask is built, and ``position_ids`` are not searched for
-    packed sequences, which would read a device tensor on the host.
+    transformers passes it to ``mask``, which adds the model's own windows, chunks and blocks. So no mask is built, and
+    ``position_ids`` are not searched for packed sequences, which would read a device tensor on the host. Pass
+    ``position_ids=layout.position_ids[None]`` beside it.
     """
-    return AttentionMask("this model", torch.Size((1, 1, 0, 0)), layout.runs.device, is_packed=True)
+    return AttentionMask("this model", torch.Size((1, 1, 0, 0)), layout.runs.device, layout=layout, is_packed=True)
 
 
 def padded_mask(layout: PackedLayout) -> AttentionMask:
@@ -102,114 +93,6 @@ def padded_mask(layout: PackedLayout) -> AttentionMask:
     length = layout.max_length
     shape = torch.Size((layout.num_tokens // length if length else 0, 1, length, length))
     return AttentionMask("this model", shape, layout.runs.device, layout=layout)
-
-
-def mask(
-    *,
-    batch_size: int,
-    kv_length: int,
-    mask_function: Any = causal_mask_function,
-    attention_mask: Tensor | AttentionMask | None = None,
-    local_size: int | None = None,
-    config: Any = None,
-    **kwargs: Any,
-) -> AttentionMask:
-    """A mask function of transformers' AttentionMaskInterface.
-
-    It reads a 2-D mask on the host, as ``sdpa_mask`` does: one synchronisation per forward pass. Compiled code cannot,
-    and a row with padding between its tokens is an error there.
-
-    Args:
-        batch_size, kv_length: B, and K, the number of keys.
-        mask_function: the pattern, without the padding.
-        attention_mask: (B, K) bool, false at padding; or the result of ``packed_mask`` or ``padded_mask``.
-        local_size: the size of the window or chunk, if the pattern has one.
-        config: of the model.
-        kwargs: the number of queries, and other arguments of ``sdpa_mask`` in this release of transformers.
-
-    Returns:
-        A mask with a layout, if the pattern is causal or full and queries and keys are the same tokens. Otherwise a
-        mask with the result of ``sdpa_mask``. For a window or chunk, a mask that ``attention`` refuses: some models
-        build masks that none of their layers use.
-
-    Raises:
-        ValueError: the model adds a pattern to the result of ``packed_mask`` or ``padded_mask``.
-    """
-    name = _name(config)
-    position = kwargs.get("cache_position")  # older releases pass the positions of the queries, not their number
-    q_length, device = (kwargs["q_length"], kwargs["device"]) if position is None else (len(position), position.device)
-    device = torch.device(device)
-    if local_size is not None:
-        is_chunked = getattr(config, "attention_chunk_size", None) == local_size
-        feature = f"chunked masks (of {local_size})" if is_chunked else f"sliding windows (of {local_size})"
-        return AttentionMask(name, torch.Size((batch_size, 1, q_length, kv_length)), device, unsupported=feature)
-    if isinstance(attention_mask, AttentionMask):
-        if mask_function not in (causal_mask_function, bidirectional_mask_function):
-            raise ValueError(
-                f"{name} adds a pattern of its own to the attention mask, which the layout of packed_mask or "
-                f"padded_mask does not have; pass a 2-D attention_mask, or leave out the inputs for the pattern"
-            )
-        return replace(attention_mask, model=name)
-    made = AttentionMask(name, torch.Size((batch_size, 1, q_length, kv_length)), device)
-    is_causal = mask_function is causal_mask_function
-    if (
-        _is_plain(mask_function, config, **kwargs)
-        and q_length == kv_length
-        and (attention_mask is None or tuple(attention_mask.shape) == (batch_size, kv_length))
-    ):
-        has_padding, has_gaps = _read(attention_mask)
-        if not has_gaps:
-            if attention_mask is None:
-                attention_mask = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
-            layout = PackedLayout.from_padding_mask(attention_mask, is_causal=is_causal)
-            return replace(made, layout=layout, has_padding=has_padding, is_causal=is_causal)
-        _say(
-            logging.WARNING,
-            name,
-            "attention runs PyTorch's scaled_dot_product_attention with a dense mask, since a row has padding between "
-            "its tokens, which a layout cannot describe",
-        )
-    seen = sdpa_mask(
-        batch_size=batch_size,
-        kv_length=kv_length,
-        mask_function=mask_function,
-        attention_mask=attention_mask,
-        config=config,
-        **kwargs,
-    )
-    return replace(made, seen=seen, is_causal=seen is None and is_causal)
-
-
-def _read(attention_mask: Tensor | None) -> tuple[bool, bool]:
-    """Whether a (B, L) mask has padding, and whether a row has padding between its tokens.
-
-    A mask that cannot be read (while compiling or capturing) counts as one with padding at the ends.
-    """
-    if attention_mask is None:
-        return False, False
-    is_captured = attention_mask.is_cuda and torch.cuda.is_current_stream_capturing()
-    has_no_values = isinstance(attention_mask, FakeTensor) or attention_mask.is_meta
-    if torch.compiler.is_compiling() or has_no_values or is_captured:
-        return True, False
-    is_token = attention_mask != 0
-    begins = is_token & ~is_token.roll(1, 1)  # of stretches of tokens
-    begins[:, :1] = is_token[:, :1]
-    has_padding, has_gaps = torch.stack([~is_token.all(), (begins.sum(1) > 1).any()]).tolist()
-    return has_padding, has_gaps
-
-
-def _is_plain(
-    mask_function: Any,
-    config: Any,
-    allow_is_causal_skip: bool = True,
-    allow_is_bidirectional_skip: bool = False,
-    **_kwargs: Any,
-) -> bool:
-    """Whether the pattern is just causal or full, and the model does not insist on a dense mask."""
-    if mask_function is causal_mask_function:
-        return allow_is_causal_skip
-    is_full_decoder = getattr(config, "is_causal", True) is False and not getattr(config, "is_encoder_decoder", False)
-    return mask_function is bidirectional_mask_function and is_full_decoder and allow_is_bidirectional_skip
 
 
 def attention(
@@ -221,66 +104,92 @@ def attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     layout: PackedLayout | None = None,
+    encoder_layout: PackedLayout | None = None,
     shared_roots: SharedRoots | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    sinks: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """An attention function of transformers' AttentionInterface; returns (B, L, H, Dv) and no weights.
 
+    Windows and chunks are those of the mask, as in eager attention, whatever else a layer says of them. An encoder
+    whose layers take no mask gets its packed row by ``encoder_layout=``. A ``layout=`` among the model's keyword
+    arguments is not needed beside ``packed_mask`` and does nothing: models pass it to layers that it is not meant for,
+    such as those of their vision tower.
+
     Raises:
-        ValueError: a layout with more than one batch row or with another mask; ``packed_mask`` without its layout; a
-            mask for other queries and keys; dropout in ``prefix_attention``; an unsupported feature.
+        ValueError: ``packed_mask`` with more than one batch row or for other tokens; a layout without
+            ``packed_mask``; a mask for other queries and keys; dropout in ``prefix_attention``; an unsupported feature.
     """
-    _refuse_unsupported(module, attention_mask, kwargs)
+    _refuse_unsupported(module, kwargs)
+    sinks = s_aux if sinks is None else sinks
     rows, _, length, _ = query.shape
     if shared_roots is not None:
         _refuse_dropout(dropout)
+        if softcap is not None or sinks is not None:
+            raise ValueError(
+                f"{type(module).__name__} has soft caps or sinks, which decoding over shared roots has not"
+            )
         return _decode(module, query, key, value, shared_roots, scaling), None
-    if layout is not None:
-        if rows != 1:
-            raise ValueError(f"a packed row is a batch of one, but the batch has {rows} rows beside a layout")
-        if attention_mask is not None and not getattr(attention_mask, "is_packed", False):
-            raise ValueError(
-                f"beside a layout stands attention_mask=packed_mask(layout), not a mask of shape "
-                f"{tuple(attention_mask.shape)}, which says who sees whom a second time"
-            )
-        _refuse_mixing_layers(getattr(module, "config", None))
-        attention_mask = AttentionMask("", torch.Size((1, 1, length, length)), query.device, layout=layout)
-    elif isinstance(attention_mask, AttentionMask):
-        if attention_mask.is_packed:
-            raise ValueError(
-                f"attention_mask is packed_mask(layout), but no layout reached {type(module).__name__}: pass layout= "
-                f"to the model; one that keeps keyword arguments from its layers cannot take packed rows"
-            )
-        if attention_mask.layout is not None and (rows, 1, length, key.shape[2]) != tuple(attention_mask.shape):
-            raise ValueError(
-                f"the attention mask is {tuple(attention_mask.shape)}, but {type(module).__name__} uses it for {rows} "
-                f"rows of {length} queries and {key.shape[2]} keys; take another "
-                f"attn_implementation for {_name(getattr(module, 'config', None))}"
-            )
+    if encoder_layout is not None and attention_mask is None:
+        attention_mask = packed_mask(encoder_layout)
+    if layout is not None and (rows, length) == (1, layout.num_tokens) and _mixes_samples(attention_mask):
+        raise ValueError(
+            "beside a layout stands attention_mask=packed_mask(layout), not another mask, which says who sees whom a "
+            "second time"
+        )
+    if isinstance(attention_mask, AttentionMask) and attention_mask.layout is not None:
+        attention_mask = _fit(attention_mask, attention_mask.layout, module, (rows, 1, length, key.shape[2]))
     reason, is_expected = _why_not_kernels(query, value, attention_mask)
     if reason is not None:
+        runs = "PyTorch's scaled_dot_product_attention" if softcap is None and sinks is None else "plain products"
         level = logging.INFO if is_expected else logging.WARNING
-        _say(level, type(module).__name__, f"runs PyTorch's scaled_dot_product_attention, since {reason}")
-        return _sdpa(module, query, key, value, attention_mask, dropout, scaling, kwargs), None
+        say(level, type(module).__name__, f"runs {runs}, since {reason}")
+        if softcap is None and sinks is None:
+            return _sdpa(module, query, key, value, attention_mask, dropout, scaling, kwargs), None
+        return _products(module, query, key, value, attention_mask, dropout, scaling, softcap, sinks, kwargs), None
     _refuse_dropout(dropout)
     assert isinstance(attention_mask, AttentionMask)
     assert attention_mask.layout is not None
     q, k, v = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))  # (B * L, heads, D)
-    return prefix_attention(q, k, v, attention_mask.layout, scale=scaling).unflatten(0, (rows, length)), None
+    out = prefix_attention(q, k, v, attention_mask.layout, scale=scaling, softcap=softcap, sinks=sinks)
+    return out.unflatten(0, (rows, length)), None
 
 
-def _refuse_unsupported(module: Any, attention_mask: Any, kwargs: dict[str, Any]) -> None:
-    config = getattr(module, "config", None)
-    if isinstance(attention_mask, AttentionMask) and attention_mask.unsupported is not None:
+def _fit(given: AttentionMask, layout: PackedLayout, module: Any, shape: tuple[int, int, int, int]) -> AttentionMask:
+    """A mask with a layout, for a layer with queries and keys of this shape."""
+    rows, _, length, keys = shape
+    if not given.is_packed:
+        if shape != tuple(given.shape):
+            raise ValueError(
+                f"the attention mask is {tuple(given.shape)}, but {type(module).__name__} uses it for {rows} rows of "
+                f"{length} queries and {keys} keys; take another attn_implementation for "
+                f"{model_name(getattr(module, 'config', None))}"
+            )
+        return given
+    if (rows, length, keys) != (1, layout.num_tokens, layout.num_tokens):
         raise ValueError(
-            f"attn_implementation={NAME!r} has no {attention_mask.unsupported}; take another one for {_name(config)}"
+            f"packed_mask(layout) is for one row of {layout.num_tokens} tokens, but {type(module).__name__} uses it "
+            f"for a batch of {rows} rows with {length} queries and {keys} keys"
         )
-    asked = {**kwargs, "attention_chunk_size": getattr(config, "attention_chunk_size", None)}
-    for name, value in asked.items():
+    _refuse_mixing_layers(getattr(module, "config", None))
+    return AttentionMask("", torch.Size(shape), layout.runs.device, layout=layout)
+
+
+def _mixes_samples(attention_mask: AttentionMask | Tensor | None) -> bool:
+    """Whether a mask may say of a decoder's row that its samples see each other."""
+    if isinstance(attention_mask, AttentionMask):
+        return not attention_mask.is_packed and (attention_mask.is_causal or attention_mask.layout is not None)
+    return attention_mask is not None
+
+
+def _refuse_unsupported(module: Any, kwargs: dict[str, Any]) -> None:
+    for name, value in kwargs.items():
         if value is not None and (feature := _feature(name, isinstance(value, Tensor))) is not None:
             raise ValueError(
                 f"attn_implementation={NAME!r} has no {feature}, but the layer asks for {name}; take another one for "
-                f"{_name(config)}"
+                f"{model_name(getattr(module, 'config', None))}"
             )
 
 
@@ -295,8 +204,8 @@ def _refuse_mixing_layers(config: Any) -> None:
     others = set(getattr(config, "layer_types", None) or ()) - _KEEP_SAMPLES_APART
     if others:
         raise ValueError(
-            f"{_name(config)} has layers of the kind {', '.join(sorted(others))}, which do not read a layout and would "
-            f"mix the samples of a packed row; pass padded rows"
+            f"{model_name(config)} has layers of the kind {', '.join(sorted(others))}, which do not read a layout and "
+            f"would mix the samples of a packed row; pass padded rows"
         )
 
 
@@ -309,7 +218,7 @@ def _why_not_kernels(query: Tensor, value: Tensor, attention_mask: Any) -> tuple
     if attention_mask.layout is None:
         return "its mask has no layout (a cache, a pattern of the model, a padded encoder)", True
     head_dim = query.shape[-1]
-    if value.shape[-1] != head_dim:
+    if value.shape[-1] > head_dim:
         return (
             f"its values are {value.shape[-1]} wide and its keys {head_dim}; with padding or packed, the mask is dense",
             False,
@@ -329,30 +238,59 @@ def _sdpa(
     scaling: float | None,
     kwargs: dict[str, Any],
 ) -> Tensor:
-    # Without a mask, all keys are seen, as in eager attention, unless the layer says that it is causal.
-    is_causal = kwargs.get("is_causal")
-    if is_causal is None:
-        is_causal = getattr(module, "is_causal", False)
+    seen, is_causal = _mask_for_sdpa(module, attention_mask, kwargs)
+    options = {**kwargs, "is_causal": is_causal}
+    return sdpa_attention_forward(module, query, key, value, seen, dropout=dropout, scaling=scaling, **options)[0]
+
+
+def _mask_for_sdpa(
+    module: torch.nn.Module, attention_mask: AttentionMask | Tensor | None, kwargs: dict[str, Any]
+) -> tuple[Tensor | None, bool]:
+    """``attn_mask`` and ``is_causal`` of scaled_dot_product_attention."""
     if isinstance(attention_mask, AttentionMask):
-        attention_mask, is_causal = attention_mask.for_sdpa()
-    elif attention_mask is not None and not (attention_mask.is_floating_point() or attention_mask.dtype == torch.bool):
+        return attention_mask.for_sdpa()
+    if attention_mask is not None and not (attention_mask.is_floating_point() or attention_mask.dtype == torch.bool):
         raise ValueError(
             f"the attention mask that {type(module).__name__} passes is {attention_mask.dtype} of shape "
             f"{tuple(attention_mask.shape)}, neither bool nor floating point; take another "
-            f"attn_implementation for {_name(getattr(module, 'config', None))}"
+            f"attn_implementation for {model_name(getattr(module, 'config', None))}"
         )
-    options = {**kwargs, "is_causal": is_causal}
-    return sdpa_attention_forward(
-        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
-    )[0]
+    # Without a mask, all keys are seen, as in eager attention, unless the layer says that it is causal.
+    is_causal = kwargs.get("is_causal")
+    return attention_mask, bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
 
 
-@torch.compiler.assume_constant_result
-def _say(level: int, layer: str, what: str) -> None:
-    """Log a message once for each kind of layer; from compiled code, while it is compiled."""
-    if (layer, what) not in _said:
-        _said.add((layer, what))
-        logger.log(level, "%s: %s", layer, what)
+def _products(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: AttentionMask | Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """Attention by its definition, for soft caps and sinks, which scaled_dot_product_attention does not have."""
+    seen, is_causal = _mask_for_sdpa(module, attention_mask, kwargs)
+    groups = query.shape[1] // key.shape[1]
+    key, value = (each.repeat_interleave(groups, 1) for each in (key, value))
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)  # (B, H, L, K)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    length, keys = scores.shape[2:]
+    if seen is None and is_causal and length > 1:  # query i sees the keys up to i
+        seen = torch.ones(length, keys, dtype=torch.bool, device=query.device).tril()
+    if seen is not None and seen.dtype == torch.bool:
+        scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+    elif seen is not None:
+        scores = scores + seen
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)], -1)
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+    weights = torch.nn.functional.dropout(weights[..., :keys], dropout, module.training)
+    return (weights @ value).transpose(1, 2)
 
 
 def _refuse_dropout(dropout: float) -> None:
@@ -379,7 +317,3 @@ def _decode(
     )
     assert isinstance(out, Tensor)
     return out
-
-
-def _name(config: Any) -> str:
-    return getattr(config, "model_type", None) or "this model"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lynx_kernels.layout.base import Layout, check_size, require, segment_of_tokens
+from lynx_kernels.layout.blocks import find_blocks
 from lynx_kernels.layout.forest import RUN_COLUMNS, find_runs, read_segments, run_table
 
 if TYPE_CHECKING:
@@ -142,6 +143,30 @@ class PackedLayout(Layout):
             window=None if window is None else as_int(window),
             chunk=None if chunk is None else as_int(chunk),
         )
+
+    def with_full(self, blocks: Tensor) -> Self:
+        """The same forest with full segments inside its causal ones, built on the device without a host read.
+
+        Gemma 3 and PaliGemma know the tokens of their images by a number per token, not by lengths.
+
+        Args:
+            blocks: (T,) integers. Tokens that follow each other on a path and have the same number see each other,
+                whatever window or chunk is; below 0: the token stays causal.
+
+        Raises:
+            ValueError: blocks are not (T,); a block goes on where paths fork, so that those that it sees depend on the
+                path; or it lies in a full segment. On a GPU the last two are device-side assertions.
+        """
+        if tuple(blocks.shape) != (self.num_tokens,):
+            raise ValueError(f"blocks must be ({self.num_tokens},) like the layout, got {tuple(blocks.shape)}")
+        found = find_blocks(blocks, self.tokens, self.key_runs, self.predictors)
+        require(
+            found.is_whole, "blocks: a block goes on where paths fork, or lies in a full segment; number it anew there"
+        )
+        first, see_end, last = self.tokens
+        first = torch.where(found.is_inside, found.starts.int(), first)
+        see_end = torch.where(found.is_inside, found.ends.int(), see_end)
+        return replace(self, tokens=torch.stack([first, see_end, last]), has_full=True)
 
     @classmethod
     def from_groups(

@@ -36,6 +36,7 @@ SIZES = {
     "qk_head_dim": 16, "rotary_dim": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
     "linear_num_key_heads": 2, "linear_num_value_heads": 2, "mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 16,
     "mamba_n_groups": 1, "mamba_expand": 2, "lru_width": 32, "image_size": 16, "patch_size": 4, "num_channels": 3,
+    "sliding_window": 3, "attention_chunk_size": 3,
     "attention_dropout": 0.0, "attn_pdrop": 0.0, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
 }  # fmt: skip
 VARIANTS = ({}, {"num_key_value_heads": 4}, {"num_key_value_heads": 4, "head_dim": 16})  # the first one that runs

@@ -176,3 +176,36 @@ def test_forests_as_inputs_of_compiled_code():
     layouts = [PackedLayout.from_segments(*each) for each in batches]
     counts = count_compilations(use, [(torch.ones(each.num_tokens, requires_grad=True), each) for each in layouts])
     assert counts[-1] <= 3
+
+
+def test_blocks_are_full_segments():
+    """A number per token says what lengths say: a chain of causal and full segments, on any path."""
+    lengths, parents = [3, 4, 2, 5, 3, 2], [-1, 0, 1, 2, 0, 4]
+    full = [False, True, False, True, True, False]
+    expected = PackedLayout.from_segments(lengths, parents, full=full, window=2)
+    numbers = [7 * index if is_full else -1 for index, is_full in enumerate(full)]
+    blocks = torch.tensor(numbers).repeat_interleave(torch.tensor(lengths))
+    layout = PackedLayout.from_segments(lengths, parents, window=2).with_full(blocks)
+    for name in ("runs", "tokens", "key_runs", "position_ids"):
+        assert torch.equal(getattr(layout, name), getattr(expected, name)), name
+    assert layout.has_full
+    assert torch.equal(layout.visible(), expected.visible())
+    assert torch.equal(layout.predictors, expected.predictors)
+    empty = PackedLayout.causal([]).with_full(torch.zeros(0, dtype=torch.int64))
+    assert empty.num_tokens == 0
+    first = PackedLayout.causal([3, 2]).with_full(torch.zeros(5, dtype=torch.int64))  # one number, two samples
+    assert torch.equal(first.visible(), PackedLayout.full([3, 2]).visible())
+
+
+@pytest.mark.parametrize(
+    ("layout", "blocks", "message"),
+    [
+        (PackedLayout.from_groups([(2, [2, 2])]), [-1, 0, 0, 0, -1, -1], "goes on where paths fork"),
+        (PackedLayout.from_groups([(2, [2, 2])]), [-1, 0, -1, -1, 0, 0], "goes on where paths fork"),
+        (PackedLayout.full([3]), [-1, 0, 0], "lies in a full segment"),
+        (PackedLayout.causal([3]), [0, 0], r"blocks must be \(3,\)"),
+    ],
+)
+def test_blocks_that_no_forest_has(layout, blocks, message):
+    with pytest.raises(ValueError, match=message):
+        layout.with_full(torch.tensor(blocks))

@@ -6,8 +6,6 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertModel,
-    Gemma2Config,
-    GptOssConfig,
     Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
@@ -40,7 +38,7 @@ def decoder(config_class, implementation="lynx", **options):
 
 def run_packed(model, ids, layout):
     mask = integration.packed_mask(layout)
-    return model(ids[None], attention_mask=mask, position_ids=layout.position_ids[None], layout=layout).logits[0]
+    return model(ids[None], attention_mask=mask, position_ids=layout.position_ids[None]).logits[0]
 
 
 @pytest.mark.parametrize("config_class", DECODERS)
@@ -208,7 +206,7 @@ def test_no_information_leaks(layout):
         def run(embeddings):
             packed = LAYOUTS[layout]
             options = {"attention_mask": integration.packed_mask(packed), "position_ids": packed.position_ids[None]}
-            return model(inputs_embeds=embeddings[None], layout=packed, **options).logits[0]
+            return model(inputs_embeds=embeddings[None], **options).logits[0]
 
     with torch.no_grad():
         embeddings = torch.randn(len(visible), SIZES["hidden_size"], dtype=torch.float64)
@@ -241,51 +239,12 @@ def test_prompt_in_two_chunks(cache):
     torch.testing.assert_close(second, whole[:, 4:])
 
 
-FULL = {"layer_types": ["full_attention"] * SIZES["num_hidden_layers"], "sliding_window": 2}
-LOCAL = {
-    "sliding windows": (MistralConfig, {"sliding_window": 2}),
-    "chunked masks": (
-        Llama4TextConfig,
-        {"attention_chunk_size": 2, "num_local_experts": 2, "intermediate_size_mlp": 8},
-    ),
-}
-LACKING = {
-    **LOCAL,
-    "soft caps": (Gemma2Config, FULL),
-    "attention sinks": (GptOssConfig, {**FULL, "num_local_experts": 2}),
-}
-
-
-def lacking(feature):
-    config_class, options = LACKING[feature]
-    config = config_class(**SIZES, **options)
+def test_chunks_of_packed_rows_are_refused():
+    """transformers counts padding for them, before it calls our mask function."""
+    config = Llama4TextConfig(**SIZES, attention_chunk_size=2, num_local_experts=2, intermediate_size_mlp=8)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="lynx").eval()
-    return model, pytest.raises(ValueError, match=f"has no {feature}.*; take another one for {config.model_type}")
-
-
-@pytest.mark.parametrize("feature", LACKING)
-def test_unsupported_features_of_packed_layers_raise(feature):
-    model, unsupported_reason = lacking(feature)
-    if feature == "chunked masks":  # transformers counts padding for them, before it calls our mask function
-        unsupported_reason = pytest.raises(ValueError, match=r"\(cumsum\).*it cannot take packed rows")
-    with unsupported_reason:
+    with pytest.raises(ValueError, match=r"\(cumsum\).*it cannot take packed rows"):
         run_packed(model, torch.randint(50, (4,)), PackedLayout.causal([4]))
-
-
-@pytest.mark.parametrize("feature", LOCAL)
-def test_local_masks_raise(feature):
-    """The mask function raises, independent of what a layer passes. Its message has the window's size."""
-    model, _ = lacking(feature)
-    with pytest.raises(ValueError, match=rf"has no {feature} \(of 2\)"):
-        model(torch.randint(50, (2, 4)))
-
-
-@pytest.mark.parametrize("name", ["sliding_window", "softcap", "s_aux", "position_bias"])
-def test_unsupported_features_raise_without_a_layout(name):
-    """scaled_dot_product_attention would silently ignore some of them."""
-    q = torch.randn(1, 2, 4, 8)
-    with pytest.raises(ValueError, match=f"but the layer asks for {name}; take another one for this model"):
-        integration.attention(torch.nn.Module(), q, q, q, None, **{name: torch.ones(2)})
 
 
 def test_contradictory_calls_raise():
@@ -293,10 +252,9 @@ def test_contradictory_calls_raise():
     mask, model = integration.packed_mask(layout), decoder(LlamaConfig)
     with pytest.raises(ValueError, match=r"has no dropout, but attention_dropout is 0\.5"):
         run_packed(decoder(LlamaConfig, attention_dropout=0.5).train(), ids, layout)
-    with pytest.raises(ValueError, match="the batch has 2 rows"):
-        model(ids.repeat(2, 1), attention_mask=mask, layout=layout)
-    with pytest.raises(ValueError, match="no layout reached LlamaAttention"):
-        model(ids[None], attention_mask=mask)
+    for other in (ids.repeat(2, 1), ids[None, :3]):
+        with pytest.raises(ValueError, match="is for one row of 4 tokens, but LlamaAttention uses it for a batch of"):
+            model(other, attention_mask=mask)
     for other in (None, torch.ones(1, 4, dtype=torch.int64)):
         with pytest.raises(ValueError, match="beside a layout stands attention_mask=packed_mask"):
             model(ids[None], attention_mask=other, layout=layout)

@@ -19,6 +19,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 from lynx_kernels import PackedLayout, prefix_attention_decode
 from lynx_kernels.backends import cpu as cpu_backend
+from lynx_kernels.integrations import logs
 from lynx_kernels.integrations import transformers as integration
 from tests.lynx_kernels import families
 from tests.lynx_kernels.attention_helpers import dense_decode
@@ -74,7 +75,7 @@ def check_padded(config, padding, function=lambda model: model):
 @pytest.fixture
 def said(caplog):
     """Reads what was logged: a list of (level, message)."""
-    integration._said.clear()
+    logs._said.clear()
     caplog.set_level(logging.INFO, "lynx_kernels")
 
     def read():
@@ -121,26 +122,29 @@ def test_compiled_code_refuses_padding_between_tokens():
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
-def test_narrow_values_run_on_sdpa(padding, said):
+@pytest.mark.parametrize("width", [8, 16])
+def test_values_narrower_and_wider_than_keys(width, padding, said):
+    """The kernels take narrower ones (MLA)."""
     with families.counted() as calls:
-        check_padded(DeepseekV3Config(**MLA), padding)
-    assert calls == {"sdpa": MLA["num_hidden_layers"]}
+        check_padded(DeepseekV3Config(**{**MLA, "v_head_dim": width}), padding)
+    runs = "sdpa" if width > 12 or padding.startswith("between") else "kernels"
+    assert calls == {runs: MLA["num_hidden_layers"]}
     warnings = [message for level, message in said() if level == logging.WARNING]
     if padding.startswith("between"):
         assert len(warnings) == 1
         assert warnings[0].startswith("deepseek_v3: attention runs PyTorch's")
     else:
         assert warnings == [
-            "DeepseekV3Attention: runs PyTorch's scaled_dot_product_attention, since its values are 8 wide and its "
+            "DeepseekV3Attention: runs PyTorch's scaled_dot_product_attention, since its values are 16 wide and its "
             "keys 12; with padding or packed, the mask is dense"
-        ]
+        ] * (width > 12)
 
 
 def test_packed_rows_of_narrow_values():
     model, theirs = (decoder(DeepseekV3Config(**MLA), name) for name in ("lynx", "eager"))
     layout, ids = PackedLayout.from_groups([(2, [3, 1]), (0, [4])]), torch.randint(50, (10,))
     mask = integration.packed_mask(layout)
-    packed = model(ids[None], attention_mask=mask, layout=layout, position_ids=layout.position_ids[None]).logits[0]
+    packed = model(ids[None], attention_mask=mask, position_ids=layout.position_ids[None]).logits[0]
     for tokens, outputs in (([0, 1, 2, 3, 4], [0, 1, 2, 3, 4]), ([0, 1, 5], [0, 1, 5]), ([6, 7, 8, 9], [6, 7, 8, 9])):
         alone = theirs(ids[tokens][None]).logits[0]
         torch.testing.assert_close(packed[outputs], alone, rtol=1e-5, atol=1e-5)
@@ -165,7 +169,7 @@ def test_values_of_any_width(values, head_dim, kv_heads):
     expected = F.scaled_dot_product_attention(
         q[:1], *(each[:1] for each in keys), attn_mask=layout.visible(), scale=0.3
     )
-    actual, _ = integration.attention(module, q[:1], k[:1], v[:1], None, scaling=0.3, layout=layout)
+    actual, _ = integration.attention(module, q[:1], k[:1], v[:1], integration.packed_mask(layout), scaling=0.3)
     torch.testing.assert_close(actual, expected.transpose(1, 2))
 
 
@@ -194,15 +198,15 @@ def make_mask(tokens):
     return integration.mask(batch_size=rows, kv_length=length, attention_mask=tokens, **options)
 
 
-@pytest.mark.parametrize(("head_dim", "device"), [(256, "cpu"), (264, "cpu"), (264, "meta")])
+@pytest.mark.parametrize(("head_dim", "device"), [(512, "cpu"), (520, "cpu"), (520, "meta")])
 def test_wide_heads(head_dim, device, said):
-    """GPU kernels take 256 columns, CPU kernels any number."""
+    """GPU kernels take 512 columns, CPU kernels any number."""
     q = torch.randn(1, 2, 5, head_dim, device=device)
     mask = make_mask(torch.ones(1, 5, dtype=torch.bool, device=device))
     with families.counted() as calls:
         out, _ = integration.attention(types.SimpleNamespace(), q, q, q, mask)
     assert calls == {"kernels" if device == "cpu" else "sdpa": 1}
-    assert [message for _, message in said() if "heads are 264 wide" in message] or device == "cpu"
+    assert [message for _, message in said() if "heads are 520 wide" in message] or device == "cpu"
     if device == "cpu":
         expected = F.scaled_dot_product_attention(q, q, q, is_causal=True).transpose(1, 2)
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
@@ -252,7 +256,9 @@ def test_masks_that_do_not_fit_are_refused():
         integration.attention(module, q, q, q, torch.ones(2, 5, dtype=torch.int64))
 
 
-@pytest.mark.parametrize("name", ["sinks", "indices", "block_indices", "attention_bias", "alibi", "topk_indices"])
+@pytest.mark.parametrize(
+    "name", ["position_bias", "indices", "block_indices", "attention_bias", "alibi", "topk_indices"]
+)
 def test_arguments_for_unsupported_features_are_refused(name):
     q = torch.randn(1, 2, 4, 8)
     with pytest.raises(ValueError, match=f"but the layer asks for {name}; take another one for this model"):

@@ -12,9 +12,11 @@ from tests.lynx_kernels import families
 
 KERNELS = [
     "llama", "qwen2", "qwen3_moe", "gemma", "phi3", "opt", "gpt2", "gpt_neox", "olmo2", "cohere", "stablelm", "mixtral",
-    "bart", "whisper", "qwen2_vl_text", "clip_text_model", "lfm2",
+    "bart", "whisper", "qwen2_vl_text", "clip_text_model", "lfm2", "mistral", "cohere2", "olmo3", "gemma2",
+    "gemma3_text", "gemma4_text", "gpt_oss", "llama4_text", "qwen2_moe", "deepseek_v2", "minicpm3",
 ]  # fmt: skip
-SDPA = ["bert", "roberta", "electra", "distilbert", "wav2vec2", "vit", "siglip_vision_model", "deepseek_v2", "minicpm3"]
+SDPA = ["bert", "roberta", "electra", "distilbert", "wav2vec2", "vit", "siglip_vision_model", "modernbert"]
+PRODUCTS = ["gemma2", "gpt_oss"]
 OWN = ["openai-gpt", "deberta", "fsmt", "wavlm"]  # masks and attention of their own
 REFUSED = {
     **dict.fromkeys(["bloom", "mpt", "codegen", "xglm", "imagegpt"], "does not call transformers' AttentionInterface"),
@@ -22,10 +24,7 @@ REFUSED = {
         ["roformer", "rembert", "megatron-bert", "mpnet"], "does not call transformers' AttentionInterface"
     ),
     **dict.fromkeys(["gptj", "gpt_neo", "falcon", "data2vec-vision", "sam_vision_model"], "ATTENTION_CLASSES"),
-    **dict.fromkeys(["mistral", "gemma3_text"], "has no sliding windows"),
     **dict.fromkeys(["t5", "umt5"], "has no position biases"),
-    "llama4_text": "has no chunked masks",
-    "gpt_oss": "has no sliding windows",
     "deepseek_v32": "computes with its attention mask itself",  # its indexer does, to choose keys
 }
 OPTIONS = {family: {"num_key_value_heads": 4} for family in ("deepseek_v2", "minicpm3", "deepseek_v32")}
@@ -36,9 +35,9 @@ def test_families_equal_their_eager_attention(family):
     found = families.outcomes(family, **OPTIONS.get(family, {}))
     for padding, each in found.items():
         assert each.verdict == "right", f"{padding}: {each}"
-        expected = (
-            {"kernels"} if family in KERNELS and padding != "between" else {"sdpa"} if family not in OWN else set()
-        )
+        runs_on = "kernels" if family in KERNELS and padding != "between" else "sdpa"
+        # Soft caps and sinks run on plain products instead of SDPA.
+        expected = set() if family in OWN or (runs_on == "sdpa" and family in PRODUCTS) else {runs_on}
         assert expected <= each.calls.keys(), f"{padding}: {each}"
         assert "kernels" not in each.calls or family in KERNELS, f"{padding}: {each}"
 
@@ -61,4 +60,4 @@ def test_packed_rows_of_hybrids_are_refused(family):
     layout = PackedLayout.causal([3, 5])
     inputs = {"position_ids": layout.position_ids[None], "attention_mask": integration.packed_mask(layout)}
     with pytest.raises(ValueError, match=f"{family} .*would mix the samples of a packed row|cannot take packed rows"):
-        model(torch.arange(3, 11)[None], layout=layout, use_cache=False, **inputs)
+        model(torch.arange(3, 11)[None], use_cache=False, **inputs)

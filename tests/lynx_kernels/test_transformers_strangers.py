@@ -147,7 +147,7 @@ def packed(stranger, model, samples):
     layout, ids = stranger.layout(samples), torch.cat([each.ids for each in samples])
     positions = layout.position_ids[None] + stranger.first_position
     options = {"attention_mask": integration.packed_mask(layout), "position_ids": positions, **pixels_of(samples)}
-    return model(ids[None], layout=layout, **options).logits[0]
+    return model(ids[None], **options).logits[0]
 
 
 @pytest.mark.parametrize("form", ["packed", "left", "right"])
@@ -176,11 +176,11 @@ def test_no_information_leaks(stranger):
     options = {"attention_mask": integration.packed_mask(layout), "position_ids": layout.position_ids[None] + 1}
     embeddings = torch.randn(1, layout.num_tokens, WIDTH, dtype=torch.float64)
     with torch.no_grad():
-        before = model(inputs_embeds=embeddings, layout=layout, **options).logits[0]
+        before = model(inputs_embeds=embeddings, **options).logits[0]
         for token, sees in enumerate(layout.visible().T):
             perturbed = embeddings.clone()
             perturbed[0, token] += torch.randn(WIDTH, dtype=torch.float64)
-            after = model(inputs_embeds=perturbed, layout=layout, **options).logits[0]
+            after = model(inputs_embeds=perturbed, **options).logits[0]
             assert torch.equal((after != before).any(-1), sees), f"token {token}"
 
 
