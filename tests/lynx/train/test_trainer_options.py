@@ -29,6 +29,7 @@ from transformers import (
 from transformers.trainer_pt_utils import LabelSmoother
 
 from lynx import LynxProcessor
+from tests.lynx import processes
 from tests.lynx.conftest import conversation, make_config, make_image, make_model, make_tokenizer
 from tests.lynx.fusion.cross_attention.conftest import cross_config
 from tests.lynx.model_checks import inputs
@@ -70,7 +71,7 @@ class Case:
 
     def __init__(self, fusion, folder):
         model, self.processor, self.samples = _made(fusion)
-        self.model, self.folder = copy.deepcopy(model), folder
+        self.model, self.fusion, self.folder = copy.deepcopy(model), fusion, folder
 
     def trainer(self, *, data=None, collator=None, kind=Trainer, arguments=TrainingArguments, passed=(), **options):
         data = self.samples if data is None else data
@@ -140,7 +141,6 @@ def assert_same(found, expected, tolerance=1e-4):
 # Field -> options with which the same is trained.
 TRAINS_THE_SAME = {
     "activation_checkpointing": {"gradient_checkpointing": True},
-    "average_tokens_across_devices": {"average_tokens_across_devices": False},
     "data_seed": {"data_seed": 3},
     "dataloader_num_workers": {"dataloader_num_workers": 1},
     "dataloader_persistent_workers": {"dataloader_num_workers": 1, "dataloader_persistent_workers": True},
@@ -183,6 +183,26 @@ def test_rows_in_any_order_train_the_same(prefix, strategy):
         data=records, collator=lambda each: prefix.processor.pad([record["sample"] for record in each]), **options
     )
     assert_same(trained, expected)
+
+
+def train_rank(rank, fusion, folder, options):
+    return Case(fusion, folder).trained(**options)
+
+
+@pytest.mark.parametrize("averages", [True, False])
+def test_two_ranks_train_the_same(case, averages):
+    """Or the mean of the two ranks' means, where the tokens of all ranks are not counted together."""
+    ranks = [case.samples[:2], case.samples[2:]]
+    expected = case.gradients()
+    if not averages:
+        first, second = map(case.gradients, ranks)
+        expected = {name: (first[name] + second[name]) / 2 for name in expected}
+    options = {
+        "gradient_accumulation_steps": 1, "train_sampling_strategy": "sequential",
+        "average_tokens_across_devices": averages,
+    }  # fmt: skip
+    for trained in processes.ranks(2, case.folder, train_rank, case.fusion, case.folder, options):
+        assert_same(trained, expected)
 
 
 def test_the_last_rows_are_dropped(case):
@@ -259,6 +279,8 @@ def test_labels_are_smoothed_for_a_head_that_must_be_called(case):
     case.model.get_output_embeddings().register_forward_hook(lambda *args: None)
     for training in (False, True):
         torch.testing.assert_close(case.model.train(training)(**batch).loss, expected, rtol=1e-5, atol=0)
+    backwards = torch.arange(batch["labels"].shape[1]).flip(0)
+    torch.testing.assert_close(case.model.eval()(**batch, logits_to_keep=backwards).loss, expected, rtol=1e-5, atol=0)
 
 
 def test_a_loss_of_ones_own(case):
@@ -408,6 +430,12 @@ def test_predictions_of_packed_rows(case):
     assert found.metrics["test_loss"] == pytest.approx(loss.item(), rel=1e-5)
 
 
+def test_predictions_without_labels(case):
+    found = case.trainer(collator=lambda samples: inputs(case.processor.pad(samples))).predict(case.samples)
+    np.testing.assert_allclose(found.predictions, joined([logits for logits, _ in batches(case, 8)]), atol=1e-4)
+    assert "test_loss" not in found.metrics
+
+
 @pytest.mark.parametrize("field", ["bf16_full_eval", "fp16_full_eval"])
 def test_low_precision_in_evaluation(case, field):
     [(expected, labels)] = batches(case, 4)
@@ -473,7 +501,8 @@ def test_batches_of_an_iterable_data_set(case):
 
 REFUSED = {"label_smoothing_factor", "parallelism_config"}
 TRIED = {
-    "accelerator_config", "activation_checkpointing_kwargs", "auto_find_batch_size", "batch_eval_metrics", "bf16",
+    "accelerator_config", "activation_checkpointing_kwargs", "auto_find_batch_size", "average_tokens_across_devices",
+    "batch_eval_metrics", "bf16",
     "bf16_full_eval", "dataloader_drop_last", "eval_do_concat_batches", "fp16_full_eval", "gradient_checkpointing",
     "learning_rate", "lr_scheduler_type", "max_grad_norm", "max_steps", "neftune_noise_alpha", "optim",
     "prediction_loss_only", "resume_from_checkpoint", "save_steps", "save_strategy", "train_sampling_strategy",
