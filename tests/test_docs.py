@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = ["forest"]
+PAGES = ["forest", "use-it-in-your-model"]
 
 
 def blocks(page: str) -> list[str]:
@@ -29,8 +29,10 @@ def test_code_runs_and_draws_the_committed_drawings(page, tmp_path, monkeypatch)
     (tmp_path / page).mkdir()
     monkeypatch.chdir(tmp_path)
     run(page)
-    drawn = {path.name: path.read_text() for path in (tmp_path / page).iterdir()}
-    assert drawn == {path.name: path.read_text() for path in (DOCS / page).iterdir()}
+    drawn, committed = (
+        {path.name: path.read_text() for path in folder.glob(f"{page}/*")} for folder in (tmp_path, DOCS)
+    )
+    assert drawn == committed
     assert set(re.findall(rf"\]\({page}/([^)]*)\)", (DOCS / f"{page}.md").read_text())) == set(drawn)
 
 

@@ -91,6 +91,7 @@ RENAMES = [
     Rename(
         r"\bshift_labels\b[=:]|\blinear_cross_entropy_sum\b|\bLoss(es)?(Backward|Sum)?Call\b",
         "labels, LinearCrossEntropyCall",
+        exempt={"lynx_kernels/integrations/head_loss.py": "a keyword of transformers' losses"},
     ),
     # The model
     Rename(r"\bSETTINGS\b|\bcheck_settings\b|\bsettings=|--settings", "GENERATION_PRESETS, preset=", MODEL),

@@ -12,7 +12,10 @@ from lynx.eval import questions
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-IN_ORDER = {ROOT / "docs/forest.md"}  # whose blocks go on from each other: tests/test_docs.py runs them
+IN_ORDER = {
+    ROOT / "docs/forest.md",
+    ROOT / "docs/use-it-in-your-model.md",
+}  # whose blocks go on from each other: tests/test_docs.py runs them
 
 
 def blocks(language, documents=DOCUMENTS):
