@@ -2,8 +2,8 @@
 
 Everything else is in pyproject.toml. The sources are found by their names: csrc/<operation>/cpu/kernels.cpp is compiled
 once per instruction set, and the CPU decides at run time which one runs; bindings.cpp is what Python calls.
-Without a C++ compiler, or where it fails, the package is installed without _host: a warning says so, and operations run
-in plain PyTorch.
+Without a C++ compiler, or where it fails, the package is installed without _host, and operations run in plain PyTorch.
+A warning says so, and host_build_failure.txt in the package, which lynx_kernels/backends/cpu.py reads, says it at use.
 
 The CUDA kernels are built only where LYNX_CUDA=1 asks for it. Here that needs nvcc, ninja and torch, so pip needs
 --no-build-isolation, and installing fails where the build fails. Without it nothing is compiled by nvcc; the package
@@ -32,6 +32,7 @@ KERNELS = {path.parts[1]: str(path) for path in _CPP if path.name == "kernels.cp
 BINDINGS = [str(path) for path in _CPP if path.name in ("module.cpp", "bindings.cpp")]  # all that knows Python
 SOURCES = [str(path) for path in _CPP if path.name not in ("kernels.cpp", "module.cpp", "bindings.cpp")]
 CUDA = "lynx_kernels._cuda"
+FAILURE = "host_build_failure.txt"  # beside _host
 FLAGS = ["-Icsrc", "-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
 KERNEL_FLAGS = ["-ffp-contract=fast"]
 SOURCE_FLAGS = ["-ffp-contract=off"]  # csrc/pack_frames/filter.h: doubles as Pillow computes them
@@ -59,8 +60,22 @@ def compile_all(sources: list[str], folder: Path, flags: list[str]) -> list[str]
         name = "_".join(Path(source).with_suffix("").parts)
         compile_later(source, name, [*SOURCE_FLAGS, f"-DLYNX_INSTRUCTION_SETS(X,...)={sets}"])
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(subprocess.check_call, commands))
+        list(pool.map(check_call, commands))
     return objects
+
+
+class BuildError(Exception):
+    """A compiler failed."""
+
+
+def check_call(command: list[str]) -> None:
+    """As ``subprocess.check_call``, but the error tells the first one of the compiler's."""
+    result = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace")
+    sys.stderr.write(result.stderr)
+    if result.returncode:
+        said = result.stderr.splitlines()
+        first = next((line for line in said if "error" in line), said[0] if said else "it said nothing")
+        raise BuildError(f"{command[0]} ended with status {result.returncode}: {first}")
 
 
 class Build(build_ext):
@@ -71,13 +86,25 @@ class Build(build_ext):
             builder = _cuda_builder()
             builder.build(Path(self.get_ext_fullpath(ext.name)), builder.find_tools())
             return
+        failure = Path(self.get_ext_fullpath(ext.name)).with_name(FAILURE)
+        failure.unlink(missing_ok=True)
         try:
             self._build(ext)
-        except (OSError, subprocess.CalledProcessError) as error:
+        except (OSError, BuildError) as error:
+            failure.parent.mkdir(parents=True, exist_ok=True)
+            failure.write_text(f"{error}\n")
             self.warn(
                 f"{ext.name} is not built, so operations on a CPU run in plain PyTorch: {error}. It needs a C++17 "
                 "compiler with OpenMP (GCC 12 or newer), as `c++` or named by CXX: install one, then this again."
             )
+
+    def copy_extensions_to_source(self) -> None:
+        """For an editable install: what was built, or why it was not."""
+        super().copy_extensions_to_source()
+        there, here = (Path(folder, "lynx_kernels", FAILURE) for folder in (self.build_lib, "."))
+        here.unlink(missing_ok=True)
+        if there.is_file():
+            shutil.copy(there, here)
 
     def _build(self, ext: Extension) -> None:
         import pybind11
@@ -86,7 +113,7 @@ class Build(build_ext):
         objects = compile_all([*BINDINGS, *SOURCES], Path(self.build_temp), includes)
         result = Path(self.get_ext_fullpath(ext.name))
         result.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.check_call([*compiler([]), "-shared", *objects, "-o", str(result)])
+        check_call([*compiler([]), "-shared", *objects, "-o", str(result)])
 
 
 class CarrySources(build_py):
@@ -105,7 +132,7 @@ def _cuda_builder():
     return module
 
 
-EXTENSIONS = [Extension("lynx_kernels._host", [*KERNELS.values(), *BINDINGS, *SOURCES])]
+EXTENSIONS = [Extension("lynx_kernels._host", [*KERNELS.values(), *BINDINGS, *SOURCES], optional=True)]
 if os.environ.get("LYNX_CUDA") == "1":
     # It does not use Python's ABI, so its name carries no Python version.
     EXTENSIONS.append(Extension(CUDA, [], py_limited_api=True))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lynx_kernels import children
+from lynx_kernels.backends import dispatch
 from lynx_kernels.backends.dtypes import acc_dtype
 from lynx_kernels.layout import SpanLayout
 from lynx_kernels.ops.adapter import adapter
@@ -39,7 +40,8 @@ class Adapter(nn.Module):
         eps: epsilon of the LayerNorm.
 
     Raises:
-        ValueError: ``activation`` or ``norm`` is not one of the values above.
+        ValueError: ``activation`` or ``norm`` is not one of the values above, or ``eps`` or ``scale`` not a number that
+            can be used.
     """
 
     norm: nn.LayerNorm | None
@@ -63,6 +65,8 @@ class Adapter(nn.Module):
             raise ValueError(f"Adapter: activation={activation!r}, expected one of {sorted(ACTIVATIONS)}")
         if norm not in ("pre", "post", None):
             raise ValueError(f"Adapter: norm={norm!r}, expected 'pre', 'post' or None")
+        dispatch.require_finite("Adapter", scale=scale)
+        dispatch.require_finite("Adapter", least=0, eps=eps)
         self.activation = activation
         self.is_post_norm = norm == "post"
         self.initial_scale = scale
@@ -130,6 +134,7 @@ class PerceiverAttention(nn.Module):
         eps: float = 1e-5,
     ):
         super().__init__()
+        dispatch.require_finite("PerceiverAttention", least=0, eps=eps)
         media_width = width if media_width is None else media_width
         inner = num_heads * head_dim
         self.head_dim = head_dim
@@ -205,6 +210,7 @@ class GatedCrossAttention(nn.Module):
         eps: float = 1e-5,
     ):
         super().__init__()
+        dispatch.require_finite("GatedCrossAttention", least=0, eps=eps)
         inner = num_heads * head_dim
         self.head_dim = head_dim
         self.norm = nn.LayerNorm(width, eps=eps)

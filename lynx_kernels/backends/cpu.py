@@ -4,16 +4,26 @@ Every kernel is compiled once per instruction set. The best set that the CPU sup
 """
 
 import importlib
+import warnings
+from pathlib import Path
 from typing import Any
+
+# What setup.py leaves where the C++ did not compile: pip shows it to nobody.
+BUILD_FAILURE = Path(__file__).parents[1] / "host_build_failure.txt"
 
 
 def _load() -> tuple[Any, str | None]:
     try:
         return importlib.import_module("lynx_kernels._host"), None
     except ImportError as error:
+        if not BUILD_FAILURE.is_file():
+            failure = f"the compiled module is missing ({error})"
+        else:
+            failure = f"the compiled module is missing: its build failed ({BUILD_FAILURE.read_text().strip()})"
+            warnings.warn(f"lynx_kernels runs in plain PyTorch on CPUs: {failure}", stacklevel=2)
         return None, (
-            f"the compiled module is missing ({error}); install a C++17 compiler with OpenMP (GCC 12 or newer), then "
-            "install lynx-kernels again; the output of `pip install --verbose` says what failed"
+            f"{failure}; install a C++17 compiler with OpenMP (GCC 12 or newer), then install lynx-kernels again; the "
+            "output of `pip install --verbose` says what failed"
         )
 
 

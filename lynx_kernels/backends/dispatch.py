@@ -6,6 +6,7 @@ error that states the reason. No fallback is hidden: ``explain`` returns the cho
 """
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -244,6 +245,17 @@ def require_same_device(operation: str, device: torch.device, **tensors: torch.T
             raise ValueError(
                 f"{operation}: {name} is on {tensor.device}, expected {device} like the other arguments; move it there"
             )
+
+
+def require_finite(operation: str, *, least: float = -math.inf, **numbers: Any) -> None:
+    """Raise TypeError for what is no number, ValueError for one that is NaN, infinite or below ``least``."""
+    for name, value in numbers.items():
+        expected = "a finite number" + ("" if least == -math.inf else f" of at least {least:g}")
+        # hasattr last: it takes NumPy's numbers, and torch.compile cannot trace it for its own.
+        if not isinstance(value, int | float) and (isinstance(value, torch.Tensor) or not hasattr(value, "__float__")):
+            raise TypeError(f"{operation}: {name} is a {type(value).__name__}, expected {expected}")
+        if not (-math.inf < value < math.inf and value >= least):  # math.isfinite cannot be compiled
+            raise ValueError(f"{operation}: {name}={value}, expected {expected}")
 
 
 def require_floating(operation: str, **tensors: torch.Tensor | None) -> None:

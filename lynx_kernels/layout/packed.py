@@ -11,6 +11,7 @@ from torch import Tensor
 from lynx_kernels.layout.base import Layout, check_size, require, segment_of_tokens
 from lynx_kernels.layout.blocks import find_blocks
 from lynx_kernels.layout.forest import RUN_COLUMNS, find_runs, read_segments, run_table
+from lynx_kernels.layout.tables import check_packed
 
 if TYPE_CHECKING:
     from lynx_kernels.layout.drawing import Drawing
@@ -37,6 +38,8 @@ class PackedLayout(Layout):
     segment joins the run of its nearest non-empty ancestor if it starts right behind that ancestor's last row. There
     are as many runs as leaves. A query sees ranges of rows: a prefix of the run of each ancestor, and its own run up to
     ``see_end``.
+
+    CPUs refuse tables made by hand that they cannot use. GPUs read what these point to: ``check`` them first.
 
     Attributes:
         runs: (R + 1, 3 + 3 P) int32, one row a run, in token order: its first row; row number minus position; the
@@ -320,6 +323,15 @@ class PackedLayout(Layout):
             full_ends = torch.stack([offsets, root_ends, ends], 1).flatten()  # none of the pads is full
         starts = torch.cat([torch.stack([offsets, begins, ends], 1).flatten(), offsets.new_full((1,), rows * length)])
         return cls._from_sequences(starts, rows * length, max_length=length, full_ends=full_ends)
+
+    def check(self) -> None:
+        """Raise ValueError where the tables, made by hand, are not those of a forest. GPUs assert it on the device."""
+        check_packed(self.runs, self.tokens, self.key_runs)
+        token = torch.arange(self.num_tokens, device=self.runs.device)
+        is_told = (self.tokens[0] >= token).all() | self.has_full
+        require(is_told, "the layout's has_full is False, but a segment is full")
+        places = path_positions(self.runs, self.num_tokens)
+        require((places < self.max_length).all(), f"the layout's max_length, {self.max_length}, is less than a path")
 
     @property
     def num_tokens(self) -> int:

@@ -2,6 +2,7 @@
 
 import logging
 from operator import index as as_int
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -76,3 +77,36 @@ def count_too_long(tokens: list[int], token_budget: int, too_long: str, num_seen
         raise ValueError(f"planner: {problem}; truncate it, raise the budget, or skip such samples (too_long='skip')")
     logger.warning("%s; skipped (%d in this call, %d so far)", problem, len(wrong), skipped + len(wrong))
     return len(wrong)
+
+
+def check_state(state: dict[str, Any], token_budget: int, enough: int) -> None:
+    """Raise ValueError for a state that no planner has: from some of these it would make empty steps for ever.
+
+    Args:
+        state: what ``PackPlanner.load_state_dict`` was given.
+        token_budget: of the planner.
+        enough: so many waiting tokens make a step.
+    """
+
+    def refuse(problem: str) -> NoReturn:
+        raise ValueError(f"PackPlanner: the state is not one of a planner: {problem}; is it truncated or edited?")
+
+    def integer(name: str, value: Any, least: int, most: int) -> int:
+        if type(value) is not int or not least <= value <= most:
+            refuse(f"{name} is {value!r}, expected an integer from {least} to {most}")
+        return value
+
+    waiting = state.get("waiting")
+    if not isinstance(waiting, list | tuple):
+        refuse(f"waiting is {waiting!r}, expected a list")
+    num_seen = integer("num_seen", state.get("num_seen"), len(waiting), 2**63 - 1)
+    integer("skipped", state.get("skipped"), 0, num_seen - len(waiting))
+    before, total = -1, 0
+    for place, sample in enumerate(waiting):
+        if not isinstance(sample, list | tuple) or len(sample) != 3:
+            refuse(f"waiting[{place}] is {sample!r}, expected [number, tokens, patches]")
+        before = integer(f"waiting[{place}]: number", sample[0], before + 1, num_seen - 1)
+        total += integer(f"waiting[{place}]: tokens", sample[1], 1, token_budget)
+        integer(f"waiting[{place}]: patches", sample[2], 0, _LIMIT - 1)
+    if total >= enough:
+        refuse(f"{total} tokens wait, but {enough} make a step")

@@ -9,7 +9,7 @@ from typing import Any
 from numpy.typing import ArrayLike
 
 from lynx_kernels.packing.balance import balance
-from lynx_kernels.packing.costs import check_costs, check_options, count_too_long
+from lynx_kernels.packing.costs import check_costs, check_options, check_state, count_too_long
 from lynx_kernels.packing.filling import Pack, WaitingSamples, fill_packs
 
 Step = list[list[int]]  # for each rank, the numbers of its samples
@@ -110,7 +110,8 @@ class PackPlanner:
         """Continue from a state.
 
         Raises:
-            ValueError: the state has another version, or comes from a planner with other options.
+            ValueError: the state has another version, comes from a planner with other options, or is one that no
+                planner has. This planner is then as it was.
         """
         expected = {"version": _VERSION, **self._options()}
         for name, value in expected.items():
@@ -119,6 +120,7 @@ class PackPlanner:
                     f"PackPlanner: the state has {name}={state.get(name)!r}, but this planner has {value}; make the "
                     "planner with the options of the saved one"
                 )
+        check_state(state, self.token_budget, (self.ranks + self.lookahead) * self.token_budget)
         self.num_seen, self.skipped = state["num_seen"], state["skipped"]
         self._waiting = WaitingSamples((tokens, patches, number) for number, tokens, patches in state["waiting"])
 

@@ -688,7 +688,7 @@ def test_explain_and_unknown_implementation():
         ({"label_smoothing": -0.1}, ValueError, "label_smoothing=-0.1, expected 0 to 1"),
         ({"reduction": "max"}, ValueError, "reduction='max', expected one of"),
         ({"reduction": "sum", "num_items": 3}, ValueError, "num_items needs reduction='mean', got 'sum'"),
-        ({"num_items": -3}, ValueError, "num_items=-3, expected at least 0"),
+        ({"num_items": -3}, ValueError, "num_items=-3, expected a finite number of at least 0"),
         ({"num_items": torch.ones(1)}, ValueError, "num_items has shape .1,., expected .. or a number"),
         ({"max_supervised": -1}, ValueError, "max_supervised=-1, expected at least 0"),
     ],

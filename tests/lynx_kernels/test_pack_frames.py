@@ -228,7 +228,7 @@ def test_invalid_frames(frame, error, message):
         ({"patch_size": -14}, ValueError, "patch_size=-14"),
         ({"mean": (0.5,)}, ValueError, "mean must have one value"),
         ({"std": (0.5, 0.5)}, ValueError, "std must have one value"),
-        ({"std": (0.5, 0.0, 0.5)}, ValueError, "std must be positive"),
+        ({"std": (0.5, 0.0, 0.5)}, ValueError, "expected positive values"),
         ({"dtype": torch.int32}, TypeError, "dtype is torch.int32"),
         ({"flip": [True, False]}, ValueError, "flip has 2 entries for 1 frames"),
         ({"crop_boxes": []}, ValueError, "crop_boxes has 0 entries for 1 frames"),

@@ -52,6 +52,9 @@ void check_tokens(const PackedTables& tables, const RunRow& run, int64_t tree_en
     for (int64_t row = run.start(); row < run.end(); row++) {
         is_right &= run.start() <= first[row] && first[row] <= row && row < see_end[row] && see_end[row] <= run.end();
         is_right &= run.end() <= last[row] && last[row] <= tree_end;
+        // The last key that it sees is seen from it on, and the next one is not.
+        is_right = is_right && first[see_end[row] - 1] <= row;
+        is_right = is_right && (see_end[row] == run.end() || row < first[see_end[row]]);
         if (row > run.start())
             is_right &= first[row - 1] <= first[row] && see_end[row - 1] <= see_end[row] && last[row] <= last[row - 1];
     }

@@ -43,6 +43,7 @@ def _check(call: AdapterCall) -> None:
         raise TypeError(
             f"adapter: up_weight is {call.up_weight.dtype}, down_weight {call.down_weight.dtype}; use one dtype"
         )
+    dispatch.require_finite("adapter", least=0, eps=call.eps)
     if call.activation not in ACTIVATIONS:
         raise ValueError(f"adapter: activation={call.activation!r}, expected one of {sorted(ACTIVATIONS)}")
 
@@ -97,7 +98,7 @@ def adapter(
         down_weight, down_bias: (r, d) and (r,) of the projection into the bottleneck; the bias may be None.
         up_weight, up_bias: (d, r) and (d,) of the projection out of it; the bias may be None.
         scale: one element, the learned weight of the branch.
-        eps: added to the LayerNorm's variance.
+        eps: added to the LayerNorm's variance, at least 0.
         activation: ``"silu"``, ``"relu"``, ``"gelu"`` (exact) or ``"gelu_tanh"``.
         impl: the name of an implementation; None takes the best that can run.
 
@@ -108,7 +109,7 @@ def adapter(
         (..., d) in the dtype of x.
 
     Raises:
-        ValueError: a shape, a device or the activation is invalid; the message names the argument.
+        ValueError: a shape, a device, eps or the activation is invalid; the message names the argument.
         TypeError: an argument is not floating point or is a DTensor, or the two weights differ in dtype.
     """
     call = AdapterCall(x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, scale, eps, activation)

@@ -151,9 +151,12 @@ def check_scores(operation: str, q: Tensor, softcap: float | None, sinks: Tensor
         raise ValueError(f"{operation}: sinks has shape {tuple(sinks.shape)}, expected ({q.shape[-2]},), one a head")
 
 
-def resolve_scale(scale: float | None, q: Tensor) -> float:
-    """``scale``, or 1 / sqrt(D) if it is None."""
-    return q.shape[-1] ** -0.5 if scale is None else float(scale)
+def resolve_scale(operation: str, scale: float | None, q: Tensor) -> float:
+    """``scale``, or 1 / sqrt(D) if it is None. Raises ValueError and TypeError unless it is a finite number."""
+    if scale is None:
+        return q.shape[-1] ** -0.5
+    dispatch.require_finite(operation, scale=scale)
+    return float(scale)
 
 
 def triton_unsupported_reason(call: Any, max_head_dim: int = 256) -> str | None:

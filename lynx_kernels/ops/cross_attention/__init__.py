@@ -7,6 +7,7 @@ from torch import Tensor
 from lynx_kernels.backends import dispatch
 from lynx_kernels.backends import triton as triton_backend
 from lynx_kernels.layout import SpanLayout
+from lynx_kernels.layout.tables import check_shapes
 from lynx_kernels.ops.attention_common import cpu as common_cpu
 from lynx_kernels.ops.attention_common.operator import (
     check_heads,
@@ -44,7 +45,9 @@ def _call(q: Tensor, k: Tensor, v: Tensor, layout: SpanLayout, scale: float | No
     queries, keys = layout.num_queries, layout.num_keys
     check_rows("cross_attention", layout.segments, q=(q, queries), k=(k, keys), v=(v, keys))
     table = layout.segments, layout.tile_offsets, layout.tile_segments
-    return CrossAttentionCall(q, k, v, *table, resolve_scale(scale, q))
+    shapes = {"segments": (None, 3), "tile_offsets": (None,), "tile_segments": (None,)}
+    check_shapes("cross_attention", {}, **{name: (getattr(layout, name), shape) for name, shape in shapes.items()})
+    return CrossAttentionCall(q, k, v, *table, resolve_scale("cross_attention", scale, q))
 
 
 @overload
@@ -95,7 +98,8 @@ def cross_attention(
         (Q, H, D) in the dtype of q, 0 for an empty span; with ``return_lse`` also (Q, H) in fp32 (fp64 for fp64).
 
     Raises:
-        ValueError: a shape or a device is invalid, or the layout has another number of queries or keys.
+        ValueError: a shape or a device is invalid, or the layout has another number of queries or keys; on a CPU also
+            tables that no layout has.
         TypeError: ``layout`` is not a SpanLayout, or a tensor is not floating point or is a DTensor.
     """
     call = _call(q, k, v, layout, scale)

@@ -7,12 +7,15 @@ import torch
 from torch import Tensor
 
 from lynx_kernels.backends.dtypes import acc_dtype
+from lynx_kernels.layout.tables import check_spans
 from lynx_kernels.ops.attention_common.reference import attend, attend_backward, batches_of_shape, take_rows
 from lynx_kernels.ops.cross_attention.call import CrossAttentionBackwardCall, CrossAttentionCall
 
 
-def _spans(segments: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _spans(call: CrossAttentionCall | CrossAttentionBackwardCall) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield batches of n segments of equal shape: queries (n, Q), keys (n, K), and visibility (n, Q, K), all true."""
+    segments = call.segments
+    check_spans(segments, call.tile_offsets, call.tile_segments, call.q.shape[0], call.k.shape[0])
     starts: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for (query, key, key_end), (query_end, *_) in pairwise(segments.tolist()):
         starts.setdefault((query_end - query, key_end - key), []).append((query, key))
@@ -24,19 +27,19 @@ def _spans(segments: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
 
 def forward(call: CrossAttentionCall) -> tuple[Tensor, Tensor]:
     """Return the output (Q, H, D) and the LSE (Q, H)."""
-    q, k, v, segments, _, _, scale = call
+    q, k, v, _, _, _, scale = call
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=acc_dtype(q.dtype))
-    for queries, keys, visible in _spans(segments):
+    for queries, keys, visible in _spans(call):
         out[queries], lse[queries] = attend(q[queries], k[keys], v[keys], visible, scale)
     return out, lse
 
 
 def backward(call: CrossAttentionBackwardCall) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v. A key sums over the segments that see it; a key that none sees gets 0."""
-    grad, grad_lse, out, lse, q, k, v, segments, _, _, scale = call
+    grad, grad_lse, out, lse, q, k, v, _, _, _, scale = call
     grad_q = q.new_empty(q.shape)
     grad_k, grad_v = (x.new_zeros(x.shape, dtype=acc_dtype(x.dtype)) for x in (k, v))
-    for queries, keys, visible in _spans(segments):
+    for queries, keys, visible in _spans(call):
         results = take_rows(grad, queries), take_rows(grad_lse, queries), out[queries], lse[queries]
         batch_q, batch_k, batch_v = attend_backward(*results, q[queries], k[keys], v[keys], visible, scale)
         grad_q[queries] = batch_q.to(q.dtype)

@@ -84,8 +84,8 @@ def _call(
         raise ValueError(
             f"linear_cross_entropy: num_items needs reduction='mean', got {reduction!r}; omit it or use 'mean'"
         )
-    if isinstance(num_items, int | float) and num_items < 0:
-        raise ValueError(f"linear_cross_entropy: num_items={num_items}, expected at least 0")
+    if num_items is not None and not isinstance(num_items, Tensor):
+        dispatch.require_finite("linear_cross_entropy", least=0, num_items=num_items)
     if isinstance(num_items, Tensor) and num_items.dim() != 0:
         raise ValueError(f"linear_cross_entropy: num_items has shape {tuple(num_items.shape)}, expected () or a number")
     if max_supervised is not None and max_supervised < 0:
@@ -134,8 +134,8 @@ def linear_cross_entropy(
         ignore_index: the label of entries that are not counted.
         reduction: ``"mean"`` divides the sum of the losses by the sum of the weights of counted entries, or without
             weights by their number. ``"sum"`` does not divide, ``"none"`` returns the loss of each entry.
-        num_items: a number or a tensor of shape (). ``"mean"`` divides by it instead (transformers'
-            ``num_items_in_batch``).
+        num_items: a finite number of at least 0, or a tensor of shape () with one. ``"mean"`` divides by it instead
+            (transformers' ``num_items_in_batch``).
         max_supervised: an upper bound of the number of counted entries, if the host knows one when it builds the batch.
             The host does not read labels on a GPU. There only so many rows reach the projection; without the bound
             min(N, T) rows do. On CPUs the counted entries are counted, and the bound is only checked.
@@ -160,7 +160,7 @@ def linear_cross_entropy(
             finite, or negative where that is not allowed; the message names the argument.
         TypeError: an argument has the wrong dtype or is a DTensor.
         IndexError: a label or a predictor is out of range. On a GPU this is a device-side assertion, and so are invalid
-            weights and a violated max_supervised.
+            weights, an invalid num_items in a tensor and a violated max_supervised.
     """
     call = _call(
         hidden, weight, labels, predictors, weights, bias, softcap, logit_scale, label_smoothing, ignore_index,
@@ -181,6 +181,9 @@ def linear_cross_entropy(
     losses, *_ = _FORWARD(*call, impl)
     if reduction != "none" and not sums:
         losses = losses.sum()
+    if isinstance(num_items, Tensor):
+        is_right = (num_items >= 0) & num_items.isfinite()
+        require(is_right, "linear_cross_entropy: num_items has a value that is not finite, or below 0")
     if is_mean_of_counted:
         num_items = is_counted.sum() if weights is None else weights.sum()  # in the same units
     elif unit is not None:

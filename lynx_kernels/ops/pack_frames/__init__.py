@@ -16,6 +16,8 @@ from lynx_kernels.backends.registration import define
 from lynx_kernels.ops.pack_frames import cpu, cuda, reference
 from lynx_kernels.ops.pack_frames.call import PackFramesCall
 
+_LEAST_STD = 2.0**-126  # fp32 has a finite reciprocal of it
+
 OPERATION = dispatch.Operation(
     "pack_frames",
     PackFramesCall,
@@ -90,7 +92,7 @@ def pack_frames(
             one stacked (N, height, width, 3). Read-only and reversed arrays are copied first.
         size: side S of the square output, in pixels.
         patch_size: side p of a patch; must divide ``size``. Ignored with ``output="pixels"``, and may then be None.
-        mean, std: mean and standard deviation of the three channels, for pixels in 0 ... 1.
+        mean, std: mean and standard deviation of the three channels, for pixels in 0 ... 1. All finite, std positive.
         dtype: dtype of the output: fp64, fp32, fp16 or bf16. Computed in fp32 (fp64 for fp64), then rounded.
         resize: ``"short_side"``: the short side becomes S and the long side int(S * long / short); the centre is kept
             (CLIP, Lynx). ``"exact"``: both sides become S (SigLIP, and RandomResizedCrop of a box).
@@ -154,8 +156,9 @@ def _check_options(
     for name, channels in (("mean", mean), ("std", std)):
         if len(channels) != 3:
             raise ValueError(f"pack_frames: {name} must have one value for each of 3 channels, got {channels!r}")
-    if min(std) <= 0:
-        raise ValueError(f"pack_frames: std must be positive, got {std!r}")
+        dispatch.require_finite("pack_frames", **{f"{name}[{place}]": each for place, each in enumerate(channels)})
+    if min(std) < _LEAST_STD:
+        raise ValueError(f"pack_frames: std={std!r}, expected positive values, at least {_LEAST_STD:.3g}")
     if dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         raise TypeError(f"pack_frames: dtype is {dtype}, expected fp64, fp32, fp16 or bf16")
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from lynx_kernels.backends import dispatch
 from lynx_kernels.backends import triton as triton_backend
 from lynx_kernels.layout import PackedLayout
+from lynx_kernels.layout.tables import check_shapes
 from lynx_kernels.ops.attention_common import cpu as common_cpu
 from lynx_kernels.ops.attention_common.operator import (
     check_heads,
@@ -53,9 +54,15 @@ def _call(
     check_heads("prefix_attention", 3, q, ("v",), k=k, v=v)
     tokens = layout.num_tokens
     check_rows("prefix_attention", layout.runs, q=(q, tokens), k=(k, tokens), v=(v, tokens))
+    tables = {
+        "runs": (layout.runs, (None, None)),
+        "tokens": (layout.tokens, (3, tokens)),
+        "key_runs": (layout.key_runs, (None,)),
+    }
+    check_shapes("prefix_attention", {"window": layout.window, "chunk": layout.chunk}, **tables)
     check_scores("prefix_attention", q, softcap, sinks)
-    tables = layout.runs, layout.tokens, layout.key_runs, layout.window, layout.chunk
-    return PrefixAttentionCall(q, k, v, sinks, *tables, resolve_scale(scale, q), softcap)
+    fields = layout.runs, layout.tokens, layout.key_runs, layout.window, layout.chunk
+    return PrefixAttentionCall(q, k, v, sinks, *fields, resolve_scale("prefix_attention", scale, q), softcap)
 
 
 @overload
@@ -116,7 +123,8 @@ def prefix_attention(
         (T, H, Dv) in the dtype of q; with ``return_lse`` also (T, H) in fp32 (fp64 for fp64).
 
     Raises:
-        ValueError: a shape or a device is invalid, or the layout has another number of tokens.
+        ValueError: a shape or a device is invalid, or the layout has another number of tokens; on a CPU also tables
+            that no layout has.
         TypeError: ``layout`` is not a PackedLayout, or a tensor is not floating point or is a DTensor.
     """
     call = _call(q, k, v, layout, scale, softcap, sinks)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lynx_kernels.backends.dtypes import acc_dtype
 from lynx_kernels.layout.packed import visible
+from lynx_kernels.layout.tables import check_packed
 from lynx_kernels.ops.attention_common.reference import (
     attend,
     attend_backward,
@@ -20,6 +21,7 @@ from lynx_kernels.ops.prefix_attention.call import PrefixAttentionBackwardCall, 
 
 def _trees(call: PrefixAttentionCall | PrefixAttentionBackwardCall) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield batches of n trees of equal length L: their rows (n, L), and which query sees which key (n, L, L)."""
+    check_packed(call.runs, call.tokens, call.key_runs)
     *runs, closing = call.runs.tolist()
     # A run that sees no other begins a tree. Ends of ranges stand in every third column; those of empty ones are 0.
     bounds = [start for start, _, _, *ranges in runs if not any(ranges[1::3])]

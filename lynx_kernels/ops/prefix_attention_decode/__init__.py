@@ -93,7 +93,7 @@ def _call(
     q: Tensor, root_k: Tensor, root_v: Tensor, branch_k: Tensor, branch_v: Tensor,
     branch_to_root: Tensor, root_lengths: Tensor, branch_lengths: Tensor, scale: float | None,
 ) -> DecodeCall:  # fmt: skip
-    scale = resolve_scale(scale, q)
+    scale = resolve_scale("prefix_attention_decode", scale, q)
     return DecodeCall(q, root_k, root_v, branch_k, branch_v, branch_to_root, root_lengths, branch_lengths, scale)
 
 
