@@ -29,15 +29,15 @@ def refuse_outsiders(name: str) -> None:
 
     Calling it again changes nothing. Other names are checked as before.
     """
-    check = PreTrainedModel.get_correct_attn_implementation
-    if getattr(check, "refuses_outsiders", False):
+    original = PreTrainedModel.get_correct_attn_implementation
+    if getattr(original, "refuses_outsiders", False):
         return
 
-    @wraps(check)
+    @wraps(original)
     def get_correct_attn_implementation(self: PreTrainedModel, *args: Any, **kwargs: Any) -> str:
-        found = check(self, *args, **kwargs)
+        found = original(self, *args, **kwargs)
         if found == name:
-            _check(type(self), name)  # type: ignore[arg-type]  # a class is hashable
+            check(type(self), name)  # type: ignore[arg-type]  # a class is hashable
         return found
 
     get_correct_attn_implementation.refuses_outsiders = True  # type: ignore[attr-defined]
@@ -45,7 +45,8 @@ def refuse_outsiders(name: str) -> None:
 
 
 @cache
-def _check(model_class: type[PreTrainedModel], name: str) -> None:
+def check(model_class: type[PreTrainedModel], name: str) -> None:
+    """Raise ValueError if a model cannot run attention of this name; log once if it has attention of its own."""
     source = _source(model_class)
     takes_own = _OWN_CLASSES.search(source)
     is_outside = _ATTENTION.search(source) and not _INTERFACE.search(source)

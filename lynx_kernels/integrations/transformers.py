@@ -1,6 +1,6 @@
 """``attn_implementation="lynx"`` for the models of transformers: a layout, not a mask, says who sees whom.
 
-A layer runs in one of four ways. Each gives what the model's own eager attention gives.
+A layer runs in one of five ways. Each gives what the model's own eager attention gives.
 
 - Packed: one batch row and ``attention_mask=packed_mask(layout)``. The model's own pattern stays: its windows, chunks
   and blocks of image tokens are added to the layout. Or, as everywhere in transformers, one row without a mask whose
@@ -9,6 +9,7 @@ A layer runs in one of four ways. Each gives what the model's own eager attentio
 - Padded: causal rows, or full rows of a decoder with ``is_causal=False`` in its configuration, with padding on either
   side or none, and again with the model's pattern. The mask function builds their layout from the 2-D mask, once for
   all layers of a kind. Runs ``prefix_attention``. Outputs at padding are meaningless.
+- Cut by ``cu_seq_lens_q``: one row of samples, as FlashAttention takes it. Runs ``prefix_attention``.
 - Decoding over a cache in which rows share roots, given by ``shared_roots=`` in the model's keyword arguments. Runs
   ``prefix_attention_decode``.
 - Everything else runs PyTorch's scaled_dot_product_attention, with transformers' own dense mask where there is one, or
@@ -35,14 +36,18 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
 from lynx_kernels.integrations.attention_mask import AttentionMask
-from lynx_kernels.integrations.logs import model_name, say
+from lynx_kernels.integrations.logs import model_name, note, say
 from lynx_kernels.integrations.mask_function import mask
 from lynx_kernels.integrations.outsiders import refuse_outsiders
+from lynx_kernels.integrations.samples import layout_of_samples
 from lynx_kernels.layout import PackedLayout
 from lynx_kernels.ops.prefix_attention import prefix_attention
 from lynx_kernels.ops.prefix_attention_decode import prefix_attention_decode
 
 NAME = "lynx"
+# Vision towers that cut their row at cu_seqlens call an attention function once for all frames if its name has "flash"
+# in it, and once a frame otherwise. ``apply`` sets it.
+VARLEN_NAME = "lynx_flash"
 MAX_HEAD_DIM = 512  # of the kernels for GPUs
 _UNSUPPORTED = {  # argument of the attention function -> the feature that a layer asks for with it
     "position_bias": "position biases",
@@ -52,7 +57,7 @@ _UNSUPPORTED = {  # argument of the attention function -> the feature that a lay
 _SOUNDS_UNSUPPORTED = re.compile(r"(^|_)(bias|soft_?cap|sinks?|alibi|block_mask|head_mask|topk_indices)$")
 # Values of layer_types in configurations. Other kinds of layers, such as linear attention and convolutions, do not read
 # a layout: they would mix the samples of a packed row.
-_KEEP_SAMPLES_APART = {"full_attention", "sliding_attention", "chunked_attention", "dense", "sparse", "mlp", "moe"}
+KEEP_SAMPLES_APART = {"full_attention", "sliding_attention", "chunked_attention", "dense", "sparse", "mlp", "moe"}
 
 
 @dataclass(frozen=True)
@@ -73,8 +78,9 @@ class SharedRoots:
 
 def register() -> None:
     """Make ``attn_implementation="lynx"`` known to transformers. Calling it again changes nothing."""
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, mask)
+    for name in (NAME, VARLEN_NAME):
+        AttentionInterface.register(name, attention)
+        AttentionMaskInterface.register(name, mask)
     refuse_outsiders(NAME)
 
 
@@ -106,6 +112,7 @@ def attention(
     layout: PackedLayout | None = None,
     encoder_layout: PackedLayout | None = None,
     shared_roots: SharedRoots | None = None,
+    cu_seq_lens_q: Tensor | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     sinks: Tensor | None = None,
@@ -134,6 +141,8 @@ def attention(
         return _decode(module, query, key, value, shared_roots, scaling), None
     if encoder_layout is not None and attention_mask is None:
         attention_mask = packed_mask(encoder_layout)
+    if cu_seq_lens_q is not None and (rows, key.shape[2]) == (1, length):
+        attention_mask = _in_samples(module, attention_mask, cu_seq_lens_q, length, kwargs)
     if layout is not None and (rows, length) == (1, layout.num_tokens) and _mixes_samples(attention_mask):
         raise ValueError(
             "beside a layout stands attention_mask=packed_mask(layout), not another mask, which says who sees whom a "
@@ -146,12 +155,14 @@ def attention(
         runs = "PyTorch's scaled_dot_product_attention" if softcap is None and sinks is None else "plain products"
         level = logging.INFO if is_expected else logging.WARNING
         say(level, type(module).__name__, f"runs {runs}, since {reason}")
+        note(module, "its own", f"{runs}, since {reason}")
         if softcap is None and sinks is None:
             return _sdpa(module, query, key, value, attention_mask, dropout, scaling, kwargs), None
         return _products(module, query, key, value, attention_mask, dropout, scaling, softcap, sinks, kwargs), None
     _refuse_dropout(dropout)
     assert isinstance(attention_mask, AttentionMask)
     assert attention_mask.layout is not None
+    note(module, "lynx", "prefix_attention")
     q, k, v = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))  # (B * L, heads, D)
     out = prefix_attention(q, k, v, attention_mask.layout, scale=scaling, softcap=softcap, sinks=sinks)
     return out.unflatten(0, (rows, length)), None
@@ -175,6 +186,32 @@ def _fit(given: AttentionMask, layout: PackedLayout, module: Any, shape: tuple[i
         )
     _refuse_mixing_layers(getattr(module, "config", None))
     return AttentionMask("", torch.Size(shape), layout.runs.device, layout=layout)
+
+
+def _in_samples(
+    module: Any, attention_mask: AttentionMask | Tensor | None, offsets: Tensor, length: int, kwargs: dict[str, Any]
+) -> AttentionMask | Tensor:
+    """The mask of one row in which only tokens of a sample see each other, as FlashAttention would have it."""
+    if attention_mask is None:
+        is_causal = _is_causal(module, kwargs)
+        return packed_mask(layout_of_samples(offsets, length, is_causal=is_causal))
+    if not isinstance(attention_mask, AttentionMask) or attention_mask.is_packed or attention_mask.layout is None:
+        return attention_mask
+    given = attention_mask.layout
+    if given.has_full:
+        raise ValueError(
+            f"{type(module).__name__}: blocks of tokens that see each other have no cu_seq_lens_q; pass "
+            f"attention_mask=packed_mask(layout), or position_ids that start again at each sample, without "
+            f"cu_seq_lens_q"
+        )
+    layout = layout_of_samples(offsets, length, is_causal=True)
+    return packed_mask(layout.with_local(window=given.window, chunk=given.chunk))
+
+
+def _is_causal(module: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a layer without a mask is causal: it sees all keys, as in eager attention, unless it says so."""
+    is_causal = kwargs.get("is_causal")
+    return bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
 
 
 def _mixes_samples(attention_mask: AttentionMask | Tensor | None) -> bool:
@@ -201,7 +238,7 @@ def _feature(name: str, is_tensor: bool) -> str | None:
 
 
 def _refuse_mixing_layers(config: Any) -> None:
-    others = set(getattr(config, "layer_types", None) or ()) - _KEEP_SAMPLES_APART
+    others = set(getattr(config, "layer_types", None) or ()) - KEEP_SAMPLES_APART
     if others:
         raise ValueError(
             f"{model_name(config)} has layers of the kind {', '.join(sorted(others))}, which do not read a layout and "
@@ -255,9 +292,7 @@ def _mask_for_sdpa(
             f"{tuple(attention_mask.shape)}, neither bool nor floating point; take another "
             f"attn_implementation for {model_name(getattr(module, 'config', None))}"
         )
-    # Without a mask, all keys are seen, as in eager attention, unless the layer says that it is causal.
-    is_causal = kwargs.get("is_causal")
-    return attention_mask, bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
+    return attention_mask, _is_causal(module, kwargs)
 
 
 def _products(

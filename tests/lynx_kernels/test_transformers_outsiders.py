@@ -38,7 +38,7 @@ integration.register()
 @pytest.fixture
 def unchecked(monkeypatch):
     """Skips the check of the source, as for a model in a notebook."""
-    monkeypatch.setattr(outsiders, "_check", lambda *_: None)
+    monkeypatch.setattr(outsiders, "check", lambda *_: None)
 
 
 OUTSIDERS = [
@@ -98,13 +98,13 @@ def test_each_part_of_a_model_has_its_own_check():
 
 def test_models_are_not_refused_for_others_in_their_module():
     """SAM's vision encoder has attention classes of its own. SamModel, which contains it, has not."""
-    outsiders._check(SamModel, "lynx")
+    outsiders.check(SamModel, "lynx")
     with pytest.raises(ValueError, match=r"SamVisionEncoder .*SAM_VISION_ATTENTION_CLASSES"):
-        outsiders._check(SamVisionEncoder, "lynx")
+        outsiders.check(SamVisionEncoder, "lynx")
 
 
 def test_other_attention_is_logged_once(caplog):
-    outsiders._check.cache_clear()
+    outsiders.check.cache_clear()
     config = OpenAIGPTConfig(vocab_size=50, n_embd=32, n_layer=1, n_head=4)
     with caplog.at_level(logging.WARNING, "lynx_kernels"):
         AutoModelForCausalLM.from_config(config, attn_implementation="lynx")

@@ -1,0 +1,245 @@
+"""Put the kernels into a model of transformers that is there already, say what runs where, and take them out again.
+
+Nothing of a model's code is copied. What changes is the name of the attention function in the model's configurations,
+and two hooks on the model for its loss.
+"""
+
+import inspect
+import re
+import weakref
+from dataclasses import dataclass, field
+from itertools import groupby
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from lynx_kernels.integrations import head_loss, logs, outsiders
+from lynx_kernels.integrations.transformers import KEEP_SAMPLES_APART, NAME, VARLEN_NAME, register
+
+_INTERFACE, _CUTS_AT_SAMPLES = "ALL_ATTENTION_FUNCTIONS", "is_flash_attention_requested"
+_patched: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+
+
+@dataclass(frozen=True)
+class Part:
+    """A layer, or the loss, and what runs there.
+
+    Attributes:
+        name: as in ``named_modules``.
+        kind: its class.
+        runs: "lynx", or "its own".
+        why: what runs, and why.
+    """
+
+    name: str
+    kind: str
+    runs: str
+    why: str
+
+
+@dataclass
+class Patch:
+    """What ``apply`` changed in a model. Also a context manager, which undoes it at its end."""
+
+    model: PreTrainedModel
+    _parts: list[Part]
+    _configs: list[tuple[PreTrainedConfig, str | None]]  # with the names they had
+    _loss: head_loss.HeadLoss | None
+    _classes: dict[str, type] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for each in self.model.modules():
+            logs.ran.pop(each, None)
+        self._classes = {name: type(each) for name, each in self.model.named_modules()}
+        _patched.add(self.model)
+
+    def parts(self) -> list[Part]:
+        """The attention layers, the layers beside them that mix tokens, and the loss, in the order of the model.
+
+        For layers that ran since, ``runs`` and ``why`` are what ran last.
+        """
+        layers = dict(self.model.named_modules())
+        found = []
+        for part in self._parts:
+            is_layer = part.runs == "lynx" and part.name in layers
+            ran = logs.ran.get(layers[part.name]) if is_layer else None
+            found.append(part if ran is None else Part(part.name, part.kind, *ran))
+        return found
+
+    def report(self) -> str:
+        """A table of ``parts``. Layers that differ by their numbers alone share a line."""
+
+        def without_numbers(part: Part) -> tuple[str, ...]:
+            return re.sub(r"\d+", "*", part.name), part.kind, part.runs, part.why
+
+        rows = [("layer", "class", "runs", "")]
+        for (name, *rest), group in groupby(self.parts(), without_numbers):
+            numbers = [list(map(int, re.findall(r"\d+", part.name))) for part in group]
+            for first, last in zip(numbers[0], numbers[-1], strict=True):
+                name = name.replace("*", str(first) if first == last else f"{first}-{last}", 1)
+            kind, runs, why = rest
+            rows.append((name, kind, runs, why))
+        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        return "\n".join("  ".join([*map(str.ljust, row[:3], widths), row[3]]).rstrip() for row in rows)
+
+    def undo(self) -> None:
+        """Give the model back as it was. Undoing twice changes nothing.
+
+        Raises:
+            RuntimeError: something wrapped or replaced a part of the model since. It may hold on to what is undone
+                here, so it has to go first.
+        """
+        if self.model not in _patched:
+            return
+        now = {name: type(each) for name, each in self.model.named_modules()}
+        for name in {**self._classes, **now}:
+            was, found = self._classes.get(name), now.get(name)
+            if was is not found:
+                what = f"{'.'.join(('model', name)) if name else 'the model'} is {_class_name(found)}"
+                raise RuntimeError(
+                    f"undo: {what} and was {_class_name(was)} when apply() changed the model; undo that first (peft: "
+                    f"unload() or merge_and_unload(); FSDP: keep the patch until the run ends)"
+                )
+        for config, implementation in self._configs:
+            config._attn_implementation_internal = implementation
+        if self._loss is not None:
+            self._loss.remove()
+        _patched.discard(self.model)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.undo()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Patch":
+        raise TypeError("a Patch belongs to one model; copy the model, and call apply() on an unpatched copy")
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a Patch cannot be pickled; save the model, and call apply() where it is loaded")
+
+
+def apply(
+    model: PreTrainedModel,
+    *,
+    attention: bool = True,
+    vision: bool = True,
+    loss: bool = True,
+    on_unsupported: Literal["keep", "raise"] = "keep",
+) -> Patch:
+    """Run the kernels in a model of transformers.
+
+    Args:
+        model: on any device, in any dtype. Its parameters and modules stay as they are, and so does its ``state_dict``.
+        attention: decoders run ``attn_implementation="lynx"``, see ``lynx_kernels.integrations.transformers``.
+        vision: vision towers that cut one row of patches at ``cu_seqlens`` run one call a layer.
+        loss: in ``train()``, with labels, the loss comes from ``linear_cross_entropy`` and ``logits`` is None. In
+            ``eval()``, and in code that torch.compile compiles, nothing changes. A model with a loss of its own keeps
+            it.
+        on_unsupported: what happens to layers and losses that cannot run the kernels: they stay, or it is an error.
+
+    Returns:
+        A patch: ``print(patch.report())`` tells what runs where, ``patch.undo()`` takes everything back. A copy of the
+        model (``copy.deepcopy``, pickle) runs the same attention and loss, and has no patch of its own.
+
+    Raises:
+        TypeError: the model is not one of transformers: ``apply`` comes before peft and DDP wrap it.
+        RuntimeError: it is patched already.
+        ValueError: with ``on_unsupported="raise"``: names the layers, and why they cannot run.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"apply: expected a model of transformers, got {_class_name(type(model))}; call apply() before other "
+            f"libraries wrap the model, or on the model inside"
+        )
+    if on_unsupported not in ("keep", "raise"):
+        raise ValueError(f"on_unsupported is {on_unsupported!r}, must be 'keep' or 'raise'")
+    if model in _patched:
+        raise RuntimeError(f"apply: this {type(model).__name__} is patched already; undo() its patch first")
+    register()
+    parts, configs = _plan(model, attention=attention, vision=vision)
+    reason = head_loss.why_not(model) if loss else "loss=False"
+    how = "in train() with labels: linear_cross_entropy, logits are None" if reason is None else reason
+    parts.append(Part("loss", "loss", "lynx" if reason is None else "its own", how))
+    unsupported = [part for part in parts if part.runs != "lynx" and not part.why.endswith("=False")]
+    if on_unsupported == "raise" and unsupported:
+        lines = "\n".join(f"  {part.name} ({part.kind}): {part.why}" for part in unsupported)
+        raise ValueError(f"apply: these parts of {type(model).__name__} cannot run the kernels:\n{lines}")
+    before = [(config, config._attn_implementation_internal) for config, _ in configs]
+    for config, name in configs:
+        config._attn_implementation_internal = name
+    return Patch(model, parts, before, head_loss.HeadLoss(model) if reason is None else None)
+
+
+def _plan(
+    model: PreTrainedModel, *, attention: bool, vision: bool
+) -> tuple[list[Part], list[tuple[PreTrainedConfig, str]]]:
+    """The layers and what will run there, and configurations with the names of their attention functions."""
+    parts: list[Part] = []
+    configs: dict[int, tuple[PreTrainedConfig, str]] = {}
+    owners = {name: each for name, each in model.named_modules() if isinstance(each, PreTrainedModel)}
+    for name, layer in model.named_modules():
+        config, used = getattr(layer, "config", None), _names_in_forward(layer)
+        kind = type(layer).__name__
+        if _INTERFACE not in used or not isinstance(config, PreTrainedConfig):
+            if (mixer := _mixes_samples(name, layer, model)) is not None:
+                parts.append(Part(name, kind, "its own", mixer))
+            continue
+        owner = owners[max((each for each in owners if f"{name}.".startswith(f"{each}." if each else "")), key=len)]
+        reason = _outside(owner)
+        # Layers of decoders know their number in the cache, also those with full attention to a prefix.
+        is_decoder = bool(getattr(layer, "is_causal", False)) or hasattr(layer, "layer_idx")
+        is_cross, cuts = "cross" in kind.lower(), _CUTS_AT_SAMPLES in used | _names_in_forward(owner)
+        if reason is None and is_cross:
+            reason = "cross-attention: its mask is dense"
+        elif reason is None and is_decoder:
+            reason = None if attention else "attention=False"
+            chosen, why = NAME, "prefix_attention for padded and packed rows; decoding over a cache runs SDPA"
+        elif reason is None and cuts:
+            reason = None if vision else "vision=False"
+            chosen, why = VARLEN_NAME, "prefix_attention, one call for all frames"
+        elif reason is None:
+            reason = "full attention in rows of one length, which PyTorch's is as good at"
+        if reason is None:
+            configs[id(config)] = (config, chosen)
+            parts.append(Part(name, kind, "lynx", why))
+        else:
+            parts.append(Part(name, kind, "its own", reason))
+    return parts, list(configs.values())
+
+
+def _names_in_forward(layer: nn.Module) -> set[str]:
+    """The global names that the forward of a layer reads."""
+    forward = inspect.unwrap(type(layer).forward)
+    return (
+        set(getattr(forward, "__code__", _names_in_forward.__code__).co_names)
+        if hasattr(forward, "__code__")
+        else set()
+    )
+
+
+def _outside(owner: PreTrainedModel) -> str | None:
+    try:
+        outsiders.check(type(owner), NAME)  # type: ignore[arg-type]  # a class is hashable
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _mixes_samples(name: str, layer: nn.Module, model: PreTrainedModel) -> str | None:
+    """Why a layer that is no attention keeps a model from packed rows, or None."""
+    number = getattr(layer, "layer_idx", None)
+    types = getattr(getattr(layer, "config", None) or model.config.get_text_config(), "layer_types", None) or ()
+    if not isinstance(number, int) or number >= len(types) or types[number] in KEEP_SAMPLES_APART:
+        return None
+    if hasattr(layer, "layer_type") and any(hasattr(child, "layer_idx") for child in layer.children()):
+        return None  # the decoder layer around it
+    return f"{types[number]}: not attention; it would mix the samples of a packed row, which is refused"
+
+
+def _class_name(found: type | None) -> str:
+    return "not there" if found is None else f"a {found.__module__}.{found.__qualname__}"

@@ -1,0 +1,216 @@
+"""The loss of a transformers model in training, from ``linear_cross_entropy`` in place of logits.
+
+While the model's ``forward`` runs, and only then, its output head returns a promise of logits. Its loss function
+redeems it without ever making them. Whatever else reads the promise gets true logits, so a model with a loss of its own
+is as right as before.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.utils import ModelOutput
+
+from lynx_kernels.children import changed_reason, weight_and_bias
+from lynx_kernels.ops.linear_cross_entropy import linear_cross_entropy
+
+
+class PromisedLogits:
+    """``head(hidden)`` with factors and a tanh to come: (..., V), made when something else than the loss reads it."""
+
+    def __init__(self, hidden: Tensor, head: nn.Linear, steps: tuple[tuple[str, float], ...] = ()) -> None:
+        self.hidden, self.head, self.steps = hidden, head, steps
+        self._made: Tensor | None = None
+
+    def make(self) -> Tensor:
+        """The logits, once."""
+        if self._made is None:
+            logits = nn.functional.linear(self.hidden, *weight_and_bias(self.head))
+            for step, factor in self.steps:
+                logits = torch.tanh(logits) if step == "tanh" else logits * factor if step == "mul" else logits / factor
+            self._made = logits
+        return self._made
+
+    def scale_and_cap(self) -> tuple[float, float | None] | None:
+        """``logit_scale`` and ``softcap`` of the loss, or None where it has not these steps."""
+        names, factors = [name for name, _ in self.steps], [factor for _, factor in self.steps]
+        if names[-3:] == ["div", "tanh", "mul"] and factors[-3] == factors[-1]:
+            cap, names, factors = factors[-1], names[:-3], factors[:-3]
+        else:
+            cap = None
+        if "tanh" in names:
+            return None
+        scale = 1.0
+        for name, factor in zip(names, factors, strict=True):
+            scale = scale * factor if name == "mul" else scale / factor
+        return scale, cap
+
+    def _then(self, step: str, factor: Any = 1.0) -> Any:
+        if isinstance(factor, (int, float)) and self._made is None:
+            return PromisedLogits(self.hidden, self.head, (*self.steps, (step, float(factor))))
+        made = self.make()
+        return torch.tanh(made) if step == "tanh" else made * factor if step == "mul" else made / factor
+
+    def __mul__(self, factor: Any) -> Any:
+        return self._then("mul", factor)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, factor: Any) -> Any:
+        return self._then("div", factor)
+
+    def tanh(self) -> Any:
+        return self._then("tanh")
+
+    def float(self) -> "PromisedLogits":
+        return self  # the loss is computed in fp32 whatever the logits are
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.make(), name)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """PyTorch calls this in place of any of its functions that gets a promise as an argument."""
+        if func is torch.tanh and len(args) == 1 and not kwargs:
+            return args[0].tanh()
+
+        def made(each: Any) -> Any:
+            if isinstance(each, (list, tuple)):
+                return type(each)(map(made, each))
+            return each.make() if isinstance(each, cls) else each
+
+        return func(*map(made, args), **{name: made(each) for name, each in (kwargs or {}).items()})
+
+
+def _making(name: str) -> Any:
+    def operator(self: PromisedLogits, *arguments: Any) -> Any:
+        made = (each.make() if isinstance(each, PromisedLogits) else each for each in arguments)
+        return getattr(self.make(), name)(*made)
+
+    return operator
+
+
+# Python looks operators up in the class, and does not call __getattr__ for them.
+for _name in (
+    "add",
+    "radd",
+    "sub",
+    "rsub",
+    "rtruediv",
+    "neg",
+    "getitem",
+    "len",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "matmul",
+    "pow",
+):
+    setattr(PromisedLogits, f"__{_name}__", _making(f"__{_name}__"))
+
+
+class _PromisingHead(nn.Linear):
+    def forward(self, x: Tensor) -> Any:
+        return PromisedLogits(x, self)
+
+
+class HeadLoss:
+    """Hooks on a model that change its head and its loss while its ``forward`` runs with labels in training."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.handles = [
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
+            model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+        ]
+        self._head: nn.Linear | None = None  # while forward runs
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not model.training or torch.compiler.is_compiling() or _labels(model, args, kwargs) is None:
+            return
+        head = head_of(self.model)
+        if head is None or changed_reason(head, nn.Linear, head.weight.device) is not None:
+            return
+        self._head = head
+        head.__class__ = _PromisingHead
+        self.model._loss_function = self._loss
+
+    def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if self._head is None:
+            return output
+        self._head.__class__, self._head = nn.Linear, None
+        del self.model._loss_function
+        if isinstance(output, ModelOutput):
+            kept = {name: None if isinstance(each, PromisedLogits) else each for name, each in output.items()}
+            return type(output)(**kept)
+        if isinstance(output, tuple):
+            return tuple(each for each in output if not isinstance(each, PromisedLogits))
+        return output
+
+    def _loss(
+        self,
+        logits: Any,
+        labels: Tensor | None,
+        vocab_size: int,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = -100,
+        shift_labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        options = logits.scale_and_cap() if isinstance(logits, PromisedLogits) else None
+        if options is None or not isinstance(logits, PromisedLogits) or logits.head.weight.shape[0] != vocab_size:
+            logits = logits.make() if isinstance(logits, PromisedLogits) else logits
+            loss: Tensor = ForCausalLMLoss(
+                logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs
+            )
+            return loss
+        if shift_labels is None:
+            assert labels is not None
+            shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        weight, bias = weight_and_bias(logits.head)
+        scale, cap = options
+        return linear_cross_entropy(
+            logits.hidden.flatten(0, -2),
+            weight,
+            shift_labels.flatten().to(logits.hidden.device),
+            bias=bias,
+            softcap=cap,
+            logit_scale=scale,
+            ignore_index=ignore_index,
+            num_items=num_items_in_batch,
+        )
+
+
+def head_of(model: PreTrainedModel) -> nn.Linear | None:
+    """The output head, if it is a child of the model."""
+    head = model.get_output_embeddings()
+    return head if isinstance(head, nn.Linear) and any(head is child for child in model.modules()) else None
+
+
+def why_not(model: PreTrainedModel) -> str | None:
+    """Why the loss of a model cannot come from ``linear_cross_entropy``, or None."""
+    head = head_of(model)
+    if head is None:
+        return "it has no output head that is a torch.nn.Linear"
+    if "labels" not in inspect.signature(model.forward).parameters:
+        return "its forward takes no labels"
+    if model.loss_function is not ForCausalLMLoss:
+        return f"its loss is {getattr(model.loss_function, '__name__', model.loss_function)}"
+    return changed_reason(head, nn.Linear, head.weight.device)
+
+
+def _labels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if "labels" in kwargs:
+        return kwargs["labels"]
+    names = list(inspect.signature(model.forward).parameters)
+    return dict(zip(names, args, strict=False)).get("labels")

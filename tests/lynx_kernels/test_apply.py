@@ -1,0 +1,269 @@
+"""``apply``: the kernels in models of transformers that are there already, reported, and taken out again."""
+
+import copy
+import pickle
+import re
+
+import peft
+import pytest
+import torch
+import transformers as hf
+
+from lynx_kernels.integrations import head_loss
+from lynx_kernels.integrations import transformers as integration
+from lynx_kernels.integrations.apply import apply
+from tests.lynx_kernels import families, vlms
+
+SMALL = {name: value for name, value in vlms.TEXT.items() if name != "head_dim"}
+
+
+@pytest.mark.parametrize("family", vlms.FAMILIES)
+def test_families_equal_themselves_before(family):
+    """Padded on both sides, several images, a row of text: outputs and gradients. Undone, bit for bit."""
+    model = vlms.build(family)
+    keys, names = list(model.state_dict()), implementations(model)
+    for side in ("left", "right"):
+        inputs = vlms.FAMILIES[family].batch(side)
+        before = vlms.run(model, inputs)
+        with families.counted() as calls, apply(model, on_unsupported="keep") as patch:
+            vlms.assert_close(vlms.run(model, inputs), before)
+        # Two layers of text; and where towers cut rows of patches, two layers of the tower, each in one call.
+        assert calls["kernels"] == (4 if family in ("Qwen3VL", "Qwen25VL", "Pixtral") else 2), patch.report()
+        after = vlms.run(model, inputs)
+        assert torch.equal(after.logits, before.logits)
+        assert all(torch.equal(after.gradients[name], each) for name, each in before.gradients.items())
+    assert (list(model.state_dict()), implementations(model)) == (keys, names)
+
+
+def implementations(model):
+    return {name: each.config._attn_implementation for name, each in model.named_modules() if hasattr(each, "config")}
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}])
+@pytest.mark.parametrize("family", ["Qwen3VL", "Gemma3", "SmolVLM"])
+def test_generation_equals_itself_before(family, options):
+    model = vlms.build(family)
+    inputs, options = vlms.FAMILIES[family].batch(rows=(0,)), {"max_new_tokens": 5, "do_sample": False, **options}
+    expected = model.generate(**inputs, **options)
+    with apply(model):
+        assert torch.equal(model.generate(**inputs, **options), expected)
+
+
+@pytest.mark.parametrize("family", vlms.FAMILIES)
+def test_losses_equal_themselves_before(family):
+    model = vlms.build(family).train()
+    inputs = vlms.FAMILIES[family].batch()
+    inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    before = vlms.run(model, inputs)
+    with apply(model):
+        ours = vlms.run(model, inputs)
+        vlms.assert_close(ours, before)
+        assert ours.logits is None
+        assert model.eval()(**inputs).logits is not None
+        assert model.train()(**{name: each for name, each in inputs.items() if name != "labels"}).logits is not None
+    assert type(model.get_output_embeddings()) is torch.nn.Linear
+    assert "_loss_function" not in vars(model)
+
+
+HEADS = {
+    "plain": hf.LlamaConfig(**vlms.TEXT),
+    "cap": hf.Gemma2Config(**vlms.TEXT, final_logit_softcapping=3.0),
+    "factor": hf.CohereConfig(**SMALL, logit_scale=0.3),
+    "quotient": hf.GraniteConfig(**SMALL, logits_scaling=3.0),
+    "bias": hf.PhiConfig(**SMALL),
+}
+
+
+@pytest.mark.parametrize("num_items", [None, 7, torch.tensor(7)])
+@pytest.mark.parametrize("head", HEADS)
+def test_losses_of_every_kind_of_head(head, num_items, monkeypatch):
+    """A cap, a factor, a bias; and the divisor that Trainer gives."""
+    model = families.build(HEADS[head], "eager").train()
+    ids = torch.randint(3, 50, (2, 9), generator=torch.Generator().manual_seed(0))
+    labels = ids.masked_fill(torch.rand(ids.shape, generator=torch.Generator().manual_seed(1)) < 0.4, -100)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    if num_items is not None:
+        inputs["num_items_in_batch"] = num_items
+    before = vlms.run(model, inputs)
+    seen = []
+    function = head_loss.linear_cross_entropy
+    monkeypatch.setattr(head_loss, "linear_cross_entropy", lambda *a, **k: seen.append(k) or function(*a, **k))
+    with apply(model):
+        vlms.assert_close(vlms.run(model, inputs), before)
+    [options] = seen
+    assert options["softcap"] == (3.0 if head == "cap" else None)
+    assert options["logit_scale"] == pytest.approx({"factor": 0.3, "quotient": 1 / 3}.get(head, 1.0))
+    assert (options["bias"] is not None) == (head == "bias")
+
+
+class OwnLoss(hf.LlamaForCausalLM):
+    """Its loss looks at the logits in ways of its own."""
+
+    def forward(self, input_ids, labels=None, **kwargs):
+        logits = self.lm_head(self.model(input_ids, **kwargs).last_hidden_state)
+        logits = torch.tanh(logits * 2) + 0.5 * logits - logits[..., :1]
+        loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+        loss = loss + (1 - logits.float()).square().mean() + torch.cat([logits, logits]).mean() + len(logits)
+        return hf.modeling_outputs.CausalLMOutput(loss=loss, logits=logits)
+
+
+def test_promised_logits_are_made_for_whoever_reads_them():
+    torch.manual_seed(0)
+    model = OwnLoss(HEADS["plain"]).train()
+    ids = torch.randint(3, 50, (2, 9))
+    before = vlms.run(model, {"input_ids": ids, "labels": ids})
+    with apply(model):
+        ours = vlms.run(model, {"input_ids": ids, "labels": ids})
+    vlms.assert_close(ours, before)
+    assert ours.logits is not None
+
+
+def test_errors_leave_the_model_as_it_was():
+    model = families.build(HEADS["plain"], "sdpa").train()
+    with apply(model):
+        with pytest.raises((ValueError, RuntimeError), match=r"\d"):
+            model(torch.zeros(1, 3, dtype=torch.int64), labels=torch.zeros(1, 5, dtype=torch.int64))
+        assert type(model.lm_head) is torch.nn.Linear
+        assert "_loss_function" not in vars(model)
+
+
+def test_trainer_accumulates(tmp_path):
+    """The same weights after two steps, with batches of different numbers of labels."""
+    rows = [{"input_ids": list(range(3, 3 + n)), "labels": list(range(3, 3 + n))} for n in (4, 9, 5, 7)]
+    weights = []
+    for is_patched in (False, True):
+        model = families.build(HEADS["plain"], "sdpa")
+        if is_patched:
+            apply(model)
+        options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_steps": 2, "use_cpu": True}
+        arguments = hf.TrainingArguments(tmp_path, **options, report_to=[], save_strategy="no", disable_tqdm=True)
+        hf.Trainer(model, arguments, train_dataset=rows, data_collator=lambda rows: {
+            name: torch.tensor([row[name] for row in rows]) for name in rows[0]
+        }).train()  # fmt: skip
+        weights.append(model.state_dict())
+    for name, each in weights[0].items():
+        torch.testing.assert_close(weights[1][name], each, rtol=1e-5, atol=1e-6)
+
+
+def test_lora_and_checkpointing():
+    """peft after apply; LoRA on the head takes the logits' way, and undoing below peft is refused."""
+    inputs = vlms.FAMILIES["Qwen3VL"].batch()
+    inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    for targets in (["q_proj", "v_proj"], ["q_proj", "lm_head"]):
+        losses = []
+        for is_patched in (False, True):
+            model = vlms.build("Qwen3VL")
+            patch = apply(model) if is_patched else None
+            torch.manual_seed(1)
+            lora = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, init_lora_weights=False))
+            lora.train().gradient_checkpointing_enable({"use_reentrant": False})
+            losses.append(vlms.run(lora, inputs))
+        vlms.assert_close(losses[1], losses[0])
+        with pytest.raises(RuntimeError, match=r"undo: model\.\S+ is a peft\S+ and was .*undo that first"):
+            patch.undo()
+        lora.unload()
+        patch.undo()
+
+
+def test_reports_say_layer_by_layer_what_runs():
+    model = vlms.build("Qwen3VL")
+    patch = apply(model)
+    assert patch.report().splitlines()[0].split() == ["layer", "class", "runs"]
+    assert re.search(
+        r"model\.visual\.blocks\.0-1\.attn +Qwen3VLVisionAttention +lynx +prefix_attention, one", patch.report()
+    )
+    assert re.search(r"layers\.0-1\.self_attn +Qwen3VLTextAttention +lynx +prefix_attention for padded", patch.report())
+    assert re.search(r"loss +loss +lynx +in train\(\) with labels", patch.report())
+    inputs = vlms.FAMILIES["Qwen3VL"].batch(rows=(0,))
+    model(**inputs)
+    assert {part.why for part in patch.parts()[:-1]} == {"prefix_attention"}
+    model.generate(**inputs, max_new_tokens=2)
+    assert re.search(r"TextAttention +its own +PyTorch's scaled_dot_product_attention, since its mask", patch.report())
+    patch.undo()
+    patch = apply(model, attention=False, vision=False, loss=False)
+    assert {part.runs for part in patch.parts()} == {"its own"}
+    assert {part.why for part in patch.parts()} == {"attention=False", "vision=False", "loss=False"}
+
+
+def test_what_cannot_run_is_named():
+    hybrid = families.build(
+        families.config_of("qwen3_next", layer_types=["linear_attention", "full_attention"]), "sdpa"
+    )
+    with pytest.raises(ValueError, match=r"cannot run the kernels:\n  model\.layers\.0\S* .*linear_attention: not att"):
+        apply(hybrid, on_unsupported="raise")
+    assert "would mix the samples of a packed row" in apply(hybrid).report()
+    bloom = families.build(families.config_of("bloom"), "eager")
+    assert re.search(r"loss +loss +lynx", apply(bloom).report())
+    encoder = families.build(families.config_of("vit"), "sdpa")
+    assert "it has no output head that is a torch.nn.Linear" in apply(encoder).report()
+    with pytest.raises(TypeError, match=r"expected a model of transformers, got a torch\.nn\.modules\.linear\.Linear"):
+        apply(torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="on_unsupported is 'drop'"):
+        apply(encoder, on_unsupported="drop")
+
+
+def test_twice_is_an_error_and_copies_run_alone():
+    model = families.build(HEADS["plain"], "sdpa").train()
+    ids = torch.arange(3, 12)[None]
+    expected = model(ids, labels=ids).loss
+    patch = apply(model)
+    with pytest.raises(RuntimeError, match="LlamaForCausalLM is patched already; undo"):
+        apply(model)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with families.counted() as calls:
+            out = copied(ids, labels=ids)
+        assert (calls["kernels"], out.logits) == (2, None)
+        torch.testing.assert_close(out.loss, expected)
+    for copier in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="a Patch"):
+            copier(patch)
+    patch.undo()
+    patch.undo()
+    assert torch.equal(model(ids, labels=ids).loss, expected)
+    apply(model).undo()
+
+
+def test_compiled_models_keep_their_logits():
+    torch._dynamo.reset()
+    model = families.build(HEADS["plain"], "sdpa").train()
+    ids = torch.arange(3, 12)[None]
+    expected = model(ids, labels=ids).loss
+    with apply(model):
+        out = torch.compile(model, backend="eager")(ids, labels=ids)
+        torch.testing.assert_close(out.loss, expected)
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gpt_oss", "llama"])
+def test_cu_seq_lens_keep_samples_apart(kind):
+    """What padding-free collators pass for FlashAttention, to models whose masks do not know of positions, too."""
+    model = families.build(families.config_of(kind), "eager")
+    lengths, ids = [5, 1, 7], torch.randint(3, 60, (13,), generator=torch.Generator().manual_seed(0))
+    alone = torch.cat([model(each[None], use_cache=False).logits[0] for each in ids.split(lengths)])
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    offsets = torch.tensor([0, 5, 6, 13], dtype=torch.int32)
+    with apply(model), families.counted() as calls:
+        options = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": 7, "max_length_k": 7}
+        packed = model(ids[None], position_ids=positions, use_cache=False, **options).logits[0]
+    torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-4)
+    assert calls == {"kernels": 2}
+
+
+@pytest.mark.parametrize("family", ["Gemma3", "PaliGemma"])
+def test_packed_rows_of_image_blocks_equal_each_alone(family):
+    """The layout adds samples to the model's blocks and windows."""
+    model, rows = vlms.build(family, "eager"), vlms.FAMILIES[family].rows()
+    alone = [model(**vlms.FAMILIES[family].batch(rows=(row,)), use_cache=False).logits[0] for row in range(len(rows))]
+    batches = [vlms.FAMILIES[family].batch(rows=(row,)) for row in range(len(rows))]
+    layout = integration.PackedLayout.causal([len(row.ids) for row in rows])
+    first = 1 if family == "PaliGemma" else 0  # its positions start at 1
+    with apply(model), families.counted() as calls:
+        packed = model(
+            torch.cat([each["input_ids"][0] for each in batches])[None],
+            token_type_ids=torch.cat([each["token_type_ids"][0] for each in batches])[None],
+            pixel_values=vlms.FAMILIES[family].pixels([0, 1, 2])["pixel_values"],
+            attention_mask=integration.packed_mask(layout),
+            position_ids=layout.position_ids[None] + first,
+            use_cache=False,
+        ).logits[0]
+    assert calls["kernels"] == 2
+    torch.testing.assert_close(packed, torch.cat(alone), rtol=1e-4, atol=1e-4)
