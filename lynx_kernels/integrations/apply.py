@@ -13,9 +13,11 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lynx_kernels.integrations import head_loss, logs, outsiders
+from lynx_kernels.integrations.attention_mask import AttentionMask
 from lynx_kernels.integrations.transformers import KEEP_SAMPLES_APART, NAME, VARLEN_NAME, register
 
 _INTERFACE, _CUTS_AT_SAMPLES = "ALL_ATTENTION_FUNCTIONS", "is_flash_attention_requested"
@@ -47,6 +49,7 @@ class Patch:
     _parts: list[Part]
     _configs: list[tuple[PreTrainedConfig, str | None]]  # with the names they had
     _loss: head_loss.HeadLoss | None
+    _positions: RemovableHandle
     _classes: dict[str, type] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -104,6 +107,7 @@ class Patch:
                 )
         for config, implementation in self._configs:
             config._attn_implementation_internal = implementation
+        self._positions.remove()
         if self._loss is not None:
             self._loss.remove()
         _patched.discard(self.model)
@@ -139,7 +143,7 @@ def apply(
         vision: vision towers that cut one row of patches at ``cu_seqlens`` run one call a layer.
         loss: in ``train()``, with labels, the loss comes from ``linear_cross_entropy`` and ``logits`` is None. In
             ``eval()``, and in code that torch.compile compiles, nothing changes. A model with a loss of its own keeps
-            it.
+            it. The labels of a packed row are scored by the rows that predict them on their paths.
         on_unsupported: what happens to layers and losses that cannot run the kernels: they stay, or it is an error.
 
     Returns:
@@ -172,7 +176,25 @@ def apply(
     before = [(config, config._attn_implementation_internal) for config, _ in configs]
     for config, name in configs:
         config._attn_implementation_internal = name
-    return Patch(model, parts, before, head_loss.HeadLoss(model) if reason is None else None)
+    positions = model.register_forward_pre_hook(_check_positions, with_kwargs=True)
+    return Patch(model, parts, before, head_loss.HeadLoss(model) if reason is None else None, positions)
+
+
+def _check_positions(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse a packed row whose tokens would not have the positions that they have alone."""
+    mask = kwargs.get("attention_mask")
+    if not isinstance(mask, AttentionMask) or not mask.is_packed:
+        return
+    name, positions = type(model).__name__, kwargs.get("position_ids")
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise ValueError(f"{name} takes no position_ids, so the samples of a packed row would go on from each other")
+    if positions is None:
+        raise ValueError(f"{name}: a packed row needs position_ids: layout.position_ids[None], or a PackedCollator's")
+    if positions.dim() < 3 and any(hasattr(each, "get_rope_index") for each in model.modules()):
+        raise ValueError(
+            f"{name} has positions in three dimensions (M-RoPE), got position_ids of shape {tuple(positions.shape)}; "
+            f"take those of a PackedCollator, or of get_rope_index for each sample, end to end"
+        )
 
 
 def _plan(

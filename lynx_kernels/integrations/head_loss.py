@@ -2,7 +2,7 @@
 
 While the model's ``forward`` runs, and only then, its output head returns a promise of logits. Its loss function
 redeems it without ever making them. Whatever else reads the promise gets true logits, so a model with a loss of its own
-is as right as before.
+is as right as before. The loss of a packed row knows the row's layout, in evaluation, too.
 """
 
 import inspect
@@ -15,6 +15,8 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import ModelOutput
 
 from lynx_kernels.children import changed_reason, weight_and_bias
+from lynx_kernels.integrations.attention_mask import AttentionMask
+from lynx_kernels.layout import PackedLayout
 from lynx_kernels.ops.linear_cross_entropy import linear_cross_entropy
 
 
@@ -121,7 +123,7 @@ class _PromisingHead(nn.Linear):
 
 
 class HeadLoss:
-    """Hooks on a model that change its head and its loss while its ``forward`` runs with labels in training."""
+    """Hooks on a model that change its head and its loss while its ``forward`` runs with labels."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -129,26 +131,31 @@ class HeadLoss:
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
         ]
-        self._head: nn.Linear | None = None  # while forward runs
+        self._head: nn.Linear | None = None  # while forward runs in training
+        self._layout: PackedLayout | None = None  # while forward runs on a packed row
 
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not model.training or torch.compiler.is_compiling() or _labels(model, args, kwargs) is None:
+        if torch.compiler.is_compiling() or _argument("labels", model, args, kwargs) is None:
             return
+        mask = _argument("attention_mask", model, args, kwargs)
+        self._layout = mask.layout if isinstance(mask, AttentionMask) and mask.is_packed else None
         head = head_of(self.model)
-        if head is None or changed_reason(head, nn.Linear, head.weight.device) is not None:
-            return
-        self._head = head
-        head.__class__ = _PromisingHead
-        self.model._loss_function = self._loss
+        if model.training and head is not None and changed_reason(head, nn.Linear, head.weight.device) is None:
+            self._head = head
+            head.__class__ = _PromisingHead
+        if self._head is not None or self._layout is not None:
+            self.model._loss_function = self._loss
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if self._head is None:
+        if self._head is None and self._layout is None:
             return output
-        self._head.__class__, self._head = nn.Linear, None
+        if self._head is not None:
+            self._head.__class__ = nn.Linear
+        self._head = self._layout = None
         del self.model._loss_function
         if isinstance(output, ModelOutput):
             kept = {name: None if isinstance(each, PromisedLogits) else each for name, each in output.items()}
@@ -167,22 +174,30 @@ class HeadLoss:
         shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
+        """``ForCausalLMLoss``, but a packed row's labels are scored by the rows that predict them on their paths."""
+        predictors = None
+        if shift_labels is None:
+            assert labels is not None
+            if self._layout is None:
+                shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:].contiguous()
+            else:
+                shift_labels, predictors = self._layout.select(labels.flatten(), ignore_index=ignore_index)
         options = logits.scale_and_cap() if isinstance(logits, PromisedLogits) else None
-        if options is None or not isinstance(logits, PromisedLogits) or logits.head.weight.shape[0] != vocab_size:
+        if options is None or logits.head.weight.shape[0] != vocab_size:
             logits = logits.make() if isinstance(logits, PromisedLogits) else logits
+            if predictors is not None:
+                logits = logits.flatten(0, -2)[predictors.clamp(min=0)]
             loss: Tensor = ForCausalLMLoss(
                 logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs
             )
             return loss
-        if shift_labels is None:
-            assert labels is not None
-            shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         weight, bias = weight_and_bias(logits.head)
         scale, cap = options
         return linear_cross_entropy(
             logits.hidden.flatten(0, -2),
             weight,
             shift_labels.flatten().to(logits.hidden.device),
+            predictors=predictors,
             bias=bias,
             softcap=cap,
             logit_scale=scale,
@@ -209,8 +224,7 @@ def why_not(model: PreTrainedModel) -> str | None:
     return changed_reason(head, nn.Linear, head.weight.device)
 
 
-def _labels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if "labels" in kwargs:
-        return kwargs["labels"]
-    names = list(inspect.signature(model.forward).parameters)
-    return dict(zip(names, args, strict=False)).get("labels")
+def _argument(name: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if name in kwargs:
+        return kwargs[name]
+    return dict(zip(inspect.signature(model.forward).parameters, args, strict=False)).get(name)

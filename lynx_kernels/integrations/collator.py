@@ -1,0 +1,184 @@
+"""Several samples of a vision-language model in one packed row, each as if it were alone."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from lynx_kernels.integrations.transformers import packed_mask
+from lynx_kernels.layout import PackedLayout
+
+IGNORE = -100
+_ROWS_OF_IMAGES = {"idefics2", "idefics3", "smolvlm"}  # their pixel values are (rows, images, ...)
+_FIRST_POSITION = {"paligemma": 1}
+_OF_PADDED_ROWS = {  # inputs that say of each token of a row what it sees
+    "cross_attention_mask": "its cross-attention mask is of padded rows",
+    "image_attention_mask": "its cross-attention mask is of padded rows",
+    "qformer_input_ids": "its Q-Former reads a text for each image",
+}
+
+Sample = Mapping[str, Any]
+
+
+class PackedCollator:
+    """Makes one packed row of samples: a ``data_collator`` for transformers' ``Trainer``.
+
+    A sample is what a processor returns for one conversation, with ``labels`` if it is trained on. Or it is a list of
+    them, which begin alike and have the same images: they become a tree, in which what they share stands once. Each
+    token gets the position that it has in its own conversation, by the model's ``get_rope_index`` where it has one.
+
+    Args:
+        model: of transformers, changed by ``apply``; before other libraries wrap it.
+        token_budget: the most tokens of a row. More are an error: plan batches with ``lynx_kernels.PackPlanner``.
+
+    Raises:
+        ValueError: the model cannot take packed rows.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, token_budget: int | None = None) -> None:
+        self.name: str = model.config.model_type
+        self.token_budget = token_budget
+        self._rope_index: Callable[..., Any] | None = next(
+            (each.get_rope_index for each in model.modules() if hasattr(each, "get_rope_index")), None
+        )
+
+    def __call__(self, samples: Sequence[Sample | Sequence[Sample]]) -> dict[str, Any]:
+        """The row.
+
+        Returns:
+            ``input_ids`` and other values per token (1, T), ``attention_mask`` (a packed mask of the layout),
+            ``position_ids`` (1, T), or (3, 1, T) for M-RoPE; ``labels`` (1, T), -100 where a tree begins; pixels and
+            their sizes, end to end.
+
+        Raises:
+            ValueError: names the sample: too many tokens; different keys, images or labels where conversations are to
+                share them; inputs that have no packed form.
+        """
+        rows: list[dict[str, Tensor]] = []  # per token, for each segment
+        media: list[dict[str, Tensor]] = []
+        lengths: list[int] = []
+        parents: list[int] = []
+        for number, sample in enumerate(samples):
+            members = [sample] if isinstance(sample, Mapping) else list(sample)
+            read = [self._read(member, number) for member in members]
+            tokens, pixels = [each[0] for each in read], [each[1] for each in read]
+            if any(not _equal(pixels[0], each) for each in pixels[1:]):
+                raise ValueError(
+                    f"sample {number}: conversations of one tree must have the same images, in their order"
+                )
+            media.append(pixels[0])
+            _add_tree(tokens, -1, 0, rows, lengths, parents, number)
+        total = sum(lengths)
+        if self.token_budget is not None and total > self.token_budget:
+            raise ValueError(
+                f"{len(samples)} samples have {total} tokens, and token_budget is {self.token_budget}; "
+                f"plan batches with lynx_kernels.PackPlanner, or raise the budget"
+            )
+        layout = PackedLayout.from_segments(lengths, parents)
+        joined = {name: torch.cat([each[name] for each in rows], -1) for name in _common(rows, "values per token")}
+        if "labels" in joined:
+            joined["labels"] = joined["labels"].masked_fill(layout.predictors < 0, IGNORE)
+        batch = {name: each[..., None, :] for name, each in joined.items()}  # (1, T), or (3, 1, T)
+        side = 1 if self.name in _ROWS_OF_IMAGES else 0
+        having = [each for each in media if each]
+        for name in _common(having, "images"):
+            values = [each[name] for each in having]
+            if "image_sizes" in having[0] and name.startswith("pixel"):
+                values = _to_one_size(values)  # as a processor does for one batch
+            batch[name] = torch.cat(values, side)
+        return {**batch, "attention_mask": packed_mask(layout)}
+
+    def _read(self, sample: Sample, number: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Values per token, (L,) or (3, L), with positions; and the rest."""
+        values = {name: torch.as_tensor(value) for name, value in sample.items() if value is not None}
+        for name, why in _OF_PADDED_ROWS.items():
+            if name in values:
+                raise ValueError(f"sample {number}: {self.name} cannot take packed rows: {why} ({name})")
+        if "input_ids" not in values:
+            raise ValueError(f"sample {number} has no input_ids, but {', '.join(values) or 'nothing'}")
+        ids = values["input_ids"]
+        if ids.dim() > 2 or (ids.dim() == 2 and len(ids) != 1):
+            raise ValueError(f"sample {number}: input_ids are {tuple(ids.shape)}, must be of one conversation")
+        is_token = values.pop("attention_mask", torch.ones_like(ids)).flatten().bool()
+        length = ids.shape[-1]
+        per_token = {
+            name: value.reshape(-1)[is_token]
+            for name, value in values.items()
+            if value.numel() == length
+            and value.shape[-1] == length
+            and not name.startswith(("pixel", "image_", "video_"))
+        }
+        rest = {name: value for name, value in values.items() if name not in per_token}
+        per_token["position_ids"] = self._positions(per_token, rest)
+        return per_token, rest
+
+    def _positions(self, per_token: dict[str, Tensor], rest: dict[str, Tensor]) -> Tensor:
+        ids = per_token["input_ids"]
+        if self._rope_index is None:
+            return torch.arange(len(ids)) + _FIRST_POSITION.get(self.name, 0)
+        known = inspect.signature(self._rope_index).parameters
+        given = (
+            {name: each[None] for name, each in per_token.items()}
+            | rest
+            | {"attention_mask": torch.ones_like(ids)[None]}
+        )
+        positions: Tensor = self._rope_index(**{name: each for name, each in given.items() if name in known})[0]
+        return positions[:, 0]
+
+
+def _add_tree(
+    members: list[dict[str, Tensor]],
+    parent: int,
+    start: int,
+    rows: list[dict[str, Tensor]],
+    lengths: list[int],
+    parents: list[int],
+    number: int,
+) -> None:
+    """Append the segments of conversations that are alike up to ``start``, depth first."""
+    ids = [each["input_ids"][start:] for each in members]
+    shortest = min(map(len, ids))
+    same = torch.stack([each[:shortest] == ids[0][:shortest] for each in ids]).all(0)
+    shared = int(same.int().cumprod(0).sum())
+    end = start + shared
+    segment = {name: each[..., start:end] for name, each in members[0].items()}
+    for each in members[1:]:
+        if not _equal(segment, {name: value[..., start:end] for name, value in each.items()}):
+            raise ValueError(
+                f"sample {number}: conversations of one tree have the same tokens up to token {end}, but other labels "
+                f"or types there"
+            )
+    rows.append(segment)
+    lengths.append(shared)
+    parents.append(parent)
+    index = len(lengths) - 1
+    branches: dict[int, list[dict[str, Tensor]]] = {}
+    for each in members:
+        if len(each["input_ids"]) > end:
+            branches.setdefault(int(each["input_ids"][end]), []).append(each)
+    for branch in branches.values():
+        _add_tree(branch, index, end, rows, lengths, parents, number)
+
+
+def _to_one_size(images: list[Tensor]) -> list[Tensor]:
+    """Images (..., H, W) with zeros at their right and below them."""
+    height, width = (max(each.shape[dim] for each in images) for dim in (-2, -1))
+    return [functional.pad(each, (0, width - each.shape[-1], 0, height - each.shape[-2])) for each in images]
+
+
+def _common(each: list[dict[str, Tensor]], what: str) -> list[str]:
+    """The names that all have; an error if some have others."""
+    names = list(each[0]) if each else []
+    for other in each[1:]:
+        if other.keys() != each[0].keys():
+            differing = ", ".join(sorted(other.keys() ^ each[0].keys()))
+            raise ValueError(f"samples of one row differ in their {what}: only some have {differing}")
+    return names
+
+
+def _equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
