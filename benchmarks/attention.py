@@ -12,6 +12,7 @@ heads would not fit; heads do not meet, and the tests look at all of ours.
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -127,18 +128,20 @@ def operation(workload: Workload, device: str) -> Callable[..., Any]:
         spans = [(end - root, end) for end, (root, _) in zip(ends, workload.groups, strict=True)]
         layout = SpanLayout.from_spans([query for _, (query,) in workload.groups], spans, ends[-1], device=device)
         return partial(cross_attention, layout=layout)
-    branches = [(index, branch) for index, (_, all_) in enumerate(workload.groups) for branch in all_]
-    to_root, branch_lengths = torch.tensor(branches, dtype=torch.int32, device=device).unbind(1)
-    root_lengths = torch.tensor([root for root, _ in workload.groups], dtype=torch.int32, device=device)
-    return partial(
-        prefix_attention_decode, branch_to_root=to_root, root_lengths=root_lengths, branch_lengths=branch_lengths
-    )
+    stops = accumulate(root for root, _ in workload.groups)
+    read = [((end - root, end), own) for end, (root, all_) in zip(stops, workload.groups, strict=True) for own in all_]
+    ranges = torch.tensor([[bounds] for bounds, _ in read], dtype=torch.int32, device=device)
+    branch_lengths = torch.tensor([own for _, own in read], dtype=torch.int32, device=device)
+    return partial(prefix_attention_decode, ranges=ranges, branch_lengths=branch_lengths)
 
 
 def inputs_of(
     workload: Workload, dtype: torch.dtype, device: str, heads: int, dim: int, *, requires_grad: bool
 ) -> list[Tensor]:
-    """Random q, k and v (T, H, D); for decoding q, the roots' and the branches' keys and values (B, L, H, D)."""
+    """Random q, k and v (T, H, D).
+
+    For decoding q (B, 1, H, D), the roots' keys and values (K, H, D) end to end, and the branches' (B, L, H, D).
+    """
     roots, branches = [root for root, _ in workload.groups], [each for _, some in workload.groups for each in some]
     shapes: list[tuple[int, ...]]
     if workload.operation == "prefix_attention":
@@ -146,7 +149,7 @@ def inputs_of(
     elif workload.operation == "cross_attention":
         shapes = [(sum(branches),), (sum(roots),), (sum(roots),)]
     else:
-        shapes = [(len(branches), 1), *[(len(roots), max(roots))] * 2, *[(len(branches), max(branches))] * 2]
+        shapes = [(len(branches), 1), *[(sum(roots),)] * 2, *[(len(branches), max(branches))] * 2]
     torch.manual_seed(0)
     return [torch.randn(*shape, heads, dim, device=device).to(dtype).requires_grad_(requires_grad) for shape in shapes]
 

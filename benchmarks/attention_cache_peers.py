@@ -53,11 +53,11 @@ def decode_peers(workload: Workload, device: str) -> Peers:
     lengths, pairs = filled.sum(1).tolist(), filled.numel()
     mask = None if filled.all() else filled[:, None, None]
 
-    def caches(root_k: Tensor, root_v: Tensor, branch_k: Tensor, branch_v: Tensor) -> list[Tensor]:
+    def caches(shared_k: Tensor, shared_v: Tensor, branch_k: Tensor, branch_v: Tensor) -> list[Tensor]:
         """(B, L, H, D) keys and values."""
         return [
-            torch.cat([roots.repeat_interleave(beams, 0), branches], 1)
-            for roots, branches in ((root_k, branch_k), (root_v, branch_v))
+            torch.cat([by_root(shared, root).repeat_interleave(beams, 0), branches], 1)
+            for shared, branches in ((shared_k, branch_k), (shared_v, branch_v))
         ]
 
     padded = Form(
@@ -73,7 +73,7 @@ def decode_peers(workload: Workload, device: str) -> Peers:
     found: Peers = {
         "sdpa repeated": Peer(lambda q, k, v: sdpa(q, k, v, attn_mask=mask), pairs, padded),
         "eager repeated": Peer(lambda q, k, v: eager(q, k, v, mask), pairs, padded, held=pairs),
-        "eager shared": Peer(eager_shared(filled[:, root:], beams), pairs, held=pairs),
+        "eager shared": Peer(eager_shared(filled[:, root:], root, beams), pairs, held=pairs),
         "cudnn repeated": only_on_gpus(device) or Peer(lambda q, k, v: cudnn(q, k, v, attn_mask=mask), pairs, padded),
     }
     for name, make in BLOCKS.items():
@@ -84,19 +84,25 @@ def decode_peers(workload: Workload, device: str) -> Peers:
     return found
 
 
-def eager_shared(filled: Tensor, beams: int) -> Callable[..., Tensor]:
+def by_root(shared: Tensor, root: int) -> Tensor:
+    """(K, H, D) -> (R, root, H, D)."""
+    return shared.reshape(len(shared) // root, root, *shared.shape[1:])
+
+
+def eager_shared(filled: Tensor, root: int, beams: int) -> Callable[..., Tensor]:
     """The products with a prefix for all of its beams at once, those with their own caches one by one.
 
     Args:
         filled: (B, Lb) bool, which keys a beam has.
+        root: the length of every prefix.
         beams: of each prefix, one after another.
     """
     bias = torch.zeros(filled.shape, device=filled.device).masked_fill(~filled, float("-inf"))
     bias = bias.unflatten(0, (-1, beams))[:, None]  # (R, 1, beams, Lb)
 
-    def attend(q: Tensor, root_k: Tensor, root_v: Tensor, branch_k: Tensor, branch_v: Tensor) -> Tensor:
+    def attend(q: Tensor, shared_k: Tensor, shared_v: Tensor, branch_k: Tensor, branch_v: Tensor) -> Tensor:
         q = q[:, 0].unflatten(0, (-1, beams)) * q.shape[-1] ** -0.5  # (R, beams, H, D)
-        root_k, root_v = root_k.transpose(1, 2), root_v.transpose(1, 2)  # (R, H, Lr, D)
+        root_k, root_v = (by_root(each, root).transpose(1, 2) for each in (shared_k, shared_v))  # (R, H, Lr, D)
         branch_k, branch_v = (
             each.unflatten(0, (-1, beams)).permute(0, 3, 1, 2, 4)  # (R, H, beams, Lb, D)
             for each in (branch_k, branch_v)

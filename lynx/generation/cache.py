@@ -1,12 +1,11 @@
 """The cache of generation, which stores once what rows share.
 
-Beams of one prompt, and questions about one image, have the same first keys and values. These are the *root*, computed
-and stored once however many rows read it. What a row has for itself, the rest of its prompt and its new tokens, is its
-*branch*. A prompt is one packed row of roots and branches. ``prefix_attention`` reads the prompt, and
-``prefix_attention_decode`` the new tokens.
+Beams of one prompt, and questions about one image, have the same first keys and values. A prompt is one packed row of
+roots, which several rows of the batch begin with, and the rest of each row's prompt. ``prefix_attention`` reads it, and
+its keys and values are stored as they stand, once. A row reads one or two ranges of them, its root and its own rest,
+however many beams of that row there are. Its new tokens, which ``prefix_attention_decode`` reads, are its *branch*.
 
-Beam search moves branches and ``branch_to_root``, never a root. If rows of one root have several beams each, the rest
-of a row's prompt, its question, is stored for each beam. The root holds the image.
+Beam search moves branches and ``ranges``, never the prompt's keys.
 """
 
 import weakref
@@ -60,7 +59,7 @@ class StaticTensors:
 
 
 class SharedRootCache(Cache):
-    """Keys and values of roots (layers, R, Lr, Hkv, D) and of branches (layers, B, Lb, Hkv, D).
+    """Keys and values of the prompt (layers, K, Hkv, D) and of new tokens (layers, B, Lb, Hkv, D).
 
     It begins with an unread prompt. The model's first forward pass with it reads ``prompt`` in place of its own inputs.
     These may have each row of the prompt several times: for its beams, or for several answers.
@@ -102,22 +101,21 @@ class SharedRootCache(Cache):
         self._max_new_tokens = max_new_tokens
         self._static = None if max_new_tokens is None else (static_tensors or StaticTensors()).lend(self)
         self._allocated = 0  # layers that have read the prompt
-        self._roots: list[range] = []  # tokens of the packed row
-        self._branches: list[tuple[int, range]] = []  # a root's number, tokens
+        self._read: list[tuple[range, range]] = []  # of each row, the tokens of its root and of its rest
         start = 0
-        for number, (root, branches) in enumerate(groups):
-            self._roots.append(range(start, start + root))
-            start += root
+        for root_length, branches in groups:
+            root = range(start, start + root_length)
+            start += root_length
             for length in branches:
-                if root + length == 0:
-                    raise ValueError(f"row {len(self._branches)} of the prompt has no token")
-                self._branches.append((number, range(start, start + length)))
+                if root_length + length == 0:
+                    raise ValueError(f"row {len(self._read)} of the prompt has no token")
+                self._read.append((root, range(start, start + length)))
                 start += length
 
     @property
     def last_tokens(self) -> Tensor:
         """(rows,): the index in the packed row of the last token of each row."""
-        ends = [(branch or self._roots[root])[-1] for root, branch in self._branches]
+        ends = [(rest or root)[-1] for root, rest in self._read]
         return torch.tensor(ends, device=self.layout.runs.device)
 
     def read(self, rows: int, length: int) -> dict[str, Any]:
@@ -126,23 +124,24 @@ class SharedRootCache(Cache):
         Raises:
             ValueError: the rows are not a multiple of the prompt's rows, or not as long as the prompt.
         """
-        repeats, rest = divmod(rows, len(self._branches))
+        repeats, rest = divmod(rows, len(self._read))
         if rest or length != self._prompt_length:
             raise ValueError(
                 f"the input has {rows} rows of {length} tokens, but the cache's unread prompt needs a multiple of "
-                f"{len(self._branches)} rows of {self._prompt_length}; pass past_key_values=DynamicCache() to generate"
+                f"{len(self._read)} rows of {self._prompt_length}; pass past_key_values=DynamicCache() to generate"
             )
         device = self.layout.runs.device
-        branches = [each for each in self._branches for _ in range(repeats)]
-        self._root_tokens, self._root_slots, self.root_lengths = _slots(self._roots, device)
-        self._branch_tokens, self._branch_slots, self.branch_lengths = _slots([each for _, each in branches], device)
-        self.branch_to_root = torch.tensor([root for root, _ in branches], device=device)
+        bounds = torch.tensor([[[each.start, each.stop] for each in both] for both in self._read], dtype=torch.int32)
+        if not any(rest for _, rest in self._read):
+            bounds = bounds[:, :1]
+        self.ranges = bounds.to(device).repeat_interleave(repeats, 0)  # (B, 1 or 2, 2)
+        self.branch_lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         self._rows = torch.arange(rows, device=device)[:, None]
-        self._filled = max(len(each) for _, each in branches)  # tokens of the longest branch; a bound where static
-        self._capacity = _in_blocks(self._filled + (self._max_new_tokens or 1))
+        self._filled = 0  # tokens of a branch; a bound where static
+        self._capacity = _in_blocks(self._max_new_tokens or 1)
         if self._static is not None:
             self._filled = self._capacity
-            for name in ("root_lengths", "branch_lengths", "branch_to_root", "_rows"):
+            for name in ("ranges", "branch_lengths", "_rows"):
                 setattr(self, name, self._static.filled(name, getattr(self, name)))
         prompt, self.prompt = self.prompt, None
         return {
@@ -162,11 +161,18 @@ class SharedRootCache(Cache):
         self._new_slots = self.branch_lengths[:, None] + torch.arange(-length, 0, device=self.branch_lengths.device)
         return {
             "attention_mask": packed_mask(self.layout),
-            "position_ids": self.root_lengths[self.branch_to_root][:, None] + self._new_slots,
-            "shared_roots": SharedRoots(
-                self.root_keys, self.root_values, self.branch_to_root, self.root_lengths, self.branch_lengths
-            ),
+            "position_ids": self._prompt_lengths[:, None] + self._new_slots,
+            "shared_roots": SharedRoots(self.shared_keys, self.shared_values, self.ranges, self.branch_lengths),
         }
+
+    @property
+    def lengths(self) -> Tensor:
+        """(rows,): the tokens of each row, its prompt included."""
+        return self._prompt_lengths + self.branch_lengths
+
+    @property
+    def _prompt_lengths(self) -> Tensor:
+        return (self.ranges[..., 1] - self.ranges[..., 0]).sum(1)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -182,15 +188,11 @@ class SharedRootCache(Cache):
         keys, values = key_states.transpose(1, 2), value_states.transpose(1, 2)
         if self._allocated < self._num_layers:
             if layer_idx == 0:
-                self.root_keys, self.branch_keys = self._allocate("keys", keys)
-                self.root_values, self.branch_values = self._allocate("values", values)
+                self.shared_keys, self.branch_keys = self._allocate("keys", keys)
+                self.shared_values, self.branch_values = self._allocate("values", values)
             self._allocated += 1
-            for roots, branches, new in (
-                (self.root_keys, self.branch_keys, keys[0]),
-                (self.root_values, self.branch_values, values[0]),
-            ):
-                roots[layer_idx].index_put_(self._root_slots, new[self._root_tokens])
-                branches[layer_idx].index_put_(self._branch_slots, new[self._branch_tokens])
+            for shared, new in ((self.shared_keys, keys[0]), (self.shared_values, values[0])):
+                shared[layer_idx, : len(new)] = new
             return key_states, value_states
         slots = (self._rows, self._new_slots)
         branch_keys = self.branch_keys[layer_idx].index_put_(slots, keys)
@@ -198,13 +200,12 @@ class SharedRootCache(Cache):
         return branch_keys.transpose(1, 2), branch_values.transpose(1, 2)
 
     def _allocate(self, name: str, new: Tensor) -> tuple[Tensor, Tensor]:
-        heads = new.shape[2:]
-        longest = max(len(root) for root in self._roots)
+        tokens, *heads = new.shape[1:]
         branches = (self._num_layers, len(self._rows), self._capacity, *heads)
         if self._static is None:
-            return new.new_empty(self._num_layers, len(self._roots), longest, *heads), new.new_empty(branches)
-        roots = (self._num_layers, len(self._roots), _in_blocks(longest), *heads)  # so prompts of a similar length fit
-        return self._static.empty(f"root_{name}", new, roots), self._static.empty(f"branch_{name}", new, branches)
+            return new.new_empty(self._num_layers, tokens, *heads), new.new_empty(branches)
+        shared = (self._num_layers, _in_blocks(tokens), *heads)  # so prompts of a similar length fit
+        return self._static.empty(f"shared_{name}", new, shared), self._static.empty(f"branch_{name}", new, branches)
 
     def _grow(self, capacity: int) -> None:
         old = self._capacity
@@ -218,32 +219,32 @@ class SharedRootCache(Cache):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i continues what was row ``beam_idx[i]``; in place, so that addresses stay."""
         self.holds_beams = True
-        beam_idx = beam_idx.to(self.branch_to_root.device)
-        for index in (self.branch_to_root, self.branch_lengths):
+        beam_idx = beam_idx.to(self.ranges.device)
+        for index in (self.ranges, self.branch_lengths):
             index.copy_(index[beam_idx])
         for branches in (self.branch_keys, self.branch_values):
             branches[:, :, : self._filled] = branches[:, beam_idx, : self._filled]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows ``indices``, as numbers or as a (rows,) bool mask, in this order."""
-        self.branch_to_root, self.branch_lengths = self.branch_to_root[indices], self.branch_lengths[indices]
+        self.ranges, self.branch_lengths = self.ranges[indices], self.branch_lengths[indices]
         self.branch_keys, self.branch_values = self.branch_keys[:, indices], self.branch_values[:, indices]
-        self._rows = torch.arange(len(self.branch_to_root), device=self._rows.device)[:, None]
+        self._rows = torch.arange(len(self.ranges), device=self._rows.device)[:, None]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row ``repeats`` times; roots are still stored once."""
+        """Repeat each row ``repeats`` times; the prompt is still stored once."""
         self.batch_select_indices(torch.arange(self.batch_size, device=self._rows.device).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest ``-tokens_to_remove`` tokens of each row; a positive number is the length to keep.
 
         Raises:
-            ValueError: a branch is shorter than that; tokens of a root are never removed.
+            ValueError: a branch is shorter than that; tokens of the prompt are never removed.
         """
         remove = max(0, self.get_seq_length() - tokens_to_remove) if tokens_to_remove > 0 else -tokens_to_remove
         shortest = int(self.branch_lengths.min())
         if remove > shortest:
-            raise ValueError(f"cannot remove {remove} tokens of each row: one row has only {shortest} after its root")
+            raise ValueError(f"cannot remove {remove} tokens of each row: one row has only {shortest} after its prompt")
         self.branch_lengths -= remove
         if not self.is_compileable:
             self._filled -= remove
@@ -253,10 +254,10 @@ class SharedRootCache(Cache):
         raise ValueError("a SharedRootCache is for one prompt; make a new one for another generation")
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens of the longest row, root and branch together; 0 until the prompt is read. Reads the device."""
+        """Tokens of the longest row, its prompt included; 0 until the prompt is read. Reads the device."""
         if self.prompt is not None:
             return 0
-        return int((self.root_lengths[self.branch_to_root] + self.branch_lengths).max())
+        return int(self.lengths.max())
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """Length and offset of the keys, for transformers' masks; the forward pass over this cache needs none."""
@@ -264,7 +265,7 @@ class SharedRootCache(Cache):
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """How long rows can be; -1 where branches grow."""
-        return self.root_keys.shape[2] + self._capacity if self.is_compileable else -1
+        return self.shared_keys.shape[1] + self._capacity if self.is_compileable else -1
 
     def __len__(self) -> int:
         return self._num_layers
@@ -272,7 +273,7 @@ class SharedRootCache(Cache):
     @property
     def batch_size(self) -> int:
         """The number of rows, B."""
-        return len(self._branches) if self.prompt is not None else len(self._rows)
+        return len(self._read) if self.prompt is not None else len(self._rows)
 
     @property
     def is_compileable(self) -> bool:
@@ -283,20 +284,6 @@ class SharedRootCache(Cache):
     def is_initialized(self) -> bool:
         """Whether the prompt has been read."""
         return self._allocated == self._num_layers
-
-
-def _slots(ranges: Sequence[range], device: torch.device) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
-    """Where ranges of tokens go if each range is a row.
-
-    Returns:
-        The tokens of all ranges; their rows and columns; the lengths of the ranges.
-    """
-    tokens = [token for each in ranges for token in each]
-    rows = [row for row, each in enumerate(ranges) for _ in each]
-    columns = [column for each in ranges for column in range(len(each))]
-    lengths = torch.tensor([len(each) for each in ranges], device=device)
-    all_three = torch.tensor([tokens, rows, columns], dtype=torch.int64, device=device)
-    return all_three[0], (all_three[1], all_three[2]), lengths
 
 
 def _in_blocks(tokens: int) -> int:

@@ -94,7 +94,7 @@ class SharedRootGeneration(GenerationMixin):
             )
         mask = options.get("attention_mask")
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool) if mask is None else mask.cpu() != 0
-        held = (cache.root_lengths[cache.branch_to_root] + cache.branch_lengths).cpu()
+        held = cache.lengths.cpu()
         new = mask.shape[1] - cache.get_seq_length()
         if not bool((mask.sum(1).repeat_interleave(repeats) - held == new).all() and mask[:, -new:].all()):
             raise ValueError(

@@ -82,13 +82,16 @@ class Explanation:
     Attributes:
         name: the implementation; None if none can run, or if the one named by ``impl=`` cannot.
         reasons: implementation name -> why it does not run.
+        note: what else to know about such a call, or None.
     """
 
     name: str | None
     reasons: dict[str, str] = field(default_factory=dict)
+    note: str | None = None
 
     def __str__(self) -> str:
-        return "\n".join([str(self.name), *(f"  not {name}: {reason}" for name, reason in self.reasons.items())])
+        lines = [str(self.name), *(f"  not {name}: {reason}" for name, reason in self.reasons.items())]
+        return "\n".join(lines if self.note is None else [*lines, f"  note: {self.note}"])
 
 
 class Operation:
@@ -100,6 +103,7 @@ class Operation:
         backward_call: the same for the backward operator.
         implementations: best first.
         check: raises for an invalid call, before any implementation is considered.
+        note: returns what ``explain`` adds about a call, or None.
     """
 
     def __init__(
@@ -109,9 +113,11 @@ class Operation:
         backward_call: type | None,
         *implementations: Implementation,
         check: Callable[[Any], Any] = _no_reason,
+        note: Callable[[Any], str | None] = _no_reason,
     ):
         self.name = name
         self.check = check
+        self._note = note
         self.call: Any = call
         self.backward_call: Any = backward_call
         self._implementations = {each.name: each for each in implementations}
@@ -162,7 +168,7 @@ class Operation:
                 reasons[name] = reason
             elif chosen is None and impl in (None, name):
                 chosen = name
-        return Explanation(chosen, reasons)
+        return Explanation(chosen, reasons, self._note(call))
 
     def _named(self, impl: str) -> Implementation:
         if impl not in self._implementations:

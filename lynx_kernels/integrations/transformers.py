@@ -65,14 +65,13 @@ class SharedRoots:
     """What all layers of a decoder need beside its cache's branches, which are the keys and values of a layer's rows.
 
     Attributes:
-        keys, values: (layers, R, Lr, Hkv, D), the roots'; a layer's are at its ``layer_idx``.
-        branch_to_root, root_lengths, branch_lengths: as ``prefix_attention_decode`` wants them, the new tokens counted.
+        keys, values: (layers, K, Hkv, D), the shared ones; a layer's are at its ``layer_idx``.
+        ranges, branch_lengths: as ``prefix_attention_decode`` wants them, the new tokens counted.
     """
 
     keys: Tensor
     values: Tensor
-    branch_to_root: Tensor
-    root_lengths: Tensor
+    ranges: Tensor
     branch_lengths: Tensor
 
 
@@ -134,11 +133,10 @@ def attention(
     rows, _, length, _ = query.shape
     if shared_roots is not None:
         _refuse_dropout(dropout)
-        if softcap is not None or sinks is not None:
-            raise ValueError(
-                f"{type(module).__name__} has soft caps or sinks, which decoding over shared roots has not"
-            )
-        return _decode(module, query, key, value, shared_roots, scaling), None
+        given = attention_mask.layout if isinstance(attention_mask, AttentionMask) else None
+        local = {} if given is None else {"window": given.window, "chunk": given.chunk}
+        scores = {"scale": scaling, "softcap": softcap, "sinks": sinks}
+        return _decode(module, query, key, value, shared_roots, **local, **scores), None
     if encoder_layout is not None and attention_mask is None:
         attention_mask = packed_mask(encoder_layout)
     if cu_seq_lens_q is not None and (rows, key.shape[2]) == (1, length):
@@ -335,9 +333,7 @@ def _refuse_dropout(dropout: float) -> None:
         )
 
 
-def _decode(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, roots: SharedRoots, scaling: float | None
-) -> Tensor:
+def _decode(module: Any, query: Tensor, key: Tensor, value: Tensor, roots: SharedRoots, **options: Any) -> Tensor:
     q, branch_k, branch_v = (tensor.transpose(1, 2) for tensor in (query, key, value))  # (B, L, heads, D)
     out = prefix_attention_decode(
         q,
@@ -345,10 +341,9 @@ def _decode(
         roots.values[module.layer_idx],
         branch_k,
         branch_v,
-        roots.branch_to_root,
-        roots.root_lengths,
+        roots.ranges,
         roots.branch_lengths,
-        scale=scaling,
+        **options,
     )
     assert isinstance(out, Tensor)
     return out

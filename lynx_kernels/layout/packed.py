@@ -136,16 +136,8 @@ class PackedLayout(Layout):
             ValueError: both are given, or one is below 1.
             TypeError: one is not an integer.
         """
-        if window is not None and chunk is not None:
-            raise ValueError(f"window={window} and chunk={chunk}: a layout has one of them; leave out the other")
-        for name, value in (("window", window), ("chunk", chunk)):
-            if value is not None and as_int(value) < 1:
-                raise ValueError(f"{name} is {value}, must be >= 1")
-        return replace(
-            self,
-            window=None if window is None else as_int(window),
-            chunk=None if chunk is None else as_int(chunk),
-        )
+        window, chunk = checked_locality(window, chunk)
+        return replace(self, window=window, chunk=chunk)
 
     def with_full(self, blocks: Tensor) -> Self:
         """The same forest with full segments inside its causal ones, built on the device without a host read.
@@ -418,6 +410,16 @@ def path_positions(runs: Tensor, num_tokens: int) -> Tensor:
     """(T,) int32: the places of tokens along their paths, which ``position_ids`` need not be for a kernel."""
     token = torch.arange(num_tokens, dtype=torch.int32, device=runs.device)
     return token - runs[segment_of_tokens(runs[:, 0], num_tokens), 1]
+
+
+def checked_locality(window: int | None, chunk: int | None) -> tuple[int | None, int | None]:
+    """``window`` and ``chunk`` as Python ints. Raises as ``PackedLayout.with_local``."""
+    if window is not None and chunk is not None:
+        raise ValueError(f"window={window} and chunk={chunk}: a layer has one of them; leave out the other")
+    for name, value in (("window", window), ("chunk", chunk)):
+        if value is not None and as_int(value) < 1:
+            raise ValueError(f"{name} is {value}, must be >= 1")
+    return None if window is None else as_int(window), None if chunk is None else as_int(chunk)
 
 
 def visible(rows: Tensor, tokens: Tensor, runs: Tensor, window: int | None, chunk: int | None) -> Tensor:

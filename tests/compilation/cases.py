@@ -169,19 +169,22 @@ def _cross_case(query_lengths, keys, head_dim, dtype=BF16, *, kernels=SPLIT) -> 
     return Case(CROSS.name, shape, NAMES[dtype], partial(attention, CROSS, inputs, *options), kernels, dtype)
 
 
-def decode(branches, heads, kv_heads, head_dim, dtype):
-    """One root and one query per branch. Heads are the outer dimension of the caches, as in transformers."""
+def decode(branches, heads, kv_heads, head_dim, dtype, window, softcap, sinks):
+    """One range and one query per branch. Heads are the outer dimension of the caches, as in transformers."""
     q = _meta(branches, 1, heads, head_dim, dtype=dtype)
-    root = _meta(1, kv_heads, 901, head_dim, dtype=dtype).transpose(1, 2)
+    shared = _meta(kv_heads, 901, head_dim, dtype=dtype).transpose(0, 1)
     branch = _meta(branches, kv_heads, 64, head_dim, dtype=dtype).transpose(1, 2)
-    indices = [_meta(length, dtype=torch.int32) for length in (branches, 1, branches)]
-    results = DECODE.forward(q, root, root, branch, branch, *indices, 0.1, "triton")
+    sinks = _meta(heads, dtype=FP32) if sinks else None
+    indices = _meta(branches, 1, 2, dtype=torch.int32), _meta(branches, dtype=torch.int64)
+    results = DECODE.forward(q, shared, shared, branch, branch, sinks, *indices, window, None, 0.1, softcap, "triton")
     _assert_alike(results, [q, _meta(*q.shape[:3], dtype=FP32)])
 
 
-def _decode_case(heads, kv_heads, head_dim, dtype=BF16, branches=5) -> Case:
-    shape = f"B={branches} of one root H={heads}/{kv_heads} D={head_dim}"
-    launch = partial(decode, branches, heads, kv_heads, head_dim, dtype)
+def _decode_case(
+    heads, kv_heads, head_dim, dtype=BF16, branches=5, window=None, softcap=None, sinks=False, name=""
+) -> Case:
+    shape = f"B={branches} of one root{name} H={heads}/{kv_heads} D={head_dim}"
+    launch = partial(decode, branches, heads, kv_heads, head_dim, dtype, window, softcap, sinks)
     return Case(
         DECODE.name,
         shape,
@@ -225,8 +228,10 @@ ATTENTION_CASES = [
     _cross_case([2048] * 4, 901, 128, kernels=CROSS_KERNELS),
     # Beams of one image: tiles of 16 rows, and of 64 where heads share keys.
     *(_decode_case(32, 32, head_dim) for head_dim in (128, 88, 64)),
-    *(_decode_case(32, 4, head_dim) for head_dim in (128, 256)),
+    *(_decode_case(32, 4, head_dim) for head_dim in (128, 256, 512)),
     _decode_case(32, 32, 64, FP32),
+    _decode_case(64, 8, 64, window=128, sinks=True, name=", window sinks"),
+    _decode_case(8, 4, 256, window=4096, softcap=50.0, name=", window softcap"),
 ]
 
 

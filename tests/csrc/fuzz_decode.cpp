@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "prefix_attention_decode/cpu/decode.h"
@@ -62,35 +63,39 @@ float number_at(const std::vector<uint16_t>& memory, int64_t i, bool is_bfloat16
 void fuzz_decode(uint64_t seed) {
     Random random(seed);
     Problem problem = {};
-    problem.num_roots = random.number(1, 3);
     problem.num_branches = random.number(0, random.flag() ? 3 : 9);
     problem.num_queries = random.number(1, random.flag() ? 1 : 4);
     problem.num_kv_heads = random.number(1, 3);
     problem.num_heads = problem.num_kv_heads * random.number(1, random.flag() ? 2 : 7);
-    const int64_t dim = problem.head_dim = random.number(1, random.flag() ? 20 : 130);
-    problem.root_capacity = random.number(0, random.flag() ? 20 : 500);
+    problem.head_dim = random.number(1, random.flag() ? 20 : 130);
+    const int64_t dim = problem.value_dim = random.flag() ? problem.head_dim : random.number(1, problem.head_dim);
+    problem.num_ranges = random.number(0, random.flag() ? 1 : 4);
+    problem.num_shared = random.number(0, random.flag() ? 20 : 900);
     problem.branch_capacity = problem.num_queries + random.number(0, random.flag() ? 9 : 200);
     problem.scale = 0.1f;
+    (random.flag() ? problem.window : problem.chunk) = random.flag() ? random.number(1, random.flag() ? 9 : 400) : 0;
+    problem.softcap = random.flag() ? 3.0f : 0.0f;
     problem.is_bfloat16 = random.flag();
-    auto make = [&](int64_t entries, int64_t rows, int64_t heads) {
-        return Tensor(random, entries, rows, heads, dim, problem.is_bfloat16);
+    auto make = [&](int64_t entries, int64_t rows, int64_t heads, int64_t width) {
+        return Tensor(random, entries, rows, heads, width, problem.is_bfloat16);
     };
-    Tensor q = make(problem.num_branches, problem.num_queries, problem.num_heads);
-    Tensor root_k = make(problem.num_roots, problem.root_capacity, problem.num_kv_heads);
-    Tensor root_v = make(problem.num_roots, problem.root_capacity, problem.num_kv_heads);
-    Tensor branch_k = make(problem.num_branches, problem.branch_capacity, problem.num_kv_heads);
-    Tensor branch_v = make(problem.num_branches, problem.branch_capacity, problem.num_kv_heads);
-    const Numbers to_root = random_numbers(random, problem.num_branches, 0, problem.num_roots - 1);
-    const Numbers root_lengths = random_numbers(random, problem.num_roots, 0, problem.root_capacity);
+    Tensor q = make(problem.num_branches, problem.num_queries, problem.num_heads, problem.head_dim);
+    Tensor shared_k = make(1, problem.num_shared, problem.num_kv_heads, problem.head_dim);
+    Tensor shared_v = make(1, problem.num_shared, problem.num_kv_heads, dim);
+    Tensor branch_k = make(problem.num_branches, problem.branch_capacity, problem.num_kv_heads, problem.head_dim);
+    Tensor branch_v = make(problem.num_branches, problem.branch_capacity, problem.num_kv_heads, dim);
+    Numbers ranges = random_numbers(random, problem.num_branches * problem.num_ranges * 2, 0, problem.num_shared);
+    for (size_t i = 0; i < ranges.wide.size(); i += 2)
+        if (ranges.wide[i] > ranges.wide[i + 1]) std::swap(ranges.wide[i], ranges.wide[i + 1]);
+    ranges.narrow.assign(ranges.wide.begin(), ranges.wide.end());
     const Numbers branch_lengths =
         random_numbers(random, problem.num_branches, problem.num_queries, problem.branch_capacity);
-    problem.q = q.cache, problem.root_k = root_k.cache, problem.root_v = root_v.cache;
+    problem.q = q.cache, problem.shared_k = shared_k.cache.first, problem.shared_v = shared_v.cache.first;
     problem.branch_k = branch_k.cache, problem.branch_v = branch_v.cache;
-    problem.branch_to_root = to_root.index(), problem.root_lengths = root_lengths.index();
-    problem.branch_lengths = branch_lengths.index();
+    problem.ranges = ranges.index(), problem.branch_lengths = branch_lengths.index();
     const int64_t rows = problem.num_branches * problem.num_queries * problem.num_heads;
     std::vector<float> lse(rows);
-    std::vector<uint16_t> out(q.memory.size());
+    std::vector<uint16_t> out(rows * dim * (problem.is_bfloat16 ? 1 : 2));
     problem.lse = lse.data(), problem.out = out.data();
     for (const std::string& name : instruction_sets()) {
         force_instruction_set(name);

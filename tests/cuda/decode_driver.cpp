@@ -11,8 +11,8 @@ lynx::decode::Problem problem_of(const Numbers& numbers) {
     lynx::decode::Problem problem = {};
     auto number = [&](const char* name) { return static_cast<int>(numbers[name]); };
     problem.branches = number("branches"), problem.queries = number("queries"), problem.heads = number("heads");
-    problem.kv_heads = number("kv_heads"), problem.dim = number("dim"), problem.roots = number("roots");
-    problem.root_capacity = number("root_capacity"), problem.branch_capacity = number("branch_capacity");
+    problem.kv_heads = number("kv_heads"), problem.dim = number("dim"), problem.num_shared = number("num_shared");
+    problem.ranges_of_branch = number("ranges"), problem.branch_capacity = number("branch_capacity");
     return problem;
 }
 
@@ -37,10 +37,9 @@ void run(const Numbers& numbers) {
         const bool is_long = numbers[name + "_is_long"] != 0;
         return {read(count * (is_long ? 8 : 4)), is_long};
     };
-    problem.root_k = cache("root_k"), problem.root_v = cache("root_v");
+    problem.shared_k = cache("shared_k"), problem.shared_v = cache("shared_v");
     problem.branch_k = cache("branch_k"), problem.branch_v = cache("branch_v");
-    problem.branch_to_root = indices("branch_to_root", problem.branches);
-    problem.root_lengths = indices("root_lengths", problem.roots);
+    problem.ranges = indices("ranges", problem.branches * problem.ranges_of_branch * 2);
     problem.branch_lengths = indices("branch_lengths", problem.branches);
     const Buffer out(rows * problem.dim * kSizes[numbers["q_dtype"]]), lse(rows * sizeof(float));
     const lynx::decode::Call call = {problem, static_cast<lynx::Dtype>(numbers["cache_dtype"]),
@@ -57,7 +56,7 @@ void run(const Numbers& numbers) {
 struct Show {
     template <class Element, int kDim, int kBlockM>
     void operator()(lynx::decode::Attend<Element, kDim, kBlockM>, const lynx::decode::Problem& problem, int blocks) {
-        printf("%d %d %d %d %d %d %d\n", blocks, kBlockM, problem.tile_branches, problem.m_tiles, problem.root_splits,
+        printf("%d %d %d %d %d %d %d\n", blocks, kBlockM, problem.tile_branches, problem.m_tiles, problem.range_splits,
                problem.branch_splits, lynx::decode::Attend<Element, kDim, kBlockM>::kBlockN);
     }
     void operator()(lynx::decode::Combine, const lynx::decode::Combine::Args&, int) {}

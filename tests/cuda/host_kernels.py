@@ -151,28 +151,28 @@ class HostKernels:
     def prefix_attention_decode(
         self,
         q: Tensor,
-        root_k: Tensor,
-        root_v: Tensor,
+        shared_k: Tensor,
+        shared_v: Tensor,
         branch_k: Tensor,
         branch_v: Tensor,
-        branch_to_root: Tensor,
-        root_lengths: Tensor,
+        ranges: Tensor,
         branch_lengths: Tensor,
         scale: float,
     ) -> tuple[Tensor, ...]:
-        caches = {"root_k": root_k, "root_v": root_v, "branch_k": branch_k, "branch_v": branch_v}
-        indices = {"branch_to_root": branch_to_root, "root_lengths": root_lengths, "branch_lengths": branch_lengths}
+        caches = {"shared_k": shared_k, "shared_v": shared_v, "branch_k": branch_k, "branch_v": branch_v}
+        indices = {"ranges": ranges, "branch_lengths": branch_lengths}
         numbers = {
             "seed": self.seed, "multiprocessors": self.multiprocessors, "branches": q.shape[0], "queries": q.shape[1],
-            "heads": q.shape[2], "dim": q.shape[3], "kv_heads": root_k.shape[2], "roots": root_k.shape[0],
-            "root_capacity": root_k.shape[1], "branch_capacity": branch_k.shape[1], "q_dtype": _DTYPES.index(q.dtype),
-            "cache_dtype": _DTYPES.index(root_k.dtype), "q_offset": _offset(q),
+            "heads": q.shape[2], "dim": q.shape[3], "kv_heads": shared_k.shape[1], "ranges": ranges.shape[1],
+            "num_shared": shared_k.shape[0], "branch_capacity": branch_k.shape[1], "q_dtype": _DTYPES.index(q.dtype),
+            "cache_dtype": _DTYPES.index(shared_k.dtype), "q_offset": _offset(q),
         }  # fmt: skip
         given = [torch.tensor(scale, dtype=torch.float64).numpy().tobytes(), _memory(q)]
         for name, cache in caches.items():
             given.append(_memory(cache))
             numbers |= {f"{name}_bytes": len(given[-1]), f"{name}_offset": _offset(cache)}
-            numbers |= {f"{name}_stride{i}": cache.stride(i) for i in range(3)}
+            strides = cache.stride()[:-1] if cache.dim() == 4 else (cache.stride(0), *cache.stride()[:-1])
+            numbers |= {f"{name}_stride{i}": stride for i, stride in enumerate(strides)}
         for name, index in indices.items():
             given.append(_memory(index))
             numbers[f"{name}_is_long"] = int(index.dtype == torch.int64)

@@ -12,7 +12,9 @@ from tests.lynx_kernels.attention_cases import (
     assert_case_within_budget,
     cache_case,
     nothing_to_decode,
-    without_root_keys,
+    path_case,
+    poison_beyond_lengths,
+    without_shared_keys,
 )
 from tests.lynx_kernels.helpers import permuted, shifted
 
@@ -74,7 +76,7 @@ def test_scores_for_which_exp_overflows():
     """Larger ones in later tiles and splits, and much smaller ones; then only very negative ones."""
     case = case_of(1, ([0], [200], [40]), dim=8)
     case.inputs[0] *= 100
-    case.inputs[1][0, :100] *= -5
+    case.inputs[1][:100] *= -5
     assert_case_within_budget(case, gradients=False)
     case.inputs[0].abs_()
     for keys in (case.inputs[1], case.inputs[3]):
@@ -108,18 +110,18 @@ def test_strides(dtype):
     case = case_of(2, ([0, 1, 0], [20, 3], [5, 2, 19]), kv_heads=2, dim=16, dtype=dtype)
     expected = case.operation(*case.inputs)
     q, *caches = case.inputs
-    heads_outside = [each.transpose(1, 2).contiguous().transpose(1, 2) for each in caches]
+    heads_outside = [each.transpose(-3, -2).contiguous().transpose(-3, -2) for each in caches]
     mixed = [each if i % 2 else permuted(caches[i]) for i, each in enumerate(heads_outside)]
     spread = [torch.cat([each + 1, each], -1)[..., each.shape[-1] :] for each in caches]
     behind = [torch.cat([each[..., :1], each, each[..., :7]], -1)[..., 1:17] for each in caches]
     odd, half_a_load = ([torch.cat([each, each[..., :by]], -1)[..., :16] for each in caches] for by in (1, 4))
-    branches_apart = [
+    entries_apart = [
         torch.cat([each.flatten(1), each.flatten(1)[:, :1]], 1)[:, :-1].unflatten(1, each.shape[1:]) for each in caches
     ]
     every_other = [torch.stack([each, each + 1], -1)[..., 0] for each in caches]
     all_permuted = [permuted(each) for each in caches]
     for changed in (
-        heads_outside, mixed, spread, behind, odd, half_a_load, branches_apart, every_other, all_permuted
+        heads_outside, mixed, spread, behind, odd, half_a_load, entries_apart, every_other, all_permuted
     ):  # fmt: skip
         for ours, theirs in zip(case.operation(permuted(q), *changed), expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
@@ -131,9 +133,9 @@ def test_strides(dtype):
 def test_strides_of_indices():
     case = case_of(1, ([1, 0], [20, 3], [3, 9]))
     expected = case.operation(*case.inputs)
-    indices = [torch.tensor(each, dtype=torch.int32) for each in ([1, 0], [20, 3], [3, 9])]
+    indices = case.table
     call = partial(prefix_attention_decode, return_lse=True, impl="cuda")
-    for given in (map(permuted, indices), [indices[0], indices[1].long(), indices[2]]):
+    for given in (map(permuted, indices), [indices[0], indices[1].long()]):
         for ours, theirs in zip(call(*case.inputs, *given), expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
@@ -142,8 +144,12 @@ def test_strides_of_indices():
     ("position", "place", "rows"),
     [
         (0, (1, 0, 3), [(1, 0, 3)]),  # a query, by itself
-        (1, (2, 45, 0), [(branch, query, head) for branch in (0, 4) for query in (0, 1) for head in (0, 1)]),
-        (2, (2, 0, 1), [(branch, query, head) for branch in (0, 4) for query in (0, 1) for head in (2, 3)]),  # a value
+        (1, (2 * 138 + 45, 0), [(branch, query, head) for branch in (0, 4) for query in (0, 1) for head in (0, 1)]),
+        (
+            2,
+            (2 * 138, 1),
+            [(branch, query, head) for branch in (0, 4) for query in (0, 1) for head in (2, 3)],
+        ),  # a value
         (3, (3, 16, 1), [(3, 1, 2), (3, 1, 3)]),  # a key that the last query alone sees
     ],
 )
@@ -170,8 +176,8 @@ def test_scores_of_minus_infinity():
     assert lse.isneginf().all()
 
 
-def test_roots_without_keys():
-    for case in without_root_keys(case_of):
+def test_no_shared_keys():
+    for case in without_shared_keys(case_of, "cuda"):
         assert_case_within_budget(case, gradients=False)
 
 
@@ -195,10 +201,10 @@ def test_the_order_of_threads_changes_nothing(on_host):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("branch_to_root", [0, 2], "a root is out of range"),
-        ("branch_to_root", [-1, 0], "a root is out of range"),
-        ("branch_to_root", [0, 2**32 + 1], "a root is out of range"),
-        ("root_lengths", [6, 2], "a length exceeds the cache"),
+        ("ranges", [[[-1, 2]], [[0, 2]]], "a range is not within the shared keys"),
+        ("ranges", [[[0, 2]], [[3, 2]]], "a range is not within the shared keys"),
+        ("ranges", [[[0, 2]], [[0, 11]]], "a range is not within the shared keys"),
+        ("ranges", [[[0, 2]], [[0, 2**32 + 1]]], "a range is not within the shared keys"),
         ("branch_lengths", [1, 5], "a length exceeds the cache"),
         ("branch_lengths", [1, -1], "a length is negative"),
         ("branch_lengths", [1, 1 - 2**32], "a length exceeds the cache"),
@@ -206,10 +212,10 @@ def test_the_order_of_threads_changes_nothing(on_host):
 )
 def test_indices_out_of_range(name, value, message, on_host):
     """As on a GPU, the kernel asserts."""
-    indices = {"branch_to_root": [0, 1], "root_lengths": [5, 2], "branch_lengths": [1, 4]} | {name: value}
-    root, branch, q = torch.ones(2, 5, 1, 8), torch.ones(2, 4, 1, 8), torch.ones(2, 1, 1, 8)
+    indices = {"ranges": [[[0, 5]], [[5, 7]]], "branch_lengths": [1, 4]} | {name: value}
+    shared, branch, q = torch.ones(10, 1, 8), torch.ones(2, 4, 1, 8), torch.ones(2, 1, 1, 8)
     with pytest.raises(KernelError, match=message):
-        on_host.prefix_attention_decode(q, root, root, branch, branch, *map(torch.tensor, indices.values()), 1.0)
+        on_host.prefix_attention_decode(q, shared, shared, branch, branch, *map(torch.tensor, indices.values()), 1.0)
 
 
 def test_compiled():
@@ -222,16 +228,25 @@ def test_compiled():
         assert torch.equal(ours, theirs)
 
 
-def reason(inputs, indices=SEVERAL_TILES):
-    return explain(prefix_attention_decode, *inputs, *map(torch.tensor, indices)).reasons.get("cuda")
+FEW_ROWS = [0, 0], [20], [3, 9]
+
+
+def reason(inputs, table=None, **options):
+    table = case_of(1, FEW_ROWS).table if table is None else table
+    return explain(prefix_attention_decode, *inputs, *table, **options).reasons.get("cuda")
 
 
 def test_what_is_refused():
-    inputs = case_of(1).inputs
+    inputs = case_of(1, FEW_ROWS).inputs
     assert reason(inputs) is None
     assert reason([each.double() for each in inputs]).endswith("an argument is fp64")
-    assert reason(case_of(1, dim=20).inputs).endswith("is a multiple of 8, up to 128, and it is 20")
-    assert reason(case_of(1, dim=136).inputs).endswith("is a multiple of 8, up to 128, and it is 136")
+    assert reason(case_of(1, FEW_ROWS, dim=20).inputs).endswith("is a multiple of 8, up to 128, and it is 20")
+    assert reason(case_of(1, FEW_ROWS, dim=136).inputs).endswith("is a multiple of 8, up to 128, and it is 136")
+    assert reason(case_of(1, FEW_ROWS, value_dim=16).inputs).endswith(
+        "need values as wide as keys, and they are 16 and 24"
+    )
+    for options in ({"window": 3}, {"chunk": 3}, {"softcap": 3.0}, {"sinks": torch.zeros(2)}):
+        assert reason(inputs, **options) == f"the CUDA kernels for decoding have no {next(iter(options))}"
     mixed = [*inputs[:4], inputs[4].half()]
     assert reason(mixed) == "the CUDA kernels need caches of one dtype, and these are torch.float16, torch.float32"
     with torch.autocast("cpu", torch.bfloat16):
@@ -245,17 +260,27 @@ def test_what_is_refused():
 
 
 def test_more_rows_than_plain_products_are_for():
-    eight, nine = ([0] * 8, [4], [1] * 8), ([0] * 9, [4], [1] * 9)
-    assert reason(case_of(1, eight, heads=1).inputs, eight) is None
-    assert reason(case_of(1, nine, heads=1).inputs, nine).startswith(
-        "9 rows share the keys of a root, and above 8 tensor cores"
-    )
-    assert reason(case_of(1, eight, heads=2, kv_heads=1).inputs, eight).endswith(
-        "tensor cores are expected to be faster"
-    )
-    assert reason(case_of(1, eight, heads=2, kv_heads=2).inputs, eight) is None
-    five_a_root = [0] * 4 + [1] * 5, [4, 4], [1] * 9
-    assert reason(case_of(1, five_a_root, heads=2, kv_heads=1).inputs, five_a_root)
+    """The rows of all branches count, since which of them share a range is known on the device only."""
+
+    def asked(branches, **heads):
+        case = case_of(1, ([0] * branches, [4], [1] * branches), **heads)
+        return reason(case.inputs, case.table)
+
+    assert asked(8, heads=1) is None
+    assert asked(9, heads=1).startswith("9 rows may share a range of keys, and above 8 tensor cores")
+    assert asked(8, heads=2, kv_heads=1).endswith("tensor cores are expected to be faster")
+    assert asked(8, heads=2, kv_heads=2) is None
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("multiprocessors", [1, 40])
+def test_several_ranges(queries, multiprocessors, on_host):
+    """Shared by all, by two and by none, in the same place or another; empty ones; ranges that overlap."""
+    on_host.multiprocessors = multiprocessors
+    fork = [[0, 90], [90, 131], [0, 0]], [[0, 90], [131, 140], [140, 141]], [[0, 90], [90, 131], [60, 200]]
+    other = [[90, 131], [0, 90], [7, 7]]
+    case = path_case(queries, 210, [*fork, other], [5, 3, 40, 9], 4, 2, 16, torch.float32, impl="cuda")
+    assert_case_within_budget(poison_beyond_lengths(case), gradients=False)
 
 
 def test_autocast():
@@ -269,32 +294,32 @@ def test_autocast():
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
-# Branches, queries, heads, key heads, head_dim, roots, keys that a root and a branch have room for.
+# Branches, queries, heads, key heads, head_dim, ranges, shared keys, keys that a branch has room for.
 SHAPES = [
-    (5, 1, 32, 32, 128, 1, 577, 128), (1, 1, 32, 8, 128, 1, 576, 512), (80, 1, 32, 32, 128, 16, 577, 128),
-    (8, 1, 32, 32, 128, 1, 577, 64), (1, 1, 1, 1, 8, 1, 0, 1), (320, 4, 64, 8, 64, 64, 2**17, 4096),
-    (3, 1, 14, 2, 64, 5, 40, 2**20), (32, 1, 1, 1, 64, 16, 2**14, 64),
+    (5, 1, 32, 32, 128, 1, 577, 128), (1, 1, 32, 8, 128, 1, 576, 512), (80, 1, 32, 32, 128, 2, 16 * 577, 128),
+    (8, 1, 32, 32, 128, 1, 577, 64), (1, 1, 1, 1, 8, 1, 0, 1), (320, 4, 64, 8, 64, 4, 2**17, 4096),
+    (3, 1, 14, 2, 64, 5, 40, 2**20), (32, 1, 1, 1, 64, 1, 2**14, 64), (2, 1, 1, 1, 64, 0, 50, 64),
 ]  # fmt: skip
-NAMES = ("branches", "queries", "heads", "kv_heads", "dim", "roots", "root_capacity", "branch_capacity")
+NAMES = ("branches", "queries", "heads", "kv_heads", "dim", "ranges", "num_shared", "branch_capacity")
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 82, 108, 132, 148])
 @pytest.mark.parametrize("dtype", [0, 2])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_launches(shape, dtype, multiprocessors):
-    """Every row has a place and every key a split. More than one split is made only while all blocks fit on the GPU."""
-    branches, queries, heads, kv_heads, _, roots, root_capacity, branch_capacity = shape
-    [[blocks, block_m, tile_branches, m_tiles, root_splits, branch_splits, block_n]] = launches(
+    """Every row has a place and every key a split. More than one split is made only while all blocks fit on the GPU,
+    those of ranges that all branches read."""
+    branches, queries, heads, kv_heads, _, ranges, num_shared, branch_capacity = shape
+    [[blocks, block_m, tile_branches, m_tiles, range_splits, branch_splits, block_n]] = launches(
         "decode_driver.cpp", **dict(zip(NAMES, shape, strict=True)), cache_dtype=dtype, multiprocessors=multiprocessors
     )
     rows = queries * heads // kv_heads
     assert tile_branches * rows <= block_m or tile_branches == 1
     assert m_tiles == -(-rows // block_m)
-    assert blocks == branches * m_tiles * kv_heads * (root_splits + branch_splits)
+    assert blocks == branches * m_tiles * kv_heads * (ranges * range_splits + branch_splits)
     fitting = (3 if block_m == 8 else 4) * multiprocessors
-    on_roots = min(branches, max(roots, -(-branches // tile_branches))) * m_tiles * kv_heads
     for splits, capacity, working in (
-        (root_splits, root_capacity, on_roots),
+        (range_splits, num_shared if ranges else 0, ranges * -(-branches // tile_branches) * m_tiles * kv_heads),
         (branch_splits, branch_capacity, branches * m_tiles * kv_heads),
     ):
         assert (splits == 0) == (capacity == 0)
@@ -304,16 +329,16 @@ def test_launches(shape, dtype, multiprocessors):
 
 
 def test_blocks_of_beams_occupy_an_h200():
-    """Five beams of one image of 576 tokens: the root alone has two blocks a multiprocessor."""
-    [[_, block_m, tile_branches, _, root_splits, _, _]] = launches(
+    """Five beams of one image of 576 tokens: the image alone has two blocks a multiprocessor."""
+    [[_, block_m, tile_branches, _, range_splits, _, _]] = launches(
         "decode_driver.cpp", **dict(zip(NAMES, SHAPES[0], strict=True)), cache_dtype=2, multiprocessors=132
     )
     assert (block_m, tile_branches) == (8, 8)
-    assert 32 * root_splits >= 2 * 132
+    assert 32 * range_splits >= 2 * 132
 
 
 def test_sizes_that_do_not_fit():
-    shape = (2**15, 1, 64, 64, 128, 2**15, 2**15, 2**15)
+    shape = (2**15, 1, 64, 64, 128, 1, 2**15, 2**15)
     with pytest.raises(RuntimeError, match=r"the number of blocks is \d+, and the CUDA kernels take less than 2\^30"):
         launches(
             "decode_driver.cpp",

@@ -260,20 +260,14 @@ def test_more_than_2_to_the_31_elements():
 def test_a_cache_of_more_than_2_to_the_31_elements():
     bench.need_free(12)
     case = decode_case(2, 32, 32, 128, BF16, batch=([0], [576], [9]), impl="triton", device=bench.DEVICE)
-    q, root_k, root_v, branch_k, branch_v = case.inputs
-    roots = 65
+    q, shared_k, shared_v, branch_k, branch_v = case.inputs
+    before = 2**19
 
-    def last_of_many(root):
-        wide = root.new_zeros(roots, 8192, *root.shape[2:])
-        wide[-1, : root.shape[1]] = root[0]
-        return wide
+    def behind_zeros(shared):
+        return torch.cat([shared.new_zeros(before, *shared.shape[1:]), shared])
 
-    to_root, root_lengths, branch_lengths = case.table
-    lengths = root_lengths.new_zeros(roots)
-    lengths[-1:] = root_lengths
-    caches = last_of_many(root_k), last_of_many(root_v), branch_k, branch_v
-    actual = prefix_attention_decode(
-        q, *caches, to_root + roots - 1, lengths, branch_lengths, return_lse=True, impl="triton"
-    )
+    ranges, branch_lengths = case.table
+    caches = behind_zeros(shared_k), behind_zeros(shared_v), branch_k, branch_v
+    actual = prefix_attention_decode(q, *caches, ranges + before, branch_lengths, return_lse=True, impl="triton")
     assert caches[0].numel() > 2**31
     assert_results_within_budget(actual, case, grads_of_case(case))

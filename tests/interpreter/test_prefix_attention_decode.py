@@ -7,13 +7,15 @@ from lynx_kernels import explain, prefix_attention_decode
 from lynx_kernels.ops.attention_common.triton.launches import Launch
 from lynx_kernels.ops.prefix_attention_decode import triton as implementation
 from tests.lynx_kernels.attention_cases import (
-    SEVERAL_TILES,
     assert_case_within_budget,
     cache_case,
     nothing_to_decode,
     other_strides,
-    without_root_keys,
+    path_case,
+    poison_beyond_lengths,
+    without_shared_keys,
 )
+from tests.lynx_kernels.attention_helpers import random
 from tests.lynx_kernels.helpers import permuted
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # the LSE without keys is log 0
@@ -45,7 +47,7 @@ def cut(monkeypatch):
     ],
 )
 def test_tiles(queries, rows, num_splits, dtype, cut):
-    """A tile of 16 rows holds all 3 branches of a root, 2 of them, or 1."""
+    """A tile of 16 rows holds all 3 readers of a range, 2 of them, or 1."""
     cut(Launch(rows, 16, 4, 1), num_splits)
     assert_case_within_budget(case_of(queries, dtype=dtype), gradients=False)
 
@@ -83,7 +85,7 @@ def test_strides(cut):
 def test_strides_of_indices():
     case = case_of(1, ([1, 0], [20, 3], [3, 9]))
     expected = case.operation(*case.inputs)
-    indices = [torch.tensor(each, dtype=torch.int32) for each in ([1, 0], [20, 3], [3, 9])]
+    indices = case.table
     call = partial(prefix_attention_decode, return_lse=True, impl="triton")
     for ours, theirs in zip(call(*case.inputs, *map(permuted, indices)), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
@@ -92,11 +94,11 @@ def test_strides_of_indices():
 def test_caches_with_too_large_strides_are_copied():
     for distance, is_copied in [(2**24 - 1, False), (2**24, True)]:
         cache = torch.empty_strided((1, 2, 1, 8), (2 * distance, distance, 8, 1), device="meta")
-        for copy in implementation._alike(cache, cache, torch.float32):
-            assert copy.is_contiguous() == is_copied
+        for each in (cache, cache[0]):
+            assert implementation._readable(each, torch.float32).is_contiguous() == is_copied
 
 
-@pytest.mark.parametrize("narrow", [slice(0, 1), slice(1, 3), slice(3, 5)], ids=["queries", "roots", "branches"])
+@pytest.mark.parametrize("narrow", [slice(0, 1), slice(1, 3), slice(3, 5)], ids=["queries", "shared", "branches"])
 def test_mixed_dtypes(narrow):
     case = case_of(1, ([0, 0], [20], [3, 9]))
     inputs = list(case.inputs)
@@ -108,8 +110,8 @@ def test_mixed_dtypes(narrow):
     torch.testing.assert_close(lse, wide[1], rtol=0, atol=0)
 
 
-def test_roots_without_keys():
-    for case in without_root_keys(case_of):
+def test_no_shared_keys():
+    for case in without_shared_keys(case_of, "triton"):
         assert_case_within_budget(case, gradients=False)
 
 
@@ -120,19 +122,55 @@ def test_no_queries_to_decode(branches, queries):
 
 
 def test_num_splits_counts_only_programs_that_work(monkeypatch):
-    """For a root, one program works per tile of 16 rows, although every branch has programs."""
+    """For a range, one program works per tile of 16 rows, although every branch has programs."""
     counted = []
     monkeypatch.setattr(implementation, "choose_launch", lambda *shape: Launch(16, 16, 4, 1))
     monkeypatch.setattr(implementation, "choose_num_splits", lambda *shape: counted.append(shape) or 1)
     case = case_of(2, ([0, 0, 1, 0, 0, 0], [20, 3], [5, 2, 4, 3, 2, 2]), heads=4, kv_heads=2)
     case.operation(*case.inputs)
-    assert counted == [(2 * 2, 21, 16), (6 * 2, 5, 16)]
+    assert counted == [(2 * 2, 42, 16), (6 * 2, 5, 16)]
+
+
+@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize(
+    ("local", "scores"),
+    [
+        ({}, {"softcap": 2.0, "scale": -0.3}),
+        ({"window": 1}, {}),
+        ({"window": 30}, {"sinks": True}),
+        ({"window": 50}, {"softcap": 2.0}),
+        ({"chunk": 25}, {"scale": -0.3}),
+        ({"chunk": 1000}, {"sinks": True}),
+    ],
+)
+def test_several_ranges(local, scores, num_splits, cut):
+    """Shared by all, by two at other places of their paths, by none; empty ones; ranges that overlap; narrow values."""
+    cut(Launch(16, 16, 4, 1), num_splits)
+    fork = [[0, 40], [40, 65], [5, 5]], [[0, 40], [65, 70], [40, 65]], [[0, 40], [40, 65], [30, 80]]
+    other = [[3, 3], [0, 40], [7, 7]]
+    sinks = {"sinks": random(6, seed=9, dtype=torch.float32)} if scores.get("sinks") else {}
+    case = path_case(
+        2, 90, [*fork, other], [5, 3, 40, 9], 6, 3, 24, torch.float32, impl="triton", value_dim=10,
+        **local, **{**scores, **sinks},
+    )  # fmt: skip
+    assert_case_within_budget(poison_beyond_lengths(case), gradients=False)
+
+
+def test_a_window_reads_only_its_tiles(cut):
+    """Keys and values of tiles before the window may hold anything."""
+    cut(Launch(16, 16, 4, 1), 2)
+    case = path_case(1, 100, [[[0, 100]]] * 2, [5, 9], 2, 2, 16, torch.float32, impl="triton", window=20)
+    expected = case.operation(*case.inputs)
+    for shared in case.inputs[1:3]:
+        shared[:80] = torch.nan  # the first place that a query sees is 85
+    for ours, theirs in zip(case.operation(*case.inputs), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
 def test_gradients_raise():
     case = case_of(1)
     call = prefix_attention_decode
-    indices = [torch.tensor(each, dtype=torch.int32) for each in SEVERAL_TILES]
+    indices = case.table
     for tensor in case.inputs:
         tensor.requires_grad_()
         reason = explain(call, *case.inputs, *indices).reasons["triton"]

@@ -86,27 +86,64 @@ def decode_case(
     batch=(BRANCH_TO_ROOT, ROOT_LENGTHS, BRANCH_LENGTHS),
     impl=None,
     device="cpu",
+    value_dim=None,
+    **options,
 ):
+    """``batch``: for each branch the root that it reads, all lengths of roots, those of branches."""
     branch_to_root, root_lengths, branch_lengths = batch
-    indices = [torch.tensor(each, dtype=index_dtype, device=device) for each in batch]
-    root = len(root_lengths), max(root_lengths) + 1, kv_heads, dim
-    branch = len(branch_to_root), max(branch_lengths), kv_heads, dim
-    shapes = [(len(branch_to_root), queries, heads, dim), root, root, branch, branch]
+    room = max(root_lengths) + 1  # of a root among the shared keys
+    ranges = [[[root * room, root * room + root_lengths[root]]] for root in branch_to_root]
+    shared = len(root_lengths) * room
+    return path_case(
+        queries, shared, ranges, branch_lengths, heads, kv_heads, dim, dtype, scale, index_dtype, impl, device,
+        value_dim, **options,
+    )  # fmt: skip
+
+
+def path_case(
+    queries,
+    num_shared,
+    ranges,
+    branch_lengths,
+    heads=4,
+    kv_heads=2,
+    dim=7,
+    dtype=torch.float64,
+    scale=None,
+    index_dtype=torch.int32,
+    impl=None,
+    device="cpu",
+    value_dim=None,
+    **options,
+):
+    """Decoding whose branches read any ranges (B, P, 2) of the shared keys."""
+    branches, room, values = len(branch_lengths), max(branch_lengths), value_dim or dim
+    indices = [torch.tensor(each, dtype=index_dtype, device=device) for each in (ranges, branch_lengths)]
+    shapes = [
+        (branches, queries, heads, dim), (num_shared, kv_heads, dim), (num_shared, kv_heads, values),
+        (branches, room, kv_heads, dim), (branches, room, kv_heads, values),
+    ]  # fmt: skip
     inputs = [random(*shape, dtype=dtype, seed=i, device=device) for i, shape in enumerate(shapes)]
+    options = {"scale": scale, **options}
     return Case(
-        lambda *floats: prefix_attention_decode(*floats, *indices, scale=scale, return_lse=True, impl=impl),
-        lambda *floats: dense_decode(*floats, *indices, scale=scale),
+        lambda *floats: prefix_attention_decode(*floats, *indices, **options, return_lse=True, impl=impl),
+        lambda *floats: dense_decode(*floats, *indices, **options),
         inputs,
         indices,
     )
 
 
 def poison_beyond_lengths(case):
-    """The same decoding case with NaN in the caches beyond the lengths."""
-    _, root_lengths, branch_lengths = case.table
-    lengths = [root_lengths] * 2 + [branch_lengths] * 2
-    for cache, cache_lengths in zip(case.inputs[1:], lengths, strict=True):
-        for row, length in zip(cache, cache_lengths.tolist(), strict=True):
+    """The same decoding case with NaN in all keys and values that no branch reads."""
+    ranges, branch_lengths = case.table
+    _, *shared, branch_k, branch_v = case.inputs
+    unread = torch.ones(len(shared[0]), dtype=torch.bool)
+    for start, end in ranges.flatten(0, 1).tolist():
+        unread[start:end] = False
+    for cache in shared:
+        cache[unread] = float("nan")
+    for cache in (branch_k, branch_v):
+        for row, length in zip(cache, branch_lengths.tolist(), strict=True):
             row[length:] = float("nan")
     return case
 
@@ -120,23 +157,32 @@ def cache_case(queries, batch=SEVERAL_TILES, heads=2, kv_heads=1, dim=24, dtype=
     return poison_beyond_lengths(decode_case(queries, heads, kv_heads, dim, dtype, batch=batch, **options))
 
 
-def without_root_keys(case_of):
-    """Cases of ``case_of`` in which no root has a key: with room for keys, and without."""
+def without_shared_keys(case_of, impl):
+    """Cases of ``case_of`` in which no branch reads a shared key: with some there, without, and without ranges."""
     case = case_of(2, ([0, 1], [0, 0], [3, 2]))
-    yield case
-    yield replace(case, inputs=[each[:, :0] if i in (1, 2) else each for i, each in enumerate(case.inputs)])
+    ranges, branch_lengths = case.table
+    for shared, number in ((2, 1), (0, 1), (0, 0)):
+        inputs = [each[:shared] if i in (1, 2) else each for i, each in enumerate(case.inputs)]
+        table = [(ranges * 0)[:, :number], branch_lengths]
+        yield replace(
+            case,
+            operation=lambda *floats, table=table: prefix_attention_decode(*floats, *table, return_lse=True, impl=impl),
+            naive=lambda *floats, table=table: dense_decode(*floats, *table),
+            inputs=inputs,
+            table=table,
+        )
 
 
 def nothing_to_decode(branches, queries):
-    """The arguments of decoding for one root. One of ``branches`` and ``queries`` is 0."""
-    root, branch, q = torch.ones(1, 3, 1, 16), torch.ones(branches, 2, 1, 16), torch.ones(branches, queries, 1, 16)
-    to_root, branch_lengths = torch.zeros(branches, dtype=torch.int32), torch.ones(branches, dtype=torch.int32)
-    return q, root, root, branch, branch, to_root, torch.ones(1, dtype=torch.int32), branch_lengths
+    """The arguments of decoding over three shared keys. One of ``branches`` and ``queries`` is 0."""
+    shared, branch, q = torch.ones(3, 1, 16), torch.ones(branches, 2, 1, 16), torch.ones(branches, queries, 1, 16)
+    ranges, branch_lengths = (torch.ones(branches, *shape, dtype=torch.int32) for shape in ((1, 2), ()))
+    return q, shared, shared, branch, branch, ranges, branch_lengths
 
 
 def other_strides(inputs):
     """The inputs of decoding with heads as the outer dimension, as in transformers' caches, and with other strides."""
-    yield [inputs[0], *(each.transpose(1, 2).contiguous().transpose(1, 2) for each in inputs[1:])]
+    yield [inputs[0], *(each.transpose(-3, -2).contiguous().transpose(-3, -2) for each in inputs[1:])]
     yield [permuted(each) if i % 2 else each for i, each in enumerate(inputs)]
     yield [torch.cat([each + 1, each], -1)[..., each.shape[-1] :] for each in inputs]
     yield [permuted(each) for each in inputs]

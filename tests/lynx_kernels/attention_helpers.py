@@ -84,19 +84,26 @@ def dense_attention(
 
 
 def dense_decode(
-    q, root_k, root_v, branch_k, branch_v, branch_to_root, root_lengths, branch_lengths, scale=None
+    q, shared_k, shared_v, branch_k, branch_v, ranges, branch_lengths, scale=None, window=None, chunk=None, **scores
 ) -> tuple[Tensor, Tensor]:
-    """Decoding by plain attention, one branch at a time, over the root's and the branch's keys cut to their lengths."""
+    """Decoding by plain attention, one branch at a time, over the keys of its path side by side."""
     outputs = []
-    for branch, root in enumerate(branch_to_root.tolist()):
-        root_length, branch_length = int(root_lengths[root]), int(branch_lengths[branch])
-        k = torch.cat([root_k[root, :root_length], branch_k[branch, :branch_length]])
-        v = torch.cat([root_v[root, :root_length], branch_v[branch, :branch_length]])
-        newer = [
-            q.shape[1] - 1 - query for query in range(q.shape[1])
-        ]  # how many keys of the branch are newer than each query
-        visible = torch.tensor([[key < len(k) - each for key in range(len(k))] for each in newer], dtype=torch.bool)
-        outputs.append(dense_attention(q[branch], k, v, visible.to(q.device), scale))
+    for branch, length in enumerate(branch_lengths.tolist()):
+        k, v = (
+            torch.cat([*(shared[start:end] for start, end in ranges[branch].tolist()), own[branch, :length]])
+            for shared, own in ((shared_k, branch_k), (shared_v, branch_v))
+        )
+        places = range(len(k) - q.shape[1], len(k))  # of the queries
+        visible = [
+            [
+                key <= place
+                and (window is None or key > place - window)
+                and (chunk is None or key // chunk == place // chunk)
+                for key in range(len(k))
+            ]
+            for place in places
+        ]
+        outputs.append(dense_attention(q[branch], k, v, torch.tensor(visible, device=q.device), scale, **scores))
     out, lse = zip(*outputs, strict=True)
     return torch.stack(out), torch.stack(lse)
 

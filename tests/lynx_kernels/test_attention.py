@@ -9,9 +9,7 @@ from hypothesis import strategies as st
 from lynx_kernels import PackedLayout, SpanLayout, cross_attention, prefix_attention, prefix_attention_decode
 from lynx_kernels.ops.attention_common import reference
 from tests.lynx_kernels.attention_cases import (
-    BRANCH_LENGTHS,
     GROUPS_OF_A_BATCH,
-    ROOT_LENGTHS,
     SPANS_OF_A_BATCH,
     all_cases,
     assert_case_within_budget,
@@ -19,6 +17,7 @@ from tests.lynx_kernels.attention_cases import (
     decode_case,
     grads_of,
     packed_case,
+    poison_beyond_lengths,
     span_case,
 )
 from tests.lynx_kernels.attention_helpers import (
@@ -175,10 +174,10 @@ def test_no_queries_or_keys(case):
         assert (gradient == 0).all()
 
 
-@pytest.mark.parametrize(("branches", "roots", "queries"), [(0, 0, 1), (0, 2, 1), (2, 1, 0)])
-def test_no_queries_to_decode(branches, roots, queries):
-    q, root, branch = random(branches, queries, 4, 3), random(roots, 5, 2, 3), random(branches, 6, 2, 3)
-    indices = [torch.zeros(n, dtype=torch.int32) for n in (branches, roots, branches)]
+@pytest.mark.parametrize(("branches", "shared", "queries"), [(0, 0, 1), (0, 2, 1), (2, 1, 0)])
+def test_no_queries_to_decode(branches, shared, queries):
+    q, root, branch = random(branches, queries, 4, 3), random(shared, 2, 3), random(branches, 6, 2, 3)
+    indices = [torch.zeros(branches, *shape, dtype=torch.int32) for shape in ((1, 2), ())]
     operation = partial(prefix_attention_decode, return_lse=True)
     out, lse, *gradients = run(
         lambda *floats: operation(*floats, *indices), [q, root, root, branch, branch], [q, q[..., 0]]
@@ -255,10 +254,8 @@ def test_decode_ignores_the_caches_beyond_the_lengths(queries):
     case = decode_case(queries)
     grads = grads_of(case.naive(*case.inputs))
     expected = run(case.operation, case.inputs, grads)
-    inputs = [each.clone() for each in case.inputs]
-    for cache, lengths in zip(inputs[1:], [ROOT_LENGTHS] * 2 + [BRANCH_LENGTHS] * 2, strict=True):
-        for row, length in zip(cache, lengths, strict=True):
-            row[length:] = float("nan")
+    inputs = poison_beyond_lengths(replace(case, inputs=[each.clone() for each in case.inputs])).inputs
+    assert not torch.equal(inputs[1], case.inputs[1])
     for ours, theirs in zip(run(case.operation, inputs, grads), expected, strict=True):
         assert torch.equal(ours, theirs)
 
@@ -268,27 +265,27 @@ def test_decode_ignores_the_caches_beyond_the_lengths(queries):
 def test_decode_equals_prefix_attention(queries, is_shared):
     """Decoding equals a packed batch with shared roots, and one in which every branch has a copy of its root."""
     heads, kv_heads, dim, roots, branches = 4, 2, 5, {0: 4, 1: 0, 2: 3}, [(0, 2), (0, 5), (1, 3), (2, 2), (2, 4)]
-    root_k, root_v = random(3, 4, kv_heads, dim, seed=1), random(3, 4, kv_heads, dim, seed=2)
+    shared_k, shared_v = random(12, kv_heads, dim, seed=1), random(12, kv_heads, dim, seed=2)
     branch_k, branch_v = random(5, 6, kv_heads, dim, seed=3), random(5, 6, kv_heads, dim, seed=4)
     q, grad = random(5, queries, heads, dim), random(5, queries, heads, dim, seed=5)
-    indices = [
-        torch.tensor(each) for each in ([r for r, _ in branches], list(roots.values()), [n for _, n in branches])
-    ]
+    starts = {root: 4 * root for root in roots}  # among the shared keys
+    ranges = [[[starts[root], starts[root] + roots[root]]] for root, _ in branches]
+    indices = [torch.tensor(each) for each in (ranges, [n for _, n in branches])]
     if is_shared:
         groups = [(length, [n for r, n in branches if r == root]) for root, length in roots.items()]
     else:
         groups = [(roots[r], [n]) for r, n in branches]
     layout = PackedLayout.from_groups(groups)
 
-    def pack(q, root_k, root_v, branch_k, branch_v):
+    def pack(q, shared_k, shared_v, branch_k, branch_v):
         rows_q, rows_k, rows_v, wanted, tokens = [], [], [], [], 0
         roots_done = set()
         for branch, (root, length) in enumerate(branches):
             if not (is_shared and root in roots_done):
                 roots_done.add(root)
                 rows_q.append(torch.full((roots[root], heads, dim), 3.0, dtype=q.dtype))
-                rows_k.append(root_k[root, : roots[root]])
-                rows_v.append(root_v[root, : roots[root]])
+                rows_k.append(shared_k[starts[root] :][: roots[root]])
+                rows_v.append(shared_v[starts[root] :][: roots[root]])
                 tokens += roots[root]
             rows_q += [torch.full((length - queries, heads, dim), 3.0, dtype=q.dtype), q[branch]]
             rows_k.append(branch_k[branch, :length])
@@ -301,7 +298,7 @@ def test_decode_equals_prefix_attention(queries, is_shared):
     def decode(*floats):
         return prefix_attention_decode(*floats, *indices, return_lse=True)
 
-    inputs, grads = [q, root_k, root_v, branch_k, branch_v], [grad, grad[..., 0]]
+    inputs, grads = [q, shared_k, shared_v, branch_k, branch_v], [grad, grad[..., 0]]
     for ours, theirs in zip(run(decode, inputs, grads), run(pack, inputs, grads), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-11)
 

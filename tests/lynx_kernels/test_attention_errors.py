@@ -26,13 +26,12 @@ def spanned(q=(5, 4, 6), k=(7, 2, 6), v=(7, 2, 6), layout=SPAN_LAYOUT, **options
     return run(cross_attention, *map(as_tensor, (q, k, v)), layout, **options)
 
 
-def decoded(q=(3, 1, 4, 6), root=(2, 8, 2, 6), branch=(3, 9, 2, 6), impl=None, ask=False, **changes):
+def decoded(q=(3, 1, 4, 6), shared=(16, 2, 6), branch=(3, 9, 2, 6), **changes):
     inputs = {
-        "q": q, "root_k": root, "root_v": root, "branch_k": branch, "branch_v": branch,
-        "branch_to_root": torch.tensor([0, 1, 1]), "root_lengths": torch.tensor([8, 2]),
-        "branch_lengths": torch.tensor([9, 1, 5]),
+        "q": q, "shared_k": shared, "shared_v": shared, "branch_k": branch, "branch_v": branch,
+        "ranges": torch.tensor([[[0, 8]], [[8, 10]], [[8, 10]]]), "branch_lengths": torch.tensor([9, 1, 5]),
     } | changes  # fmt: skip
-    return run(prefix_attention_decode, *map(as_tensor, inputs.values()), impl=impl, ask=ask)
+    return run(prefix_attention_decode, **{name: as_tensor(each) for name, each in inputs.items()})
 
 
 def meta(*shape, dtype=torch.float32):
@@ -87,9 +86,9 @@ def test_explain_and_impl(attend, name, shape):
         (lambda: packed(k=meta(5, 2, 6)), ValueError, "k is on meta, expected cpu like the other arguments"),
         (lambda: spanned(q=meta(5, 4, 6)), ValueError, "k is on cpu, expected meta like the other arguments"),
         (
-            lambda: decoded(root_v=meta(2, 8, 2, 6)),
+            lambda: decoded(shared_v=meta(16, 2, 6)),
             ValueError,
-            "root_v is on meta, expected cpu like the other arguments",
+            "shared_v is on meta, expected cpu like the other arguments",
         ),
         (
             lambda: packed(layout=LAYOUT.to("meta")),
@@ -102,9 +101,9 @@ def test_explain_and_impl(attend, name, shape):
             "layout is on meta, expected cpu like the other arguments",
         ),
         (
-            lambda: decoded(root_lengths=meta(2, dtype=torch.int32)),
+            lambda: decoded(branch_lengths=meta(3, dtype=torch.int32)),
             ValueError,
-            "root_lengths is on meta, expected cpu like the other arguments",
+            "branch_lengths is on meta, expected cpu like the other arguments",
         ),
         (lambda: packed(v=(5, 2, 7)), ValueError, "v has head dimension 7, q has 6"),
         (lambda: spanned(q=(5, 4, 5)), ValueError, "k has head dimension 6, q has 5"),
@@ -122,9 +121,9 @@ def test_explain_and_impl(attend, name, shape):
         (lambda: spanned(q=(7, 4, 6)), ValueError, "q has 7 rows, but the layout describes 5"),
         (lambda: spanned(k=(5, 2, 6), v=(5, 2, 6)), ValueError, "k has 5 rows, but the layout describes 7"),
         (
-            lambda: decoded(root_v=(2, 7, 2, 6)),
+            lambda: decoded(shared_v=(15, 2, 6)),
             ValueError,
-            r"keys and values differ in shape: root \(2, 8, 2, 6\) and \(2, 7, 2, 6\)",
+            r"keys and values differ in number: shared \(16, 2, 6\) and \(15, 2, 6\)",
         ),
         (lambda: decoded(branch_v=(3, 8, 2, 6)), ValueError, r"branch \(3, 9, 2, 6\) and \(3, 8, 2, 6\)"),
         (lambda: decoded(branch=(2, 9, 2, 6)), ValueError, "branch_k has 2 branches, but q has 3"),
@@ -134,35 +133,35 @@ def test_explain_and_impl(attend, name, shape):
             "branch_k has room for 9 keys per branch, fewer than the 10 queries",
         ),
         (
-            lambda: decoded(branch_to_root=torch.zeros(3)),
+            lambda: decoded(ranges=torch.zeros(3, 1, 2)),
             TypeError,
-            "branch_to_root is torch.float32, expected int32 or int64",
+            "ranges is torch.float32, expected int32 or int64",
         ),
-        (lambda: decoded(root_lengths=torch.zeros(2).bool()), TypeError, "root_lengths is torch.bool, expected int32"),
         (
-            lambda: decoded(root_lengths=torch.zeros(2).short()),
+            lambda: decoded(branch_lengths=torch.zeros(3).bool()),
             TypeError,
-            "root_lengths is torch.int16, expected int32",
+            "branch_lengths is torch.bool, expected int",
+        ),
+        (lambda: decoded(ranges=torch.zeros(3, 1, 2).short()), TypeError, "ranges is torch.int16, expected int32"),
+        (
+            lambda: decoded(ranges=torch.tensor([[[0, 1]], [[2, 3]], [[-1, 3]]])),
+            ValueError,
+            r"ranges\[2, 0\] is \[-1, 3\], expected 0 <= start <= end <= 16",
         ),
         (
-            lambda: decoded(branch_to_root=torch.tensor([0, 1, -1])),
+            lambda: decoded(ranges=torch.tensor([[[0, 0], [3, 2]]] * 3)),
             ValueError,
-            "branch_to_root is .* expected values from 0 to 1",
+            r"ranges\[0, 1\] is \[3, 2\], expected 0 <= start",
         ),
         (
-            lambda: decoded(branch_to_root=torch.tensor([0, 2, 1])),
+            lambda: decoded(ranges=torch.tensor([[[0, 17]]] * 3)),
             ValueError,
-            "branch_to_root is .* expected values from 0 to 1",
-        ),
-        (
-            lambda: decoded(root_lengths=torch.tensor([9, 0])),
-            ValueError,
-            r"root_lengths is \[9, 0\], expected values from 0 to 8",
+            r"ranges\[0, 0\] is \[0, 17\], expected 0 <= start",
         ),
         (
             lambda: decoded(branch_lengths=torch.tensor([1, 0, 9])),
             ValueError,
-            "branch_lengths is .* expected values from 1 to 9",
+            r"branch_lengths\[1\] is 0, expected 1 to 9",
         ),
         (lambda: packed(q=(5, 4, 0), k=(5, 2, 0), v=(5, 2, 0)), ValueError, "q has head dimension 0"),
         (
@@ -171,10 +170,25 @@ def test_explain_and_impl(attend, name, shape):
             r"branch_lengths has shape \(2,\), expected \(3,\)",
         ),
         (
-            lambda: decoded(root_lengths=torch.zeros(2, 1).int()),
+            lambda: decoded(ranges=torch.zeros(3, 2).int()),
             ValueError,
-            r"root_lengths has shape \(2, 1\), expected \(2,\)",
+            r"ranges has shape \(3, 2\), expected \(3, P, 2\)",
         ),
+        (lambda: decoded(ranges=torch.zeros(2, 1, 2).int()), ValueError, r"ranges has shape \(2, 1, 2\), expected \(3"),
+        (lambda: decoded(ranges=torch.zeros(3, 1, 3).int()), ValueError, r"ranges has shape \(3, 1, 3\), expected \(3"),
+        (lambda: decoded(shared=(2, 8, 2, 6)), ValueError, r"shared_k has shape \(2, 8, 2, 6\), expected 3 dimensions"),
+        (lambda: decoded(shared_v=(16, 2, 5)), ValueError, "shared_v has head dimension 5, branch_v has 6"),
+        (
+            lambda: decoded(branch_v=(3, 9, 2, 7)),
+            ValueError,
+            "branch_v has head dimension 7, q has 6; it may be from 1",
+        ),
+        (lambda: decoded(window=3, chunk=4), ValueError, "window=3 and chunk=4: a layer has one of them"),
+        (lambda: decoded(window=0), ValueError, "window is 0, must be >= 1"),
+        (lambda: decoded(chunk=-1), ValueError, "chunk is -1, must be >= 1"),
+        (lambda: decoded(window=2.5), TypeError, "float"),
+        (lambda: decoded(softcap=0.0), ValueError, "softcap is 0.0, expected a positive number"),
+        (lambda: decoded(sinks=(3,)), ValueError, r"sinks has shape \(3,\), expected \(4,\)"),
     ],
 )
 def test_errors(call, error, message):

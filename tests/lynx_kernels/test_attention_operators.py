@@ -5,10 +5,7 @@ import torch
 
 from lynx_kernels import PackedLayout, SpanLayout, cross_attention, prefix_attention
 from tests.lynx_kernels.attention_cases import (
-    BRANCH_LENGTHS,
-    BRANCH_TO_ROOT,
     GROUPS_OF_A_BATCH,
-    ROOT_LENGTHS,
     SPANS_OF_A_BATCH,
     all_cases,
     decode_case,
@@ -30,8 +27,8 @@ OPERATORS = {
     "cross_attention": (span_case(), [_SPANS.segments, _SPANS.tile_offsets, _SPANS.tile_segments], [0.4]),
     "prefix_attention_decode": (
         decode_case(2),
-        [torch.tensor(each, dtype=torch.int32) for each in (BRANCH_TO_ROOT, ROOT_LENGTHS, BRANCH_LENGTHS)],
-        [0.4],
+        [None, *decode_case(2).table],
+        [None, None, 0.4, None],
     ),
 }
 

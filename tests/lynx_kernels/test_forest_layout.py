@@ -124,7 +124,7 @@ def test_invalid_options():
 
     with pytest.raises(ValueError, match="2 lengths but 3 values of full"):
         make(full=[True, False, True])
-    with pytest.raises(ValueError, match="window=3 and chunk=4: a layout has one of them"):
+    with pytest.raises(ValueError, match="window=3 and chunk=4: a layer has one of them"):
         make(window=3, chunk=4)
     for name in ("window", "chunk"):
         with pytest.raises(ValueError, match=f"{name} is 0, must be >= 1"):

@@ -1,6 +1,5 @@
 """The compiled CPU decoding: every instruction set, any number of threads, forked processes."""
 
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -14,7 +13,10 @@ from tests.lynx_kernels.attention_cases import (
     SEVERAL_TILES,
     assert_case_within_budget,
     cache_case,
+    nothing_to_decode,
     other_strides,
+    path_case,
+    without_shared_keys,
 )
 from tests.lynx_kernels.attention_helpers import FEW_EXAMPLES, random
 from tests.lynx_kernels.helpers import assert_child_ends_well, permuted
@@ -37,7 +39,7 @@ MANY_ROWS = [0] * 7, [90], [3, 4, 5, 6, 7, 8, 9]
 
 @st.composite
 def batches(draw):
-    """branch_to_root, root_lengths and branch_lengths, for two queries per branch."""
+    """For ``decode_case``: roots of branches, lengths of roots and of branches, for two queries per branch."""
     roots = draw(st.lists(st.integers(0, 140), min_size=1, max_size=4))
     branches = draw(st.lists(st.tuples(st.integers(0, len(roots) - 1), st.integers(2, 70)), min_size=1, max_size=6))
     return [root for root, _ in branches], roots, [length for _, length in branches]
@@ -87,7 +89,7 @@ def test_strides(instruction_set, dtype, dim):
 def test_strides_of_indices(dtype):
     case = case_of(1, ([1, 0], [20, 3], [3, 9]))
     expected = case.operation(*case.inputs)
-    indices = [permuted(torch.tensor(each, dtype=dtype)) for each in ([1, 0], [20, 3], [3, 9])]
+    indices = [permuted(each.to(dtype)) for each in case.table]
     actual = prefix_attention_decode(*case.inputs, *indices, return_lse=True, impl="cpu")
     for ours, theirs in zip(actual, expected, strict=True):
         assert torch.equal(ours, theirs)
@@ -110,18 +112,21 @@ def test_result_does_not_depend_on_threads(dtype, restore_threads):
 @both_dtypes
 def test_result_does_not_depend_on_the_rest_of_the_batch(dtype):
     """The result of a branch is the same bit for bit, whatever other roots and branches are in the batch."""
-    to_root, root_lengths, branch_lengths = SEVERAL_SPLITS
-    case = case_of(1, SEVERAL_SPLITS, heads=4, kv_heads=2, dim=16, dtype=dtype)
-    q, root_k, root_v, branch_k, branch_v = case.inputs
-    together = case.operation(*case.inputs)
-    for branch, root in enumerate(to_root):
-        one, its = slice(branch, branch + 1), slice(root, root + 1)
-        indices = [torch.tensor([each]) for each in (0, root_lengths[root], branch_lengths[branch])]
-        alone = prefix_attention_decode(
-            q[one], root_k[its], root_v[its], branch_k[one], branch_v[one], *indices, return_lse=True, impl="cpu"
+    for options in ({}, {"window": 40}, {"chunk": 50}):
+        ranges = [[[64, 364], [0, 30]], [[0, 64], [64, 364]], [[64, 364], [0, 64]], [[64, 364], [0, 30]]]
+        case = path_case(
+            1, 400, ranges, [70, 3, 131, 75], heads=4, kv_heads=2, dim=16, dtype=dtype, impl="cpu", **options
         )
-        for ours, theirs in zip(alone, together, strict=True):
-            assert torch.equal(ours, theirs[one])
+        (q, *shared, branch_k, branch_v), (table, lengths) = case.inputs, case.table
+        together = case.operation(*case.inputs)
+        for branch in range(4):
+            one = slice(branch, branch + 1)
+            indices = table[one], lengths[one]
+            alone = prefix_attention_decode(
+                q[one], *shared, branch_k[one], branch_v[one], *indices, **options, return_lse=True, impl="cpu"
+            )
+            for ours, theirs in zip(alone, together, strict=True):
+                assert torch.equal(ours, theirs[one])
 
 
 def test_forked_child_does_not_hang(restore_threads):
@@ -135,10 +140,10 @@ def test_forked_child_does_not_hang(restore_threads):
 def test_nan_reaches_only_branches_that_see_it(instruction_set, dtype):
     case = case_of(1, SEVERAL_SPLITS, heads=4, kv_heads=2, dtype=dtype)
     expected = case.operation(*case.inputs)
-    # Branch 1 reads root 0, the others read root 1. Only the first two heads get NaN.
-    for index, entry, branches in ((0, 1, [1]), (1, 0, [1]), (2, 1, [0, 2]), (3, 2, [2]), (4, 0, [0])):
+    # Branch 1 reads root 0, the others read root 1, from row 301 on. Only the first two heads get NaN.
+    for index, entry, branches in ((0, 1, [1]), (1, 0, [1]), (2, 301, [0, 2]), (3, 2, [2]), (4, 0, [0])):
         inputs = [each.clone() for each in case.inputs]
-        inputs[index][entry, 0, :1] = float("nan")
+        (inputs[index][entry] if index in (1, 2) else inputs[index][entry, 0])[:1] = float("nan")
         hit = torch.zeros(expected[1].shape, dtype=torch.bool)
         hit[branches, :, : 1 if index == 0 else 2] = True
         out, lse = case.operation(*inputs)
@@ -152,10 +157,10 @@ def test_nan_reaches_only_branches_that_see_it(instruction_set, dtype):
 def test_scores_far_apart(instruction_set, dtype):
     """The running maximum rises often and by large steps, falls, and differs by hundreds between splits."""
     q, v = torch.ones(1, 1, 1, 4, dtype=dtype), random(1, 2400, 1, 4, dtype=dtype)
-    indices = [torch.tensor(each) for each in ([0], [2400], [400])]
+    indices = torch.tensor([[[0, 2400]]]), torch.tensor([400])
     for sign in (1, -1):
         k = (sign * torch.arange(2400.0).sub(900)[None, :, None, None].expand(1, 2400, 1, 4) / 4).to(dtype)
-        caches = k, v, k[:, :400], v[:, :400]
+        caches = k[0], v[0], k[:, :400], v[:, :400]
         out, lse = prefix_attention_decode(q, *caches, *indices, scale=0.5, return_lse=True, impl="cpu")
         exact, exact_lse = prefix_attention_decode(
             *(each.double() for each in (q, *caches)), *indices, scale=0.5, return_lse=True, impl="reference"
@@ -164,7 +169,7 @@ def test_scores_far_apart(instruction_set, dtype):
         torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-6, atol=1e-4)
 
 
-@pytest.mark.parametrize("narrow", [slice(0, 1), slice(1, 3), slice(3, 5)], ids=["queries", "roots", "branches"])
+@pytest.mark.parametrize("narrow", [slice(0, 1), slice(1, 3), slice(3, 5)], ids=["queries", "shared", "branches"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_mixed_dtypes(narrow, dtype):
     case = case_of(1, ([0, 0], [20], [3, 9]))
@@ -177,38 +182,33 @@ def test_mixed_dtypes(narrow, dtype):
     assert torch.equal(lse, wide[1])
 
 
-def test_roots_without_keys():
-    case = case_of(2, ([0, 1], [0, 0], [3, 2]))
-    without_room = [each[:, :0] if i in (1, 2) else each for i, each in enumerate(case.inputs)]
-    for inputs in (case.inputs, without_room):
-        assert_case_within_budget(replace(case, inputs=inputs), gradients=False)
+def test_no_shared_keys():
+    for case in without_shared_keys(case_of, "cpu"):
+        assert_case_within_budget(case, gradients=False)
 
 
 @pytest.mark.parametrize(("branches", "queries"), [(0, 1), (2, 0)])
 def test_no_queries_to_decode(branches, queries):
-    root, branch, q = torch.ones(1, 3, 1, 16), torch.ones(branches, 2, 1, 16), torch.ones(branches, queries, 1, 16)
-    indices = [torch.zeros(branches, dtype=torch.int32), torch.ones(1, dtype=torch.int32)]
-    indices.append(torch.ones(branches, dtype=torch.int32))
-    assert prefix_attention_decode(q, root, root, branch, branch, *indices, impl="cpu").shape == q.shape
+    inputs = nothing_to_decode(branches, queries)
+    assert prefix_attention_decode(*inputs, impl="cpu").shape == inputs[0].shape
 
 
 def test_indices_out_of_range():
     """The operator checks them too, because compiled graphs call it without the checks of the public function."""
     case = case_of(2, ([0, 1], [4, 9], [3, 2]))
-    indices = [torch.tensor(each) for each in ([0, 1], [4, 9], [3, 2])]
     call = torch.ops.lynx_kernels.prefix_attention_decode
-    ends = {
-        "branch_to_root": (-1, 2, "0 to 1"),
-        "root_lengths": (-1, 11, "0 to 10"),
-        "branch_lengths": (1, 4, "2 to 3"),
-    }
-    for place, (name, (low, high, range_)) in enumerate(ends.items()):
-        for value in (low, high):
-            for dtype in (torch.int32, torch.int64):
-                broken = [each.to(dtype, copy=True) for each in indices]
-                broken[place][1] = value
-                with pytest.raises(ValueError, match=rf"decode: {name}\[1\] is {value}, expected {range_}"):
-                    call(*case.inputs, *broken, 1.0, "cpu")
+    for number, place, value, message in (
+        (0, (1, 0, 0), -1, r"ranges\[1, 0\] is \[-1, 19\], expected 0 <= start <= end <= 20"),
+        (0, (1, 0, 1), 21, r"ranges\[1, 0\] is \[10, 21\], expected 0"),
+        (0, (1, 0, 1), 9, r"ranges\[1, 0\] is \[10, 9\], expected 0"),
+        (1, 1, 1, r"branch_lengths\[1\] is 1, expected 2 to 3"),
+        (1, 1, 4, r"branch_lengths\[1\] is 4, expected 2 to 3"),
+    ):
+        for dtype in (torch.int32, torch.int64):
+            broken = [each.to(dtype, copy=True) for each in case.table]
+            broken[number][place] = value
+            with pytest.raises(ValueError, match=rf"decode: {message}"):
+                call(*case.inputs, None, *broken, None, None, 1.0, None, "cpu")
 
 
 def test_compiled_equals_eager():
@@ -222,7 +222,7 @@ def test_compiled_equals_eager():
 
 def test_explain_and_unsupported_reasons(monkeypatch):
     case = case_of(1)
-    indices = [torch.tensor(each) for each in SEVERAL_TILES]
+    indices = case.table
     ask = partial(explain, prefix_attention_decode)
     assert ask(*case.inputs, *indices).name == "cpu"
     for dtype in (torch.float16, torch.float64):

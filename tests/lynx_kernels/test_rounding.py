@@ -38,10 +38,10 @@ def test_means_of_two_values(instruction_set):
     q, values = torch.zeros_like(low)[None], torch.stack([low, high])  # (1, H, D), (2, H, D)
     layout = SpanLayout.from_spans([1], [(0, 2)], 2)
     assert torch.equal(cross_attention(q, torch.ones_like(values), values, layout, impl="cpu")[0], even)
-    index = torch.zeros(1, dtype=torch.int32)
-    root, branch = low[None, None], high[None, None]
-    keys = torch.ones_like(root)
-    out = prefix_attention_decode(q[None], keys, root, keys, branch, index, index + 1, index + 1, impl="cpu")
+    ranges, lengths = torch.tensor([[[0, 1]]]), torch.ones(1, dtype=torch.int32)
+    shared, branch = low[None], high[None, None]
+    keys = torch.ones_like(branch)
+    out = prefix_attention_decode(q[None], keys[0], shared, keys, branch, ranges, lengths, impl="cpu")
     assert torch.equal(out[0, 0], even)
 
 

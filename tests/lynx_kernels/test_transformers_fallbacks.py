@@ -174,21 +174,30 @@ def test_values_of_any_width(values, head_dim, kv_heads):
 
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
-@pytest.mark.parametrize("scaling", [None, 0.3, -1.7])
-def test_decoding_over_shared_roots(scaling, impl, monkeypatch):
-    """Each layer reads its own roots, with its own factor on the scores."""
+@pytest.mark.parametrize(
+    ("scaling", "local", "scores"),
+    [
+        (None, {}, {}),
+        (0.3, {"window": 4}, {}),
+        (-1.7, {"chunk": 3}, {"softcap": 2.0}),
+        (None, {"window": 5}, {"sinks": torch.tensor([0.5, -1.0, 2.0, 0.0])}),
+    ],
+)
+def test_decoding_over_shared_roots(scaling, local, scores, impl, monkeypatch):
+    """Each layer reads its own roots, with its own factor on the scores, soft cap and sinks, its mask's window."""
     monkeypatch.setattr(integration, "prefix_attention_decode", partial(prefix_attention_decode, impl=impl))
     if impl == "cpu" and cpu_backend.MISSING is not None:
         pytest.skip(cpu_backend.MISSING)
     q, branches = torch.randn(3, 4, 2, 8), [torch.randn(3, 2, 5, 8) for _ in range(2)]  # (B, heads, length, D)
-    roots = [torch.randn(2, 2, 6, 2, 8) for _ in range(2)]  # (layers, R, Lr, heads, D)
-    indices = [torch.tensor(each) for each in ([1, 0, 1], [6, 4], [2, 5, 3])]
+    roots = [torch.randn(2, 12, 2, 8) for _ in range(2)]  # (layers, K, heads, D)
+    indices = [torch.tensor(each) for each in ([[[6, 10]], [[0, 6]], [[6, 10]]], [2, 5, 3])]
     for layer in range(2):
         module = types.SimpleNamespace(layer_idx=layer, config=None)
         shared = integration.SharedRoots(*roots, *indices)
-        actual, _ = integration.attention(module, q, *branches, None, scaling=scaling, shared_roots=shared)
+        mask = integration.packed_mask(PackedLayout.causal([1]).with_local(**local))
+        actual, _ = integration.attention(module, q, *branches, mask, scaling=scaling, shared_roots=shared, **scores)
         tensors = [q.transpose(1, 2), roots[0][layer], roots[1][layer], *(each.transpose(1, 2) for each in branches)]
-        expected, _ = dense_decode(*(each.double() for each in tensors), *indices, scale=scaling)
+        expected, _ = dense_decode(*(each.double() for each in tensors), *indices, scale=scaling, **local, **scores)
         torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
 
 

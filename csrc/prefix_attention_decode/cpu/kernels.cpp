@@ -23,8 +23,9 @@ struct Scratch : TileScratch<Compute> {
     float* row_sum;  // (kv heads, rows, kWidth), its lanes not yet added
     size_t bytes;
 
-    Scratch(Workspace workspace, int64_t kv_heads, int64_t rows, const Sizes<Compute>& sizes)
-        : TileScratch<Compute>(workspace, kBlockM, kBlockN, sizes, sizes) {
+    Scratch(Workspace workspace, int64_t kv_heads, int64_t rows, const Sizes<Compute>& sizes,
+            const Sizes<Compute>& value_sizes)
+        : TileScratch<Compute>(workspace, kBlockM, kBlockN, sizes, value_sizes) {
         queries = workspace.take<Word>(kv_heads * rows * sizes.lda);
         row_sum = workspace.take<float>(kv_heads * rows * kWidth);
         bytes = workspace.bytes();
@@ -32,7 +33,7 @@ struct Scratch : TileScratch<Compute> {
 };
 
 inline int64_t rows_of(const Problem& problem, const Segment& segment) {
-    return segment.num_branches * problem.rows_of_branch();
+    return segment.num_readers * problem.rows_of_branch();
 }
 
 // The keys and values of a tile, of one key head.
@@ -44,7 +45,7 @@ struct Tile {
         const int64_t keys = min(kBlockN, split.last_key - key);
         const Segment& from = *split.segment;
         k = {head_of<Element>(from.k, key, head), from.k.row_stride, keys, problem.head_dim};
-        v = {head_of<Element>(from.v, key, head), from.v.row_stride, keys, problem.head_dim};
+        v = {head_of<Element>(from.v, key, head), from.v.row_stride, keys, problem.value_dim};
     }
 };
 
@@ -62,8 +63,8 @@ void pack_queries(const Problem& problem, const Segment& segment, int64_t kv_hea
                   typename Compute::Word* to) {
     const int64_t group_heads = problem.num_heads / problem.num_kv_heads;
     const Matrix& q = problem.q.first;
-    for (int64_t i = 0; i < segment.num_branches; i++) {
-        const int64_t branch = segment.branches[i] * problem.q.stride;
+    for (int64_t i = 0; i < segment.num_readers; i++) {
+        const int64_t branch = segment.readers[i].branch * problem.q.stride;
         for (int64_t query = 0; query < problem.num_queries; query++) {
             const Element* first = head_of<Element>(q, query, kv_head * group_heads) + branch;
             pack_a<Compute>(Rows<Element>{first, q.head_stride, group_heads, problem.head_dim}, to, lda);
@@ -72,28 +73,58 @@ void pack_queries(const Problem& problem, const Segment& segment, int64_t kv_hea
     }
 }
 
+// How many of the segment's keys lie before the window or chunk of a row's query.
+inline int64_t unseen_by(const Problem& problem, const Segment& segment, int64_t row) {
+    const int64_t rows = problem.rows_of_branch(), group_heads = problem.num_heads / problem.num_kv_heads;
+    const Reader& reader = segment.readers[row / rows];
+    return problem.floor(reader.branch, row % rows / group_heads) - reader.offset;
+}
+
+// Rows of a segment from `row` on, and keys of it from `first_key` on. The results of row 0 stand at `result`.
+struct Block {
+    int64_t row, rows, first_key, keys, result;
+};
+
+// The online softmax of a block's scores: their weights, which replace them, and the sums so far.
+template <class Compute, bool kLocal>
+void softmax_rows(const Problem& problem, const Segment& segment, const Block& block, const Scratch<Compute>& scratch,
+           float scale) {
+    const int64_t group_heads = problem.num_heads / problem.num_kv_heads, ldp = kBlockN / Compute::kNumbers;
+    for (int64_t i = 0; i < block.rows; i++) {
+        const int64_t row = block.row + i;
+        // The older queries of a branch do not see its newest keys.
+        const int64_t newer = segment.is_causal ? problem.num_queries - 1 - row / group_heads : 0;
+        const int64_t most = segment.num_keys - newer - block.first_key, seen = most < 0 ? 0 : min(most, block.keys);
+        const int64_t unseen = kLocal ? unseen_by(problem, segment, row) - block.first_key : 0;
+        const bool sees_none = kLocal && unseen >= seen;
+        online_softmax<Compute, kLocal>(scratch.scores + i * kBlockN, scratch.p + i * ldp,
+                                        sees_none || unseen < 0 ? 0 : unseen, sees_none ? 0 : seen, block.keys, scale,
+                                        problem.row_max[block.result + row], scratch.row_sum + row * kWidth,
+                                        problem.acc + (block.result + row) * problem.acc_stride, problem.value_dim);
+    }
+}
+
 // Adds one tile to a head's results, which stand from `result` on. `scratch` has the head's queries and row_sum.
 template <class Compute, class Element>
 void attend_to_tile(const Problem& problem, const Segment& segment, int64_t first_key, const Tile<Element>& tile,
                     const Tile<Element>& next, const Scratch<Compute>& scratch, const Sizes<Compute>& sizes,
-                    int64_t result) {
+                    const Sizes<Compute>& value_sizes, int64_t result) {
     typedef typename Compute::Word Word;
-    const int64_t dim = problem.head_dim, keys = tile.k.count, rows = rows_of(problem, segment);
-    const int64_t group_heads = problem.num_heads / problem.num_kv_heads;
+    const int64_t dim = problem.value_dim, keys = tile.k.count, rows = rows_of(problem, segment);
     const int64_t ldp = kBlockN / Compute::kNumbers;
     for (int64_t key = 0; key < keys; key += kPrefetchRows) {
         prefetch(next.k.slice(key, kPrefetchRows));
         pack_b_transposed<Compute>(tile.k.slice(key, kPrefetchRows), scratch.keys + key, kBlockN);
     }
     const Word* values = scratch.values;
-    int64_t ldv = sizes.ldb;
+    int64_t ldv = value_sizes.ldb;
     // A single register tile of rows reads fp32 values only once. It reads them where they stand, if they are whole
     // vectors.
     if (sizeof(Element) == sizeof(Word) && Compute::kNumbers == 1 && dim % kWidth == 0 && rows <= kTileRows) {
         values = reinterpret_cast<const Word*>(tile.v.first);
         ldv = tile.v.stride;
     } else {
-        pack_b<Compute>(tile.v, scratch.values, sizes.ldb);
+        pack_b<Compute>(tile.v, scratch.values, value_sizes.ldb);
     }
     for (int64_t row = 0; row < rows; row += kBlockM) {
         const int64_t m = min(kBlockM, rows - row);
@@ -101,14 +132,16 @@ void attend_to_tile(const Problem& problem, const Segment& segment, int64_t firs
         matmul<Compute, false>(m, keys,
                                {scratch.queries + row * sizes.lda, sizes.lda, scratch.keys, kBlockN, scratch.scores,
                                 kBlockN, sizes.words, false});
-        for (int64_t i = 0; i < m; i++) {
-            // The older queries of a branch do not see its newest keys.
-            const int64_t newer = segment.is_causal ? problem.num_queries - 1 - (row + i) / group_heads : 0;
-            const int64_t seen = segment.num_keys - newer - first_key;
-            online_softmax<Compute, false>(scratch.scores + i * kBlockN, scratch.p + i * ldp, 0, seen < 0 ? 0 : min(seen, keys),
-                                    keys, problem.scale, problem.row_max[result + row + i],
-                                    scratch.row_sum + (row + i) * kWidth, acc + i * problem.acc_stride, dim);
+        float scale = problem.scale;
+        if (problem.softcap > 0) {
+            cap_scores(scratch.scores, m, kBlockN, keys, scale, problem.softcap);
+            scale = 1;
         }
+        const Block block = {row, m, first_key, keys, result};
+        if (problem.is_local())
+            softmax_rows<Compute, true>(problem, segment, block, scratch, scale);
+        else
+            softmax_rows<Compute, false>(problem, segment, block, scratch, scale);
         for (int64_t key = 0; key < keys; key += kPrefetchRows) {
             if (row == 0) prefetch(next.v.slice(key, kPrefetchRows));
             matmul<Compute, false>(m, dim,
@@ -124,8 +157,8 @@ void attend_to_split(const Problem& problem, const Split& split, int64_t first_k
                      void* block) {
     const Segment& segment = *split.segment;
     const int64_t rows = rows_of(problem, segment), heads = last_kv_head - first_kv_head;
-    const Sizes<Compute> sizes(problem.head_dim);
-    const Scratch<Compute> scratch(Workspace(block), heads, rows, sizes);
+    const Sizes<Compute> sizes(problem.head_dim), value_sizes(problem.value_dim);
+    const Scratch<Compute> scratch(Workspace(block), heads, rows, sizes, value_sizes);
     const int64_t first_result = segment.first_result + (split.index * problem.num_kv_heads + first_kv_head) * rows;
     const int64_t results = heads * rows;
     memset(problem.acc + first_result * problem.acc_stride, 0, results * problem.acc_stride * sizeof(float));
@@ -143,67 +176,80 @@ void attend_to_split(const Problem& problem, const Split& split, int64_t first_k
             Scratch<Compute> of_head = scratch;
             of_head.queries += head * rows * sizes.lda;
             of_head.row_sum += head * rows * kWidth;
-            attend_to_tile(problem, segment, key, tile, next, of_head, sizes, first_result + head * rows);
+            attend_to_tile(problem, segment, key, tile, next, of_head, sizes, value_sizes, first_result + head * rows);
         }
     for (int64_t i = 0; i < results; i++)
         problem.row_sum[first_result + i] = sum_of_lanes(load(scratch.row_sum + i * kWidth));
 }
 
-// The indices of a row's partial results, over the splits of both segments that it reads.
+// The indices of a row's partial results, over the splits of all segments that it reads.
 struct Results {
-    int64_t indices[2 * kMaxSplits];
+    int64_t* indices;
+    float* factors;  // of each result
     int64_t count;
+    size_t bytes;
 
-    LYNX_INLINE void add(const Problem& problem, const Segment& segment, int64_t kv_head, int64_t row) {
-        const int64_t rows = rows_of(problem, segment);
+    Results(Workspace workspace, const Problem& problem) : count(0) {
+        const int64_t most = (problem.num_ranges + 1) * kMaxSplits;
+        indices = workspace.take<int64_t>(most);
+        factors = workspace.take<float>(most);
+        bytes = workspace.bytes();
+    }
+
+    LYNX_INLINE void add(const Problem& problem, const Part& part, int64_t kv_head, int64_t row) {
+        const Segment& segment = *part.segment;
+        const int64_t rows = rows_of(problem, segment), place = part.reader * problem.rows_of_branch() + row;
         for (int64_t split = 0; split < segment.num_splits; split++)
-            indices[count++] = segment.first_result + (split * problem.num_kv_heads + kv_head) * rows + row;
+            indices[count++] = segment.first_result + (split * problem.num_kv_heads + kv_head) * rows + place;
     }
 };
 
-// Rescales acc and row_sum of all partial results to the largest row_max. The quotient of their sums is the output.
+// Rescales acc and row_sum of all partial results to the largest row_max. The quotient of their sums is the output. A
+// sink is one more score, without a value.
 template <class Element>
-void combine_row(const Problem& problem, const Results& results, Element* out, float* lse) {
-    float row_max = -__builtin_inff(), row_sum = 0, factors[2 * kMaxSplits];
+void combine_row(const Problem& problem, const Results& results, const float* sink, Element* out, float* lse) {
+    float row_max = sink != nullptr ? *sink : -__builtin_inff();
     for (int64_t i = 0; i < results.count; i++) {
         const float other = problem.row_max[results.indices[i]];
         row_max = other > row_max ? other : row_max;
     }
+    float row_sum = sink != nullptr ? exp(broadcast(*sink - row_max))[0] : 0;
     for (int64_t i = 0; i < results.count; i++) {
-        factors[i] = exp(broadcast(problem.row_max[results.indices[i]] - row_max))[0];
-        row_sum += factors[i] * problem.row_sum[results.indices[i]];
+        results.factors[i] = exp(broadcast(problem.row_max[results.indices[i]] - row_max))[0];
+        row_sum += results.factors[i] * problem.row_sum[results.indices[i]];
     }
-    for (int64_t column = 0; column < problem.head_dim; column += kWidth) {
+    for (int64_t column = 0; column < problem.value_dim; column += kWidth) {
         Floats sum = {};
         for (int64_t i = 0; i < results.count; i++)
-            sum += factors[i] * load(problem.acc + results.indices[i] * problem.acc_stride + column);
-        store_first(out + column, sum / row_sum, problem.head_dim - column);
+            sum += results.factors[i] * load(problem.acc + results.indices[i] * problem.acc_stride + column);
+        store_first(out + column, sum / row_sum, problem.value_dim - column);
     }
     *lse = row_sum == row_sum ? row_max + log(broadcast(row_sum))[0] : row_sum;
 }
 
 template <class Element>
-void combine_branch(const Problem& problem, int64_t branch) {
-    const Sources& sources = problem.sources[branch];
-    const int64_t group_heads = problem.num_heads / problem.num_kv_heads, rows = problem.rows_of_branch();
+void combine_branch(const Problem& problem, int64_t branch, Results results) {
+    const int64_t group_heads = problem.num_heads / problem.num_kv_heads;
+    const Part* parts = problem.parts + branch * (problem.num_ranges + 1);
     for (int64_t query = 0; query < problem.num_queries; query++)
         for (int64_t head = 0; head < problem.num_heads; head++) {
             const int64_t row = query * group_heads + head % group_heads, kv_head = head / group_heads;
             const int64_t index = (branch * problem.num_queries + query) * problem.num_heads + head;
-            Results results = {};
-            results.add(problem, *sources.root, kv_head, sources.place_in_root * rows + row);
-            results.add(problem, *sources.own, kv_head, row);
-            combine_row(problem, results, static_cast<Element*>(problem.out) + index * problem.head_dim,
-                        problem.lse + index);
+            results.count = 0;
+            for (int64_t i = 0; i <= problem.num_ranges; i++) results.add(problem, parts[i], kv_head, row);
+            combine_row(problem, results, problem.sinks == nullptr ? nullptr : problem.sinks + head,
+                        static_cast<Element*>(problem.out) + index * problem.value_dim, problem.lse + index);
         }
 }
 
+template <class Compute>
+size_t scratch_bytes_of(const Problem& problem, const Segment& segment) {
+    return Scratch<Compute>(Workspace(nullptr), problem.num_kv_heads, rows_of(problem, segment),
+                            Sizes<Compute>(problem.head_dim), Sizes<Compute>(problem.value_dim)).bytes;
+}
+
 size_t scratch_bytes(const Problem& problem, const Segment& segment) {
-    const int64_t rows = rows_of(problem, segment), dim = problem.head_dim;
-    const int64_t heads = problem.num_kv_heads;
-    const Workspace empty(nullptr);
-    return problem.is_bfloat16 ? Scratch<Bf16>(empty, heads, rows, Sizes<Bf16>(dim)).bytes
-                               : Scratch<Fp32>(empty, heads, rows, Sizes<Fp32>(dim)).bytes;
+    return problem.is_bfloat16 ? scratch_bytes_of<Bf16>(problem, segment) : scratch_bytes_of<Fp32>(problem, segment);
 }
 
 void attend(const Problem& problem, const Split& split, int64_t first_kv_head, int64_t last_kv_head, void* scratch) {
@@ -213,17 +259,20 @@ void attend(const Problem& problem, const Split& split, int64_t first_kv_head, i
         attend_to_split<Fp32, float>(problem, split, first_kv_head, last_kv_head, scratch);
 }
 
-void combine(const Problem& problem, int64_t branch) {
+size_t combine_scratch_bytes(const Problem& problem) { return Results(Workspace(nullptr), problem).bytes; }
+
+void combine(const Problem& problem, int64_t branch, void* scratch) {
+    const Results results(Workspace(scratch), problem);
     if (problem.is_bfloat16)
-        combine_branch<BFloat16>(problem, branch);
+        combine_branch<BFloat16>(problem, branch, results);
     else
-        combine_branch<float>(problem, branch);
+        combine_branch<float>(problem, branch, results);
 }
 
 }  // namespace
 
 namespace lynx::decode {
 
-extern const Kernels LYNX_KERNELS = {scratch_bytes, attend, combine};
+extern const Kernels LYNX_KERNELS = {scratch_bytes, attend, combine_scratch_bytes, combine};
 
 }  // namespace lynx::decode

@@ -1,10 +1,10 @@
 // prefix_attention_decode as two CUDA kernels: attention to splits of the keys, and the combination of the splits.
-// Shapes: B branches of Q queries, R roots, H query heads, Hkv key heads, D numbers in a head.
+// Shapes: B branches of Q queries and P ranges of K shared keys, H query heads, Hkv key heads, D numbers in a head.
 //
-// Reading keys and values bounds the time. A block gets a split of the keys of one root or one branch, of one key head,
-// and up to kBlockM rows. Rows are the queries of all heads that share the key head, of one branch, or over a root of
-// several branches. So a root's keys are read once for all branches that fit into a block. Nothing behind the lengths
-// is read.
+// Reading keys and values bounds the time. A block gets a split of the keys of one range or one branch, of one key head,
+// and up to kBlockM rows. Rows are the queries of all heads that share the key head, of one branch, or over a range of
+// several branches that read it in the same place. So it is read once for all of them that fit into a block. Nothing
+// behind the lengths is read.
 #pragma once
 
 #include <cassert>
@@ -28,7 +28,8 @@ struct Indices {
     }
 };
 
-// (R or B, capacity, Hkv, D). Strides are those of the first three dimensions, in elements.
+// (B, capacity, Hkv, D). Strides are those of the first three dimensions, in elements. Shared keys (K, Hkv, D) are
+// written as (K, K, Hkv, D), with the same stride twice: an entry for every key that a range may start at.
 struct Cache {
     const void* data;
     int64_t strides[3];
@@ -36,14 +37,14 @@ struct Cache {
 
 struct Problem {
     Values q;  // (B, Q, H, D), contiguous
-    Cache root_k, root_v, branch_k, branch_v;
-    Indices branch_to_root, root_lengths, branch_lengths;
-    int branches, queries, heads, kv_heads, dim;
-    int roots, root_capacity, branch_capacity;
+    Cache shared_k, shared_v, branch_k, branch_v;
+    Indices ranges, branch_lengths;  // (B, P, 2) and (B,)
+    int branches, queries, ranges_of_branch, heads, kv_heads, dim;
+    int num_shared, branch_capacity;
     float scale;                     // of the scores, times log2(e)
     int m_tiles;                     // of one branch: more than one only if its rows fill a tile
-    int tile_branches;               // branches of a root in one tile
-    int root_splits, branch_splits;  // they do not depend on the lengths
+    int tile_branches;                // branches of a range in one tile
+    int range_splits, branch_splits;  // of one range, and of a branch's own keys; they do not depend on the lengths
     float* outs;                     // (splits, B, Q, H, D)
     float* lses;                     // (splits, B, Q, H)
 };
@@ -51,11 +52,17 @@ struct Problem {
 // What a block computes.
 struct Work {
     int branch, m_tile, kv_head, split;
-    bool is_root;
-    int root;                 // of the branch
+    bool is_shared;
+    int range;                // the number of the range, where the keys are shared
+    int entry;                // of the cache: the range's start, or the branch
     int first_key, num_keys;  // of the split; num_keys is negative if other splits have all keys
-    int length;               // keys of the root or the branch
+    int length;               // keys of the range or the branch
 };
+
+// Start or end of a branch's range.
+LYNX_PORTABLE int bound_of(const Problem& problem, int branch, int range, int side) {
+    return problem.ranges[(branch * problem.ranges_of_branch + range) * 2 + side];
+}
 
 LYNX_PORTABLE Work work_of(const Problem& problem, int block, int block_n) {
     Work work;
@@ -64,26 +71,40 @@ LYNX_PORTABLE Work work_of(const Problem& problem, int block, int block_n) {
     const int rest = block / problem.m_tiles / problem.branches;
     work.kv_head = rest % problem.kv_heads;
     work.split = rest / problem.kv_heads;
-    work.is_root = work.split < problem.root_splits;
-    work.root = problem.branch_to_root[work.branch];
-    assert(0 <= work.root && work.root < problem.roots && "prefix_attention_decode: a root is out of range");
-    work.length = work.is_root ? problem.root_lengths[work.root] : problem.branch_lengths[work.branch];
-    assert(0 <= work.length && "prefix_attention_decode: a length is negative");
-    assert(work.length <= (work.is_root ? problem.root_capacity : problem.branch_capacity) &&
-           "prefix_attention_decode: a length exceeds the cache");
-    const int num_splits = work.is_root ? problem.root_splits : problem.branch_splits;
-    const int index = work.is_root ? work.split : work.split - problem.root_splits;
+    const int shared_splits = problem.ranges_of_branch * problem.range_splits;
+    work.is_shared = work.split < shared_splits;
+    const int num_splits = work.is_shared ? problem.range_splits : problem.branch_splits;
+    const int index = (work.is_shared ? work.split : work.split - shared_splits) % num_splits;
+    work.range = work.split / num_splits;
+    if (work.is_shared) {
+        work.entry = bound_of(problem, work.branch, work.range, 0);
+        const int end = bound_of(problem, work.branch, work.range, 1);
+        assert(0 <= work.entry && work.entry <= end && end <= problem.num_shared &&
+               "prefix_attention_decode: a range is not within the shared keys");
+        work.length = end - work.entry;
+    } else {
+        work.entry = work.branch;
+        work.length = problem.branch_lengths[work.branch];
+        assert(0 <= work.length && "prefix_attention_decode: a length is negative");
+        assert(work.length <= problem.branch_capacity && "prefix_attention_decode: a length exceeds the cache");
+    }
     const int tiles = (work.length + block_n - 1) / block_n, each = (tiles + num_splits - 1) / num_splits * block_n;
     work.first_key = index * each;
     work.num_keys = each < work.length - work.first_key ? each : work.length - work.first_key;
     return work;
 }
 
-// The branches of the same root that stand before this one. Of every tile_branches branches, the block of the first one
+// Whether a branch reads the same range in the same place.
+LYNX_PORTABLE bool reads(const Problem& problem, const Work& work, int branch) {
+    return bound_of(problem, branch, work.range, 0) == work.entry &&
+           bound_of(problem, branch, work.range, 1) == work.entry + work.length;
+}
+
+// The readers of the range that stand before this branch. Of every tile_branches readers, the block of the first one
 // computes all.
-LYNX_PORTABLE int branches_before(const Problem& problem, const Work& work) {
+LYNX_PORTABLE int readers_before(const Problem& problem, const Work& work) {
     int before = 0;
-    for (int i = 0; i < work.branch; i++) before += problem.branch_to_root[i] == work.root;
+    for (int i = 0; i < work.branch; i++) before += reads(problem, work, i);
     return before;
 }
 
@@ -127,7 +148,7 @@ struct Attend {
 
     LYNX_PORTABLE static int rounds(const Args& args, int block) {
         const Work work = work_of(args, block, kBlockN);
-        if (work.is_root && branches_before(args, work) % args.tile_branches != 0) return 1;
+        if (work.is_shared && readers_before(args, work) % args.tile_branches != 0) return 1;
         return work.num_keys <= kBlockN ? 1 : (work.num_keys - 1) / kBlockN + 1;
     }
 
@@ -181,19 +202,19 @@ struct Attend {
         return {branch, in_branch / shared_heads, work.kv_head * shared_heads + in_branch % shared_heads, branch >= 0};
     }
 
-    // Only one branch sees a branch's own keys. Over a root, each thread looks for one branch of the tile, among all B,
+    // Only one branch sees a branch's own keys. Over a range, each thread looks for one branch of the tile, among all B,
     // which are tens.
     LYNX_PORTABLE static void find_branch(const Args& args, const Work& work, int place_in_tile, Shared& shared) {
         shared.branches[place_in_tile] = place_in_tile == 0 ? work.branch : -1;
-        if (!work.is_root) return;
-        if (branches_before(args, work) % args.tile_branches != 0) {
+        if (!work.is_shared) return;
+        if (readers_before(args, work) % args.tile_branches != 0) {
             shared.branches[place_in_tile] = -1;
             return;
         }
         int found = 0;
         for (int i = work.branch; i < args.branches && found <= place_in_tile && place_in_tile < args.tile_branches;
              i++)
-            if (args.branch_to_root[i] == work.root && found++ == place_in_tile) shared.branches[place_in_tile] = i;
+            if (reads(args, work, i) && found++ == place_in_tile) shared.branches[place_in_tile] = i;
     }
 
     // Keys and values that do not exist become zeros.
@@ -201,11 +222,10 @@ struct Attend {
     LYNX_PORTABLE static void prefetch(const Args& args, const Work& work, int round, int thread,
                                        Bytes16 (&loads)[kThreadKeys]) {
         const Cache& cache =
-            kIsKey ? (work.is_root ? args.root_k : args.branch_k) : (work.is_root ? args.root_v : args.branch_v);
+            kIsKey ? (work.is_shared ? args.shared_k : args.branch_k) : (work.is_shared ? args.shared_v : args.branch_v);
         const int column = thread % kLanes * kItems;
         const Element* from = static_cast<const Element*>(cache.data) +
-                              (work.is_root ? work.root : work.branch) * cache.strides[0] +
-                              work.kv_head * cache.strides[2] + column;
+                              work.entry * cache.strides[0] + work.kv_head * cache.strides[2] + column;
         int key = round * kBlockN + thread / kLanes;
         from += (work.first_key + key) * cache.strides[1];
         LYNX_UNROLL
@@ -267,7 +287,7 @@ struct Attend {
                 for (int item = 0; item < 4; item++) sums[item] += partial.items[item];
             }
             const int position = work.first_key + place.round * kBlockN + key;
-            const int newer = work.is_root ? 0 : args.queries - 1 - row_of(args, work, row, shared).query;
+            const int newer = work.is_shared ? 0 : args.queries - 1 - row_of(args, work, row, shared).query;
             const bool is_seen = position < work.length - newer;
             shared.scores[row][key] = is_seen ? ((sums[0] + sums[1]) + (sums[2] + sums[3])) * args.scale : -INFINITY;
         }

@@ -40,10 +40,10 @@ Problem cut(Problem problem, int multiprocessors) {
     problem.m_tiles = static_cast<int>(divide_up(rows, Kernel::kBlockM));
     const int64_t branches = problem.branches, full_tiles = divide_up(branches, problem.tile_branches);
     const int64_t fitting = static_cast<int64_t>(Kernel::kBlocks) * multiprocessors;
-    // The blocks that compute something over roots: at least one for each tile of branches.
-    const int64_t on_roots = std::min(branches, std::max<int64_t>(problem.roots, full_tiles));
     const int64_t tiles = static_cast<int64_t>(problem.m_tiles) * problem.kv_heads;
-    problem.root_splits = num_splits(problem.root_capacity, Kernel::kBlockN, on_roots * tiles, fitting);
+    // How many branches share a range is known on the device only. Splits suit a range that all branches read.
+    problem.range_splits = num_splits(problem.ranges_of_branch > 0 ? problem.num_shared : 0, Kernel::kBlockN,
+                                      full_tiles * tiles * problem.ranges_of_branch, fitting);
     problem.branch_splits = num_splits(problem.branch_capacity, Kernel::kBlockN, branches * tiles, fitting);
     return problem;
 }
@@ -64,16 +64,15 @@ void with_block_m(int64_t rows, Use use) {
 template <class Run, class Allocate>
 void forward(const Call& call, Run&& run, Allocate allocate) {
     const Problem& given = call.problem;
-    const int64_t roots = std::max(1, given.roots), per_root = divide_up(given.branches, roots);
-    const int64_t rows = per_root * given.queries * (given.heads / given.kv_heads);  // of a root, on average
     const int64_t all_rows = static_cast<int64_t>(given.branches) * given.queries * given.heads;
+    const int64_t rows = all_rows / given.kv_heads;  // of a range that all branches read
     with_type(call.cache_dtype, [&](auto element) {
         using Element = decltype(element);
         auto launch = [&](auto kernel) {
             using Kernel = decltype(kernel);
             Problem problem = cut<Kernel>(given, call.multiprocessors);
             problem.scale = static_cast<float>(call.scale * 1.4426950408889634);  // log2(e)
-            const int64_t num_splits = problem.root_splits + problem.branch_splits;
+            const int64_t num_splits = problem.ranges_of_branch * problem.range_splits + problem.branch_splits;
             problem.outs = allocate(num_splits * all_rows * (problem.dim + 1));
             problem.lses = problem.outs + num_splits * all_rows * problem.dim;
             const int64_t blocks = num_splits * problem.kv_heads * problem.branches * problem.m_tiles;

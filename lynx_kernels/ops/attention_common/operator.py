@@ -70,32 +70,38 @@ def define_attention(operation: dispatch.Operation, num_floats: int) -> Callable
     )
 
 
-def _fit(num_dimensions: int, q: Tensor, keys_and_values: tuple[Tensor, ...]) -> bool:
+def _fit(num_dimensions: int, q: Tensor, packed: tuple[str, ...], keys_and_values: dict[str, Tensor]) -> bool:
     """Whether everything is valid and all dtypes are equal. Takes a third of the time of the full checks."""
-    shape, heads = q.shape, keys_and_values[0].shape[-2:]
+    shape, heads = q.shape, next(iter(keys_and_values.values())).shape[-2:]
     if type(q) not in dispatch.PLAIN_TENSORS or q.dtype not in dispatch.FLOATING or len(shape) != num_dimensions:
         return False
-    for each in keys_and_values:
+    for name, each in keys_and_values.items():
         if type(each) not in dispatch.PLAIN_TENSORS or each.dtype != q.dtype or each.device != q.device:
             return False
-        if len(each.shape) != num_dimensions or each.shape[-2:] != heads:
+        if len(each.shape) != num_dimensions - (name in packed) or each.shape[-2:] != heads:
             return False
     return shape[-1] != 0 and heads[-1] == shape[-1] and heads[0] != 0 and shape[-2] % heads[0] == 0
 
 
 def check_heads(
-    operation: str, num_dimensions: int, q: Tensor, narrow: tuple[str, ...] = (), /, **keys_and_values: Tensor
+    operation: str,
+    num_dimensions: int,
+    q: Tensor,
+    narrow: tuple[str, ...] = (),
+    packed: tuple[str, ...] = (),
+    /,
+    **keys_and_values: Tensor,
 ) -> None:
     """Check that q (..., H, D) and every key or value (..., Hkv, D) are valid and match.
 
-    ``narrow`` names those that may have a smaller head dimension than D.
+    ``narrow`` names those that may have a smaller head dimension than D, ``packed`` those with one dimension less.
 
     Raises:
         TypeError: a tensor is not floating point or is a DTensor, or fp64 is mixed with narrower dtypes.
         ValueError: dimensions, devices, head dimensions or numbers of heads do not match; the message names the
             argument.
     """
-    if _fit(num_dimensions, q, tuple(keys_and_values.values())):
+    if _fit(num_dimensions, q, packed, keys_and_values):
         return
     tensors = {"q": q, **keys_and_values}
     dispatch.refuse_dtensors(operation, **tensors)
@@ -107,10 +113,11 @@ def check_heads(
                 f"{operation}: {name} is {tensor.dtype} and q is {q.dtype}; fp64 cannot be mixed, use one dtype"
             )
     for name, tensor in tensors.items():
-        if tensor.dim() != num_dimensions:
+        expected = num_dimensions - (name in packed)
+        if tensor.dim() != expected:
             raise ValueError(
-                f"{operation}: {name} has shape {tuple(tensor.shape)}, expected {num_dimensions} dimensions, the last "
-                "two being heads and head dimension"
+                f"{operation}: {name} has shape {tuple(tensor.shape)}, expected {expected} dimensions, the last two "
+                "being heads and head dimension"
             )
     num_kv_heads = next(iter(keys_and_values.values())).shape[-2]
     for name, tensor in keys_and_values.items():

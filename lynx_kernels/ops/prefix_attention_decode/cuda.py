@@ -1,10 +1,11 @@
 """Decoding in the CUDA C++ of csrc/prefix_attention_decode, in two launches.
 
-The first computes splits of the keys of roots and branches. The second combines the splits.
+The first computes splits of the keys of ranges and branches. The second combines the splits.
 
-A row is one query and one of the heads that share a key head. A tile has 1, 4 or 8 rows, depending on how many rows a
-root has on average. The keys of a root are read once per tile, so the beams of one image read it once. Launches depend
-on the shapes of the caches, and lengths stay on the device, so calls can be captured into CUDA graphs. Scores, softmax
+A row is one query and one of the heads that share a key head. A tile has 1, 4 or 8 rows, depending on how many
+may share a range. A range is read once per tile for the branches that read it in the same place, so the beams of one
+image read it once. Launches depend on the shapes of the caches, and ranges and lengths stay on the device, so calls can
+be captured into CUDA graphs. Scores, softmax
 and accumulation are in fp32. No atomics: two runs agree bit by bit. The device asserts that indices are in range.
 """
 
@@ -18,7 +19,7 @@ from lynx_kernels.ops.prefix_attention_decode.call import DecodeCall
 _MAX_DIM, _DIM_MULTIPLE = 128, 8
 # The most rows sharing keys for which it is preferred. Each value is multiplied once per row, in fp32, without tensor
 # cores. An H200 computes 12 products in the time it reads a value of 2 bytes (adapter/cuda.py has the numbers), and
-# other instructions take a third of that time. 8 rows are a tile; more rows would read the root once per tile. With
+# other instructions take a third of that time. 8 rows are a tile; more rows would read a range once per tile. With
 # more rows Triton's tensor cores are faster. This is an estimate: neither form has run on a GPU.
 PREFERRED_ROWS = 8
 
@@ -26,6 +27,9 @@ PREFERRED_ROWS = 8
 def unsupported_reason(call: DecodeCall) -> str | None:
     """Why this implementation cannot run the call, or None."""
     q, *caches = call.floats
+    given = {name: getattr(call, name) for name in ("window", "chunk", "softcap", "sinks")}
+    if options := [name for name, value in given.items() if value is not None]:
+        return f"the CUDA kernels for decoding have no {' and no '.join(options)}"
     if why := dispatch.gradient_unsupported_reason("the CUDA kernels for decoding", q, *caches):
         return why
     if q.dtype == torch.float64:
@@ -38,16 +42,18 @@ def unsupported_reason(call: DecodeCall) -> str | None:
             f"the CUDA kernels for decoding need a head_dim that is a multiple of {_DIM_MULTIPLE}, up to {_MAX_DIM}, "
             f"and it is {q.shape[-1]}"
         )
+    if (value_dim := call.shared_v.shape[-1]) != q.shape[-1]:
+        return f"the CUDA kernels for decoding need values as wide as keys, and they are {value_dim} and {q.shape[-1]}"
     return cuda_backend.MISSING
 
 
 def not_preferred_reason(call: DecodeCall) -> str | None:
     """Why it runs only when named by ``impl=``, or None."""
     branches, queries, heads, _ = call.q.shape
-    rows = -(-branches // max(1, call.root_k.shape[0])) * queries * (heads // call.root_k.shape[2])
+    rows = branches * queries * (heads // call.shared_k.shape[1])
     if rows > PREFERRED_ROWS:
         return (
-            f"{rows} rows share the keys of a root, and above {PREFERRED_ROWS} tensor cores are expected to be faster"
+            f"{rows} rows may share a range of keys, and above {PREFERRED_ROWS} tensor cores are expected to be faster"
         )
     return None
 
@@ -55,8 +61,8 @@ def not_preferred_reason(call: DecodeCall) -> str | None:
 def _readable(cache: Tensor) -> Tensor:
     # The kernels load 16 bytes at a time. The caches of transformers and ours are aligned for this; others are copied.
     items = 16 // cache.element_size()
-    in_place = all(stride % items == 0 for stride in cache.stride()[:3]) and cache.data_ptr() % 16 == 0
-    return cache if in_place and cache.stride(3) == 1 else cache.clone(memory_format=torch.contiguous_format)
+    in_place = all(stride % items == 0 for stride in cache.stride()[:-1]) and cache.data_ptr() % 16 == 0
+    return cache if in_place and cache.stride(-1) == 1 else cache.clone(memory_format=torch.contiguous_format)
 
 
 def forward(call: DecodeCall) -> tuple[Tensor, Tensor]:

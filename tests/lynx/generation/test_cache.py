@@ -57,14 +57,11 @@ class Rows:
     def read(self):
         ids = torch.zeros(len(self.texts), 1, dtype=torch.int64)
         found = self.model(ids, past_key_values=self.cache).logits
-        for roots, lengths in (
-            (self.cache.root_keys, self.cache.root_lengths),
-            (self.cache.root_values, self.cache.root_lengths),
-            (self.cache.branch_keys, self.cache.branch_lengths),
-            (self.cache.branch_values, self.cache.branch_lengths),
-        ):
-            for row, used in enumerate(lengths.tolist()):
-                roots[:, row, used:] = torch.nan  # nothing may read beyond the lengths
+        assert not self.cache.branch_lengths.any()
+        for branches in (self.cache.branch_keys, self.cache.branch_values):
+            branches[:] = torch.nan  # nothing may read beyond the lengths
+        for shared in (self.cache.shared_keys, self.cache.shared_values):
+            shared[:, self.cache.layout.num_tokens :] = torch.nan
         torch.testing.assert_close(found, self.expected(1))
 
     @torch.no_grad()
@@ -89,8 +86,8 @@ def test_rows_go_on_from_their_prompts(model, repeats, static, monkeypatch):
     for length in (1, 2, 1, 5):
         rows.step(length)
     assert rows.cache.get_seq_length() == max(map(len, rows.texts))
-    assert rows.cache.root_keys.shape[1:3] == (3, 8 if static else 5), "roots stand once"
-    assert rows.cache.branch_keys.shape[2] == 16, "branches in blocks of 4: 4 tokens and 9 new ones"
+    assert rows.cache.shared_keys.shape[1] == (20 if static else 18), "the prompt stands once"
+    assert rows.cache.branch_keys.shape[2] == 12, "branches in blocks of 4: 9 new tokens"
 
 
 def test_full_roots(tokenizer):
@@ -156,7 +153,7 @@ def test_crop_forgets_the_newest(model, static):
     rows.cache.reorder_cache(torch.tensor([4, 3, 2, 1, 0]))  # all that is left moves
     rows.select([4, 3, 2, 1, 0])
     rows.step()
-    with pytest.raises(ValueError, match="cannot remove 5 tokens of each row: one row has only 4"):
+    with pytest.raises(ValueError, match="cannot remove 5 tokens of each row: one row has only 4 after its prompt"):
         rows.cache.crop(-5)
     rows.cache.crop(-4)
     rows.texts = [text[:-4] for text in rows.texts]
@@ -182,7 +179,7 @@ def test_half_precision_is_kept(model):
     with torch.no_grad():
         model(torch.zeros(5, 1).long(), past_key_values=rows.cache)
         model(torch.ones(5, 1).long(), past_key_values=rows.cache)
-    assert {rows.cache.root_keys.dtype, rows.cache.branch_values.dtype} == {torch.bfloat16}
+    assert {rows.cache.shared_keys.dtype, rows.cache.branch_values.dtype} == {torch.bfloat16}
 
 
 def test_errors_say_what_is_wrong(model):
@@ -211,7 +208,7 @@ def test_what_transformers_asks_it(model):
     assert static.cache.get_max_length() == 2 * cache_module.BLOCK
 
 
-NAMES = ("root_keys", "root_values", "branch_keys", "branch_values", "root_lengths", "branch_lengths", "branch_to_root")
+NAMES = ("shared_keys", "shared_values", "branch_keys", "branch_values", "ranges", "branch_lengths")
 
 
 def addresses(cache):
@@ -259,8 +256,8 @@ def test_a_model_keeps_its_static_tensors(model):
     assert all(each == seen[0] for each in seen)
     held = model.generate(ids, **options, return_dict_in_generate=True)
     assert torch.equal(held.sequences, found[0])
-    kept = held.past_key_values.root_keys[:, :, :3].clone()
+    kept = held.past_key_values.shared_keys[:, :6].clone()
     model.generate(ids + 1, **options)
-    assert torch.equal(held.past_key_values.root_keys[:, :, :3], kept), "what a caller holds is left alone"
+    assert torch.equal(held.past_key_values.shared_keys[:, :6], kept), "what a caller holds is left alone"
     copied = pickle.loads(pickle.dumps(model.static_tensors))
     assert copied._tensors == {}
