@@ -2,9 +2,12 @@
 
 import argparse
 import logging
+import os
 import sys
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,16 +33,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except (OSError, ValueError) as error:
-        print(f"lynx {options.command}: {error}", file=sys.stderr)
+        _say(f"lynx {options.command}: {error}")
         return 2
     except ModuleNotFoundError as error:
         advice = "; pip install 'lynx-kernels[demo]' brings it" if error.name in _OF_THE_DEMO else ""
-        print(f"lynx {options.command}: {error}{advice}", file=sys.stderr)
+        _say(f"lynx {options.command}: {error}{advice}")
         return 2
     except KeyboardInterrupt:
         print(f"lynx {options.command}: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _say(text: str) -> None:
+    """Print an error; one that all ranks of a run meet, once."""
+    from lynx.train.ranks import is_first_to_say
+
+    if is_first_to_say(text):
+        print(text, file=sys.stderr)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -269,7 +280,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     judges = judge.same_words if options.judge is None else judge.LanguageModelJudge(options.judge)
     model, processor = _load(options.model)
     asked, skipped = questions.read(options.data, options.root, encode=processor.encode)
-    answered = accuracy.answer_questions(model, processor, asked, judge=judges, preset=options.preset)
+    with _answers_kept(options.answers) as path:
+        answered = accuracy.answer_questions(model, processor, asked, judge=judges, preset=options.preset, keep=path)
     print(accuracy.table(accuracy.scores(answered)))
     if skipped:
         print(f"skipped, and not counted: {len(skipped)}; the first one: {skipped[0]}")
@@ -281,6 +293,26 @@ def _evaluate(options: argparse.Namespace) -> None:
 
         sheet.answer_sheet(answered[:24], options.sheet)
         print(options.sheet)
+
+
+@contextmanager
+def _answers_kept(path: Path | None) -> Iterator[Path]:
+    """The file for answers that are not judged yet, ``path`` or a new one; where there is an error, it says which."""
+    handle, name = tempfile.mkstemp(prefix="lynx-answers-", suffix=".jsonl") if path is None else (None, str(path))
+    if handle is not None:
+        os.close(handle)
+    kept = Path(name)
+    before = kept.read_bytes() if kept.exists() else None
+    try:
+        yield kept
+    except BaseException:
+        if kept.exists() and kept.read_bytes() not in (before, b""):
+            print(f"lynx evaluate: the answers so far, not judged, are in {kept}", file=sys.stderr)
+        elif handle is not None:
+            kept.unlink()
+        raise
+    if handle is not None:
+        kept.unlink()
 
 
 def _convert(options: argparse.Namespace) -> None:

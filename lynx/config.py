@@ -45,7 +45,7 @@ class LynxConfig(PreTrainedConfig):
         latent_initializer_range: standard deviation of its fresh latents and frame positions.
         kwargs: the options of the fusions, which ``lynx.fusion.prefix.PrefixFusion`` and
             ``lynx.fusion.cross_attention.CrossAttentionFusion`` describe; the configuration keeps those of every
-            fusion. And the fields of ``PreTrainedConfig``.
+            fusion. And the fields of ``PreTrainedConfig``; token ids are those of ``text_config`` where none are given.
 
     Raises:
         ValueError: a field contradicts another or is out of range; the message names it.
@@ -93,9 +93,15 @@ class LynxConfig(PreTrainedConfig):
         self.latent_initializer_range = latent_initializer_range
         for name, default in _fusion_options().items():
             setattr(self, name, kwargs.pop(name, default))
-        # Copied to the outer configuration, where transformers looks for them to tie weights and to generate.
-        for name in ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"):
-            kwargs[name] = getattr(self.text_config, name, None)
+        # They stand in the outer configuration too, where transformers looks for them to tie weights and to generate.
+        tied = getattr(self.text_config, "tie_word_embeddings", None)
+        if kwargs.setdefault("tie_word_embeddings", tied) != tied:
+            raise ValueError(
+                f"tie_word_embeddings is {kwargs['tie_word_embeddings']}, but text_config, whose tables they are, has "
+                f"{tied}; set it there"
+            )
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            kwargs.setdefault(name, getattr(self.text_config, name, None))
         super().__init__(**kwargs)
         self._check()
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 _IN_FOLDERS = (
     "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin",
 )  # fmt: skip
+FLOATING = ("F64", "F32", "F16", "BF16")  # safetensors' names of the dtypes of weights
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -66,7 +67,7 @@ def _read_folder(folder: Path) -> dict[str, Any]:
         return read(found)
     try:
         index = json.loads(found.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{found} is not an index of shards; it may be truncated: {error}") from error
     content: dict[str, Any] = {}
     for shard in shards(found, index):

@@ -166,7 +166,7 @@ def _errors_about(folder: Path, what: str) -> Iterator[None]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON; it may be truncated: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected an object")
@@ -179,7 +179,14 @@ def _check_shapes(folder: Path, config: LynxConfig) -> None:
     wrong = []
     for path in sorted(folder.glob("model*.safetensors")):
         with safe_open(path, "pt") as file:
-            saved = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (no dict)
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+        saved = {name: each.get_shape() for name, each in slices.items()}
+        kinds = {name: each.get_dtype() for name, each in slices.items()}
+        if other := [f"{name} {kind}" for name, kind in kinds.items() if kind not in files.FLOATING]:
+            raise ValueError(
+                f"{folder}: the weights are not floating point (expected {', '.join(files.FLOATING)}): "
+                f"{', '.join(other)}; a quantised model cannot be read"
+            )
         wrong += [
             f"{name} {saved[name]}, {expected[name]}"
             for name in saved

@@ -266,7 +266,7 @@ def _read_overrides(path: str | Path | None) -> dict[str, Any]:
         return {}
     try:
         overrides = json.loads(Path(path).read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(overrides, dict) or not all(
         isinstance(overrides.get(name, {}), dict) for name in ("text_config", "vision_config")

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import yaml
 
+from lynx import yaml_text
 from lynx.data.records import Messages, Record, RecordError
 from lynx.media.regular import refuse_other_than_file
 
@@ -49,7 +49,7 @@ class Prompts:
         refuse_other_than_file(path)
         try:
             return cls._of(path.read_text(encoding="utf-8"), is_json=path.suffix == ".json")
-        except (ValueError, yaml.YAMLError) as error:
+        except (ValueError, RecursionError) as error:  # of JSON's nesting
             raise ValueError(f"{path}: {error}") from error
 
     @classmethod
@@ -59,7 +59,7 @@ class Prompts:
 
     @classmethod
     def _of(cls, text: str, *, is_json: bool = False) -> Self:
-        return cls(json.loads(text) if is_json else yaml.safe_load(text))
+        return cls(json.loads(text) if is_json else yaml_text.read(text))
 
     @property
     def fingerprint(self) -> str:

@@ -21,11 +21,11 @@ _NORMAL_95 = 1.959964  # two-sided
 
 @dataclass(frozen=True)
 class Answered:
-    """A question, what the model said to it, and whether that is right."""
+    """A question, what the model said to it, and whether that is right; None before it is judged."""
 
     question: Question
     prediction: str
-    is_right: bool
+    is_right: bool | None
 
 
 def answer_questions(
@@ -36,6 +36,7 @@ def answer_questions(
     judge: Judge = same_words,
     preset: str | None = None,
     batch_size: int = 64,
+    keep: str | Path | None = None,
     **options: Any,
 ) -> list[Answered]:
     """Ask every question, then have the predictions judged.
@@ -43,12 +44,16 @@ def answer_questions(
     Args:
         preset, options: as for ``lynx.generation.answers.generate_answers``; by default greedy, 64 new tokens at most.
         batch_size: questions at once.
+        keep: a file for the answers as they come, before they are judged, as ``write`` writes them: a judge may fail
+            hours later.
     """
-    predictions = []
+    predictions: list[str] = []
     model.eval()
     for start in tqdm(range(0, len(questions), batch_size), desc="answering", unit="batch"):
         samples = [processor.encode(each.messages) for each in questions[start : start + batch_size]]
         predictions += answer(model, processor, samples, preset=preset, **options)
+        if keep is not None:
+            write([Answered(*each, None) for each in zip(questions, predictions, strict=False)], keep)
     cases = list(zip(questions, predictions, strict=True))
     return [Answered(*case, is_right) for case, is_right in zip(cases, judge(cases), strict=True)]
 
@@ -88,7 +93,7 @@ def scores(answered: Sequence[Answered]) -> dict[str, Score]:
     result = {}
     for kind, group in by_kind.items():
         [(_, commonest)] = Counter(each.question.truths[0].strip().lower() for each in group).most_common(1)
-        result[kind] = Score(len(group), sum(each.is_right for each in group), commonest)
+        result[kind] = Score(len(group), sum(bool(each.is_right) for each in group), commonest)
     return result
 
 

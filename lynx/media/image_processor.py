@@ -26,6 +26,9 @@ class LynxImagesKwargs(TypedDict, total=False):
     max_image_pixels: int
 
 
+_OPTIONAL = ("patch_size", "max_image_pixels")  # of a configuration: it may be None, or changes no image
+
+
 class LynxImageProcessor(BaseImageProcessor):
     """Decodes, resizes, crops and normalises images, and cuts them into patches.
 
@@ -118,7 +121,8 @@ class LynxImageProcessor(BaseImageProcessor):
         """The processor of a configuration of this class, or of one of transformers' image processors.
 
         Raises:
-            ValueError: the configuration asks for what this processor does not do; the message says for what.
+            ValueError: the configuration asks for what this processor does not do, or lacks an option; the message says
+                which.
         """
         return super().from_dict(_translated(image_processor_dict), **kwargs)
 
@@ -126,6 +130,12 @@ class LynxImageProcessor(BaseImageProcessor):
 def _translated(theirs: dict[str, Any]) -> dict[str, Any]:
     """A configuration of transformers' CLIP or SigLIP processor as one of this class; one of this class unchanged."""
     if "do_resize" not in theirs:
+        names = LynxImagesKwargs.__annotations__
+        if missing := [name for name in names if theirs.get(name) is None and name not in _OPTIONAL]:
+            raise ValueError(
+                f"the image processor's configuration lacks {', '.join(missing)}: the model was trained with some "
+                "values of them, and others would make other images"
+            )
         return theirs
     crops = bool(theirs.get("do_center_crop"))
     size, crop_size = theirs.get("size"), theirs.get("crop_size")

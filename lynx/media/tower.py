@@ -115,6 +115,16 @@ def drop_unused(tower: PreTrainedModel) -> PreTrainedModel:
     return tower
 
 
+def unused_parameters(config: PreTrainedConfig) -> set[str]:
+    """The names of the tower's parameters that ``encode`` never uses, such as a pooling head: they get no gradient."""
+    if takes_patches(config):
+        return set()  # drop_unused has removed them
+    with torch.device("meta"):
+        tower = build(config)
+        encode(tower, torch.empty(1, 3, config.image_size, config.image_size)).sum().backward()
+    return {name for name, parameter in tower.named_parameters() if parameter.grad is None}
+
+
 def tokens_per_frame(config: PreTrainedConfig) -> int:
     """How many tokens ``encode`` returns for one frame."""
     if takes_patches(config):

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import PreTrainedConfig, TrainerCallback, TrainingArguments, set_seed
 
-from lynx import checkpoint, presets
+from lynx import checkpoint, presets, yaml_text
 from lynx.config import LynxConfig
 from lynx.data.collator import Collator
 from lynx.data.conversation import PROMPT
@@ -155,7 +154,7 @@ def mixture(recipe: Recipe, stage: Stage) -> Mixture[RecordSource]:
             files = recipe.datasets
             if isinstance(files, str):
                 refuse_other_than_file(files)
-                files = yaml.safe_load(Path(files).read_text())
+                files = yaml_text.read(Path(files).read_text())
             source = describe_paper(source, files or [])
         return open_mixture(source, Path(), seed=recipe.seed)
     except (TypeError, ValueError, OverflowError) as error:

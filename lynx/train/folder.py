@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from lynx import yaml_text
 from lynx.data import skipped
 from lynx.train.ranks import ranks
 from lynx.train.recipe import Recipe, RecipeError
@@ -65,7 +66,10 @@ class RunFolder:
             RecipeError: the folder holds a run of another recipe, or a model that no run left.
         """
         if not fresh and self.recipe.is_file():
-            old = renamed_recipe(yaml.safe_load(self.recipe.read_text()))
+            try:
+                old = renamed_recipe(yaml_text.read(self.recipe.read_text()))
+            except ValueError as error:
+                raise RecipeError(f"{self.recipe} cannot be read: {error}; start anew with --fresh") from error
             old = {"answer_weights": "tokens", **old}  # runs before this key was there
             differences = recipe_differences(old, recipe.as_dict())
             if differences:

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from lynx.fusion import FUSIONS
+from lynx.media import tower
+from lynx.model import LynxForConditionalGeneration
 
 PARAM_GROUPS = {
     "resampler": "the resampler, or the projection in its place: what makes vision tokens of frames",
@@ -41,12 +43,12 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
 
 
 def set_trainable(
-    model: nn.Module, trainable: Collection[str], frozen_dtype: torch.dtype = torch.float32
+    model: LynxForConditionalGeneration, trainable: Collection[str], frozen_dtype: torch.dtype = torch.float32
 ) -> dict[str, int]:
     """Let the parameters of some groups train, in fp32, and freeze all others, in ``frozen_dtype``.
 
     A frozen parameter needs no gradient and gets no optimizer state. A trainable one needs fp32: a step of 1e-5 leaves
-    most bf16 weights as they were.
+    most bf16 weights as they were. What the vision tower never uses does not train: DDP would wait for its gradient.
 
     Args:
         model: a Lynx model.
@@ -60,9 +62,10 @@ def set_trainable(
         ValueError: the model has no parameters of a group.
     """
     counts = dict.fromkeys(trainable, 0)
+    unused = tower.unused_parameters(model.config.vision_config) if "vision_tower" in counts else set()
     for name, parameter in model.named_parameters():
         group = group_of(name)
-        trains = group in counts
+        trains = group in counts and name.removeprefix("vision_tower.") not in unused
         parameter.requires_grad_(trains)
         parameter.data = parameter.data.to(torch.float32 if trains else frozen_dtype)
         parameter.grad = None

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -73,6 +73,7 @@ def vision_tower(folder: str) -> PreTrainedModel:
 
 def _loaded(where: str, folder: str, kind: Any, **options: Any) -> PreTrainedModel:
     """A model whose weights are all in the folder: transformers would draw those that are not."""
+    _require_floating(where, Path(folder))
     model, report = _read(
         where,
         lambda: kind.from_pretrained(
@@ -88,6 +89,16 @@ def _loaded(where: str, folder: str, kind: Any, **options: Any) -> PreTrainedMod
     if problems := checkpoint.problems(report, "missing_keys", "mismatched_keys"):
         raise RecipeError(f"{where}: the weights do not fit its config.json; {problems}")
     return model
+
+
+def _require_floating(where: str, folder: Path) -> None:
+    """Raise RecipeError for weights that are integers: transformers would take the numbers of a quantised model."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with _read(where, lambda path=path: safe_open(path, "pt")) as file:  # type: ignore[misc]
+            kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (no dict)
+        for name, kind in kinds.items():
+            if name.endswith((".weight", ".bias")) and kind not in checkpoint.files.FLOATING:
+                raise RecipeError(f"{where}: {name} is {kind}, not floating point; a quantised model cannot be read")
 
 
 def _require_folder(where: str, folder: str) -> None:

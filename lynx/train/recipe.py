@@ -16,8 +16,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
+from lynx import yaml_text
 from lynx.media.images import MAX_SIDE
 from lynx.train.fields import RecipeError, from_values, suggestion, unknown_key
 from lynx.train.param_groups import PARAM_GROUPS
@@ -175,16 +174,20 @@ def _parse(text: str) -> tuple[str, Any]:
     if not equals or not key:
         raise RecipeError(f"{text!r} is not of the form key=value")
     try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError:
+        return key, yaml_text.read(value)
+    except yaml_text.YamlError:
         return key, value  # a path with a colon, say
+    except yaml_text.YamlBombError as error:
+        raise RecipeError(f"{key}: the value cannot be used: {error}") from error
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = yaml_text.read(path.read_text())
+    except (yaml_text.YamlError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not YAML: {error}") from error
+    except yaml_text.YamlBombError as error:
+        raise RecipeError(f"{path} cannot be used: {error}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{path} must hold a mapping of keys to values, got {type(content).__name__}")
     return content
