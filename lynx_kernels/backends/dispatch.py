@@ -14,6 +14,8 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 
+from lynx_kernels.backends import transforms
+
 PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # The architectures that GPU kernels are written and compiled for.
@@ -144,7 +146,10 @@ class Operation:
             TypeError, ValueError: ``check`` found the call invalid.
             ValueError: ``impl`` is not an implementation of this operation.
             RuntimeError: the implementation named by ``impl`` cannot run this call, or none can.
+            NotImplementedError: a tensor is one of ``torch.func.vmap`` or of forward mode.
         """
+        if transforms.are_active() and not torch.compiler.is_compiling():
+            transforms.refuse(self.name, call)
         self.check(call)
         if impl is not None:
             reason = self._named(impl).reason_against(call, named=True)

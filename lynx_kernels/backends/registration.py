@@ -11,6 +11,7 @@ from typing import Any, NoReturn, get_type_hints
 import torch
 from torch import Tensor
 
+from lynx_kernels.backends import transforms
 from lynx_kernels.backends.dispatch import PLAIN_TENSORS
 
 _LIBRARY = torch.library.Library("lynx_kernels", "DEF")
@@ -81,14 +82,23 @@ def define(
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     operator = getattr(torch.ops.lynx_kernels, name).default
     torch.library.register_fake(f"lynx_kernels::{name}", lambda *args: fake(make(*args[:-1])), lib=_LIBRARY)
+    setup_context, backward = _over_arguments(make, *autograd) if autograd else (None, _refuse_gradient(name))
     if mutated is None:
-        setup_context, backward = _over_arguments(make, *autograd) if autograd else (None, _refuse_gradient(name))
         torch.library.register_autograd(f"lynx_kernels::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
     for device_type in _AUTOCAST_KEYS:
         _register_autocast(operator, name, device_type, make, autocast or (lambda dtype, call: call))
 
     def run(*args: Any) -> Any:
-        return kernel(*args) if _can_bypass_dispatcher(args) else operator(*args)
+        if _can_bypass_dispatcher(args):
+            return kernel(*args)
+        if transforms.are_active() and not torch.compiler.is_compiling():
+            transforms.refuse(f"lynx_kernels::{name}", args)
+            if mutated is None and transforms.is_differentiated(args):
+                outputs = transformed(*args)
+                return list(outputs) if returns == "Tensor[]" else outputs
+        return operator(*args)
+
+    transformed = transforms.differentiable(run, setup_context, backward)
 
     return run
 
@@ -109,7 +119,7 @@ def _can_bypass_dispatcher(args: tuple[Any, ...]) -> bool:
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._is_any_autocast_enabled():
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd._profiler_enabled():
+    if transforms.are_active() or torch.autograd._profiler_enabled():
         return False
     records = torch.is_grad_enabled()
     for each in args:
@@ -130,7 +140,9 @@ def autocast_to(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _refuse_gradient(name: str) -> Callable:
     def refuse(ctx: Any, *gradients: Tensor | None) -> NoReturn:
-        raise RuntimeError(f"lynx_kernels::{name} is not differentiable: our operators have no second derivatives")
+        raise NotImplementedError(
+            f"lynx_kernels::{name} is not differentiable: our operators have no second derivatives"
+        )
 
     return refuse
 

@@ -236,7 +236,7 @@ def _setup_context(ctx: Any, call: LinearCrossEntropyCall, impl: str, output: tu
 
 def _autograd(ctx: Any, grad: Tensor | None, *grads_of_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     if any(each is not None and each.numel() for each in grads_of_gradients):
-        raise RuntimeError("lynx_kernels::linear_cross_entropy has no second derivatives")
+        raise NotImplementedError("lynx_kernels::linear_cross_entropy has no second derivatives")
     hidden = weight = bias = None
     needs = [ctx.needs_input_grad[each] for each in (0, 1, 5)]
     if grad is not None and ctx.sums:
