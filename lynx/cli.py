@@ -281,7 +281,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     model, processor = _load(options.model)
     asked, skipped = questions.read(options.data, options.root, encode=processor.encode)
     with _answers_kept(options.answers) as path:
-        answered = accuracy.answer_questions(model, processor, asked, judge=judges, preset=options.preset, keep=path)
+        answered = accuracy.answer_questions(model, processor, asked, judge=judges, preset=options.preset, answers=path)
     print(accuracy.table(accuracy.scores(answered)))
     if skipped:
         print(f"skipped, and not counted: {len(skipped)}; the first one: {skipped[0]}")

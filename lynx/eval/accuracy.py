@@ -36,7 +36,7 @@ def answer_questions(
     judge: Judge = same_words,
     preset: str | None = None,
     batch_size: int = 64,
-    keep: str | Path | None = None,
+    answers: str | Path | None = None,
     **options: Any,
 ) -> list[Answered]:
     """Ask every question, then have the predictions judged.
@@ -44,7 +44,7 @@ def answer_questions(
     Args:
         preset, options: as for ``lynx.generation.answers.generate_answers``; by default greedy, 64 new tokens at most.
         batch_size: questions at once.
-        keep: a file for the answers as they come, before they are judged, as ``write`` writes them: a judge may fail
+        answers: a file for the answers as they come, before they are judged, as ``write`` writes them: a judge may fail
             hours later.
     """
     predictions: list[str] = []
@@ -52,8 +52,8 @@ def answer_questions(
     for start in tqdm(range(0, len(questions), batch_size), desc="answering", unit="batch"):
         samples = [processor.encode(each.messages) for each in questions[start : start + batch_size]]
         predictions += answer(model, processor, samples, preset=preset, **options)
-        if keep is not None:
-            write([Answered(*each, None) for each in zip(questions, predictions, strict=False)], keep)
+        if answers is not None:
+            write([Answered(*each, None) for each in zip(questions, predictions, strict=False)], answers)
     cases = list(zip(questions, predictions, strict=True))
     return [Answered(*case, is_right) for case, is_right in zip(cases, judge(cases), strict=True)]
 

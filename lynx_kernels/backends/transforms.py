@@ -4,6 +4,7 @@ An operator of ``torch.library`` with an autograd formula has no rule for the tr
 and forward mode would drop its tangents in silence.
 """
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -13,9 +14,16 @@ from torch._C import _functorch
 from torch.autograd import forward_ad
 
 
+class _Inside(threading.local):
+    backward = False  # what it saved may be wrapped by a transform that has ended: only the dispatcher can unwrap it
+
+
+_inside = _Inside()
+
+
 def are_active() -> bool:
     """Whether some transform or forward mode runs. Takes 0.1 us."""
-    return _functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return _functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0 or _inside.backward
 
 
 def refuse(operation: str, arguments: Iterable[Any]) -> None:
@@ -67,7 +75,11 @@ def differentiable(run: Callable, setup_context: Callable | None, backward: Call
 
         @staticmethod
         def backward(ctx: Any, *gradients: Any) -> Any:
-            return backward(ctx, *gradients)
+            before, _inside.backward = _inside.backward, True
+            try:
+                return backward(ctx, *gradients)
+            finally:
+                _inside.backward = before
 
     return Transformed.apply
 

@@ -31,9 +31,9 @@ def cases():
     packed, spans = PackedLayout.from_segments([2, 3], [-1, 0]), SpanLayout.from_spans([2, 3], [(0, 3), (1, 5)], T)
     labels, hidden, head = torch.tensor([1, 2, -100, 0, 3]), torch.randn(T, D), torch.randn(4, D)
     weights = [torch.randn(shape) for shape in ((T, D), (D,), (D,), (3, D), (3,), (D, 3), (D,), (1,))]
-    caches = [torch.randn(shape) for shape in ((2, 1, 2, D), (1, 3, 2, D), (1, 3, 2, D), (2, 4, 2, D), (2, 4, 2, D))]
+    caches = [torch.randn(shape) for shape in ((2, 1, 2, D), (3, 2, D), (3, 2, D), (2, 4, 2, D), (2, 4, 2, D))]
     ids, index = torch.tensor([0, 1, 2, 1]), torch.tensor([-1, 0, -1, 1], dtype=torch.int32)
-    lengths = torch.tensor([0, 0]), torch.tensor([3]), torch.tensor([2, 4])
+    lengths = torch.tensor([[[0, 3]], [[0, 2]]]), torch.tensor([2, 4])
     return {
         "adapter": (lambda *each: adapter(*each), weights),
         "cross_attention": (lambda *each: cross_attention(*each, spans), rows),
