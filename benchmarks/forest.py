@@ -135,7 +135,7 @@ def cases(*, quick: bool, device: str) -> Iterator[Case]:
                 yield Case(
                     "forest",
                     mode,
-                    f"{name} H={heads} D={dim} {forest.name}{bound}",
+                    f"{name} H={heads} D={dim} {forest.name}{bound} T={sum(forest.lengths)}",
                     partial(setup, forest, mode, DTYPES[name], device, heads, dim),
                     tuple(names),
                     _FLOP[mode] * forest.pairs * heads * dim / matmul_rate(device, DTYPES[name]),
