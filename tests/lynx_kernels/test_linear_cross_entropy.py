@@ -553,17 +553,6 @@ def test_compiled_equals_eager(reduction, impl):
         assert torch.equal(ours, theirs)
 
 
-def test_transforms():
-    """vmap runs sample by sample. torch.func.grad is refused, as PyTorch refuses it for every operator of a library."""
-    hidden, weight, bias, labels, predictors = make_entries()
-    some = torch.stack([hidden, hidden.flip(0)])
-    actual = torch.vmap(lambda each: entry_calls(None)(each, weight, bias, labels, predictors))(some)
-    expected = torch.stack([entry_calls(None)(each, weight, bias, labels, predictors) for each in some])
-    torch.testing.assert_close(actual, expected)
-    with pytest.raises(RuntimeError, match="functorch"):
-        torch.func.grad(lambda each: entry_calls(None)(each, weight, bias, labels, predictors))(hidden)
-
-
 @pytest.mark.parametrize("compiled", [False, True])
 @every_impl
 def test_autocast(compiled, impl):

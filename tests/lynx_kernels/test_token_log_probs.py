@@ -389,20 +389,6 @@ def test_temperature_may_change_when_compiled(host):
         torch.testing.assert_close(compiled(temperature, *inputs), calls(None, temperature=temperature)(*inputs))
 
 
-@once
-def test_transforms(host):
-    """vmap runs sample by sample. torch.func.grad is refused, as PyTorch refuses it for every operator of a library."""
-    hidden, weight, bias, labels, predictors = make_entries()
-    some = torch.stack([hidden, hidden.flip(0)])
-    function = calls(None, return_entropy=True)
-    actual = torch.vmap(lambda each: function(each, weight, bias, labels, predictors))(some)
-    for i in range(2):
-        for ours, theirs in zip(actual, function(some[i], weight, bias, labels, predictors), strict=True):
-            torch.testing.assert_close(ours[i], theirs)
-    with pytest.raises(RuntimeError, match="functorch"):
-        torch.func.grad(lambda each: calls(None)(each, weight, bias, labels, predictors).sum())(hidden)
-
-
 @pytest.mark.parametrize("trained", [False, True])
 @every_impl
 def test_autocast(trained, impl):
