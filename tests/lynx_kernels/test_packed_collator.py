@@ -132,3 +132,16 @@ def test_positions_that_are_not_the_models_are_refused():
     model.forward = lambda input_ids, attention_mask: None
     with apply(model), pytest.raises(ValueError, match="OPTForCausalLM takes no position_ids"):
         model(**inputs)
+
+
+def test_positions_labels_and_shared_tokens():
+    """Trees share what conversations begin with alike, and nothing that is alike after they differ."""
+    model = vlms.build("PaliGemma")
+    members = [{"input_ids": ids, "labels": ids} for ids in ([5, 6, 7, 8], [5, 6, 9, 8])]
+    batch = PackedCollator(model)([members, {"input_ids": [5, 6], "labels": [5, 6]}])
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 8, 5, 6]]
+    assert batch["position_ids"].tolist() == [[1, 2, 3, 4, 3, 4, 1, 2]]
+    assert batch["labels"].tolist() == [[-100, 6, 7, 8, 9, 8, -100, 6]]
+    assert torch.equal(batch["attention_mask"].layout.visible(), integration.PackedLayout.from_groups(
+        [(2, [2, 2]), (2, [])]
+    ).visible())  # fmt: skip
