@@ -34,9 +34,7 @@ class LynxImageProcessor(BaseImageProcessor):
 
     ``from_pretrained`` and ``from_dict`` also take the configurations of transformers' processors that do the same,
     those of CLIP, SigLIP and BLIP among them. The numbers are then those of their Pillow backends, bit for bit. There
-    are three differences. Images are turned as their EXIF orientation says. Transparent images are laid on white. And
-    Pillow filters some tall images in another order from version 12.2 on; ours does not change, as
-    ``lynx_kernels.pack_frames`` says.
+    are two differences. Images are turned as their EXIF orientation says. Transparent images are laid on white.
 
     Args:
         size: side of the square that an image becomes, in pixels.

@@ -60,29 +60,52 @@ uint8_t filtered(const Side& side, int64_t output, const uint8_t* inputs, int64_
         magnitudes += std::abs(weight_of(window, i));
     }
     if (window.count > max_inputs(side)) fail("pack_frames", "a window has too many inputs");
-    if (2 * magnitudes >= 3 << kWeightBits) fail("pack_frames", "the weights of a window are too large");
+    if (magnitudes >= 2 << kWeightBits) fail("pack_frames", "the weights of a window are too large");
     return byte_of(static_cast<int32_t>(sum));
 }
 
-std::vector<uint8_t> resized(const Problem& problem, const Frame& frame) {
-    const int64_t short_side = std::min(frame.height, frame.width), size = problem.size;
-    const Side rows = square_side(frame.height, short_side, size, problem.is_exact, problem.rounds_down);
-    const Side columns = square_side(frame.width, short_side, size, problem.is_exact, problem.rounds_down);
-    std::vector<uint8_t> between(frame.height * size), row(frame.width), out(3 * size * size);
+using Plane = std::vector<uint8_t>;  // row by row
+
+Plane resized_columns(const Plane& plane, const Side& side) {
+    Plane out(static_cast<int64_t>(plane.size()) / side.length * side.count);
+    for (int64_t i = 0; i < static_cast<int64_t>(out.size()); i++)
+        out[i] = filtered(side, i % side.count, plane.data() + i / side.count * side.length, 1);
+    return out;
+}
+
+Plane resized_rows(const Plane& plane, const Side& side) {
+    const int64_t width = static_cast<int64_t>(plane.size()) / side.length;
+    Plane out(side.count * width);
+    for (int64_t i = 0; i < static_cast<int64_t>(out.size()); i++)
+        out[i] = filtered(side, i / width, plane.data() + i % width, width);
+    return out;
+}
+
+std::vector<uint8_t> resized(const Grid& grid, const Frame& frame, const Resizing& resizing) {
+    std::vector<uint8_t> out(3 * grid.height * grid.width);
     for (int64_t channel = 0; channel < 3; channel++) {
-        for (int64_t y = 0; y < frame.height; y++) {
+        Plane plane;
+        for (int64_t y = 0; y < frame.height; y++)
             for (int64_t x = 0; x < frame.width; x++)
-                row[x] = frame.data[y * frame.row_stride + x * frame.column_stride + channel * frame.channel_stride];
-            for (int64_t x = 0; x < size; x++) between[y * size + x] = filtered(columns, x, row.data(), 1);
-        }
-        for (int64_t y = 0; y < size; y++)
-            for (int64_t x = 0; x < size; x++) {
-                const int64_t column = frame.is_flipped ? size - 1 - x : x;
-                out[patch_offset(channel, y, x, size, problem.patch_size)] =
-                    filtered(rows, y, between.data() + column, size);
+                plane.push_back(
+                    frame.data[y * frame.row_stride + x * frame.column_stride + channel * frame.channel_stride]);
+        if (resizing.is_vertical_first)
+            plane = resized_columns(resized_rows(plane, resizing.rows), resizing.columns);
+        else
+            plane = resized_rows(resized_columns(plane, resizing.columns), resizing.rows);
+        for (int64_t y = 0; y < grid.height; y++)
+            for (int64_t x = 0; x < grid.width; x++) {
+                const int64_t column = frame.is_flipped ? grid.width - 1 - x : x;
+                out[patch_offset(grid, channel, y, x)] = plane[y * grid.width + column];
             }
     }
     return out;
+}
+
+// Some of the pixels of a side that is resized to any length, its own among them.
+Side random_side(Random& random, int64_t length, int64_t count, Resample resample) {
+    const int64_t resized = length >= count && random.flag() ? length : count + (random.flag() ? random.number(0, 40) : 0);
+    return {length, resized, random.number(0, resized - count), count, resample};
 }
 
 uint16_t as_bfloat16(float value) {
@@ -119,14 +142,17 @@ void fuzz_frames(uint64_t seed) {
     Problem problem = {};
     problem.frames = frames.data();
     problem.num_frames = frames.size();
-    problem.patch_size = random.flag() ? random.number(1, 20) : random.number(1, 70);
-    problem.size = problem.patch_size * random.number(1, problem.patch_size > 20 ? 2 : 4);
-    if (!frames.empty() && random.number(0, 3) == 0) {  // the size that the first frame already has
-        problem.size = std::min(frames[0].height, frames[0].width);
-        problem.patch_size = problem.size % 2 == 0 ? problem.size / 2 : problem.size;
+    Grid& grid = problem.grid;
+    for (auto [side, patch_side] : {std::pair(&grid.height, &grid.patch_height), {&grid.width, &grid.patch_width}}) {
+        *patch_side = random.flag() ? random.number(1, 20) : random.number(1, 70);
+        *side = *patch_side * random.number(1, *patch_side > 20 ? 2 : 4);
     }
-    problem.is_exact = random.flag();
-    problem.rounds_down = random.flag();
+    const Resample resample = static_cast<Resample>(random.number(0, 2));
+    std::vector<Resizing> resizings;
+    for (const Frame& frame : frames)
+        resizings.push_back({random_side(random, frame.height, grid.height, resample),
+                             random_side(random, frame.width, grid.width, resample), random.flag()});
+    problem.resizings = resizings.data();
     problem.dtype = static_cast<Dtype>(random.number(0, 3));
     const int64_t bytes = problem.dtype == Dtype::kDouble ? 8 : problem.dtype == Dtype::kFloat ? 4 : 2;
     for (int channel = 0; channel < 3; channel++) {
@@ -136,13 +162,13 @@ void fuzz_frames(uint64_t seed) {
     const std::vector<uint8_t> levels = make_levels(problem, bytes);
     problem.levels = levels.data();
 
-    const int64_t per_frame = 3 * problem.size * problem.size;
+    const int64_t per_frame = 3 * grid.height * grid.width;
     std::vector<uint8_t> expected(problem.num_frames * per_frame * bytes);
     for (int64_t i = 0; i < problem.num_frames; i++) {
-        const std::vector<uint8_t> square = resized(problem, frames[i]);
+        const std::vector<uint8_t> bytes_of_frame = resized(grid, frames[i], resizings[i]);
         for (int64_t j = 0; j < per_frame; j++) {
-            const int64_t channel = j / (problem.patch_size * problem.patch_size) % 3;
-            memcpy(&expected[(i * per_frame + j) * bytes], &levels[(256 * channel + square[j]) * bytes], bytes);
+            const int64_t channel = j / (grid.patch_height * grid.patch_width) % 3;
+            memcpy(&expected[(i * per_frame + j) * bytes], &levels[(256 * channel + bytes_of_frame[j]) * bytes], bytes);
         }
     }
     for (const std::string& name : lynx::instruction_sets()) {

@@ -96,20 +96,19 @@ class HostKernels:
         levels: Tensor,
         boxes: list[int],
         flips: list[int],
-        size: int,
-        patch_size: int,
-        is_exact: bool,
-        rounds_down: bool,
+        fits: list[int],
+        grid: list[int],
+        resample: int,
     ) -> None:
         numbers = {
-            "seed": self.seed, "frames": len(frames), "size": size, "patch_size": patch_size, "is_exact": int(is_exact),
-            "rounds_down": int(rounds_down), "element_size": out.element_size(), "out_offset": self.offset,
+            "seed": self.seed, "frames": len(frames), "resample": resample, "element_size": out.element_size(),
+            "out_offset": self.offset,
         }  # fmt: skip
-        given = [_memory(levels)]
+        given = [torch.tensor(grid).numpy().tobytes(), _memory(levels)]
         for index, frame in enumerate(frames):
             top, left, height, width = boxes[4 * index : 4 * index + 4]
             memory = _memory(frame[top : top + height, left : left + width])
-            head = [*frame.stride(), height, width, flips[index], 0, len(memory)]
+            head = [*frame.stride(), height, width, flips[index], 0, len(memory), *fits[5 * index : 5 * index + 5]]
             given += [torch.tensor(head).numpy().tobytes(), memory]
         words = [f"{name}={value}" for name, value in numbers.items()]
         said = run(HERE / "pack_driver.cpp", "pack_frames", *words, given=b"".join(given))

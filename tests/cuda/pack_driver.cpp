@@ -47,23 +47,25 @@ void sum_rows(const Numbers& numbers, lynx::OnHost run) {
 }
 
 // Each frame comes as its strides, height, width and whether it is mirrored, the place of its first pixel in its
-// memory, the size of that memory, and the memory itself: exactly what the box cuts out.
+// memory, the size of that memory, what resizing_of takes, and the memory itself: exactly what the box cuts out.
 void pack_frames(const Numbers& numbers, lynx::OnHost run) {
-    const int64_t size = numbers["size"], element_size = numbers["element_size"];
+    const int64_t element_size = numbers["element_size"];
+    const Buffer sizes(4 * sizeof(int64_t));
+    const int64_t* grid = static_cast<const int64_t*>(sizes.read().data());
     const Buffer levels(3 * 256 * element_size);
     levels.read();
     std::vector<std::unique_ptr<Buffer>> memory;
-    lynx::frames::Call call = {
-        {}, size, numbers["patch_size"], numbers["is_exact"] != 0, numbers["rounds_down"] != 0, element_size,
-        levels.data(), nullptr};
+    lynx::frames::Call call = {{}, {}, {grid[0], grid[1], grid[2], grid[3]}, element_size, levels.data(), nullptr};
     for (int64_t i = 0; i < numbers["frames"]; i++) {
-        const Buffer head(8 * sizeof(int64_t));
+        const Buffer head(13 * sizeof(int64_t));
         const int64_t* said = static_cast<const int64_t*>(head.read().data());
         memory.push_back(std::make_unique<Buffer>(said[7]));
         const uint8_t* data = static_cast<const uint8_t*>(memory.back()->read().data()) + said[6];
         call.frames.push_back({data, said[0], said[1], said[2], said[3], said[4], said[5] != 0});
+        call.resizings.push_back(lynx::frames::resizing_of(call.frames.back(), said + 8, call.grid,
+                                                           static_cast<lynx::frames::Resample>(numbers["resample"])));
     }
-    const Buffer out(numbers["frames"] * 3 * size * size * element_size, numbers["out_offset"] * element_size);
+    const Buffer out(numbers["frames"] * 3 * grid[0] * grid[1] * element_size, numbers["out_offset"] * element_size);
     call.out = out.data();
     std::vector<int32_t> filters;
     lynx::frames::pack_frames(call, run, [&](int64_t count) {

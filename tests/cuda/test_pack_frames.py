@@ -40,10 +40,25 @@ def test_many_shapes(resize):
     check(frames, size=10, patch_size=5, resize=resize)
 
 
-def test_equals_pillow():
+@pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("size", [(40, 40), (70, 17), (12, 70)])
+def test_equals_pillow(size, resample):
+    """Squares and rectangles, the vertical pass first among them."""
+    options = {"size": size, "resize": "exact", "resample": resample, "impl": "cuda"}
     for frame in some_frames(2):
-        expected = pillow_resize(frame, 40, 40)
-        np.testing.assert_array_equal(pack_bytes([frame], size=40, resize="exact", impl="cuda")[0], expected)
+        np.testing.assert_array_equal(pack_bytes([frame], **options)[0], pillow_resize(frame, *size, resample))
+
+
+def test_both_orders_flipped_in_patches():
+    """Frames of one call that are copied, resized horizontally first and vertically first."""
+    frames = some_frames(9, ((60, 80), (24, 48), (90, 30), (91, 70), (20, 200)))
+    check(frames, size=(24, 48), resize="exact", flip=[True, False, True, False, True])
+
+
+def test_lanczos_is_refused():
+    frames = some_frames()
+    with pytest.raises(RuntimeError, match="a GPU's sine may differ"):
+        pack_frames(frames, size=24, patch_size=8, mean=MEAN, std=STD, resample="lanczos", impl="cuda")
 
 
 @pytest.mark.parametrize(("size", "patch_size"), [(1, 1), (7, 7), (16, 16), (17, 1), (33, 11), (70, 14)])
@@ -89,5 +104,5 @@ def test_the_order_of_threads_changes_nothing(on_host):
 
 
 def test_sizes_that_do_not_fit():
-    with pytest.raises(RuntimeError, match="the CUDA kernels take sizes up to 4729"):
+    with pytest.raises(RuntimeError, match="the CUDA kernels make frames of up to 22369621 pixels"):
         pack_frames(some_frames(), size=4730, patch_size=None, mean=MEAN, std=STD, output="pixels", impl="cuda")

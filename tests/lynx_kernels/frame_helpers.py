@@ -17,8 +17,8 @@ def random_frame(generator: np.random.Generator, height: int, width: int, *, har
     return np.where(noise < 128, 0, 255).astype(np.uint8) if harsh else noise
 
 
-def pack_bytes(frames, *, size: int, **options) -> np.ndarray:
-    """The (N, S, S, 3) bytes before normalisation, recovered from the result with mean 0 and std 1."""
+def pack_bytes(frames, *, size: int | tuple[int, int], **options) -> np.ndarray:
+    """The (N, H, W, 3) bytes before normalisation, recovered from the result with mean 0 and std 1."""
     pixels = pack_frames(
         frames,
         size=size,
@@ -32,11 +32,10 @@ def pack_bytes(frames, *, size: int, **options) -> np.ndarray:
     return (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
-def pillow_resize(frame: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Pillow's bicubic, horizontal pass first. (Pillow 12.2 and later swap the passes for some tall frames.)"""
-    bicubic = Image.Resampling.BICUBIC
+def pillow_resize(frame: np.ndarray, height: int, width: int, resample: str = "bicubic") -> np.ndarray:
+    """The resize of the installed Pillow."""
     image = Image.fromarray(np.ascontiguousarray(frame))
-    return np.asarray(image.resize((width, image.height), bicubic).resize((width, height), bicubic))
+    return np.asarray(image.resize((width, height), Image.Resampling[resample.upper()]))
 
 
 def pillow_short_side(frame: np.ndarray, size: int, crop_rounding: str = "round") -> np.ndarray:

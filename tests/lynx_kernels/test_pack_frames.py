@@ -1,6 +1,7 @@
 """pack_frames against Pillow, transformers' image processors and a convolution."""
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image
@@ -10,7 +11,8 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from lynx_kernels.backends import cpu as cpu_backend
 from lynx_kernels.backends.dispatch import explain
-from lynx_kernels.ops.pack_frames import pack_frames
+from lynx_kernels.ops.pack_frames import fit, pack_frames
+from lynx_kernels.ops.pack_frames.fit import filters_vertically_first, version_of
 from tests.lynx_kernels.frame_helpers import (
     MEAN,
     OPTIONS,
@@ -50,11 +52,66 @@ def test_bytes_equal_pillow(resize, impl):
         np.testing.assert_array_equal(actual, expected, err_msg=f"{height} x {width} -> {size}")
 
 
-@pytest.mark.parametrize(("height", "width"), [(48, 64), (64, 48), (45, 80), (20, 30), (100, 101), (28, 28)])
-def test_one_pillow_call_gives_the_same_for_ordinary_frames(height, width, impl):
-    frame = random_frame(np.random.default_rng(1), height, width)
-    expected = Image.fromarray(frame).resize((28, 28), Image.Resampling.BICUBIC)
-    np.testing.assert_array_equal(pack_bytes([frame], size=28, resize="exact", impl=impl)[0], np.asarray(expected))
+@pytest.mark.parametrize("resample", ["bicubic", "bilinear", "lanczos"])
+def test_rectangles_equal_pillow(resample, impl):
+    """Enlarged and reduced, by sides apart. With the passes in the other order, a tenth of these frames differ."""
+    generator = np.random.default_rng(1)
+    for index, (height, width) in enumerate(random_shapes(generator, 60)):
+        size = tuple(int(side) for side in generator.integers(1, 100, 2))
+        frame = random_frame(generator, height, width, harsh=index % 3 == 0)
+        actual = pack_bytes([frame], size=size, resize="exact", resample=resample, impl=impl)[0]
+        expected = pillow_resize(frame, *size, resample)
+        np.testing.assert_array_equal(actual, expected, err_msg=f"{height} x {width} -> {size}")
+
+
+@pytest.mark.parametrize(
+    ("pillow", "height", "width", "new_height", "new_width", "expected"),
+    [
+        ((11, 0), 900, 3, 10, 10, False),
+        ((12, 1), 900, 3, 10, 10, False),
+        ((12, 2), 900, 9, 10, 10, False),  # 100 times as high
+        ((12, 2), 901, 9, 10, 10, True),
+        ((12, 3), 901, 9, 901, 10, False),  # the rows do not become fewer
+        ((13, 0), 640, 480, 384, 384, True),  # 256 rows fewer, 96 columns
+        ((13, 0), 480, 640, 384, 384, False),
+        ((13, 0), 30, 20, 10, 10, False),  # twice as many
+        ((13, 0), 31, 20, 10, 10, True),
+        ((13, 0), 31, 20, 30, 40, True),  # the columns become more
+        ((13, 0), 31, 20, 31, 40, False),
+        ((14, 2), 640, 480, 384, 384, True),
+    ],
+)
+def test_order_of_the_passes_by_version(pillow, height, width, new_height, new_width, expected):
+    assert filters_vertically_first(pillow, height, width, new_height, new_width) == expected
+
+
+def test_versions():
+    assert version_of("12.3.0") == (12, 3)
+    assert version_of("13.0.0.dev0") == (13, 0)
+    assert version_of(PIL.__version__) == fit.PILLOW
+
+
+@pytest.mark.parametrize("resize", ["exact", "short_side"])
+def test_passes_in_the_order_of_other_versions(resize, monkeypatch, impl):
+    """Horizontally first, as before Pillow 12.2, made of two calls that have one pass each."""
+    generator = np.random.default_rng(20)
+    frame, size = random_frame(generator, 420, 100, harsh=True), 50
+    bicubic, (height, width) = Image.Resampling.BICUBIC, (50, 50) if resize == "exact" else (210, 50)
+    rows, columns = (width, 420), (100, height)
+    start = (height - size) // 2
+    image = Image.fromarray(frame)
+    for version, between in (((12, 1), rows), ((13, 0), columns)):
+        monkeypatch.setattr(fit, "PILLOW", version)
+        expected = np.asarray(image.resize(between, bicubic).resize((width, height), bicubic))[start : start + size]
+        np.testing.assert_array_equal(pack_bytes([frame], size=size, resize=resize, impl=impl)[0], expected)
+
+
+def test_patches_of_rectangles(impl):
+    frames = [random_frame(np.random.default_rng(21), 50, 70)] * 2
+    options = OPTIONS | {"size": (28, 42), "resize": "exact", "impl": impl, "flip": [False, True]}
+    pixels = pack_frames(frames, **options, output="pixels")  # (2, 3, 28, 42)
+    expected = F.unfold(pixels, 14, stride=14).transpose(1, 2).flatten(0, 1)  # (2 * 2 * 3 patches, 588)
+    assert torch.equal(pack_frames(frames, **options), expected)
 
 
 def test_unchanged_size_is_a_copy(impl):
@@ -221,9 +278,14 @@ def test_invalid_frames(frame, error, message):
         ({"resize": "long_side"}, ValueError, "resize='long_side'"),
         ({"output": "tokens"}, ValueError, "output='tokens'"),
         ({"crop_rounding": "ceil"}, ValueError, "crop_rounding='ceil'"),
+        ({"resample": "box"}, ValueError, "resample='box'"),
+        ({"size": (28, 42)}, ValueError, r"size=\(28, 42\) is no square, and resize='short_side'"),
+        ({"size": (28, 30), "resize": "exact"}, ValueError, r"size=\(28, 30\) is not a multiple of patch_size=14"),
+        ({"size": (28,)}, ValueError, r"size=\(28,\), expected an int or \(height, width\)"),
+        ({"size": (28, 28.0)}, TypeError, "size must be an int, got 28.0"),
         ({"size": 30}, ValueError, "size=30 is not a multiple of patch_size=14"),
         ({"size": 0}, ValueError, "size=0"),
-        ({"size": 28.0}, TypeError, "size must be an int"),
+        ({"size": 28.0}, TypeError, r"size must be an int or \(height, width\), got 28.0"),
         ({"patch_size": None}, TypeError, "patch_size must be an int"),
         ({"patch_size": -14}, ValueError, "patch_size=-14"),
         ({"mean": (0.5,)}, ValueError, "mean must have one value"),
@@ -268,7 +330,20 @@ def test_opcheck(patch_size, impl):
     boxes = [2, 3, 10, 20, 0, 0, 9, 8]
     torch.library.opcheck(
         torch.ops.lynx_kernels.pack_frames.default,
-        (frames, out, boxes, [True, False], 28, patch_size, list(MEAN), list(STD), "exact", "round", impl),
+        (
+            frames,
+            out,
+            boxes,
+            [True, False],
+            [28, 28],
+            patch_size,
+            list(MEAN),
+            list(STD),
+            "exact",
+            "bicubic",
+            "round",
+            impl,
+        ),
     )
 
 

@@ -80,13 +80,15 @@ def calls(draw):
     height, width = draw(st.integers(1, 90)), draw(st.integers(1, 90))
     top, left = draw(st.integers(0, height - 1)), draw(st.integers(0, width - 1))
     box = top, left, draw(st.integers(1, height - top)), draw(st.integers(1, width - left))
+    resize = draw(st.sampled_from(["exact", "short_side"]))
     patch_size, grid = draw(st.sampled_from([1, 2, 5, 14, 16, 40])), draw(st.integers(1, 3))
     options = {
-        "size": patch_size * grid,
+        "size": (patch_size * grid, patch_size * (grid if resize == "short_side" else draw(st.integers(1, 3)))),
         "patch_size": patch_size,
         "crop_boxes": [box],
         "flip": [draw(st.booleans())],
-        "resize": draw(st.sampled_from(["exact", "short_side"])),
+        "resize": resize,
+        "resample": draw(st.sampled_from(["bicubic", "bilinear", "lanczos"])) if resize == "exact" else "bicubic",
         "crop_rounding": draw(st.sampled_from(["round", "floor"])),
         "output": draw(st.sampled_from(["patches", "pixels"])),
         "dtype": draw(st.sampled_from(DTYPES)),
@@ -113,9 +115,11 @@ def test_any_call_equals_pillow(call):
     frame, options = call
     top, left, height, width = options["crop_boxes"][0]
     cut, size = frame[top : top + height, left : left + width], options["size"]
-    exact = options["resize"] == "exact"
-    expected = pillow_resize(cut, size, size) if exact else pillow_short_side(cut, size, options["crop_rounding"])
-    asked = {name: options[name] for name in ("crop_boxes", "flip", "resize", "crop_rounding")}
+    if options["resize"] == "exact":
+        expected = pillow_resize(cut, *size, options["resample"])
+    else:
+        expected = pillow_short_side(cut, size[0], options["crop_rounding"])
+    asked = {name: options[name] for name in ("crop_boxes", "flip", "resize", "resample", "crop_rounding")}
     actual = pack_bytes([frame], size=size, **asked, impl="cpu")[0]
     np.testing.assert_array_equal(actual, expected[:, ::-1] if options["flip"][0] else expected)
 

@@ -30,20 +30,26 @@ void bind_frames(py::module_& module) {
         .value("float32", Dtype::kFloat)
         .value("float16", Dtype::kHalf)
         .value("bfloat16", Dtype::kBFloat16);
-    // `levels` (3, 256) and `out` have `dtype`. Boxes lie inside their frames.
+    py::enum_<frames::Resample>(module, "Resample")
+        .value("bilinear", frames::Resample::kBilinear)
+        .value("bicubic", frames::Resample::kBicubic)
+        .value("lanczos", frames::Resample::kLanczos);
+    // `fits` are as resizing_of takes them. `grid` is the height and width of the result and of a patch. `levels` (3, 256) and `out` have `dtype`. Boxes lie inside their frames.
     module.def("pack_frames",
                [](const std::vector<FrameView>& views, const std::vector<Box>& boxes, const std::vector<bool>& flips,
-                  int64_t size, int64_t patch_size, bool is_exact, bool rounds_down, Dtype dtype, uintptr_t levels,
-                  const std::array<float, 3>& mean, const std::array<float, 3>& std, uintptr_t out, int threads) {
+                  const std::vector<std::array<int64_t, 5>>& fits, const std::array<int64_t, 4>& grid, frames::Resample resample,
+                  Dtype dtype, uintptr_t levels, const std::array<float, 3>& mean, const std::array<float, 3>& std, uintptr_t out, int threads) {
+                   const frames::Grid cells = {grid[0], grid[1], grid[2], grid[3]};
                    std::vector<frames::Frame> cut;
-                   for (size_t i = 0; i < views.size(); i++)
+                   std::vector<frames::Resizing> resizings;
+                   for (size_t i = 0; i < views.size(); i++) {
                        cut.push_back(cut_out(views[i], boxes.at(i), flips.at(i)));
+                       resizings.push_back(resizing_of(cut.back(), fits.at(i).data(), cells, resample));
+                   }
                    const frames::Problem problem = {cut.data(),
+                                                    resizings.data(),
                                                     static_cast<int64_t>(cut.size()),
-                                                    size,
-                                                    patch_size,
-                                                    is_exact,
-                                                    rounds_down,
+                                                    cells,
                                                     dtype,
                                                     pointer<void>(levels),
                                                     {mean[0], mean[1], mean[2]},

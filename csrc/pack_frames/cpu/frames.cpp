@@ -68,7 +68,8 @@ class Filters {
     explicit Filters(const Kernels& kernels) : kernels_(kernels) {}
 
     int64_t index_of(const Side& side, bool is_mirrored) {
-        const auto key = std::make_tuple(side.length, side.resized, side.start, side.count, is_mirrored);
+        const auto key = 
+            std::make_tuple(side.length, side.resized, side.start, side.count, side.resample, is_mirrored);
         const auto [found, is_new] = indices_.emplace(key, filters_.size());
         if (is_new) filters_.emplace_back(side, is_mirrored, kernels_);
         return found->second;
@@ -83,7 +84,7 @@ class Filters {
 
    private:
     const Kernels& kernels_;
-    std::map<std::tuple<int64_t, int64_t, int64_t, int64_t, bool>, int64_t> indices_;
+    std::map<std::tuple<int64_t, int64_t, int64_t, int64_t, Resample, bool>, int64_t> indices_;
     std::vector<OwnedFilter> filters_;
 };
 
@@ -95,9 +96,9 @@ std::vector<int64_t> task_rows(const Problem& problem, int threads) {
     const int64_t wanted =
         threads == 1 ? 1 : divide_up(2 * threads, std::max<int64_t>(problem.num_frames, 1));
     std::vector<int64_t> rows = {0};
-    for (int64_t row = 0; row < problem.size;) {
-        row = strip_end(row, problem.patch_size);
-        if (row * wanted >= problem.size * static_cast<int64_t>(rows.size())) rows.push_back(row);
+    for (int64_t row = 0; row < problem.grid.height;) {
+        row = strip_end(row, problem.grid.patch_height);
+        if (row * wanted >= problem.grid.height * static_cast<int64_t>(rows.size())) rows.push_back(row);
     }
     return rows;
 }
@@ -107,24 +108,18 @@ std::vector<int64_t> task_rows(const Problem& problem, int threads) {
 void pack_frames(const Problem& problem, int threads) {
     const Kernels& run = kernels();
     threads = usable_threads(threads);
-    struct Sides {
-        Side rows, columns;
+    struct Indices {
         int64_t row_filter, column_filter;  // -1 if pixels are only copied
     };
-    std::vector<Sides> all_sides;
+    std::vector<Indices> indices;
     Filters filters(run);
     for (int64_t i = 0; i < problem.num_frames; i++) {
-        const Frame& frame = problem.frames[i];
-        const int64_t short_side = std::min(frame.height, frame.width);
-        auto side = [&](int64_t length) {
-            return square_side(length, short_side, problem.size, problem.is_exact, problem.rounds_down);
-        };
-        Sides sides = {side(frame.height), side(frame.width), -1, -1};
-        if (!keeps_size(sides.rows) || !keeps_size(sides.columns)) {
-            sides.row_filter = filters.index_of(sides.rows, false);
-            sides.column_filter = filters.index_of(sides.columns, frame.is_flipped);
-        }
-        all_sides.push_back(sides);
+        const Resizing& resizing = problem.resizings[i];
+        if (keeps_size(resizing.rows) && keeps_size(resizing.columns))
+            indices.push_back({-1, -1});
+        else
+            indices.push_back({filters.index_of(resizing.rows, false),
+                               filters.index_of(resizing.columns, problem.frames[i].is_flipped)});
     }
     const std::vector<Filter> filled = filters.fill(threads);
 
@@ -132,17 +127,18 @@ void pack_frames(const Problem& problem, int threads) {
     std::vector<Task> tasks;
     size_t scratch_bytes = 0;
     for (int64_t i = 0; i < problem.num_frames; i++) {
-        const Sides& sides = all_sides[i];
-        const bool is_copied = sides.row_filter < 0;
+        const Resizing& resizing = problem.resizings[i];
+        const bool is_copied = indices[i].row_filter < 0;
         for (size_t j = 0; j + 1 < rows.size(); j++) {
             const Task task = {&problem.frames[i],
-                               is_copied ? nullptr : &filled[sides.row_filter],
-                               is_copied ? nullptr : &filled[sides.column_filter],
-                               sides.rows.start,
-                               sides.columns.start,
+                               is_copied ? nullptr : &filled[indices[i].row_filter],
+                               is_copied ? nullptr : &filled[indices[i].column_filter],
+                               resizing.is_vertical_first,
+                               resizing.rows.start,
+                               resizing.columns.start,
                                rows[j],
                                rows[j + 1],
-                               i * 3 * problem.size * problem.size};
+                               i * 3 * problem.grid.height * problem.grid.width};
             scratch_bytes = std::max(scratch_bytes, run.scratch_bytes(problem, task));
             tasks.push_back(task);
         }

@@ -10,14 +10,15 @@ using lynx::frames::Task;
 
 struct Scratch {
     int64_t rows, stride;
-    uint8_t* strip;       // (rows, 3, stride): bytes of the square
-    uint8_t* patches;     // (patches, 3, rows, patch_size): the same bytes in the order of the output
+    uint8_t* strip;       // (rows, 3, stride): bytes of the result
+    uint8_t* patches;     // (patches, 3, rows, patch_width): the same bytes in the order of the output
     uint8_t* unmirrored;  // (3, stride)
 
     Scratch(Workspace& workspace, const Problem& problem)
-        : rows(min(lynx::frames::kStripRows, problem.patch_size)), stride(round_up(problem.size, kWidth)) {
+        : rows(min(lynx::frames::kStripRows, problem.grid.patch_height)),
+          stride(round_up(problem.grid.width, kWidth)) {
         strip = workspace.take<uint8_t>(rows * 3 * stride + kChunk);
-        patches = workspace.take<uint8_t>(rows * 3 * problem.size + kChunk);
+        patches = workspace.take<uint8_t>(rows * 3 * problem.grid.width + kChunk);
         unmirrored = workspace.take<uint8_t>(3 * stride);
     }
 };
@@ -32,10 +33,10 @@ size_t scratch_bytes(const Problem& problem, const Task& task) {
 void copy_row(const Problem& problem, const Task& task, int64_t row, const Scratch& scratch, uint8_t* to) {
     const int64_t stride = scratch.stride;
     uint8_t* first = task.frame->is_flipped ? scratch.unmirrored : to;
-    read_row(*task.frame, task.top + row, task.left, problem.size, {first, first + stride, first + 2 * stride});
+    read_row(*task.frame, task.top + row, task.left, problem.grid.width, {first, first + stride, first + 2 * stride});
     if (task.frame->is_flipped)
         for (int channel = 0; channel < 3; channel++)
-            mirror(first + channel * stride, problem.size, to + channel * stride);
+            mirror(first + channel * stride, problem.grid.width, to + channel * stride);
 }
 
 // Writes the rows of a strip, cut into patches, as numbers. Calls normalise(channel, bytes, count, to) for each run of
@@ -43,14 +44,15 @@ void copy_row(const Problem& problem, const Task& task, int64_t row, const Scrat
 template <class Element, class Normalise>
 LYNX_INLINE void write_strip(const Problem& problem, const Task& task, int64_t row, int64_t rows,
                              const uint8_t* patches, Normalise normalise) {
-    const int64_t patch_size = problem.patch_size, count = rows * patch_size;
+    const lynx::frames::Grid& grid = problem.grid;
+    const int64_t count = rows * grid.patch_width;
     Element* to = static_cast<Element*>(problem.out) + task.out_offset +
-                  lynx::frames::patch_offset(0, row, 0, problem.size, patch_size);
-    for (int64_t column = 0; column < problem.size; column += patch_size)
+                  lynx::frames::patch_offset(grid, 0, row, 0);
+    for (int64_t column = 0; column < grid.width; column += grid.patch_width)
         for (int channel = 0; channel < 3; channel++) {
             normalise(channel, patches, count, to);
             patches += count;
-            to += patch_size * patch_size;
+            to += grid.patch_height * grid.patch_width;
         }
 }
 
@@ -76,7 +78,7 @@ void compute_strip(const Problem& problem, const Task& task, int64_t row, int64_
 void finish_strip(const Problem& problem, const Task& task, int64_t row, int64_t rows,
                   [[maybe_unused]] bool computes_levels, const uint8_t* patches) {
 #if defined(__AVX2__)
-    if (computes_levels && rows * problem.patch_size >= kWidth) {
+    if (computes_levels && rows * problem.grid.patch_width >= kWidth) {
         if (problem.dtype == Dtype::kFloat) return compute_strip<float>(problem, task, row, rows, patches);
         return compute_strip<BFloat16>(problem, task, row, rows, patches);
     }
@@ -92,12 +94,12 @@ void run(const Problem& problem, const Task& task, bool computes_levels, void* b
     Workspace workspace(block);
     Scratch scratch(workspace, problem);
     auto finish = [&](int64_t row, int64_t rows) {
-        cut_patches(scratch.strip, rows, scratch.stride, problem.size, problem.patch_size, scratch.patches);
+        cut_patches(scratch.strip, rows, scratch.stride, problem.grid.width, problem.grid.patch_width, scratch.patches);
         finish_strip(problem, task, row, rows, computes_levels, scratch.patches);
     };
     auto run_strips = [&](auto make_row) {
         for (int64_t row = task.first_row; row < task.last_row;) {
-            const int64_t end = lynx::frames::strip_end(row, problem.patch_size);
+            const int64_t end = lynx::frames::strip_end(row, problem.grid.patch_height);
             for (int64_t i = row; i < end; i++) make_row(i, scratch.strip + (i - row) * 3 * scratch.stride);
             finish(row, end - row);
             row = end;
@@ -106,8 +108,11 @@ void run(const Problem& problem, const Task& task, bool computes_levels, void* b
     if (task.row_filter == nullptr)
         return run_strips([&](int64_t row, uint8_t* to) { copy_row(problem, task, row, scratch, to); });
     ResizeScratch resize_scratch(workspace, task, scratch.stride);
-    Resizer resizer(task, resize_scratch);
-    run_strips([&](int64_t row, uint8_t* to) { resizer.row(row, to); });
+    auto resize_by = [&](auto passes) { run_strips([&](int64_t row, uint8_t* to) { passes.row(row, to); }); };
+    if (task.is_vertical_first)
+        resize_by(VerticalFirst(task, resize_scratch));
+    else
+        resize_by(HorizontalFirst(task, resize_scratch));
 }
 
 }  // namespace

@@ -62,14 +62,14 @@ void mirror(const uint8_t* from, int64_t count, uint8_t* to) {
     for (; i < count; i++) to[count - 1 - i] = from[i];
 }
 
-// Cuts the rows of a strip, (rows, 3, stride), into patches, (patches, 3, rows, patch_size). Whole chunks are moved.
+// Cuts the rows of a strip, (rows, 3, stride), into patches, (patches, 3, rows, patch_width). Whole chunks are moved.
 // What a chunk writes behind its patch's row, the next one overwrites. So both need kChunk more bytes at the end.
-void cut_patches(const uint8_t* strip, int64_t rows, int64_t stride, int64_t size, int64_t patch_size, uint8_t* to) {
-    for (int64_t column = 0; column < size; column += patch_size)
+void cut_patches(const uint8_t* strip, int64_t rows, int64_t stride, int64_t width, int64_t patch_width, uint8_t* to) {
+    for (int64_t column = 0; column < width; column += patch_width)
         for (int channel = 0; channel < 3; channel++)
-            for (int64_t row = 0; row < rows; row++, to += patch_size) {
+            for (int64_t row = 0; row < rows; row++, to += patch_width) {
                 const uint8_t* from = strip + (row * 3 + channel) * stride + column;
-                for (int64_t i = 0; i < patch_size; i += kChunk) store_vector(to + i, load_vector<Chunk>(from + i));
+                for (int64_t i = 0; i < patch_width; i += kChunk) store_vector(to + i, load_vector<Chunk>(from + i));
             }
 }
 

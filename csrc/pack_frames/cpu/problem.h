@@ -11,13 +11,13 @@ namespace lynx::frames {
 
 struct Problem {
     const Frame* frames;
+    const Resizing* resizings;  // of each frame
     int64_t num_frames;
-    int64_t size, patch_size;    // patch_size divides size, and equals it for whole images
-    bool is_exact, rounds_down;  // as square_side takes them
+    Grid grid;
     Dtype dtype;
     const void* levels;     // (3, 256) of that dtype: what each byte of each channel becomes
     float mean[3], std[3];  // what the levels were computed with: (byte / 255 - mean) / std, every step rounded to fp32
-    void* out;              // (num_frames, 3 * size * size) of that dtype
+    void* out;              // (num_frames, 3 * height * width) of that dtype
 };
 
 // The weights of one side, in the form that the instruction set needs. Inputs come in groups of four, counted from the
@@ -31,13 +31,14 @@ struct Filter {
     const uint32_t* words;  // (count, max_groups, Kernels::weight_words)
 };
 
-// What one thread does at a time: some rows of one frame's square. Both filters are null if pixels are only copied.
+// What one thread does at a time: some rows of one frame's result. Both filters are null if pixels are only copied.
 struct Task {
     const Frame* frame;
     const Filter* row_filter;     // of the crop's rows
     const Filter* column_filter;  // of its columns, mirrored for a flipped frame
+    bool is_vertical_first;
     int64_t top, left;            // of what is copied, in the crop
-    int64_t first_row, last_row;  // of the square; a strip starts and ends there
+    int64_t first_row, last_row;  // of the result; a strip starts and ends there
     int64_t out_offset;           // of the frame, in elements
 };
 
@@ -57,8 +58,8 @@ constexpr int64_t kStripRows = 32;
 
 namespace {  // unnamed: filter.h says why
 
-inline int64_t strip_end(int64_t row, int64_t patch_size) {
-    const int64_t next_patches = (row / patch_size + 1) * patch_size;
+inline int64_t strip_end(int64_t row, int64_t patch_height) {
+    const int64_t next_patches = (row / patch_height + 1) * patch_height;
     return next_patches < row + kStripRows ? next_patches : row + kStripRows;
 }
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from lynx_kernels.backends import cpu as cpu_backend
-from lynx_kernels.backends import cuda as cuda_backend
 from lynx_kernels.backends import dispatch
 from lynx_kernels.backends.registration import define
 from lynx_kernels.ops.pack_frames import cpu, cuda, reference
@@ -26,7 +25,7 @@ OPERATION = dispatch.Operation(
         "cuda",
         cuda.forward,
         architectures=dispatch.NVIDIA,
-        unsupported_reason=lambda call: cuda_backend.MISSING,
+        unsupported_reason=cuda.unsupported_reason,
     ),
     dispatch.Implementation(
         "cpu", cpu.forward, architectures=("cpu",), unsupported_reason=lambda call: cpu_backend.MISSING
@@ -36,10 +35,12 @@ OPERATION = dispatch.Operation(
 
 
 def _call(
-    frames: Any, size: int, patch_size: int | None, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype,
-    resize: str, crop_boxes: Any, flip: Sequence[bool] | None, crop_rounding: str, output: str, out: Tensor | None,
+    frames: Any, size: Any, patch_size: int | None, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype,
+    resize: str, crop_boxes: Any, flip: Sequence[bool] | None, crop_rounding: str, output: str, resample: str,
+    out: Tensor | None,
 ) -> PackFramesCall:  # fmt: skip
-    _check_options(size, patch_size, mean, std, dtype, resize, crop_rounding, output)
+    height, width = _sides(size)
+    _check_options(height, width, patch_size, mean, std, dtype, resize, crop_rounding, output, resample)
     tensors = _as_tensors(frames)
     device = next((each.device for each in (frames, *tensors, out) if isinstance(each, Tensor)), torch.device("cpu"))
     _check_frames(tensors, device)
@@ -47,17 +48,17 @@ def _call(
     if flip is not None and len(flip) != len(tensors):
         raise ValueError(f"pack_frames: flip has {len(flip)} entries for {len(tensors)} frames")
     flips = [False] * len(tensors) if flip is None else [bool(each) for each in flip]
-    shape: tuple[int, ...] = (len(tensors), 3, size, size)
+    shape: tuple[int, ...] = (len(tensors), 3, height, width)
     if output == "pixels":
         patch_size = None
     elif patch_size is not None:
-        shape = (len(tensors) * (size // patch_size) ** 2, 3 * patch_size**2)
+        shape = (len(tensors) * (height // patch_size) * (width // patch_size), 3 * patch_size**2)
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=device)
     else:
         _check_out(out, shape, dtype, device)
     return PackFramesCall(
-        tensors, out, boxes, flips, size, patch_size, list(mean), list(std), resize, crop_rounding
+        tensors, out, boxes, flips, [height, width], patch_size, list(mean), list(std), resize, resample, crop_rounding
     )  # fmt: skip
 
 
@@ -65,7 +66,7 @@ def _call(
 def pack_frames(
     frames: Sequence[Tensor | np.ndarray] | Tensor | np.ndarray,
     *,
-    size: int,
+    size: int | Sequence[int],
     patch_size: int | None,
     mean: Sequence[float],
     std: Sequence[float],
@@ -75,83 +76,100 @@ def pack_frames(
     flip: Sequence[bool] | None = None,
     crop_rounding: str = "round",
     output: str = "patches",
+    resample: str = "bicubic",
     out: Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor:
-    """Resize RGB frames to squares exactly like Pillow, normalise them, and cut them into patches.
+    """Resize RGB frames exactly like Pillow, normalise them, and cut them into patches.
 
-    Before normalisation the result equals Pillow's ``Image.crop`` and ``Image.resize(..., BICUBIC)`` byte for byte,
-    with the horizontal pass first. Pillow up to 12.1 always uses this order. Later versions run the vertical pass first
-    for some tall frames: 12.2 and 12.3 if a frame is more than 100 times as high as wide; 13 if it reduces the rows and
-    there are more than twice as many rows as columns (with ``"short_side"``: more than twice as high as wide).
-    ``image.resize((new_width, height)).resize((new_width, new_height))`` gives these bytes in every version. The
-    operation has no gradient.
+    Before normalisation the result equals ``Image.crop`` and ``Image.resize`` of the installed Pillow byte for byte.
+    Versions differ: from 12.2 on the rows of some tall frames are resized before the columns, and between the two
+    Pillow rounds to bytes. Without Pillow the result is that of version 13. The operation has no gradient.
 
     Args:
         frames: N uint8 frames (height, width, 3) of any sizes and strides, tensors on one device or numpy arrays; or
             one stacked (N, height, width, 3). Read-only and reversed arrays are copied first.
-        size: side S of the square output, in pixels.
-        patch_size: side p of a patch; must divide ``size``. Ignored with ``output="pixels"``, and may then be None.
+        size: (height, width) H, W of the output in pixels; or one int, the side S of a square.
+        patch_size: side p of a patch; must divide both sides. Ignored with ``output="pixels"``, and may then be None.
         mean, std: mean and standard deviation of the three channels, for pixels in 0 ... 1. All finite, std positive.
         dtype: dtype of the output: fp64, fp32, fp16 or bf16. Computed in fp32 (fp64 for fp64), then rounded.
         resize: ``"short_side"``: the short side becomes S and the long side int(S * long / short); the centre is kept
-            (CLIP, Lynx). ``"exact"``: both sides become S (SigLIP, and RandomResizedCrop of a box).
+            (CLIP, Lynx); only for squares. ``"exact"``: the sides become H and W (SigLIP, and RandomResizedCrop of a
+            box).
         crop_boxes: for every frame (top, left, height, width) in pixels. Frames are cropped before anything else, so
             the filter sees no pixel outside the box. None: no crop.
         flip: for every frame, whether the result is mirrored left to right. None: no frame is.
         crop_rounding: the start of the centre crop of n pixels. ``"round"``: round((n - S) / 2), halves to even
             (torchvision, Lynx). ``"floor"``: (n - S) // 2 (transformers).
         output: ``"patches"`` or ``"pixels"``.
+        resample: Pillow's filter: ``"bicubic"``, ``"bilinear"`` or ``"lanczos"`` (not in the CUDA kernels).
         out: a contiguous tensor of the result's shape and dtype on the frames' device, to be filled and returned.
         impl: the name of an implementation; None takes the best that can run.
 
     Returns:
-        ``"patches"``: (N * (S / p)^2, 3 * p * p): frames in order, patches row by row, and in each patch channel, row,
-        column. This is the order of a convolution's weight reshaped to (out_channels, 3 * p * p). ``"pixels"``:
-        (N, 3, S, S).
+        ``"patches"``: (N * (H / p) * (W / p), 3 * p * p): frames in order, patches row by row, and in each patch
+        channel, row, column. This is the order of a convolution's weight reshaped to (out_channels, 3 * p * p).
+        ``"pixels"``: (N, 3, H, W).
 
     Raises:
         ValueError: a shape, a box, a length or an option is invalid; the message names the argument and the frame.
         TypeError: a frame is not a uint8 tensor or array, an option has the wrong type, or a tensor is a DTensor.
     """
     call = _call(
-        frames, size, patch_size, mean, std, dtype, resize, crop_boxes, flip, crop_rounding, output, out
+        frames, size, patch_size, mean, std, dtype, resize, crop_boxes, flip, crop_rounding, output, resample, out
     )  # fmt: skip
     chosen = OPERATION.choose(impl, call)
     if impl is None and chosen == "reference" and not torch.compiler.is_compiling():
-        _warn_of_reference(call.device)
+        is_on_cpu = call.device.type == "cpu"
+        _warn_of_reference(call.device, cpu_backend.MISSING if is_on_cpu else cuda.unsupported_reason(call))
     _PACK_FRAMES(*call, chosen)
     return call.out
 
 
 @cache
-def _warn_of_reference(device: torch.device) -> None:
+def _warn_of_reference(device: torch.device, reason: str | None) -> None:
     """Warn once that frames are packed by the slow reference, which is unexpected on a GPU."""
-    missing = cpu_backend.MISSING if device.type == "cpu" else cuda_backend.MISSING
-    if missing is not None:
-        warnings.warn(f"pack_frames runs in plain PyTorch on {device.type}: {missing}", stacklevel=3)
+    if reason is not None:
+        warnings.warn(f"pack_frames runs in plain PyTorch on {device.type}: {reason}", stacklevel=3)
+
+
+def _sides(size: Any) -> tuple[int, int]:
+    if isinstance(size, int):
+        return size, size
+    if not isinstance(size, Sequence) or isinstance(size, str):
+        raise TypeError(f"pack_frames: size must be an int or (height, width), got {size!r}")
+    if len(size) != 2:
+        raise ValueError(f"pack_frames: size={size!r}, expected an int or (height, width)")
+    return size[0], size[1]
 
 
 def _check_options(
-    size: Any, patch_size: Any, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype,
-    resize: str, crop_rounding: str, output: str,
+    height: Any, width: Any, patch_size: Any, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype,
+    resize: str, crop_rounding: str, output: str, resample: str,
 ) -> None:  # fmt: skip
     for name, value, allowed in (
         ("resize", resize, ("short_side", "exact")),
         ("crop_rounding", crop_rounding, ("round", "floor")),
         ("output", output, ("patches", "pixels")),
+        ("resample", resample, ("bicubic", "bilinear", "lanczos")),
     ):
         if value not in allowed:
             raise ValueError(f"pack_frames: {name}={value!r}, expected one of {list(allowed)}")
-    for name, side in (("size", size), ("patch_size", patch_size if output == "patches" else 1)):
+    for name, side in (("size", height), ("size", width), ("patch_size", patch_size if output == "patches" else 1)):
         if not isinstance(side, int):
             raise TypeError(f"pack_frames: {name} must be an int, got {side!r}")
         if side < 1:
             raise ValueError(f"pack_frames: {name}={side}, expected at least 1")
-    if output == "patches" and size % patch_size != 0:
+    if output == "patches" and (height % patch_size != 0 or width % patch_size != 0):
+        size = height if height == width else (height, width)
         raise ValueError(
             f"pack_frames: size={size} is not a multiple of patch_size={patch_size}; choose a patch_size that divides "
             "size"
+        )
+    if resize == "short_side" and height != width:
+        raise ValueError(
+            f"pack_frames: size={(height, width)} is no square, and resize='short_side' makes squares; use "
+            "resize='exact', with crop_boxes of the same shape if nothing may be stretched"
         )
     for name, channels in (("mean", mean), ("std", std)):
         if len(channels) != 3:

@@ -1,6 +1,6 @@
 """The arguments of pack_frames's operator and implementations.
 
-N frames, square outputs of side S, patches of side p.
+N frames, outputs of height H and width W, patches of side p.
 """
 
 from typing import NamedTuple
@@ -13,15 +13,22 @@ class PackFramesCall(NamedTuple):
     """The call. Its result is written to ``out``."""
 
     frames: list[Tensor]  # N of (height, width, 3) uint8
-    out: Tensor  # (N * patches, 3 * p * p), or (N, 3, S, S) if patch_size is None
+    out: Tensor  # (N * patches, 3 * p * p), or (N, 3, H, W) if patch_size is None
     crop_boxes: list[int]  # (4 * N,): top, left, height, width
     flips: list[bool]  # (N,)
-    size: int
+    size: list[int]  # (2,): H, W
     patch_size: int | None
     mean: list[float]  # (3,)
     std: list[float]  # (3,)
     resize: str
+    resample: str
     crop_rounding: str
+
+    @property
+    def grid(self) -> tuple[int, int, int, int]:
+        """H, W, and the height and width of a patch. Pixels are one patch: their order is (channel, row, column)."""
+        height, width = self.size
+        return height, width, self.patch_size or height, self.patch_size or width
 
     @property
     def device(self) -> torch.device:

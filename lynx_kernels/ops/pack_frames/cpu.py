@@ -9,21 +9,21 @@ import torch
 
 from lynx_kernels.backends import cpu as cpu_backend
 from lynx_kernels.ops.pack_frames.call import PackFramesCall
+from lynx_kernels.ops.pack_frames.fit import fits_of
 from lynx_kernels.ops.pack_frames.levels import levels_of
 
 
 def forward(call: PackFramesCall) -> None:
     """Fill ``out``."""
-    frames, out, crop_boxes, flips, size, patch_size, mean, std, resize, crop_rounding = call
+    frames, out, crop_boxes, mean, std = call.frames, call.out, call.crop_boxes, call.mean, call.std
     levels = levels_of(tuple(mean), tuple(std), out.dtype)
     cpu_backend.module.pack_frames(
         [(frame.data_ptr(), *frame.stride()) for frame in frames],
         [tuple(crop_boxes[4 * index : 4 * index + 4]) for index in range(len(frames))],
-        flips,
-        size,
-        size if patch_size is None else patch_size,  # pixels: one patch of size S, in the order (channel, row, column)
-        resize == "exact",
-        crop_rounding == "floor",
+        call.flips,
+        fits_of(call),
+        call.grid,
+        getattr(cpu_backend.module.Resample, call.resample),
         getattr(cpu_backend.module.Dtype, str(out.dtype).removeprefix("torch.")),
         levels.data_ptr(),
         mean,

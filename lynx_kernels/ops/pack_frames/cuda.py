@@ -12,22 +12,31 @@ from torch import Tensor
 
 from lynx_kernels.backends import cuda as cuda_backend
 from lynx_kernels.ops.pack_frames.call import PackFramesCall
+from lynx_kernels.ops.pack_frames.fit import fits_of
 from lynx_kernels.ops.pack_frames.levels import levels_of
+
+_RESAMPLES = ("bilinear", "bicubic")  # in the order of lynx::frames::Resample
+
+
+def unsupported_reason(call: PackFramesCall) -> str | None:
+    """Why it cannot run."""
+    if call.resample not in _RESAMPLES:
+        return f"resample={call.resample!r}: a GPU's sine may differ from Pillow's in the last bit"
+    return cuda_backend.MISSING
 
 
 def forward(call: PackFramesCall) -> None:
     """Fill ``out``."""
-    out, size, patch_size = call.out, call.size, call.patch_size
+    out = call.out
     cuda_backend.kernels().pack_frames(
         call.frames,
         out,
         _levels_on(out.device, tuple(call.mean), tuple(call.std), out.dtype),
         call.crop_boxes,
         [int(flip) for flip in call.flips],
-        size,
-        size if patch_size is None else patch_size,  # pixels: one patch of size S, in the order (channel, row, column)
-        call.resize == "exact",
-        call.crop_rounding == "floor",
+        [int(value) for fit in fits_of(call) for value in fit],
+        list(call.grid),
+        _RESAMPLES.index(call.resample),
     )
 
 

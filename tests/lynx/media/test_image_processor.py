@@ -35,20 +35,6 @@ def blip(size: int):
     return BlipImageProcessorPil(size={"height": size, "width": size})
 
 
-@pytest.fixture
-def horizontal_first(monkeypatch):
-    """Pillow's two passes in the order that all tall images had until 12.1."""
-    resize = Image.Image.resize
-
-    def in_two(self, size, resample=None, box=None, reducing_gap=None):
-        assert box is None
-        assert reducing_gap is None
-        return resize(resize(self, (size[0], self.height), resample), size, resample)
-
-    monkeypatch.setattr(Image.Image, "resize", in_two)
-
-
-@pytest.mark.usefixtures("horizontal_first")
 @pytest.mark.parametrize("make", [clip, siglip, blip])
 @pytest.mark.parametrize("size", [1, 28, 224, 336, 384, 420])
 def test_bit_for_bit_what_transformers_gives(make, size):
@@ -71,14 +57,6 @@ def test_every_level_is_normalised_alike(make):
     theirs = make(16)
     actual = LynxImageProcessor.from_dict(theirs.to_dict())(levels).pixel_values
     assert torch.equal(actual, theirs(levels, return_tensors="pt").pixel_values)
-
-
-@pytest.mark.parametrize("make", [clip, siglip])
-def test_wide_images_are_equal_whatever_pillow_is_installed(make):
-    theirs = make(56)
-    images = [noise(48, 64), noise(120, 160), noise(90, 90), noise(30, 300)]
-    actual = LynxImageProcessor.from_dict(theirs.to_dict())(images).pixel_values
-    assert torch.equal(actual, theirs(images, return_tensors="pt").pixel_values)
 
 
 def test_configurations_of_transformers_are_read_from_files(tmp_path):
