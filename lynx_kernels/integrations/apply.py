@@ -1,9 +1,10 @@
 """Put the kernels into a model of transformers that is there already, say what runs where, and take them out again.
 
 Nothing of a model's code is copied. What changes is the name of the attention function in the model's configurations,
-and two hooks on the model for its loss.
+of which layers with cross-attention get a copy, and two hooks on the model for its loss.
 """
 
+import copy
 import inspect
 import re
 import weakref
@@ -18,9 +19,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from lynx_kernels.integrations import head_loss, logs, outsiders
 from lynx_kernels.integrations.attention_mask import AttentionMask
-from lynx_kernels.integrations.transformers import KEEP_SAMPLES_APART, NAME, VARLEN_NAME, register
+from lynx_kernels.integrations.transformers import CROSS_NAME, KEEP_SAMPLES_APART, NAME, VARLEN_NAME, register
 
 _INTERFACE, _CUTS_AT_SAMPLES = "ALL_ATTENTION_FUNCTIONS", "is_flash_attention_requested"
+# What the names of classes, and of modules and their parents, say of layers whose keys are other tokens.
+_CROSS = re.compile(r"cross|perceiver|resampler|encoder_attn", re.IGNORECASE)
+# Inputs that say which images a token sees. Tokens before the first one see what is not theirs in a packed row.
+_SEEN_BY_PADDED_ROWS = ("cross_attention_mask", "image_attention_mask")
 _patched: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 
@@ -48,6 +53,7 @@ class Patch:
     model: PreTrainedModel
     _parts: list[Part]
     _configs: list[tuple[PreTrainedConfig, str | None]]  # with the names they had
+    _crossing: list[tuple[nn.Module, PreTrainedConfig]]  # layers with the configurations they had
     _loss: head_loss.HeadLoss | None
     _positions: RemovableHandle
     _classes: dict[str, type] = field(default_factory=dict)
@@ -107,6 +113,8 @@ class Patch:
                 )
         for config, implementation in self._configs:
             config._attn_implementation_internal = implementation
+        for layer, config in self._crossing:
+            layer.config = config
         self._positions.remove()
         if self._loss is not None:
             self._loss.remove()
@@ -132,6 +140,7 @@ def apply(
     *,
     attention: bool = True,
     vision: bool = True,
+    cross_attention: bool = True,
     loss: bool = True,
     on_unsupported: Literal["keep", "raise"] = "keep",
 ) -> Patch:
@@ -141,6 +150,8 @@ def apply(
         model: on any device, in any dtype. Its parameters and modules stay as they are, and so does its ``state_dict``.
         attention: decoders run ``attn_implementation="lynx"``, see ``lynx_kernels.integrations.transformers``.
         vision: vision towers that cut one row of patches at ``cu_seqlens`` run one call a layer.
+        cross_attention: layers that attend to other tokens than their own (Mllama, Idefics, Perceiver resamplers,
+            Q-Formers) run ``cross_attention``, where a query sees one span of them.
         loss: in ``train()``, with labels, the loss comes from ``linear_cross_entropy`` and ``logits`` is None. In
             ``eval()``, and in code that torch.compile compiles, nothing changes. A model with a loss of its own keeps
             it. The labels of a packed row are scored by the rows that predict them on their paths.
@@ -165,7 +176,7 @@ def apply(
     if model in _patched:
         raise RuntimeError(f"apply: this {type(model).__name__} is patched already; undo() its patch first")
     register()
-    parts, configs = _plan(model, attention=attention, vision=vision)
+    parts, configs, crossing = _plan(model, attention=attention, vision=vision, cross_attention=cross_attention)
     reason = head_loss.why_not(model) if loss else "loss=False"
     how = "in train() with labels: linear_cross_entropy, logits are None" if reason is None else reason
     parts.append(Part("loss", "loss", "lynx" if reason is None else "its own", how))
@@ -176,8 +187,13 @@ def apply(
     before = [(config, config._attn_implementation_internal) for config, _ in configs]
     for config, name in configs:
         config._attn_implementation_internal = name
+    had: list[tuple[nn.Module, Any]] = [(layer, layer.config) for layer in crossing]
+    for layer, config in had:
+        copied = copy.copy(config)
+        copied._attn_implementation_internal = CROSS_NAME
+        layer.config = copied
     positions = model.register_forward_pre_hook(_check_positions, with_kwargs=True)
-    return Patch(model, parts, before, head_loss.HeadLoss(model) if reason is None else None, positions)
+    return Patch(model, parts, before, had, head_loss.HeadLoss(model) if reason is None else None, positions)
 
 
 def _check_positions(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -186,6 +202,9 @@ def _check_positions(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     if not isinstance(mask, AttentionMask) or not mask.is_packed:
         return
     name, positions = type(model).__name__, kwargs.get("position_ids")
+    for other in _SEEN_BY_PADDED_ROWS:
+        if kwargs.get(other) is not None:
+            raise ValueError(f"{name} cannot take packed rows: {other} says what the tokens of padded rows see")
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise ValueError(f"{name} takes no position_ids, so the samples of a packed row would go on from each other")
     if positions is None:
@@ -198,10 +217,11 @@ def _check_positions(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _plan(
-    model: PreTrainedModel, *, attention: bool, vision: bool
-) -> tuple[list[Part], list[tuple[PreTrainedConfig, str]]]:
-    """The layers and what will run there, and configurations with the names of their attention functions."""
+    model: PreTrainedModel, *, attention: bool, vision: bool, cross_attention: bool
+) -> tuple[list[Part], list[tuple[PreTrainedConfig, str]], list[nn.Module]]:
+    """The layers and what will run there; configurations with the names of their attention functions; cross layers."""
     parts: list[Part] = []
+    crossing: list[nn.Module] = []
     configs: dict[int, tuple[PreTrainedConfig, str]] = {}
     owners = {name: each for name, each in model.named_modules() if isinstance(each, PreTrainedModel)}
     for name, layer in model.named_modules():
@@ -215,9 +235,10 @@ def _plan(
         reason = _outside(owner)
         # Layers of decoders know their number in the cache, also those with full attention to a prefix.
         is_decoder = bool(getattr(layer, "is_causal", False)) or hasattr(layer, "layer_idx")
-        is_cross, cuts = "cross" in kind.lower(), _CUTS_AT_SAMPLES in used | _names_in_forward(owner)
-        if reason is None and is_cross:
-            reason = "cross-attention: its mask is dense"
+        cuts = _CUTS_AT_SAMPLES in used | _names_in_forward(owner)
+        if reason is None and _is_cross(name, layer):
+            reason = None if cross_attention else "cross_attention=False"
+            chosen, why = CROSS_NAME, "cross_attention, where a query sees one span of keys"
         elif reason is None and is_decoder:
             reason = None if attention else "attention=False"
             chosen, why = NAME, "prefix_attention for padded and packed rows; decoding over a cache runs SDPA"
@@ -227,11 +248,19 @@ def _plan(
         elif reason is None:
             reason = "full attention in rows of one length, which PyTorch's is as good at"
         if reason is None:
-            configs[id(config)] = (config, chosen)
+            if chosen == CROSS_NAME:
+                crossing.append(layer)
+            else:
+                configs[id(config)] = (config, chosen)
             parts.append(Part(name, kind, "lynx", why))
         else:
             parts.append(Part(name, kind, "its own", reason))
-    return parts, list(configs.values())
+    return parts, list(configs.values()), crossing
+
+
+def _is_cross(name: str, layer: nn.Module) -> bool:
+    names = [type(layer).__name__, *name.split(".")[-2:]]
+    return bool(getattr(layer, "is_cross_attention", False)) or any(map(_CROSS.search, names))
 
 
 def _names_in_forward(layer: nn.Module) -> set[str]:

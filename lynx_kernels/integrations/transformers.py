@@ -1,6 +1,6 @@
 """``attn_implementation="lynx"`` for the models of transformers: a layout, not a mask, says who sees whom.
 
-A layer runs in one of five ways. Each gives what the model's own eager attention gives.
+A layer runs in one of six ways. Each gives what the model's own eager attention gives.
 
 - Packed: one batch row and ``attention_mask=packed_mask(layout)``. The model's own pattern stays: its windows, chunks
   and blocks of image tokens are added to the layout. Or, as everywhere in transformers, one row without a mask whose
@@ -10,6 +10,7 @@ A layer runs in one of five ways. Each gives what the model's own eager attentio
   side or none, and again with the model's pattern. The mask function builds their layout from the 2-D mask, once for
   all layers of a kind. Runs ``prefix_attention``. Outputs at padding are meaningless.
 - Cut by ``cu_seq_lens_q``: one row of samples, as FlashAttention takes it. Runs ``prefix_attention``.
+- Cross-attention of the layers that ``apply`` chose, whose dense mask is one of spans. Runs ``cross_attention``.
 - Decoding over a cache in which rows share roots, given by ``shared_roots=`` in the model's keyword arguments. Runs
   ``prefix_attention_decode``.
 - Everything else runs PyTorch's scaled_dot_product_attention, with transformers' own dense mask where there is one, or
@@ -40,7 +41,9 @@ from lynx_kernels.integrations.logs import model_name, note, say
 from lynx_kernels.integrations.mask_function import mask
 from lynx_kernels.integrations.outsiders import refuse_outsiders
 from lynx_kernels.integrations.samples import layout_of_samples
+from lynx_kernels.integrations.spans import read_spans
 from lynx_kernels.layout import PackedLayout
+from lynx_kernels.ops.cross_attention import cross_attention
 from lynx_kernels.ops.prefix_attention import prefix_attention
 from lynx_kernels.ops.prefix_attention_decode import prefix_attention_decode
 
@@ -48,6 +51,7 @@ NAME = "lynx"
 # Vision towers that cut their row at cu_seqlens call an attention function once for all frames if its name has "flash"
 # in it, and once a frame otherwise. ``apply`` sets it.
 VARLEN_NAME = "lynx_flash"
+CROSS_NAME = "lynx_cross"  # of layers whose keys are other tokens than their queries. ``apply`` sets it.
 MAX_HEAD_DIM = 512  # of the kernels for GPUs
 _UNSUPPORTED = {  # argument of the attention function -> the feature that a layer asks for with it
     "position_bias": "position biases",
@@ -55,6 +59,8 @@ _UNSUPPORTED = {  # argument of the attention function -> the feature that a lay
     "block_indices": "sparse attention",
 }
 _SOUNDS_UNSUPPORTED = re.compile(r"(^|_)(bias|soft_?cap|sinks?|alibi|block_mask|head_mask|topk_indices)$")
+# Models that drop what attention returns for queries that see no key.
+_DROPS_BLIND = {"idefics"}
 # Values of layer_types in configurations. Other kinds of layers, such as linear attention and convolutions, do not read
 # a layout: they would mix the samples of a packed row.
 KEEP_SAMPLES_APART = {"full_attention", "sliding_attention", "chunked_attention", "dense", "sparse", "mlp", "moe"}
@@ -80,6 +86,7 @@ def register() -> None:
     for name in (NAME, VARLEN_NAME):
         AttentionInterface.register(name, attention)
         AttentionMaskInterface.register(name, mask)
+    AttentionInterface.register(CROSS_NAME, attention_to_others)
     refuse_outsiders(NAME)
 
 
@@ -164,6 +171,53 @@ def attention(
     q, k, v = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))  # (B * L, heads, D)
     out = prefix_attention(q, k, v, attention_mask.layout, scale=scaling, softcap=softcap, sinks=sinks)
     return out.unflatten(0, (rows, length)), None
+
+
+def attention_to_others(
+    module: torch.nn.Module,
+    query: Tensor,  # (B, H, L, D)
+    key: Tensor,  # (B or 1, Hkv, K, D)
+    value: Tensor,
+    attention_mask: AttentionMask | Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Like ``attention``, for layers whose keys are other tokens, such as vision tokens: runs ``cross_attention``.
+
+    Where the dense mask is none of spans, or with dropout, values of another width than keys, and in compiled code, it
+    is ``attention``, which runs what it runs for them.
+    """
+    rows, _, length, head_dim = query.shape
+    dense, is_causal = _mask_for_sdpa(module, attention_mask, kwargs)
+    reason = None
+    if torch.compiler.is_compiling():
+        reason = "compiled code cannot read its mask"
+    elif dropout != 0.0:
+        reason = f"its dropout is {dropout}"
+    elif (dense is None and is_causal) or (
+        isinstance(attention_mask, AttentionMask) and attention_mask.layout is not None
+    ):
+        reason = "its keys are its queries"
+    elif value.shape[-1] != head_dim or head_dim > MAX_HEAD_DIM or key.shape[0] not in (1, rows):
+        reason = "its shapes are not those of cross_attention"
+    elif any(each is not None for each in map(kwargs.get, ("softcap", "s_aux", "sinks"))):
+        reason = "it has a soft cap or sinks"
+    spans = reason or read_spans(dense, rows, length, key.shape[0], key.shape[2], query.device)
+    if not isinstance(spans, str) and spans.has_blind and model_name(module.config) not in _DROPS_BLIND:
+        spans = "a query sees no key, of which eager attention makes a mean of all values"
+    if isinstance(spans, str):
+        out = attention(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+        note(module, "its own", f"PyTorch's attention, since {spans}")
+        return out
+    _refuse_unsupported(module, kwargs)
+    note(module, "lynx", "cross_attention")
+    q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))  # (B, L, heads, D)
+    if spans.order is not None:
+        index = spans.order[..., None, None].expand(rows, -1, *k.shape[2:])
+        k, v = (tensor.expand_as(index).gather(1, index) for tensor in (k, v))
+    q, k, v = (tensor.flatten(0, 1) for tensor in (q, k, v))
+    return cross_attention(q, k, v, spans.layout, scale=scaling).unflatten(0, (rows, length)), None
 
 
 def _fit(given: AttentionMask, layout: PackedLayout, module: Any, shape: tuple[int, int, int, int]) -> AttentionMask:

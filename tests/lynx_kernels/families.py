@@ -160,6 +160,7 @@ def counted():
     kernels, sdpa = integration.prefix_attention, integration.sdpa_attention_forward
     with (
         patch(integration, "prefix_attention", counting("kernels", kernels)),
+        patch(integration, "cross_attention", counting("cross", integration.cross_attention)),
         patch(integration, "sdpa_attention_forward", counting("sdpa", sdpa)),
     ):
         yield calls

@@ -29,6 +29,7 @@ def test_families_equal_themselves_before(family):
             vlms.assert_close(vlms.run(model, inputs), before)
         # Two layers of text; and where towers cut rows of patches, two layers of the tower, each in one call.
         assert calls["kernels"] == (4 if family in ("Qwen3VL", "Qwen25VL", "Pixtral") else 2), patch.report()
+        assert calls["cross"] == (2 if family == "Mllama" else 0), patch.report()
         after = vlms.run(model, inputs)
         assert torch.equal(after.logits, before.logits)
         assert all(torch.equal(after.gradients[name], each) for name, each in before.gradients.items())
@@ -180,7 +181,7 @@ def test_reports_say_layer_by_layer_what_runs():
     model.generate(**inputs, max_new_tokens=2)
     assert re.search(r"TextAttention +its own +PyTorch's scaled_dot_product_attention, since its mask", patch.report())
     patch.undo()
-    patch = apply(model, attention=False, vision=False, loss=False)
+    patch = apply(model, attention=False, vision=False, cross_attention=False, loss=False)
     assert {part.runs for part in patch.parts()} == {"its own"}
     assert {part.why for part in patch.parts()} == {"attention=False", "vision=False", "loss=False"}
 

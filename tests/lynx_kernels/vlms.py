@@ -35,6 +35,7 @@ class Family:
     """Square images of four tokens each."""
 
     tokens = (4, 4, 4)  # of each image
+    implementation = "sdpa"  # what it runs without ours
 
     def model(self):
         raise NotImplementedError
@@ -196,7 +197,7 @@ class Pixtral(Family):
 
 
 class Mllama(Family):
-    """Cross-attention to tiles of the images, instead of image tokens."""
+    """Cross-attention to tiles of the images, instead of image tokens. Not every image has all of its tiles."""
 
     tokens = (1, 1, 1)
 
@@ -226,7 +227,7 @@ class Mllama(Family):
         sees = torch.zeros(count, length, 2, 2, dtype=torch.int64)
         for row in range(count):
             for number, start in enumerate((tokens[row] == IMAGE).nonzero()[:, 0].tolist()):
-                used = 1 + (row + number) % 2
+                used = 2 - (row + number) % 2
                 tiles[row, number, :used], ratios[row, number] = 1, used
                 sees[row, start:, number, :used] = 1
         pixels = pixels * tiles[..., None, None, None]
@@ -250,11 +251,12 @@ FAMILIES = {each.__name__: each() for each in (
 )}  # fmt: skip
 
 
-def build(name, implementation="sdpa"):
-    """A model with values far from the initial ones."""
+def build(family, implementation=None):
+    """A model of a family, or of the one of that name, with values far from the initial ones."""
     torch.manual_seed(0)
-    model = FAMILIES[name].model().eval()
-    model.set_attn_implementation(implementation)
+    family = FAMILIES[family] if isinstance(family, str) else family
+    model = family.model().eval()
+    model.set_attn_implementation(implementation or family.implementation)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.nan_to_num_().clamp_(-2, 2).add_(0.05 * torch.randn_like(parameter))
