@@ -81,6 +81,7 @@ Plane resized_rows(const Plane& plane, const Side& side) {
     return out;
 }
 
+// Planes, (3, height, width).
 std::vector<uint8_t> resized(const Grid& grid, const Frame& frame, const Resizing& resizing) {
     std::vector<uint8_t> out(3 * grid.height * grid.width);
     for (int64_t channel = 0; channel < 3; channel++) {
@@ -96,7 +97,7 @@ std::vector<uint8_t> resized(const Grid& grid, const Frame& frame, const Resizin
         for (int64_t y = 0; y < grid.height; y++)
             for (int64_t x = 0; x < grid.width; x++) {
                 const int64_t column = frame.is_flipped ? grid.width - 1 - x : x;
-                out[patch_offset(grid, channel, y, x)] = plane[y * grid.width + column];
+                out[(channel * grid.height + y) * grid.width + x] = plane[y * grid.width + column];
             }
     }
     return out;
@@ -153,22 +154,32 @@ void fuzz_frames(uint64_t seed) {
         resizings.push_back({random_side(random, frame.height, grid.height, resample),
                              random_side(random, frame.width, grid.width, resample), random.flag()});
     problem.resizings = resizings.data();
+    problem.copies = random.number(1, 3);
+    problem.merge_size = 1;
+    for (int64_t size : {2, 3})
+        if (grid.height / grid.patch_height % size == 0 && grid.width / grid.patch_width % size == 0)
+            problem.merge_size = size;
     problem.dtype = static_cast<Dtype>(random.number(0, 3));
-    const int64_t bytes = problem.dtype == Dtype::kDouble ? 8 : problem.dtype == Dtype::kFloat ? 4 : 2;
+    const bool has_levels = random.number(0, 4) > 0;
+    const int64_t bytes = !has_levels ? 1 : problem.dtype == Dtype::kDouble ? 8 : problem.dtype == Dtype::kFloat ? 4 : 2;
     for (int channel = 0; channel < 3; channel++) {
         problem.mean[channel] = random.number(0, 1000) / 1000.0f;
         problem.std[channel] = random.number(1, 1000) / 1000.0f * (random.number(0, 9) == 0 ? 1e38f : 1.0f);
     }
     const std::vector<uint8_t> levels = make_levels(problem, bytes);
-    problem.levels = levels.data();
+    problem.levels = has_levels ? levels.data() : nullptr;
 
-    const int64_t per_frame = 3 * grid.height * grid.width;
-    std::vector<uint8_t> expected(problem.num_frames * per_frame * bytes);
+    const int64_t pixels = grid.height * grid.width, copy_size = grid.patch_height * grid.patch_width;
+    std::vector<uint8_t> expected(problem.num_frames * 3 * problem.copies * pixels * bytes);
     for (int64_t i = 0; i < problem.num_frames; i++) {
-        const std::vector<uint8_t> bytes_of_frame = resized(grid, frames[i], resizings[i]);
-        for (int64_t j = 0; j < per_frame; j++) {
-            const int64_t channel = j / (grid.patch_height * grid.patch_width) % 3;
-            memcpy(&expected[(i * per_frame + j) * bytes], &levels[(256 * channel + bytes_of_frame[j]) * bytes], bytes);
+        const std::vector<uint8_t> planes = resized(grid, frames[i], resizings[i]);
+        for (int64_t j = 0; j < 3 * pixels * problem.copies; j++) {
+            const int64_t copy = j / (3 * pixels), pixel = j % (3 * pixels), channel = pixel / pixels;
+            const int64_t row = pixel % pixels / grid.width, column = pixel % grid.width;
+            const int64_t place = i * 3 * problem.copies * pixels + patch_start(problem, channel, row, column) +
+                                  copy * copy_size + row % grid.patch_height * grid.patch_width + column % grid.patch_width;
+            const uint8_t byte = planes[pixel];
+            memcpy(&expected[place * bytes], has_levels ? &levels[(256 * channel + byte) * bytes] : &byte, bytes);
         }
     }
     for (const std::string& name : lynx::instruction_sets()) {

@@ -114,6 +114,45 @@ def test_patches_of_rectangles(impl):
     assert torch.equal(pack_frames(frames, **options), expected)
 
 
+@pytest.mark.parametrize(("size", "merge_size", "temporal_patch_size"), [((56, 84), 2, 2), ((28, 14), 1, 3)])
+def test_patches_in_blocks_with_copies(size, merge_size, temporal_patch_size, impl):
+    """As Qwen2-VL has them: blocks of merge_size x merge_size patches, and each channel of a patch so many times."""
+    frames = [random_frame(np.random.default_rng(seed), 50, 70) for seed in (22, 23)]
+    options = {"size": size, "patch_size": 14, "mean": MEAN, "std": STD, "resize": "exact", "impl": impl}
+    actual = pack_frames(frames, **options, merge_size=merge_size, temporal_patch_size=temporal_patch_size)
+    pixels = pack_frames(frames, **options, output="pixels")
+    expected = []
+    for frame in pixels:
+        for block_row in frame.split(14 * merge_size, 1):
+            for block in block_row.split(14 * merge_size, 2):
+                patches = [patch for row in block.split(14, 1) for patch in row.split(14, 2)]
+                expected += [each[:, None].expand(-1, temporal_patch_size, -1, -1).flatten() for each in patches]
+    assert torch.equal(actual, torch.stack(expected))
+
+
+@pytest.mark.parametrize("resample", ["bicubic", "lanczos"])
+def test_windows_are_cut_from_resized_frames(resample, impl):
+    frame = random_frame(np.random.default_rng(24), 60, 33, harsh=True)
+    resized = pillow_resize(frame, 40, 50, resample)
+    windows = [(0, 0, 20, 25), (20, 25, 20, 25), (7, 11, 20, 25)]
+    flip = [False, False, True]
+    actual = pack_bytes(
+        [frame] * 3, size=(40, 50), resize="exact", resample=resample, windows=windows, flip=flip, impl=impl
+    )
+    expected = [resized[top : top + height, left : left + width] for top, left, height, width in windows]
+    np.testing.assert_array_equal(actual, np.stack([*expected[:2], expected[2][:, ::-1]]))
+
+
+@pytest.mark.parametrize("output", ["patches", "pixels"])
+def test_bytes_are_not_normalised(output, impl):
+    frames = [random_frame(np.random.default_rng(seed), 50, 70) for seed in (25, 26)]
+    options = {"size": (28, 42), "patch_size": 14, "resize": "exact", "output": output, "impl": impl}
+    actual = pack_frames(frames, **options, mean=None, std=None, dtype=torch.uint8)
+    expected = pack_frames(frames, **options, mean=(0, 0, 0), std=(1, 1, 1), dtype=torch.float64)
+    assert actual.dtype == torch.uint8
+    assert torch.equal(actual, (expected * 255).round().to(torch.uint8))
+
+
 def test_unchanged_size_is_a_copy(impl):
     frame = random_frame(np.random.default_rng(2), 28, 28, harsh=True)
     np.testing.assert_array_equal(pack_bytes([frame], size=28, impl=impl)[0], frame)
@@ -297,6 +336,19 @@ def test_invalid_frames(frame, error, message):
         ({"crop_boxes": [(0, 0, 5)]}, ValueError, r"crop_boxes\[0\] is \(0, 0, 5\)"),
         ({"crop_boxes": [(0, 0, 5.0, 5)]}, TypeError, r"crop_boxes\[0\] is \(0, 0, 5.0, 5\), expected ints"),
         ({"crop_boxes": torch.zeros(1, 4)}, TypeError, "crop_boxes is a tensor"),
+        ({"mean": None}, ValueError, "mean is None"),
+        ({"dtype": torch.uint8}, ValueError, "are not normalised"),
+        ({"merge_size": 0}, ValueError, "merge_size=0, expected at least 1"),
+        ({"merge_size": 3}, ValueError, "patch_size=14 times merge_size=3"),
+        ({"temporal_patch_size": 2.0}, TypeError, "temporal_patch_size must be an int"),
+        ({"merge_size": 2, "output": "pixels"}, ValueError, "use output='patches'"),
+        ({"windows": [(0, 0, 14, 14)]}, ValueError, "use 'exact'"),
+        ({"windows": [], "resize": "exact"}, ValueError, "windows has 0 entries for 1 frames"),
+        ({"windows": [(0, 0, 14)], "resize": "exact"}, ValueError, r"windows\[0\].*expected \(top"),
+        ({"windows": [(0, 0, 14, 1.0)], "resize": "exact"}, TypeError, r"windows\[0\].*expected ints"),
+        ({"windows": [(0, 15, 14, 14)], "resize": "exact"}, ValueError, r"windows\[0\].*not inside"),
+        ({"windows": [(0, 0, 0, 14)], "resize": "exact"}, ValueError, r"windows\[0\].*empty"),
+        ({"windows": [(0, 0, 15, 14)], "resize": "exact"}, ValueError, "not a multiple of patch_size=14"),
         ({"crop_boxes": [(0, 0, 31, 40)]}, ValueError, r"crop_boxes\[0\].*not inside"),
         ({"crop_boxes": [(0, 1, 30, 40)]}, ValueError, r"crop_boxes\[0\].*not inside"),
         ({"crop_boxes": [(-1, 0, 30, 40)]}, ValueError, r"crop_boxes\[0\].*not inside"),
@@ -313,6 +365,12 @@ def test_invalid_frames(frame, error, message):
 def test_invalid_options(options, error, message):
     with pytest.raises(error, match=message):
         pack_frames([GOOD], **(OPTIONS | options))
+
+
+def test_windows_of_two_sizes():
+    windows = [(0, 0, 14, 14), (0, 0, 14, 28)]
+    with pytest.raises(ValueError, match=r"windows\[1\].*one size"):
+        pack_frames([GOOD] * 2, **OPTIONS, resize="exact", windows=windows)
 
 
 def test_one_frame_must_be_in_a_list():
@@ -336,7 +394,10 @@ def test_opcheck(patch_size, impl):
             boxes,
             [True, False],
             [28, 28],
+            [],
             patch_size,
+            1,
+            1,
             list(MEAN),
             list(STD),
             "exact",

@@ -34,10 +34,12 @@ void bind_frames(py::module_& module) {
         .value("bilinear", frames::Resample::kBilinear)
         .value("bicubic", frames::Resample::kBicubic)
         .value("lanczos", frames::Resample::kLanczos);
-    // `fits` are as resizing_of takes them. `grid` is the height and width of the result and of a patch. `levels` (3, 256) and `out` have `dtype`. Boxes lie inside their frames.
+    // `fits` are as resizing_of takes them. `grid` is the height and width of the result and of a patch, then merge_size
+    // and copies. `levels` (3, 256) and `out` have `dtype`; without levels (0), `out` has bytes. Boxes lie inside their
+    // frames.
     module.def("pack_frames",
                [](const std::vector<FrameView>& views, const std::vector<Box>& boxes, const std::vector<bool>& flips,
-                  const std::vector<std::array<int64_t, 5>>& fits, const std::array<int64_t, 4>& grid, frames::Resample resample,
+                  const std::vector<std::array<int64_t, 5>>& fits, const std::array<int64_t, 6>& grid, frames::Resample resample,
                   Dtype dtype, uintptr_t levels, const std::array<float, 3>& mean, const std::array<float, 3>& std, uintptr_t out, int threads) {
                    const frames::Grid cells = {grid[0], grid[1], grid[2], grid[3]};
                    std::vector<frames::Frame> cut;
@@ -50,6 +52,8 @@ void bind_frames(py::module_& module) {
                                                     resizings.data(),
                                                     static_cast<int64_t>(cut.size()),
                                                     cells,
+                                                    grid[4],
+                                                    grid[5],
                                                     dtype,
                                                     pointer<void>(levels),
                                                     {mean[0], mean[1], mean[2]},

@@ -45,15 +45,19 @@ template <class Element, class Normalise>
 LYNX_INLINE void write_strip(const Problem& problem, const Task& task, int64_t row, int64_t rows,
                              const uint8_t* patches, Normalise normalise) {
     const lynx::frames::Grid& grid = problem.grid;
-    const int64_t count = rows * grid.patch_width;
-    Element* to = static_cast<Element*>(problem.out) + task.out_offset +
-                  lynx::frames::patch_offset(grid, 0, row, 0);
-    for (int64_t column = 0; column < grid.width; column += grid.patch_width)
+    const int64_t count = rows * grid.patch_width, copy_size = grid.patch_height * grid.patch_width;
+    Element* const out = static_cast<Element*>(problem.out) + task.out_offset;
+    const int64_t in_patch = row % grid.patch_height * grid.patch_width;
+    for (int64_t column = 0; column < grid.width; column += grid.patch_width) {
+        Element* to = out + lynx::frames::patch_start(problem, 0, row, column) + in_patch;
         for (int channel = 0; channel < 3; channel++) {
             normalise(channel, patches, count, to);
+            for (int64_t copy = 1; copy < problem.copies; copy++)
+                memcpy(to + copy * copy_size, to, count * sizeof(Element));
             patches += count;
-            to += grid.patch_height * grid.patch_width;
+            to += problem.copies * copy_size;
         }
+    }
 }
 
 template <class Element>
@@ -83,6 +87,10 @@ void finish_strip(const Problem& problem, const Task& task, int64_t row, int64_t
         return compute_strip<BFloat16>(problem, task, row, rows, patches);
     }
 #endif
+    if (problem.levels == nullptr)
+        return write_strip<uint8_t>(
+            problem, task, row, rows, patches,
+            [](int, const uint8_t* bytes, int64_t count, uint8_t* to) { memcpy(to, bytes, count); });
     switch (problem.dtype) {
         case Dtype::kDouble: return look_up_strip<uint64_t>(problem, task, row, rows, patches);
         case Dtype::kFloat: return look_up_strip<uint32_t>(problem, task, row, rows, patches);

@@ -65,6 +65,7 @@ bool computes_all(const lynx::frames::Problem& problem) {
 }
 
 bool computes_levels(const lynx::frames::Problem& problem) {
+    if (problem.levels == nullptr) return false;
     if (problem.dtype == lynx::Dtype::kFloat) return computes_all<float>(problem);
     return problem.dtype == lynx::Dtype::kBFloat16 && computes_all<BFloat16>(problem);
 }

@@ -14,10 +14,12 @@ struct Problem {
     const Resizing* resizings;  // of each frame
     int64_t num_frames;
     Grid grid;
+    int64_t merge_size;     // patches come in blocks of so many rows and columns, which divide the result's
+    int64_t copies;         // a patch has each of its channels so many times: (3, copies, patch height, patch width)
     Dtype dtype;
-    const void* levels;     // (3, 256) of that dtype: what each byte of each channel becomes
+    const void* levels;     // (3, 256) of that dtype: what each byte of each channel becomes; null: itself, a byte
     float mean[3], std[3];  // what the levels were computed with: (byte / 255 - mean) / std, every step rounded to fp32
-    void* out;              // (num_frames, 3 * height * width) of that dtype
+    void* out;              // (num_frames, 3 * copies * height * width) of that dtype, or bytes
 };
 
 // The weights of one side, in the form that the instruction set needs. Inputs come in groups of four, counted from the
@@ -61,6 +63,15 @@ namespace {  // unnamed: filter.h says why
 inline int64_t strip_end(int64_t row, int64_t patch_height) {
     const int64_t next_patches = (row / patch_height + 1) * patch_height;
     return next_patches < row + kStripRows ? next_patches : row + kStripRows;
+}
+
+// The place of a patch's first pixel in the result.
+inline int64_t patch_start(const Problem& problem, int64_t channel, int64_t row, int64_t column) {
+    const Grid& grid = problem.grid;
+    const int64_t merge = problem.merge_size, blocks = grid.width / (grid.patch_width * merge);
+    const int64_t i = row / grid.patch_height, j = column / grid.patch_width;
+    const int64_t patch = ((i / merge * blocks + j / merge) * merge + i % merge) * merge + j % merge;
+    return (patch * 3 + channel) * problem.copies * grid.patch_height * grid.patch_width;
 }
 
 }  // namespace

@@ -35,13 +35,17 @@ OPERATION = dispatch.Operation(
 
 
 def _call(
-    frames: Any, size: Any, patch_size: int | None, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype,
-    resize: str, crop_boxes: Any, flip: Sequence[bool] | None, crop_rounding: str, output: str, resample: str,
-    out: Tensor | None,
+    frames: Any, size: Any, patch_size: int | None, mean: Sequence[float] | None, std: Sequence[float] | None,
+    dtype: torch.dtype, resize: str, crop_boxes: Any, flip: Sequence[bool] | None, crop_rounding: str, output: str,
+    resample: str, windows: Any, merge_size: int, temporal_patch_size: int, out: Tensor | None,
 ) -> PackFramesCall:  # fmt: skip
-    height, width = _sides(size)
-    _check_options(height, width, patch_size, mean, std, dtype, resize, crop_rounding, output, resample)
+    resized = _sides(size)
+    mean, std = _levels(mean, std, dtype)
     tensors = _as_tensors(frames)
+    kept = _flat_windows(windows, len(tensors), resized, resize)
+    height, width = kept[2:4] or resized
+    _check_options(height, width, patch_size, mean, std, dtype, resize, crop_rounding, output, resample)
+    _check_patches(height, width, patch_size, merge_size, temporal_patch_size, output)
     device = next((each.device for each in (frames, *tensors, out) if isinstance(each, Tensor)), torch.device("cpu"))
     _check_frames(tensors, device)
     boxes = _flat_boxes(tensors, crop_boxes)
@@ -52,13 +56,15 @@ def _call(
     if output == "pixels":
         patch_size = None
     elif patch_size is not None:
-        shape = (len(tensors) * (height // patch_size) * (width // patch_size), 3 * patch_size**2)
+        patches = (height // patch_size) * (width // patch_size)
+        shape = (len(tensors) * patches, 3 * temporal_patch_size * patch_size**2)
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=device)
     else:
         _check_out(out, shape, dtype, device)
     return PackFramesCall(
-        tensors, out, boxes, flips, [height, width], patch_size, list(mean), list(std), resize, resample, crop_rounding
+        tensors, out, boxes, flips, list(resized), kept, patch_size, merge_size, temporal_patch_size, list(mean),
+        list(std), resize, resample, crop_rounding,
     )  # fmt: skip
 
 
@@ -68,8 +74,8 @@ def pack_frames(
     *,
     size: int | Sequence[int],
     patch_size: int | None,
-    mean: Sequence[float],
-    std: Sequence[float],
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
     dtype: torch.dtype = torch.float32,
     resize: str = "short_side",
     crop_boxes: Sequence[Sequence[int]] | None = None,
@@ -77,6 +83,9 @@ def pack_frames(
     crop_rounding: str = "round",
     output: str = "patches",
     resample: str = "bicubic",
+    windows: Sequence[Sequence[int]] | None = None,
+    merge_size: int = 1,
+    temporal_patch_size: int = 1,
     out: Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor:
@@ -92,7 +101,9 @@ def pack_frames(
         size: (height, width) H, W of the output in pixels; or one int, the side S of a square.
         patch_size: side p of a patch; must divide both sides. Ignored with ``output="pixels"``, and may then be None.
         mean, std: mean and standard deviation of the three channels, for pixels in 0 ... 1. All finite, std positive.
-        dtype: dtype of the output: fp64, fp32, fp16 or bf16. Computed in fp32 (fp64 for fp64), then rounded.
+            None for bytes.
+        dtype: dtype of the output: fp64, fp32, fp16 or bf16. Computed in fp32 (fp64 for fp64), then rounded. Or uint8:
+            bytes, which are not normalised (not in the CUDA kernels).
         resize: ``"short_side"``: the short side becomes S and the long side int(S * long / short); the centre is kept
             (CLIP, Lynx); only for squares. ``"exact"``: the sides become H and W (SigLIP, and RandomResizedCrop of a
             box).
@@ -103,12 +114,19 @@ def pack_frames(
             (torchvision, Lynx). ``"floor"``: (n - S) // 2 (transformers).
         output: ``"patches"`` or ``"pixels"``.
         resample: Pillow's filter: ``"bicubic"``, ``"bilinear"`` or ``"lanczos"`` (not in the CUDA kernels).
+        windows: for every frame (top, left, height, width) of what is kept after resizing, all of one height and width,
+            which become H and W; ``size`` is then what frames are resized to. Only with ``resize="exact"``. Tiles of an
+            image are windows of the same frame, passed once for each.
+        merge_size: patches follow each other in blocks of so many rows and columns (Qwen-VL). The CUDA kernels have no
+            blocks and no copies.
+        temporal_patch_size: T: a patch has each of its channels so many times, as if T frames of a video were equal.
         out: a contiguous tensor of the result's shape and dtype on the frames' device, to be filled and returned.
         impl: the name of an implementation; None takes the best that can run.
 
     Returns:
         ``"patches"``: (N * (H / p) * (W / p), 3 * p * p): frames in order, patches row by row, and in each patch
-        channel, row, column. This is the order of a convolution's weight reshaped to (out_channels, 3 * p * p).
+        channel, row, column. This is the order of a convolution's weight reshaped to (out_channels, 3 * p * p). With
+        ``temporal_patch_size`` (N * (H / p) * (W / p), 3 * T * p * p): channel, T times, row, column.
         ``"pixels"``: (N, 3, H, W).
 
     Raises:
@@ -116,7 +134,8 @@ def pack_frames(
         TypeError: a frame is not a uint8 tensor or array, an option has the wrong type, or a tensor is a DTensor.
     """
     call = _call(
-        frames, size, patch_size, mean, std, dtype, resize, crop_boxes, flip, crop_rounding, output, resample, out
+        frames, size, patch_size, mean, std, dtype, resize, crop_boxes, flip, crop_rounding, output, resample, windows,
+        merge_size, temporal_patch_size, out,
     )  # fmt: skip
     chosen = OPERATION.choose(impl, call)
     if impl is None and chosen == "reference" and not torch.compiler.is_compiling():
@@ -143,6 +162,52 @@ def _sides(size: Any) -> tuple[int, int]:
     return size[0], size[1]
 
 
+def _levels(
+    mean: Sequence[float] | None, std: Sequence[float] | None, dtype: torch.dtype
+) -> tuple[Sequence[float], Sequence[float]]:
+    if dtype == torch.uint8:
+        if mean is not None or std is not None:
+            raise ValueError(
+                f"pack_frames: bytes (dtype=torch.uint8) are not normalised, so mean and std must be None, got "
+                f"{mean!r} and {std!r}"
+            )
+        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    if mean is None or std is None:
+        raise ValueError(
+            f"pack_frames: mean is {mean!r} and std {std!r}, expected three values each; None is for dtype=torch.uint8"
+        )
+    return mean, std
+
+
+def _flat_windows(windows: Any, num_frames: int, resized: tuple[int, int], resize: str) -> list[int]:
+    if windows is None:
+        return []
+    if resize != "exact":
+        raise ValueError(f"pack_frames: windows with resize={resize!r}, which cuts out the centre itself; use 'exact'")
+    if len(windows) != num_frames:
+        raise ValueError(f"pack_frames: windows has {len(windows)} entries for {num_frames} frames")
+    kept: list[int] = []
+    for index, window in enumerate(windows):
+        if len(window) != 4:
+            raise ValueError(f"pack_frames: windows[{index}] is {window!r}, expected (top, left, height, width)")
+        if not all(isinstance(value, int | np.integer) for value in window):
+            raise TypeError(f"pack_frames: windows[{index}] is {window!r}, expected ints")
+        top, left, height, width = (value if isinstance(value, int) else int(value) for value in window)
+        inside = top >= 0 and left >= 0 and top + height <= resized[0] and left + width <= resized[1]
+        if not inside or height < 1 or width < 1:
+            raise ValueError(
+                f"pack_frames: windows[{index}] is top={top}, left={left}, height={height}, width={width}: it is "
+                f"empty, or not inside what the frame is resized to, {resized}"
+            )
+        if kept and kept[2:4] != [height, width]:
+            raise ValueError(
+                f"pack_frames: windows[{index}] is of height {height} and width {width}, and windows[0] of {kept[2]} "
+                f"and {kept[3]}; one call makes outputs of one size"
+            )
+        kept += [top, left, height, width]
+    return kept
+
+
 def _check_options(
     height: Any, width: Any, patch_size: Any, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype,
     resize: str, crop_rounding: str, output: str, resample: str,
@@ -155,17 +220,6 @@ def _check_options(
     ):
         if value not in allowed:
             raise ValueError(f"pack_frames: {name}={value!r}, expected one of {list(allowed)}")
-    for name, side in (("size", height), ("size", width), ("patch_size", patch_size if output == "patches" else 1)):
-        if not isinstance(side, int):
-            raise TypeError(f"pack_frames: {name} must be an int, got {side!r}")
-        if side < 1:
-            raise ValueError(f"pack_frames: {name}={side}, expected at least 1")
-    if output == "patches" and (height % patch_size != 0 or width % patch_size != 0):
-        size = height if height == width else (height, width)
-        raise ValueError(
-            f"pack_frames: size={size} is not a multiple of patch_size={patch_size}; choose a patch_size that divides "
-            "size"
-        )
     if resize == "short_side" and height != width:
         raise ValueError(
             f"pack_frames: size={(height, width)} is no square, and resize='short_side' makes squares; use "
@@ -177,8 +231,33 @@ def _check_options(
         dispatch.require_finite("pack_frames", **{f"{name}[{place}]": each for place, each in enumerate(channels)})
     if min(std) < _LEAST_STD:
         raise ValueError(f"pack_frames: std={std!r}, expected positive values, at least {_LEAST_STD:.3g}")
-    if dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-        raise TypeError(f"pack_frames: dtype is {dtype}, expected fp64, fp32, fp16 or bf16")
+    if dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.uint8):
+        raise TypeError(f"pack_frames: dtype is {dtype}, expected fp64, fp32, fp16, bf16 or uint8")
+
+
+def _check_patches(
+    height: Any, width: Any, patch_size: Any, merge_size: Any, temporal_patch_size: Any, output: str
+) -> None:
+    for name, side in (
+        ("size", height), ("size", width), ("patch_size", patch_size if output == "patches" else 1),
+        ("merge_size", merge_size), ("temporal_patch_size", temporal_patch_size),
+    ):  # fmt: skip
+        if not isinstance(side, int):
+            raise TypeError(f"pack_frames: {name} must be an int, got {side!r}")
+        if side < 1:
+            raise ValueError(f"pack_frames: {name}={side}, expected at least 1")
+    if output == "pixels" and (merge_size, temporal_patch_size) != (1, 1):
+        raise ValueError("pack_frames: merge_size and temporal_patch_size are of patches; use output='patches'")
+    if output == "pixels" or height % (patch_size * merge_size) == width % (patch_size * merge_size) == 0:
+        return
+    size = height if height == width else (height, width)
+    if merge_size != 1:
+        raise ValueError(
+            f"pack_frames: size={size} is not a multiple of patch_size={patch_size} times merge_size={merge_size}"
+        )
+    raise ValueError(
+        f"pack_frames: size={size} is not a multiple of patch_size={patch_size}; choose a patch_size that divides size"
+    )
 
 
 def _as_tensors(frames: Any) -> list[Tensor]:

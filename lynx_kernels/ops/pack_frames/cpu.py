@@ -16,16 +16,17 @@ from lynx_kernels.ops.pack_frames.levels import levels_of
 def forward(call: PackFramesCall) -> None:
     """Fill ``out``."""
     frames, out, crop_boxes, mean, std = call.frames, call.out, call.crop_boxes, call.mean, call.std
-    levels = levels_of(tuple(mean), tuple(std), out.dtype)
+    levels = None if out.dtype == torch.uint8 else levels_of(tuple(mean), tuple(std), out.dtype)
+    dtype = torch.float32 if levels is None else levels.dtype
     cpu_backend.module.pack_frames(
         [(frame.data_ptr(), *frame.stride()) for frame in frames],
         [tuple(crop_boxes[4 * index : 4 * index + 4]) for index in range(len(frames))],
         call.flips,
         fits_of(call),
-        call.grid,
+        (*call.grid, call.merge_size, call.temporal_patch_size),
         getattr(cpu_backend.module.Resample, call.resample),
-        getattr(cpu_backend.module.Dtype, str(out.dtype).removeprefix("torch.")),
-        levels.data_ptr(),
+        getattr(cpu_backend.module.Dtype, str(dtype).removeprefix("torch.")),
+        0 if levels is None else levels.data_ptr(),
         mean,
         std,
         out.data_ptr(),

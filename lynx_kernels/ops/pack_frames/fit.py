@@ -24,10 +24,16 @@ class Fit(NamedTuple):
 def fits_of(call: PackFramesCall) -> list[Fit]:
     """The fit of every frame's box."""
     boxes, (height, width) = call.crop_boxes, call.size
-    return [
+    fits = [
         _fit(boxes[index + 2], boxes[index + 3], height, width, call.resize, call.crop_rounding, PILLOW)
         for index in range(0, len(boxes), 4)
     ]
+    starts = zip(call.windows[::4], call.windows[1::4], strict=True)
+    return (
+        [fit._replace(top=top, left=left) for fit, (top, left) in zip(fits, starts, strict=True)]
+        if call.windows
+        else fits
+    )
 
 
 @lru_cache(maxsize=1024)

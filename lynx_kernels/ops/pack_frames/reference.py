@@ -26,13 +26,14 @@ def forward(call: PackFramesCall) -> None:
     """Fill ``out``. Normalisation is in fp32 (fp64 for an fp64 output)."""
     out = call.out
     compute = acc_dtype(out.dtype)
+    height, width, *_ = call.grid
     channel_mean = torch.tensor(call.mean, dtype=compute, device=out.device)[:, None, None]  # (3, 1, 1)
     channel_std = torch.tensor(call.std, dtype=compute, device=out.device)[:, None, None]
     for index, (frame, fit) in enumerate(zip(call.frames, fits_of(call), strict=True)):
-        top, left, height, width = call.crop_boxes[4 * index : 4 * index + 4]
-        crop = frame[top : top + height, left : left + width]  # (h, w, 3)
-        rows = _weights(height, fit.resized_height, fit.top, call.size[0], call.resample).to(frame.device)  # (H, h)
-        columns = _weights(width, fit.resized_width, fit.left, call.size[1], call.resample).to(frame.device)  # (W, w)
+        top, left, h, w = call.crop_boxes[4 * index : 4 * index + 4]
+        crop = frame[top : top + h, left : left + w]  # (h, w, 3)
+        rows = _weights(h, fit.resized_height, fit.top, height, call.resample).to(frame.device)  # (H, h)
+        columns = _weights(w, fit.resized_width, fit.left, width, call.resample).to(frame.device)  # (W, w)
         planes = crop.permute(2, 0, 1).double()  # (3, h, w)
         if fit.is_vertical_first:
             resized = _to_bytes(_to_bytes(rows @ planes) @ columns.t())  # (3, H, W), integers
@@ -40,11 +41,11 @@ def forward(call: PackFramesCall) -> None:
             resized = _to_bytes(rows @ _to_bytes(planes @ columns.t()))
         if call.flips[index]:
             resized = resized.flip(2)
-        pixels = ((resized / 255).to(compute) - channel_mean) / channel_std
+        pixels = resized if out.dtype == torch.uint8 else ((resized / 255).to(compute) - channel_mean) / channel_std
         if call.patch_size is None:
             out[index] = pixels
         else:
-            patches = _patchify(pixels, call.patch_size)
+            patches = _patchify(pixels, call)
             out[index * len(patches) : (index + 1) * len(patches)] = patches
 
 
@@ -52,10 +53,14 @@ def _to_bytes(sums: Tensor) -> Tensor:
     return torch.floor((sums + _ONE // 2) / _ONE).clamp(0, 255)
 
 
-def _patchify(pixels: Tensor, patch_size: int) -> Tensor:
-    rows, columns = (side // patch_size for side in pixels.shape[1:])
-    patches = pixels.view(3, rows, patch_size, columns, patch_size)  # channel, patch row, row, patch column, column
-    return patches.permute(1, 3, 0, 2, 4).reshape(rows * columns, -1)  # (patches, 3 * p * p)
+def _patchify(pixels: Tensor, call: PackFramesCall) -> Tensor:
+    merge, patch_height, patch_width = call.merge_size, *call.grid[2:]
+    rows, columns = pixels.shape[1] // patch_height // merge, pixels.shape[2] // patch_width // merge
+    # Channel; block, patch and pixel of the rows; the same of the columns.
+    patches = pixels.view(3, rows, merge, patch_height, columns, merge, patch_width)
+    patches = patches.permute(1, 4, 2, 5, 0, 3, 6)[..., None, :, :]  # (blocks, patches, channel, 1, row, column)
+    copies = patches.expand(*[-1] * 5, call.temporal_patch_size, -1, -1)
+    return copies.reshape(rows * columns * merge**2, -1)  # (patches, 3 * T * p * p)
 
 
 def _weights(side: int, resized: int, start: int, count: int, resample: str) -> Tensor:
