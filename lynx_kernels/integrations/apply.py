@@ -196,6 +196,11 @@ def apply(
     return Patch(model, parts, before, had, head_loss.HeadLoss(model) if reason is None else None, positions)
 
 
+def is_patched(model: nn.Module) -> bool:
+    """Whether ``apply`` changed the model, and nobody undid it."""
+    return model in _patched
+
+
 def _check_positions(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Refuse a packed row whose tokens would not have the positions that they have alone."""
     mask = kwargs.get("attention_mask")

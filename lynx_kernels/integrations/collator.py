@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +25,22 @@ _OF_PADDED_ROWS = {  # inputs that say of each token of a row what it sees
 Sample = Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class PackedSamples:
+    """Samples in one packed row.
+
+    Attributes:
+        batch: what ``PackedCollator`` returns.
+        layout: that of ``batch["attention_mask"]``.
+        places: for each sample, for each of its conversations: (L,) int64, where its tokens stand in the row. Tokens
+            that conversations share stand once.
+    """
+
+    batch: dict[str, Any]
+    layout: PackedLayout
+    places: list[list[Tensor]]
+
+
 class PackedCollator:
     """Makes one packed row of samples: a ``data_collator`` for transformers' ``Trainer``.
 
@@ -34,14 +51,16 @@ class PackedCollator:
     Args:
         model: of transformers, changed by ``apply``; before other libraries wrap it.
         token_budget: the most tokens of a row. More are an error: plan batches with ``lynx_kernels.PackPlanner``.
-
-    Raises:
-        ValueError: the model cannot take packed rows.
+        placeholder: a conversation with an image, for training on several ranks: it is added, without labels, to rows
+            that hold no image, so that every rank runs the vision tower. It changes no other token.
     """
 
-    def __init__(self, model: PreTrainedModel, *, token_budget: int | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, token_budget: int | None = None, placeholder: Sample | None = None
+    ) -> None:
         self.name: str = model.config.model_type
         self.token_budget = token_budget
+        self.placeholder = placeholder
         self._rope_index: Callable[..., Any] | None = next(
             (each.get_rope_index for each in model.modules() if hasattr(each, "get_rope_index")), None
         )
@@ -58,12 +77,36 @@ class PackedCollator:
             ValueError: names the sample: too many tokens; different keys, images or labels where conversations are to
                 share them; inputs that have no packed form.
         """
+        packed = self._pack(samples)
+        if "labels" in packed.batch:
+            unpredicted = packed.layout.predictors < 0
+            packed.batch["labels"] = packed.batch["labels"].masked_fill(unpredicted, IGNORE)
+        return packed.batch
+
+    def pack(self, samples: Sequence[Sample | Sequence[Sample]]) -> PackedSamples:
+        """The row, and where each conversation's tokens stand in it.
+
+        Labels are left out: what conversations share may have other labels in each.
+
+        Raises:
+            ValueError: as when called, labels aside.
+        """
+
+        def unlabelled(sample: Sample) -> Sample:
+            return {name: value for name, value in sample.items() if name != "labels"}
+
+        return self._pack(
+            [unlabelled(each) if isinstance(each, Mapping) else list(map(unlabelled, each)) for each in samples]
+        )
+
+    def _pack(self, samples: Sequence[Sample | Sequence[Sample]]) -> PackedSamples:
         rows: list[dict[str, Tensor]] = []  # per token, for each segment
         media: list[dict[str, Tensor]] = []
+        places: list[list[Tensor]] = []
         lengths: list[int] = []
         parents: list[int] = []
-        for number, sample in enumerate(samples):
-            members = [sample] if isinstance(sample, Mapping) else list(sample)
+
+        def add(members: list[Sample], number: int) -> None:
             read = [self._read(member, number) for member in members]
             tokens, pixels = [each[0] for each in read], [each[1] for each in read]
             if any(not _equal(pixels[0], each) for each in pixels[1:]):
@@ -71,7 +114,15 @@ class PackedCollator:
                     f"sample {number}: conversations of one tree must have the same images, in their order"
                 )
             media.append(pixels[0])
-            _add_tree(tokens, -1, 0, rows, lengths, parents, number)
+            parts: list[list[Tensor]] = [[] for _ in members]
+            _add_tree(tokens, parts, -1, 0, rows, lengths, parents, number)
+            places.append([torch.cat(each) for each in parts])
+
+        for number, sample in enumerate(samples):
+            add([sample] if isinstance(sample, Mapping) else list(sample), number)
+        if self.placeholder is not None and not any(media):
+            add([self.placeholder], len(samples))
+            places.pop()
         total = sum(lengths)
         if self.token_budget is not None and total > self.token_budget:
             raise ValueError(
@@ -79,9 +130,8 @@ class PackedCollator:
                 f"plan batches with lynx_kernels.PackPlanner, or raise the budget"
             )
         layout = PackedLayout.from_segments(lengths, parents)
+        _fill(rows, {"labels": IGNORE} if self.placeholder is not None and len(places) < len(media) else {})
         joined = {name: torch.cat([each[name] for each in rows], -1) for name in _common(rows, "values per token")}
-        if "labels" in joined:
-            joined["labels"] = joined["labels"].masked_fill(layout.predictors < 0, IGNORE)
         batch = {name: each[..., None, :] for name, each in joined.items()}  # (1, T), or (3, 1, T)
         side = 1 if self.name in _ROWS_OF_IMAGES else 0
         having = [each for each in media if each]
@@ -90,7 +140,7 @@ class PackedCollator:
             if "image_sizes" in having[0] and name.startswith("pixel"):
                 values = _to_one_size(values)  # as a processor does for one batch
             batch[name] = torch.cat(values, side)
-        return {**batch, "attention_mask": packed_mask(layout)}
+        return PackedSamples({**batch, "attention_mask": packed_mask(layout)}, layout, places)
 
     def _read(self, sample: Sample, number: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Values per token, (L,) or (3, L), with positions; and the rest."""
@@ -126,12 +176,15 @@ class PackedCollator:
             | rest
             | {"attention_mask": torch.ones_like(ids)[None]}
         )
+        if "mm_token_type_ids" in known:  # processors may leave them out where all is text
+            given.setdefault("mm_token_type_ids", torch.zeros_like(ids)[None])
         positions: Tensor = self._rope_index(**{name: each for name, each in given.items() if name in known})[0]
         return positions[:, 0]
 
 
 def _add_tree(
     members: list[dict[str, Tensor]],
+    places: list[list[Tensor]],
     parent: int,
     start: int,
     rows: list[dict[str, Tensor]],
@@ -139,7 +192,7 @@ def _add_tree(
     parents: list[int],
     number: int,
 ) -> None:
-    """Append the segments of conversations that are alike up to ``start``, depth first."""
+    """Append the segments of conversations alike up to ``start``, depth first, and to ``places`` where they stand."""
     ids = [each["input_ids"][start:] for each in members]
     shortest = min(map(len, ids))
     same = torch.stack([each[:shortest] == ids[0][:shortest] for each in ids]).all(0)
@@ -152,16 +205,28 @@ def _add_tree(
                 f"sample {number}: conversations of one tree have the same tokens up to token {end}, but other labels "
                 f"or types there"
             )
+    place = torch.arange(shared) + sum(lengths)
     rows.append(segment)
     lengths.append(shared)
     parents.append(parent)
     index = len(lengths) - 1
-    branches: dict[int, list[dict[str, Tensor]]] = {}
-    for each in members:
+    branches: dict[int, list[int]] = {}
+    for member, each in enumerate(members):
+        places[member].append(place)
         if len(each["input_ids"]) > end:
-            branches.setdefault(int(each["input_ids"][end]), []).append(each)
+            branches.setdefault(int(each["input_ids"][end]), []).append(member)
     for branch in branches.values():
-        _add_tree(branch, index, end, rows, lengths, parents, number)
+        of_branch = [members[member] for member in branch], [places[member] for member in branch]
+        _add_tree(*of_branch, index, end, rows, lengths, parents, number)
+
+
+def _fill(rows: list[dict[str, Tensor]], values: dict[str, int]) -> None:
+    """Give all segments the token types that some have: 0 is text; and ``values`` by name, likewise."""
+    types = {name for each in rows for name in each if name.endswith("token_type_ids")}
+    values = dict.fromkeys(types, 0) | values
+    for name in values.keys() & {name for each in rows for name in each}:
+        for each in rows:
+            each.setdefault(name, torch.full_like(each["input_ids"], values[name]))
 
 
 def _to_one_size(images: list[Tensor]) -> list[Tensor]:

@@ -6,6 +6,7 @@ is as right as before. The loss of a packed row knows the row's layout, in evalu
 """
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +27,10 @@ class PromisedLogits:
     def __init__(self, hidden: Tensor, head: nn.Linear, steps: tuple[tuple[str, float], ...] = ()) -> None:
         self.hidden, self.head, self.steps = hidden, head, steps
         self._made: Tensor | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.hidden.dtype
 
     def make(self) -> Tensor:
         """The logits, once."""
@@ -210,6 +215,34 @@ def head_of(model: PreTrainedModel) -> nn.Linear | None:
     """The output head, if it is a child of the model."""
     head = model.get_output_embeddings()
     return head if isinstance(head, nn.Linear) and any(head is child for child in model.modules()) else None
+
+
+def promised_logits(model: PreTrainedModel, forward: Callable[..., Any], **inputs: Any) -> PromisedLogits:
+    """The logits of a model, not made, for what needs its last hidden states, its head, and what lies behind the head.
+
+    Args:
+        model: whose head promises.
+        forward: calls the model's own forward.
+        inputs: of ``forward``, without labels.
+
+    Raises:
+        ValueError: the head is not as the model made it, or the model does more with its logits than scale and cap.
+    """
+    head = head_of(model)
+    name = type(model).__name__
+    if head is None:
+        raise ValueError(f"{name} has no output head that is a torch.nn.Linear; take adapters off the head")
+    was = type(head)
+    if was is not _PromisingHead and (reason := changed_reason(head, nn.Linear, head.weight.device)) is not None:
+        raise ValueError(f"the output head of {name} must be called: {reason}")
+    head.__class__ = _PromisingHead
+    try:
+        logits = forward(**inputs).logits
+    finally:
+        head.__class__ = was
+    if not isinstance(logits, PromisedLogits) or logits.scale_and_cap() is None:
+        raise ValueError(f"{name} does more with its logits than to scale and cap them")
+    return logits
 
 
 def why_not(model: PreTrainedModel) -> str | None:
