@@ -1,5 +1,5 @@
 // How frames are resized and cut into patches: Pillow's weights, and the order of the pixels. Plain functions of numbers,
-// the same on a CPU and on a GPU. (Of Lanczos's filter only if `sin` is: so it is for CPUs.)
+// the same on a CPU and on a GPU. (Lanczos's sines may differ there in their last bit, far below a weight's unit.)
 //
 // Weights must be Pillow's to the last bit, so no product may be fused with a sum. Compile this for a CPU with
 // -ffp-contract=off. On a GPU `product` prevents it.
@@ -35,8 +35,12 @@ LYNX_PORTABLE double bicubic(double x) {
 
 LYNX_PORTABLE double sinc(double x) {
     if (x == 0.0) return 1.0;
-    x = product(x, 3.14159265358979323846);
-    return sin(x) / x;
+    const double angle = product(x, 3.14159265358979323846);
+#if defined(__CUDA_ARCH__)
+    return sinpi(x) / angle;  // sin would prepare for huge angles, in local memory
+#else
+    return sin(angle) / angle;
+#endif
 }
 
 LYNX_PORTABLE double filter_at(Resample resample, double x) {
