@@ -13,13 +13,14 @@ from tests.lynx_kernels import vlms
 
 IMAGES = 3
 _TEMPLATE = (
-    "{% for message in messages %}{{ '<' + message['role'] + '> ' }}"
-    "{% if message['content'] is string %}{{ message['content'] + ' ' }}{% else %}"
-    "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}{{ '<image> ' }}{% else %}{{ part['text'] + ' ' }}{% endif %}"
-    "{% endfor %}{% endif %}"
-    "{% if message['role'] == 'assistant' %}{{ '<end> ' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
+    "{% for message in messages %}{{ '<' + message['role'] + '> ' }}{% if message['content'] is string %}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + ' <end>' }}{% endgeneration %}"
+    "{{ ' ' }}"
+    "{% else %}{{ message['content'] + ' ' }}{% endif %}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<image> ' }}{% elif message['role'] == 'assistant' %}"
+    "{% generation %}{{ part['text'] + ' <end>' }}{% endgeneration %}{{ ' ' }}"
+    "{% else %}{{ part['text'] + ' ' }}{% endif %}"
+    "{% endfor %}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
 )
 WORDS = [f"w{number}" for number in range(5, 60)]
 
@@ -75,11 +76,14 @@ class TinyProcessor(hf.ProcessorMixin):
         texts = [text] if isinstance(text, str) else list(text)
         options = {name: each for name, each in options.items() if name in (
             "padding", "padding_side", "return_tensors", "add_special_tokens", "truncation", "max_length",
+            "return_offsets_mapping",
         )}  # fmt: skip
         family = FAMILIES[self.family]
         tokens = " ".join("<start>" if each == vlms.START else "<stop>" if each == vlms.END else "<image>"
                           for each in family.image(0))  # fmt: skip
         found = self.tokenizer([each.replace("<image>", tokens) for each in texts], **options)
+        if options.get("return_offsets_mapping"):
+            found["text_replacement_offsets"] = [_replacements(each, "<image>", tokens) for each in texts]
         ids = found["input_ids"]
         name = {"Qwen25VL": "mm_token_type_ids", "Qwen3VL": "mm_token_type_ids", "Gemma3": "token_type_ids"}.get(
             self.family
@@ -112,6 +116,16 @@ class TinyProcessor(hf.ProcessorMixin):
                 "image_grid_thw": torch.tensor([[1, 4, 4]] * len(flat)),
             }
         return {"pixel_values": flat}
+
+
+def _replacements(text, old, new):
+    """Where ``new`` stands for ``old``, as processors say it for masks of the assistant's tokens."""
+    starts = [place for place in range(len(text)) if text.startswith(old, place)]
+    gained = len(new) - len(old)
+    return [
+        {"span": (start, start + len(old)), "new_span": (start + number * gained, start + len(new) + number * gained)}
+        for number, start in enumerate(starts)
+    ]
 
 
 def _pixels(image):

@@ -7,5 +7,6 @@ TRL's. ``pip install 'lynx-kernels[trl]'``.
 
 from lynx_kernels.integrations.trl.dpo import SharedPrefixDPOTrainer
 from lynx_kernels.integrations.trl.grpo import SharedPrefixGRPOTrainer
+from lynx_kernels.integrations.trl.sft import PackedSFTTrainer
 
-__all__ = ["SharedPrefixDPOTrainer", "SharedPrefixGRPOTrainer"]
+__all__ = ["PackedSFTTrainer", "SharedPrefixDPOTrainer", "SharedPrefixGRPOTrainer"]

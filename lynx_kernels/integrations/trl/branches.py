@@ -22,7 +22,7 @@ class Branches:
         predictors: (N,) int64, the row of the packed row that predicts each.
         entries: (N,) int64, where they stand in (B, L - 1), flat, as next tokens.
         shape: (B, L - 1).
-        weights: (N,) fp32, or None: factors of the log-probabilities.
+        weights: (N,) fp32, or None: factors of the log-probabilities in training.
     """
 
     inputs: dict[str, Any]

@@ -47,13 +47,14 @@ def add_head(
             return forward(*args, **kwargs)
         with autocast():
             logits = promised_logits(self, forward, **branches.inputs, use_cache=False)
-            return _score(logits, branches, outputs, temperature)
+            weights = branches.weights if self.training else None
+            return _score(logits, branches, outputs, temperature, weights)
 
     model.forward = types.MethodType(with_branches, model)
 
 
 def _score(
-    logits: PromisedLogits, branches: Branches, outputs: tuple[str, ...], temperature: float
+    logits: PromisedLogits, branches: Branches, outputs: tuple[str, ...], temperature: float, weights: Tensor | None
 ) -> FusedCausalLMOutput:
     weight, bias = weight_and_bias(logits.head)
     scaled = logits.scale_and_cap()
@@ -76,7 +77,7 @@ def _score(
         softcap=softcap,
         logit_scale=logit_scale,
     )
-    fields = {"log_probs": log_probs if branches.weights is None else log_probs * branches.weights}
+    fields = {"log_probs": log_probs if weights is None else log_probs * weights}
     if "entropy" in outputs:
         fields["entropy"] = entropy
     of_logits = [name for name in _OF_LOGITS if name in outputs]
