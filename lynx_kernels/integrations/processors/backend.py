@@ -1,0 +1,211 @@
+"""transformers' Pillow backend with another arithmetic: its methods only note what is to be computed.
+
+What sizes an image gets, and what becomes of it when, stays the processors' own code: the methods of each family, and
+those of the backend that they call, in which the functions that resize, rescale and normalise are others.
+"""
+
+import logging
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache, partialmethod
+from types import FunctionType
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from transformers import image_transforms
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_processing_backends import PilBackend
+
+from lynx_kernels.integrations import logs
+from lynx_kernels.integrations.processors.pending import Levels, PendingImage, PendingPatches, computed, stacked
+
+_FILTERS = {
+    Image.Resampling.BICUBIC: "bicubic", Image.Resampling.BILINEAR: "bilinear", Image.Resampling.LANCZOS: "lanczos",
+}  # fmt: skip
+_BYTES = np.broadcast_to(np.arange(256, dtype=np.uint8), (3, 256))[:, None]  # an image of all bytes
+
+counts: "weakref.WeakKeyDictionary[Any, Counter[str]]" = weakref.WeakKeyDictionary()
+"""By processor: how often something went its own way, by reason; under "" the images that did not."""
+
+_running: ContextVar[Any] = ContextVar("running", default=None)
+
+
+@contextmanager
+def _as_running(processor: Any) -> Iterator[None]:
+    """Images that this processor takes in are pending, and notes are its own. None: no images are."""
+    token = _running.set(processor)
+    try:
+        yield
+    finally:
+        _running.reset(token)
+
+
+def _note(reason: str) -> None:
+    """Something goes the processor's own way."""
+    processor = _running.get()
+    counts.setdefault(processor, Counter())[reason] += 1
+    if reason:
+        logs.say(logging.INFO, type(processor).__name__, f"in its own way: {reason}")
+
+
+def _resize(image: Any, size: tuple[int, int], resample: Any, reducing_gap: Any = None, **formats: Any) -> Any:
+    reason = None
+    if type(image) is not PendingImage:
+        pass  # why not was noted when it came in
+    elif image.levels is not None:
+        reason = "resized after it was normalised"
+    elif resample not in _FILTERS:
+        reason = f"resample={Image.Resampling(resample).name}: we have bilinear, bicubic and Lanczos"
+    elif reducing_gap is not None:
+        reason = f"reducing_gap={reducing_gap!r}"
+    elif min(size) < 1:
+        reason = f"resized to {tuple(size)}"
+    else:
+        return image.resized((int(size[0]), int(size[1])), _FILTERS[resample])
+    if reason is not None:
+        _note(reason)
+    return image_transforms.resize(image, size, resample=resample, reducing_gap=reducing_gap, **formats)
+
+
+def _rescale(image: Any, scale: float, **formats: Any) -> Any:
+    if type(image) is PendingImage and image.levels is None:
+        table = image_transforms.rescale(_BYTES, scale, **formats)
+        return image.with_levels(Levels.of(table[:, 0]))
+    return image_transforms.rescale(image, scale, **formats)
+
+
+def _normalize(image: Any, mean: Any, std: Any, **formats: Any) -> Any:
+    if type(image) is PendingImage:
+        levels = _BYTES if image.levels is None else image.levels.table[:, None]
+        table = image_transforms.normalize(levels, mean, std, **formats)
+        return image.with_levels(Levels.of(table[:, 0], mean, std))
+    return image_transforms.normalize(image, mean, std, **formats)
+
+
+def _rebound(method: Callable, **functions: Callable) -> Callable:
+    """The same code, for which these global names are other functions."""
+    names = method.__globals__
+    if missing := [name for name in functions if name not in names or name not in method.__code__.co_names]:
+        raise ImportError(f"{method.__qualname__} of this release of transformers does not call {', '.join(missing)}")
+    made = FunctionType(method.__code__, names | functions, method.__name__, method.__defaults__, method.__closure__)
+    made.__kwdefaults__ = method.__kwdefaults__
+    return made
+
+
+def _makes_features(method: Callable) -> bool:
+    """Whether its code calls ``BatchFeature`` by this name."""
+    return isinstance(method, FunctionType) and "BatchFeature" in method.__globals__.keys() & set(
+        method.__code__.co_names
+    )
+
+
+def _stacking(method: Callable) -> Callable:
+    """The same code; images that its last line makes one tensor of are written to where they belong in it."""
+    make = method.__globals__["BatchFeature"]
+
+    def batch_feature(data: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if type(data) is dict and kwargs.get("tensor_type") is not None:
+            data = {name: stacked(value) for name, value in data.items()}
+        return make(data, *args, **kwargs)
+
+    return _rebound(method, BatchFeature=batch_feature)
+
+
+class PendingBackend(PilBackend):
+    """Between a processor's class and ``PilBackend``."""
+
+    resize = _rebound(PilBackend.resize, np_resize=_resize)
+    rescale = _rebound(PilBackend.rescale, np_rescale=_rescale)
+    normalize = _rebound(PilBackend.normalize, np_normalize=_normalize)
+    _preprocess = _stacking(PilBackend._preprocess)
+
+    def process_image(self, *args: Any, **kwargs: Any) -> Any:
+        image = super().process_image(*args, **kwargs)  # (channels, height, width)
+        if _running.get() is not self:
+            return image
+        if image.dtype != np.uint8:
+            _note(f"an image of {image.dtype}, not of bytes")
+        elif image.ndim != 3 or image.shape[0] != 3:
+            _note(f"an image of shape {image.shape}, not (3, height, width)")
+        elif 0 in image.shape:
+            _note("an image without pixels")
+        else:
+            _note("")
+            return PendingImage(np.moveaxis(image, 0, -1))
+        return image
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        _, (found, *args), *rest = super().__reduce_ex__(max(protocol, 2))
+        return (_new, (found.__mro__[1], *args), *rest)
+
+
+def _new(own: type, *args: Any) -> Any:
+    """An object of the class that an accelerated processor has, without its attributes: for copies."""
+    made = accelerated(own)
+    return made.__new__(made, *args)
+
+
+@cache
+def accelerated(own: type) -> type:
+    """A subclass of a processor's class, of the same name, with ``PendingBackend`` before ``PilBackend``."""
+
+    def preprocess(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            with _as_running(self):
+                features = super(made, self).preprocess(*args, **kwargs)
+                if not isinstance(features, BatchFeature):
+                    return computed(features)
+                features.update({name: computed(value) for name, value in features.items()})
+                return features
+        except Exception as error:
+            failed = error
+        # Its code may do to images what only arrays can. If it fails with arrays, too, then that is its error.
+        with _as_running(None):
+            features = super(made, self).preprocess(*args, **kwargs)
+        with _as_running(self):
+            _note(f"a whole call, after {type(failed).__name__}: {failed}")
+        return features
+
+    names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
+    methods: dict[str, Any] = {"preprocess": preprocess}
+    own_methods: Any = own
+    if _makes_features(own_methods._preprocess):
+        methods["_preprocess"] = _stacking(own_methods._preprocess)
+    if hasattr(own, "patchify"):
+        methods["patchify"] = partialmethod(_patchify, own_methods.patchify)
+    made: Any = type(own)(own.__name__, (own, PendingBackend), methods | names)
+    return made
+
+
+def _patchify(
+    self: Any, own: Callable, image: Any, patch_size: int, merge_size: int, temporal_patch_size: int
+) -> tuple[Any, int, int]:
+    """As ``own``, a method of Qwen2-VL and those that have learned it, if it cuts patches as ``pack_frames`` does."""
+    sizes = (patch_size, merge_size, temporal_patch_size)
+    if type(image) is PendingImage and image.levels is not None and image.is_packable:
+        height, width = image.shape[1:]
+        side = patch_size * merge_size
+        if (own, sizes) not in _cuts_like_ours:
+            _cuts_like_ours[own, sizes] = _cuts_like_us(own, self, *sizes)
+        if height % side == width % side == 0 and _cuts_like_ours[own, sizes]:
+            return PendingPatches(image, *sizes), height // patch_size, width // patch_size
+    patches: tuple[Any, int, int] = own(self, image, *sizes)
+    return patches
+
+
+_cuts_like_ours: dict[tuple[Callable, tuple[int, int, int]], bool] = {}  # by patchify and its sizes
+
+
+def _cuts_like_us(own: Callable, self: Any, patch_size: int, merge_size: int, temporal_patch_size: int) -> bool:
+    """Tried on an image of 2 x 3 blocks, all of whose pixels differ."""
+    height, width = 2 * merge_size * patch_size, 3 * merge_size * patch_size
+    image = np.arange(3 * height * width, dtype=np.float32).reshape(3, height, width)
+    blocks = image.reshape(3, 2, merge_size, patch_size, 3, merge_size, patch_size).transpose(1, 4, 2, 5, 0, 3, 6)
+    patches = blocks.reshape(-1, 3, 1, patch_size, patch_size).repeat(temporal_patch_size, 2)
+    theirs = own(self, image, patch_size, merge_size, temporal_patch_size)
+    grid = (height // patch_size, width // patch_size)
+    return len(theirs) == 3 and theirs[1:] == grid and np.array_equal(theirs[0], patches.reshape(len(patches), -1))
