@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test bench cuda fuzz kernel-table lint format clean
+.PHONY: demo test test-families bench cuda fuzz kernel-table lint format clean
 
 # Threads that wait spin for microseconds only, then sleep: where anything else runs beside them, training by threads
 # that spin on was measured five times as slow; by threads that sleep at once it is nearly half as fast on a free machine.
@@ -14,6 +14,11 @@ demo: .venv/demo-installed
 test: .venv/test-installed lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 tests/interpreter
+
+# Every family of transformers' models under our attention: tests/families.json, and from it the tables of
+# docs/use-it-in-your-model.md. Some minutes.
+test-families: .venv/test-installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.families
 
 # Everything that fits this machine into benchmarks/results/ (kept if stopped), then benchmarks/report/, docs/benchmarks.md
 # and the README's table from all that is stored. 20 minutes or so on 2 cores.

@@ -8,7 +8,7 @@ import copy
 import inspect
 import re
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -192,7 +192,7 @@ def apply(
         copied = copy.copy(config)
         copied._attn_implementation_internal = CROSS_NAME
         layer.config = copied
-    positions = model.register_forward_pre_hook(_check_positions, with_kwargs=True)
+    positions = model.register_forward_pre_hook(_check_packed, with_kwargs=True)
     return Patch(model, parts, before, had, head_loss.HeadLoss(model) if reason is None else None, positions)
 
 
@@ -201,14 +201,14 @@ def is_patched(model: nn.Module) -> bool:
     return model in _patched
 
 
-def _check_positions(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuse a packed row whose tokens would not have the positions that they have alone."""
-    mask = kwargs.get("attention_mask")
+def _check_packed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Refuse a packed row whose tokens would not have the positions and see the images that they have alone."""
+    mask = head_loss.argument("attention_mask", model, args, kwargs)
     if not isinstance(mask, AttentionMask) or not mask.is_packed:
-        return
-    name, positions = type(model).__name__, kwargs.get("position_ids")
+        return None
+    name, positions = type(model).__name__, head_loss.argument("position_ids", model, args, kwargs)
     for other in _SEEN_BY_PADDED_ROWS:
-        if kwargs.get(other) is not None:
+        if head_loss.argument(other, model, args, kwargs) is not None:
             raise ValueError(f"{name} cannot take packed rows: {other} says what the tokens of padded rows see")
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise ValueError(f"{name} takes no position_ids, so the samples of a packed row would go on from each other")
@@ -219,6 +219,9 @@ def _check_positions(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
             f"{name} has positions in three dimensions (M-RoPE), got position_ids of shape {tuple(positions.shape)}; "
             f"take those of a PackedCollator, or of get_rope_index for each sample, end to end"
         )
+    if "attention_mask" not in kwargs:
+        return None
+    return args, {**kwargs, "attention_mask": replace(mask, model=name)}  # for what refuses it later
 
 
 def _plan(

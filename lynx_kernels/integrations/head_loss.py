@@ -144,9 +144,9 @@ class HeadLoss:
             handle.remove()
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling() or _argument("labels", model, args, kwargs) is None:
+        if torch.compiler.is_compiling() or argument("labels", model, args, kwargs) is None:
             return
-        mask = _argument("attention_mask", model, args, kwargs)
+        mask = argument("attention_mask", model, args, kwargs)
         self._layout = mask.layout if isinstance(mask, AttentionMask) and mask.is_packed else None
         head = head_of(self.model)
         if model.training and head is not None and changed_reason(head, nn.Linear, head.weight.device) is None:
@@ -163,10 +163,9 @@ class HeadLoss:
         self._head = self._layout = None
         del self.model._loss_function
         if isinstance(output, ModelOutput):
-            kept = {name: None if isinstance(each, PromisedLogits) else each for name, each in output.items()}
-            return type(output)(**kept)
+            return type(output)(**{name: _kept(each) for name, each in output.items()})
         if isinstance(output, tuple):
-            return tuple(each for each in output if not isinstance(each, PromisedLogits))
+            return tuple(_kept(each) for each in output if _kept(each) is not None)
         return output
 
     def _loss(
@@ -211,6 +210,11 @@ class HeadLoss:
         )
 
 
+def _kept(each: Any) -> Any:
+    """What a model returns, with logits only if something has read them."""
+    return each._made if isinstance(each, PromisedLogits) else each
+
+
 def head_of(model: PreTrainedModel) -> nn.Linear | None:
     """The output head, if it is a child of the model."""
     head = model.get_output_embeddings()
@@ -252,12 +256,16 @@ def why_not(model: PreTrainedModel) -> str | None:
         return "it has no output head that is a torch.nn.Linear"
     if "labels" not in inspect.signature(model.forward).parameters:
         return "its forward takes no labels"
+    used = inspect.unwrap(type(model).forward).__code__.co_names
+    if "loss_function" not in used and "super" not in used:
+        return "its forward has a loss of its own"
     if model.loss_function is not ForCausalLMLoss:
         return f"its loss is {getattr(model.loss_function, '__name__', model.loss_function)}"
     return changed_reason(head, nn.Linear, head.weight.device)
 
 
-def _argument(name: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def argument(name: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a model got for an argument, by name or by position; None without."""
     if name in kwargs:
         return kwargs[name]
     return dict(zip(inspect.signature(model.forward).parameters, args, strict=False)).get(name)

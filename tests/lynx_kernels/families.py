@@ -68,6 +68,7 @@ class Outcome:
     error: float = 0.0  # largest, of the largest value of eager's
     calls: dict = dataclasses.field(default_factory=dict)  # how often prefix_attention and SDPA ran
     why: str = ""  # it was refused, or failed
+    is_built: bool = True
 
     @property
     def runs_on(self):
@@ -173,16 +174,14 @@ def outcomes(model_type, paddings=tuple(PADDINGS), *, auto=None, **options):
     try:
         ours = build(config, "lynx", auto=auto, state=theirs.state_dict())
     except Exception as error:
-        return dict.fromkeys(paddings, outcome_of(error))
+        return dict.fromkeys(paddings, dataclasses.replace(outcome_of(error), is_built=False))
     if theirs.main_input_name == "pixel_values":
         paddings = ("none",)
     return {padding: compare(ours, theirs, padding) for padding in paddings}
 
 
-def main(names):
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(1)
+def sweep(names=()):
+    """All families, or those of these names, by what happens to them; prints a line for each case."""
     kinds = collections.defaultdict(list)
     for model_type in names or sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_MAPPING_NAMES} & {*CONFIG_MAPPING}):
         found = None
@@ -207,12 +206,29 @@ def main(names):
                 f"{model_type:28} {padding:8} {each.verdict:8} {each.error:.0e} {each.runs_on:20} {each.why[:150]}",
                 flush=True,
             )
-        verdicts = {each.verdict for each in found.values()}
-        worst = next(verdict for verdict in ("wrong", "error", "refused", "right") if verdict in verdicts)
-        runs_on = {name for each in found.values() for name in each.calls}
-        kind = worst if worst != "right" else f"right, on {' and '.join(sorted(runs_on)) or 'its own attention'}"
-        kinds[kind].append(model_type)
-    for kind, found in sorted(kinds.items()):
+        kinds[_kind(found.values())].append(model_type)
+    return kinds
+
+
+def _kind(found):
+    """The worst that happens with a padding."""
+    verdicts = {each.verdict for each in found}
+    worst = next(verdict for verdict in ("wrong", "error", "refused", "right") if verdict in verdicts)
+    if worst == "refused":
+        return f"refused when {'used' if all(each.is_built for each in found) else 'built'}"
+    if worst != "right":
+        return worst
+    runs_on = {name for each in found for name in each.calls}
+    if "kernels" in runs_on:
+        return "right, on the kernels"
+    return "right, on PyTorch's attention" if runs_on else "right, on attention of their own"
+
+
+def main(names):
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    for kind, found in sorted(sweep(names).items()):
         print(f"{kind} ({len(found)}): {', '.join(found)}")
 
 

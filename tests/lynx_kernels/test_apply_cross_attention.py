@@ -15,7 +15,7 @@ from lynx_kernels.integrations.spans import read_spans
 from tests.lynx_kernels import families, more_vlms, vlms
 
 FAMILIES = {"Mllama": vlms.FAMILIES["Mllama"]} | {
-    name: more_vlms.FURTHER[name] for name in ("Idefics2", "Idefics", "InstructBLIP")
+    name: more_vlms.ALL[name] for name in ("Idefics2", "Idefics", "InstructBLIP")
 }
 LAYERS = {"Mllama": 2, "Idefics2": 2, "Idefics": 2, "InstructBLIP": 1}
 

@@ -8,76 +8,16 @@ from lynx_kernels.integrations import transformers as integration
 from lynx_kernels.integrations.apply import apply
 from lynx_kernels.integrations.collator import PackedCollator
 from tests.lynx_kernels import families, vlms
-
-PACKABLE = [name for name in vlms.FAMILIES if name not in ("Mllama", "LlavaOneVision")]
-
-
-def samples_of(family):
-    """Each row alone, as a processor returns it, supervised in its second half."""
-    found = []
-    for row in range(3):
-        sample = vlms.FAMILIES[family].batch(rows=(row,))
-        sample["labels"] = sample["input_ids"].clone()
-        sample["labels"][:, : sample["input_ids"].shape[1] // 2] = -100
-        found.append(sample)
-    return found
+from tests.lynx_kernels.vlm_checks import samples_of
 
 
-def alone(model, samples):
-    """Logits end to end, the mean loss over all labels, and the gradients of the loss."""
-    count = sum(int((each["labels"][:, 1:] != -100).sum()) for each in samples)
-    model.zero_grad()
-    outs = [model(**each, num_items_in_batch=count, use_cache=False) for each in samples]
-    loss = sum(each.loss for each in outs)
-    loss.backward()
-    gradients = {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}
-    return vlms.Ran(torch.cat([each.logits[0] for each in outs]).detach(), loss.detach(), gradients)
-
-
-@pytest.mark.parametrize("family", [*PACKABLE, "LlavaOneVision"])
-def test_each_sample_is_as_alone(family):
-    samples, model = samples_of(family), vlms.build(family, "eager").train()
-    expected = alone(model, samples)
-    with apply(model), families.counted() as calls:
-        batch = PackedCollator(model)(samples)
-        assert batch["input_ids"].shape == (1, sum(each["input_ids"].shape[1] for each in samples))
-        ours = vlms.run(model, {**batch, "num_items_in_batch": None})
-        assert calls["sdpa"] == 0 or family not in ("Qwen3VL", "Qwen25VL", "Pixtral")
-        model.eval()
-        with torch.no_grad():
-            out = model(**batch, use_cache=False)
-    vlms.assert_close(ours, vlms.Ran(None, expected.loss, expected.gradients), 5e-5)
-    vlms.assert_close(vlms.Ran(out.logits[0], out.loss, expected.gradients), expected)
-
-
-@pytest.mark.parametrize("family", ["Qwen3VL", "Gemma3", "SmolVLM"])
-def test_trees_share_what_conversations_have_in_common(family):
-    """Three answers to one image: outputs, loss and gradients of the three, and the image forwarded once."""
-    first = samples_of(family)[2]
-    length = first["input_ids"].shape[1]
-    conversations = []
-    for answer in ([7, 8, 9], [7, 11], [12, 13, 14, 15]):
-        tokens = torch.tensor([answer])
-        more = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
-        more |= {name: torch.zeros_like(tokens) for name in ("token_type_ids", "mm_token_type_ids") if name in first}
-        conversations.append(
-            {name: torch.cat([first[name], more[name]], 1) if name in more else first[name] for name in first}
-        )
-        conversations[-1]["labels"][:, :length] = -100
-    model = vlms.build(family, "eager").train()
-    # 7 of the first two conversations is one token, with one label: the mean is over 8 labels, not 9.
-    unshared = [dict(each) for each in conversations]
-    unshared[1] = {**unshared[1], "labels": unshared[1]["labels"].clone()}
-    unshared[1]["labels"][:, length] = -100
-    expected = alone(model, unshared)
-    with apply(model):
-        batch = PackedCollator(model)([conversations])
-        assert batch["input_ids"].shape == (1, length + 8)
-        assert batch["attention_mask"].layout.max_length == length + 4
-        ours = vlms.run(model, batch)
-        evaluated = model.eval()(**batch, use_cache=False).loss.detach()
-    vlms.assert_close(ours, vlms.Ran(None, expected.loss, expected.gradients), 5e-5)
-    torch.testing.assert_close(evaluated, expected.loss)
+@pytest.mark.parametrize("family", ["Qwen3VL", "Qwen25VL", "Pixtral"])
+def test_all_attention_runs_on_the_kernels(family):
+    """That each sample is as alone, and trees, too: test_vlm_families.py."""
+    model = vlms.build(family)
+    with apply(model), families.counted() as calls, torch.no_grad():
+        model(**PackedCollator(model)(samples_of(vlms.FAMILIES[family])), use_cache=False)
+    assert calls == {"kernels": 4}
 
 
 def test_trainer_takes_it_as_it_is(tmp_path):
@@ -94,7 +34,7 @@ def test_trainer_takes_it_as_it_is(tmp_path):
         logging_steps=1,
     )
     rows = [{name: each[0] if name in ("input_ids", "labels", "attention_mask") else each for name, each in row.items()}
-            for row in samples_of("Qwen3VL")] * 2  # fmt: skip
+            for row in samples_of(vlms.FAMILIES["Qwen3VL"])] * 2  # fmt: skip
     trainer = hf.Trainer(model, arguments, train_dataset=rows, data_collator=PackedCollator(model))
     assert trainer.train().training_loss > 0
 
@@ -102,7 +42,7 @@ def test_trainer_takes_it_as_it_is(tmp_path):
 def test_what_has_no_packed_form_is_named():
     model = vlms.build("Qwen3VL")
     apply(model)
-    collate, [first, text, _] = PackedCollator(model, token_budget=12), samples_of("Qwen3VL")
+    collate, [first, text, _] = PackedCollator(model, token_budget=12), samples_of(vlms.FAMILIES["Qwen3VL"])
     with pytest.raises(ValueError, match=r"2 samples have .* tokens, and token_budget is 12; plan batches"):
         collate([first, text])
     with pytest.raises(ValueError, match="sample 1 has no input_ids, but labels"):

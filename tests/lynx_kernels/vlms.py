@@ -34,8 +34,12 @@ class Row:
 class Family:
     """Square images of four tokens each."""
 
+    title: str  # its name
     tokens = (4, 4, 4)  # of each image
     implementation = "sdpa"  # what it runs without ours
+    tolerance = 2e-5
+    answer_type = 0  # the type of an answer's tokens, in what extra() returns
+    lora: list[str] | str = ["q_proj", "v_proj"]  # noqa: RUF012  # what peft adapts
 
     def model(self):
         raise NotImplementedError
@@ -76,6 +80,7 @@ class Family:
 
 
 class LlavaOneVision(Family):
+    title = "LLaVA-OneVision"
     tokens = (16, 16, 16)
 
     def model(self):
@@ -93,6 +98,7 @@ class LlavaOneVision(Family):
 
 
 class SmolVLM(Family):
+    title = "SmolVLM"
     tokens = (1, 1, 1)
 
     def model(self):
@@ -117,6 +123,8 @@ class SmolVLM(Family):
 class Gemma3(Family):
     """Blocks of image tokens that see each other, longer than what is left of the window."""
 
+    title = "Gemma 3"
+
     def model(self):
         vision = hf.SiglipVisionConfig(**VISION, vision_use_head=False)
         kinds = ["sliding_attention", "full_attention"]
@@ -131,6 +139,9 @@ class Gemma3(Family):
 
 class PaliGemma(Family):
     """A prefix in which everything sees everything."""
+
+    title = "PaliGemma"
+    answer_type = 1
 
     def model(self):
         vision = hf.SiglipVisionConfig(**VISION, vision_use_head=False)
@@ -147,6 +158,7 @@ class PaliGemma(Family):
 class Qwen25VL(Family):
     """Images of several sizes; one layer of the tower attends to windows of them."""
 
+    title = "Qwen2.5-VL"
     grids = torch.tensor([[1, 4, 4], [1, 4, 8], [1, 6, 4]])  # in patches; four are a token
     tokens = (4, 8, 6)
 
@@ -169,6 +181,8 @@ class Qwen25VL(Family):
 
 
 class Qwen3VL(Qwen25VL):
+    title = "Qwen3-VL"
+
     def model(self):
         vision = {**QWEN_VISION, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
         text = {**TEXT, "rope_parameters": {**MROPE, "mrope_interleaved": True}}
@@ -179,6 +193,7 @@ class Qwen3VL(Qwen25VL):
 class Pixtral(Family):
     """Images of several sizes, padded to the largest."""
 
+    title = "Pixtral (LLaVA)"
     sizes = torch.tensor([[8, 8], [8, 16], [8, 8]])
     tokens = (4, 8, 4)
 
@@ -199,6 +214,7 @@ class Pixtral(Family):
 class Mllama(Family):
     """Cross-attention to tiles of the images, instead of image tokens. Not every image has all of its tiles."""
 
+    title = "Mllama"
     tokens = (1, 1, 1)
 
     def model(self):
