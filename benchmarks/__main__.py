@@ -18,6 +18,7 @@ from benchmarks import (
     pack_embeddings,
     pack_frames,
     planner,
+    processors,
     report,
     token_log_probs,
 )
@@ -35,6 +36,7 @@ OPERATIONS: dict[str, Callable[..., Iterator[Case]]] = {
     "pack_embeddings": pack_embeddings.cases,
     "pack_frames": pack_frames.cases,
     "planner": planner.cases,
+    "processors": processors.cases,
     "token_log_probs": token_log_probs.cases,
 }
 

@@ -22,8 +22,8 @@ _PAGE = f"""# Benchmarks
 
 How many times as fast is the implementation that `impl=None` takes as the fastest of the peers, which is named: medians
 of ratios that are taken within a round, in which all providers take turns on one machine. **Bold** is slower. Every
-provider was checked against fp64 first. `pack_frames`: peers with a `~` behind their name resize in their own way and
-may differ from Pillow by some levels. `make bench` measures; `python -m benchmarks report` also writes
+provider was checked against fp64 first. `pack_frames` and `processors`: peers with a `~` behind their name resize in
+their own way and may differ from Pillow by some levels. `make bench` measures; `python -m benchmarks report` also writes
 `benchmarks/report/RESULTS.md`: of every provider time, spread, rate, share of the floor and memory, all losses, plots.
 """
 _HEAD = f"""# Results
@@ -40,8 +40,8 @@ _HEAD = f"""# Results
 - On GPUs, calls of up to some thousand tokens are captured in CUDA graphs: no launch from Python is timed.
 - `bound` in a shape: repeating the root that branches share takes so many times the FLOP. Where FLOP decide, sharing
   it cannot gain more than that over the provider with `repeated` before its name.
-- `pack_frames`: peers with a `~` behind their name resize in their own way and may differ from Pillow by some levels;
-  all others give its bytes. How many threads PyTorch has is part of the shape.
+- `pack_frames` and `processors`: peers with a `~` behind their name resize in their own way and may differ from Pillow
+  by some levels; all others give its bytes. How many threads PyTorch has is part of the shape.
 - Peak memory is the most that a call has allocated at one time. Saved memory stays alive between forward and backward.
 """
 
