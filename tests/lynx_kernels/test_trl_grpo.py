@@ -22,9 +22,9 @@ class Scripted:
     """Completions drawn from the prompts alone, so that both trainers see the same in each step."""
 
     def _generate_single_turn(self, prompt_ids, *args, **options):
-        generator = torch.Generator().manual_seed(self.state.global_step + sum(prompt_ids[0]))
         found = []
-        for _ in prompt_ids:
+        for number, prompt in enumerate(prompt_ids):
+            generator = torch.Generator().manual_seed(99 * self.state.global_step + 9 * sum(prompt) + number % GROUP)
             length = int(torch.randint(1, 6, (), generator=generator))
             tokens = torch.randint(5, 9, (length,), generator=generator).tolist()
             found.append([*tokens, 2] if length < 5 else tokens)
@@ -43,7 +43,8 @@ def reward(completion_ids, **columns):
     return [sum(each) % 7 / 3 for each in completion_ids]
 
 
-def make(kind, folder, family="Llava", *, dtype=torch.float32, reward=reward, data=None, model=None, **options):
+def make(kind, folder, family="Llava", *, dtype=torch.float32, reward=reward, data=None, model=None, rollout_func=None,
+         **options):  # fmt: skip
     built, processor = trl_models.build(family, None if options.get("beta", 0) == 0 else folder / "model", dtype)
     wanted = {
         "per_device_train_batch_size": 2 * GROUP, "num_generations": GROUP, "max_completion_length": 5, "max_steps": 2,
@@ -52,10 +53,9 @@ def make(kind, folder, family="Llava", *, dtype=torch.float32, reward=reward, da
     }  # fmt: skip
     config = trl.GRPOConfig(folder, **(wanted | options))
     data = trl_models.prompts() if data is None else data
-    peft_config = options.pop("peft_config", None)
     return kind(
         model or built, reward_funcs=reward, args=config, train_dataset=data, processing_class=processor,
-        peft_config=peft_config,
+        rollout_func=rollout_func,
     )  # fmt: skip
 
 
@@ -197,6 +197,35 @@ def test_rewards_that_are_not_finite_are_none(tmp_path, caplog):
     assert math.isfinite(logged["loss"])
     assert math.isfinite(logged["grad_norm"])
     assert "1 rewards of a batch are infinite" in caplog.text
+
+
+def test_rollouts_of_ones_own(tmp_path, caplog, monkeypatch):
+    """Tokens of an environment and empty completions train nothing; an empty one still counts for its group."""
+
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+
+    def rollout(prompts, trainer):
+        template, options = trainer.processing_class.apply_chat_template, {"tokenize": True, "return_dict": True}
+        completions = [[5 + number, 6, 2] if number % GROUP else [] for number in range(len(prompts))]
+        return {
+            "prompt_ids": template(prompts, add_generation_prompt=True, **options)["input_ids"],
+            "completion_ids": completions,
+            "logprobs": [[0.0] * len(each) for each in completions],
+            "env_mask": [[1, 0, 1][: len(each)] for each in completions],
+        }
+
+    trainer = make(SharedPrefixGRPOTrainer, tmp_path, max_steps=1, rollout_func=rollout)
+    with caplog.at_level(logging.WARNING, "lynx_kernels"):
+        trainer.train()
+    assert "completions [0, 4] of a batch are empty: they are rewarded, and train nothing" in caplog.text
+    [logged] = [each for each in trainer.state.log_history if "loss" in each]
+    assert logged["completions/empty"] == 2
+    assert logged["completions/mean_length"] == 6 * 2 / 8
+    assert math.isfinite(logged["grad_norm"])
+    buffered = trainer._buffered_inputs[0]
+    mask = buffered["completion_mask"] * buffered["tool_mask"]
+    assert mask.sum(1).tolist().count(0) == 2
+    assert (buffered["advantages"] != 0).all()
 
 
 def test_what_cannot_be_right_is_refused(tmp_path):

@@ -41,7 +41,7 @@ def make(kind, folder, family="Llava", *, data=None, dtype=torch.float32, peft_c
         "bf16": False, "gradient_checkpointing": False, "max_grad_norm": 0.0, "max_length": None,
     }  # fmt: skip
     data = annotated(flat=not shared) if data is None else data
-    if "image" not in data.column_names:
+    if not {"image", "images"} & set(data.column_names):
         processor = processor.tokenizer
     config = trl.SFTConfig(folder, **(wanted | options))
     torch.manual_seed(0)

@@ -7,6 +7,7 @@ TRL's. ``pip install 'lynx-kernels[trl]'``.
 
 from lynx_kernels.integrations.trl.dpo import SharedPrefixDPOTrainer
 from lynx_kernels.integrations.trl.grpo import SharedPrefixGRPOTrainer
+from lynx_kernels.integrations.trl.readable import readable
 from lynx_kernels.integrations.trl.sft import PackedSFTTrainer
 
-__all__ = ["PackedSFTTrainer", "SharedPrefixDPOTrainer", "SharedPrefixGRPOTrainer"]
+__all__ = ["PackedSFTTrainer", "SharedPrefixDPOTrainer", "SharedPrefixGRPOTrainer", "readable"]

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,8 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
     importance sampling, tools, environments and vLLM are TRL's; log-probabilities and entropies come from
     ``token_log_probs``. Rows share what they begin with, of whichever prompts they are, if their images are the same.
 
-    Rewards that are not finite are no rewards, as None is for TRL, and are counted as ``rewards/not_finite``.
+    Rewards that are not finite are no rewards, as None is for TRL, and are counted as ``rewards/not_finite``. Empty
+    completions of a ``rollout_func`` are rewarded and train nothing, and are counted as ``completions/empty``.
 
     Raises:
         ValueError: names what cannot be right: an entropy bonus (entropies carry no gradient here), a router's
@@ -36,6 +38,8 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
 
     _tag_names = ("trl", "grpo", "lynx-kernels")
     _buffered_inputs: list[dict[str, Any]] | None
+    rollout_func: Any
+    log_multimodal: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -44,6 +48,13 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
                 f"{type(self).__name__}: token_log_probs returns entropies without gradients, which an entropy bonus "
                 f"needs; set entropy_coef=0 and leave out use_adaptive_entropy"
             )
+        if self.rollout_func is not None:
+            self.rollout_func = partial(self._checked_rollout, self.rollout_func)
+        if self.log_multimodal and self.accelerator.num_processes > 1:
+            # TRL gathers images from the ranks that have some, which then wait for the others without end.
+            self.log_multimodal = False
+            if self.log_completions:
+                logger.warning("images of prompts are not logged on several ranks: some may have none")
         self._collator = install(self, outputs=("log_probs", "entropy"), temperature=self.temperature)
 
     def _get_per_token_logps_and_entropies(
@@ -96,6 +107,20 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             batch = _shuffled_by_group(batch, self.num_generations)
             self._buffered_inputs = [unsplit_pixel_values_by_grid(each) for each in split_tensor_dict(batch, steps)]
         return self._buffered_inputs[self._step % steps]
+
+    def _checked_rollout(self, rollout: Any, prompts: list[Any], trainer: Any) -> dict[str, Any]:
+        """What a ``rollout_func`` returns. TRL cannot take empty completions: they get an end that trains nothing."""
+        found = dict(rollout(prompts, trainer))
+        completions = found.get("completion_ids", [])
+        empty = [number for number, each in enumerate(completions) if not len(each)]
+        self._metrics["train" if self.model.training else "eval"]["completions/empty"].append(len(empty))
+        if empty:
+            logger.warning("completions %s of a batch are empty: they are rewarded, and train nothing", empty)
+            found.setdefault("env_mask", [[1] * len(each) for each in completions])
+            for name, filler in (("completion_ids", self.eos_token_ids[0]), ("logprobs", 0.0), ("env_mask", 0)):
+                if found[name] is not None:
+                    found[name] = [[filler] if number in empty else each for number, each in enumerate(found[name])]
+        return found
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         """TRL's. A reward of nan or inf would spoil its whole group, so it is none, and counted."""

@@ -28,10 +28,11 @@ _FACTORS: dict[str, Callable[[Tensor], Tensor]] = {  # of each of n tokens
 class PackedSFTTrainer(SFTTrainer):
     """TRL's ``SFTTrainer`` on packed rows: no padding, images and videos too, and what samples share computed once.
 
-    It takes the arguments and the data of TRL's trainer, and its losses are TRL's. A sample with images may have a
-    column ``branches``: a list of further samples, which have its columns but for those that they bring, such as
-    ``{"messages": ...}`` for another dialog about the image, or ``{"completion": ...}`` for another annotation. In any
-    case, samples of a batch that have the same images share what they begin with.
+    It takes the arguments and the data of TRL's trainer, and its losses are TRL's. The mean is over the tokens of all
+    micro-batches and ranks for every model; TRL's is one of their means for Qwen-VL, which has a loss of its own. A
+    sample with images may have a column ``branches``: a list of further samples, which have its columns but for those
+    that they bring, such as ``{"messages": ...}`` for another dialog about the image, or ``{"completion": ...}`` for
+    another annotation. In any case, samples of a batch that have the same images share what they begin with.
 
     Args:
         token_budget: fill rows up to so many tokens (``PackPlanner``), instead of ``per_device_train_batch_size``
@@ -59,6 +60,8 @@ class PackedSFTTrainer(SFTTrainer):
         padding = self._tokenizer.pad_token_id
         self.data_collator = CollatorOfDialogs(self.data_collator, collator, padding, branch_weights)
         self.token_budget, self.branch_weights = token_budget, branch_weights
+        # Of the model's own loss, which is not called. So the mean is over the tokens of all micro-batches and ranks.
+        self.model_accepts_loss_kwargs = True
 
     def _refuse(self, token_budget: int | None, branch_weights: str) -> None:
         name = type(self).__name__
