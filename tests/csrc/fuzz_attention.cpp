@@ -1,11 +1,12 @@
 // Attention over random layouts, forward and backward, for the sanitizers. Also checks that the LSE of every row is
-// written.
+// written, and that plans spend no queries on tiles that these do not reach.
 #include <algorithm>
 #include <cmath>
 #include <stdexcept>
 #include <vector>
 
 #include "attention_common/cpu/attention.h"
+#include "attention_common/cpu/plan.h"
 #include "common/instruction_sets.h"
 #include "fuzz.h"
 
@@ -91,6 +92,13 @@ struct Tensor {
     }
 };
 
+void check_plan(const Layout& layout, const Plan& plan) {
+    if (layout.see_end.empty()) return;  // of spans: every query sees all of them
+    for (const Tile& tile : plan.tiles)
+        if (layout.see_end[tile.first_query] <= tile.begin)
+            fail("attention", "a tile begins at a query that does not see it");
+}
+
 }  // namespace
 
 void fuzz_attention(uint64_t seed) {
@@ -101,6 +109,8 @@ void fuzz_attention(uint64_t seed) {
     } catch (const std::invalid_argument&) {
         return;
     }
+    check_plan(layout, plan_forward(layout, 1));
+    check_plan(layout, plan_backward(layout));
     const int64_t queries = layout.num_queries, keys = layout.num_keys;
     Problem problem = {};
     problem.num_queries = queries, problem.num_keys = keys;

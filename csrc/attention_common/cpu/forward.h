@@ -94,13 +94,36 @@ class NextHead {
     int64_t queries_ = 0, done_ = 0;
 };
 
+// The online softmax of `rows` queries, which are the scratch's rows from `row` on, over the tile's keys from `begin` on.
+// If kLocal, their windows may hide keys. A function of its own: what surrounds it leaves it too few registers.
+template <class Compute, bool kLocal>
+[[gnu::noinline]] void softmax_of_rows(const ForwardScratch<Compute>& scratch, const View& view, int64_t query,
+                                       int64_t row, int64_t rows, int64_t begin, int64_t keys, float scale, int64_t dim,
+                                       int64_t ldb) {
+    for (int64_t i = 0; i < rows; i++) {
+        const float* scores = scratch.scores + i * kForwardBlockN;
+        typename Compute::Word* p = scratch.p + i * (kForwardBlockN / Compute::kNumbers);
+        float *sum = scratch.row_sum + (row + i) * kWidth, *acc = scratch.acc + (row + i) * ldb;
+        const int64_t seen = view.keys_seen(query + i) - begin;
+        if constexpr (kLocal) {
+            const int64_t unseen = view.keys_unseen(query + i) - begin;
+            if (unseen > 0) {
+                online_softmax<Compute, true>(scores, p, unseen, seen, keys, scale, scratch.row_max[row + i], sum, acc,
+                                              dim);
+                continue;
+            }
+        }
+        online_softmax<Compute, false>(scores, p, 0, seen, keys, scale, scratch.row_max[row + i], sum, acc, dim);
+    }
+}
+
 // Adds one tile to a run's queries, for one query head. `row_of_run` is the scratch row of the run's first query.
 template <class Compute, class Element>
 void forward_tile(const Problem& problem, const ForwardScratch<Compute>& scratch, const Sizes<Compute>& sizes,
                   const Sizes<Compute>& value_sizes, const Run& run, const View& view, int64_t row_of_run,
                   NextHead<Element>& next_head) {
     typedef typename Compute::Word Word;
-    const int64_t ldp = kForwardBlockN / Compute::kNumbers, dim = problem.value_dim;
+    const int64_t dim = problem.value_dim;
     for (int64_t query = view.first_query; query < view.last_query;) {
         const int64_t rest = view.last_query - query, all = min(kForwardBlockM, rest);
         const int64_t m = view.is_unmasked(query, query + all - 1) ? all : min(kForwardMaskedBlockM, rest);
@@ -118,20 +141,13 @@ void forward_tile(const Problem& problem, const ForwardScratch<Compute>& scratch
             scale = 1;
         }
         next_head.prefetch(m);
-        for (int64_t i = 0; i < m; i++) {
-            const int64_t unseen = view.keys_unseen(query + i) - begin, seen = view.keys_seen(query + i) - begin;
-            const float* scores = scratch.scores + i * kForwardBlockN;
-            Word* p = scratch.p + i * ldp;
-            float *sum = scratch.row_sum + (row + i) * kWidth, *sums = acc + i * value_sizes.ldb;
-            if (unseen > 0)
-                online_softmax<Compute, true>(scores, p, unseen, seen, n, scale, scratch.row_max[row + i], sum, sums,
-                                              dim);
-            else
-                online_softmax<Compute, false>(scores, p, unseen, seen, n, scale, scratch.row_max[row + i], sum, sums,
-                                               dim);
-        }
+        if (view.floor == nullptr)
+            softmax_of_rows<Compute, false>(scratch, view, query, row, m, begin, n, scale, dim, value_sizes.ldb);
+        else
+            softmax_of_rows<Compute, true>(scratch, view, query, row, m, begin, n, scale, dim, value_sizes.ldb);
         matmul<Compute, false>(m, dim,
-                               Product<Word>{scratch.p, ldp, scratch.values + begin / Compute::kNumbers * value_sizes.ldb,
+                               Product<Word>{scratch.p, kForwardBlockN / Compute::kNumbers,
+                                             scratch.values + begin / Compute::kNumbers * value_sizes.ldb,
                                              value_sizes.ldb, acc, value_sizes.ldb, sizes.k_over(n), true});
         query += m;
     }

@@ -54,9 +54,13 @@ struct Rows {
 // As operand a, (rows, words along head_dim). `lda` is at least the words of a row, rounded up to vectors.
 template <class Compute, class Element>
 void pack_a(const Rows<Element>& rows, typename Compute::Word* out, int64_t lda) {
-    for (int64_t row = 0; row < rows.count; row++)
-        for (int64_t word = 0; word * Compute::kNumbers < rows.dim; word += kWidth)
-            store_vector(out + row * lda + word, rows.template words<Compute>(row, word));
+    const int64_t whole = rows.dim / (kWidth * Compute::kNumbers) * kWidth;
+    for (int64_t row = 0; row < rows.count; row++) {
+        for (int64_t word = 0; word < whole; word += kWidth)
+            store_vector(out + row * lda + word, rows.template whole_words<Compute>(row, word));
+        if (whole * Compute::kNumbers < rows.dim)
+            store_vector(out + row * lda + whole, rows.template words<Compute>(row, whole));
+    }
 }
 
 // As operand b of a product over rows, (words over rows, head_dim). `ldb` is at least head_dim, rounded up to vectors.

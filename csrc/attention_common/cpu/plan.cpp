@@ -14,11 +14,14 @@ constexpr int64_t kMaxSplits = 4;      // each costs a copy of dq in fp32
 constexpr int64_t kTileMultiple = 16;  // lanes of the widest vector
 
 // Cuts a range of keys into as few tiles of at most `block_n` keys as possible, all of about the same size.
-void add_tiles(const KeyRange& keys, int64_t block_n, std::vector<Tile>& tiles) {
+void add_tiles(const KeyRange& keys, const std::vector<int32_t>& see_end, int64_t block_n, std::vector<Tile>& tiles) {
     const int64_t each = round_up(divide_up(keys.end - keys.begin, divide_up(keys.end - keys.begin, block_n)),
                                   kTileMultiple);
     for (Tile tile = keys; tile.begin < keys.end; tile.begin = tile.end) {
         tile.end = std::min(keys.end, tile.begin + each);
+        if (!see_end.empty())  // earlier queries see the range, but not so far; `see_end` rises along the run
+            tile.first_query = std::upper_bound(see_end.begin() + keys.first_query, see_end.begin() + tile.begin,
+                                                tile.begin) - see_end.begin();
         tiles.push_back(tile);
     }
 }
@@ -32,9 +35,9 @@ void add_run(Run run, Plan& plan) {
     plan.runs.push_back(run);
 }
 
-std::vector<Tile> tiles_of(const Group& group, int64_t block_n) {
+std::vector<Tile> tiles_of(const Layout& layout, const Group& group, int64_t block_n) {
     std::vector<Tile> tiles;
-    for (const KeyRange& keys : group.keys) add_tiles(keys, block_n, tiles);
+    for (const KeyRange& keys : group.keys) add_tiles(keys, layout.see_end, block_n, tiles);
     return tiles;
 }
 
@@ -83,7 +86,7 @@ Plan plan_forward(const Layout& layout, int64_t heads_per_kv_head) {
     Plan plan;
     const int64_t max_queries = std::max<int64_t>(1, kTaskRows / heads_per_kv_head);
     for (const Group& group : layout.groups) {
-        const std::vector<Tile> tiles = tiles_of(group, kForwardBlockN);
+        const std::vector<Tile> tiles = tiles_of(layout, group, kForwardBlockN);
         int64_t queries = 0;
         for (const Run& run : group.runs) queries += run.last_query - run.first_query;
         const int64_t each = divide_up(queries, divide_up(queries, max_queries));
@@ -113,7 +116,7 @@ Plan plan_backward(const Layout& layout) {
     for (const Group& group : layout.groups) {
         const int64_t first_run = plan.runs.size(), first_tile = plan.tiles.size();
         for (const Run& run : group.runs) add_run(run, plan);
-        const std::vector<Tile> group_tiles = tiles_of(group, kBackwardBlockN);
+        const std::vector<Tile> group_tiles = tiles_of(layout, group, kBackwardBlockN);
         plan.tiles.insert(plan.tiles.end(), group_tiles.begin(), group_tiles.end());
         const int64_t last_run = plan.runs.size(), tiles = group_tiles.size();
         if (tiles == 0) continue;  // no keys, so no gradients
