@@ -23,8 +23,8 @@ _PAGE = f"""# Benchmarks
 How many times as fast is the implementation that `impl=None` takes as the fastest of the peers, which is named: medians
 of ratios that are taken within a round, in which all providers take turns on one machine. **Bold** is slower. Every
 provider was checked against fp64 first. `pack_frames` and `processors`: peers with a `~` behind their name resize in
-their own way and may differ from Pillow by some levels. `make bench` measures; `python -m benchmarks report` also writes
-`benchmarks/report/RESULTS.md`: of every provider time, spread, rate, share of the floor and memory, all losses, plots.
+their own way and may differ from Pillow by some levels. `make bench` measures; `python -m benchmarks report` also
+writes `benchmarks/report/RESULTS.md`: of every provider time, spread, rate, share of the floor, memory, losses, plots.
 """
 _HEAD = f"""# Results
 

@@ -28,7 +28,7 @@ Image random_image(Random& random) {
     // Interleaved, with or without bytes between pixels and rows; or planes; or one pixel, row or channel repeated.
     const bool is_planar = random.number(0, 3) == 0;
     frame.channel_stride = is_planar ? height * width : 1;
-    frame.column_stride = is_planar ? 1 : random.flag() ? 3 : random.number(3, 5);
+    frame.column_stride = is_planar ? 1 : random.number(3, 5);
     frame.row_stride = is_planar ? width : frame.column_stride * width + (random.flag() ? 0 : random.number(1, 9));
     if (random.number(0, 9) == 0) frame.channel_stride = 0;
     if (random.number(0, 9) == 0) frame.column_stride = 0;
@@ -154,14 +154,15 @@ void fuzz_frames(uint64_t seed) {
         resizings.push_back({random_side(random, frame.height, grid.height, resample),
                              random_side(random, frame.width, grid.width, resample), random.flag()});
     problem.resizings = resizings.data();
-    problem.copies = random.number(1, 3);
+    problem.copies = random.flag() ? 1 : random.number(2, 3);
     problem.merge_size = 1;
     for (int64_t size : {2, 3})
         if (grid.height / grid.patch_height % size == 0 && grid.width / grid.patch_width % size == 0)
             problem.merge_size = size;
     problem.dtype = static_cast<Dtype>(random.number(0, 3));
     const bool has_levels = random.number(0, 4) > 0;
-    const int64_t bytes = !has_levels ? 1 : problem.dtype == Dtype::kDouble ? 8 : problem.dtype == Dtype::kFloat ? 4 : 2;
+    int64_t bytes = problem.dtype == Dtype::kDouble ? 8 : problem.dtype == Dtype::kFloat ? 4 : 2;
+    if (!has_levels) bytes = 1;
     for (int channel = 0; channel < 3; channel++) {
         problem.mean[channel] = random.number(0, 1000) / 1000.0f;
         problem.std[channel] = random.number(1, 1000) / 1000.0f * (random.number(0, 9) == 0 ? 1e38f : 1.0f);
@@ -170,14 +171,22 @@ void fuzz_frames(uint64_t seed) {
     problem.levels = has_levels ? levels.data() : nullptr;
 
     const int64_t pixels = grid.height * grid.width, copy_size = grid.patch_height * grid.patch_width;
-    std::vector<uint8_t> expected(problem.num_frames * 3 * problem.copies * pixels * bytes);
+    problem.row_stride = grid.patch_width;
+    problem.channel_stride = problem.copies * copy_size;
+    problem.frame_stride = 3 * problem.copies * pixels;
+    if (copy_size == pixels && problem.copies == 1 && random.flag()) {  // a part of a larger canvas
+        problem.row_stride += random.number(0, 9);
+        problem.channel_stride = grid.height * problem.row_stride + random.number(0, 9);
+        problem.frame_stride = 3 * problem.channel_stride + random.number(0, 9);
+    }
+    std::vector<uint8_t> expected(problem.num_frames * problem.frame_stride * bytes, 0xa5);
     for (int64_t i = 0; i < problem.num_frames; i++) {
         const std::vector<uint8_t> planes = resized(grid, frames[i], resizings[i]);
         for (int64_t j = 0; j < 3 * pixels * problem.copies; j++) {
             const int64_t copy = j / (3 * pixels), pixel = j % (3 * pixels), channel = pixel / pixels;
             const int64_t row = pixel % pixels / grid.width, column = pixel % grid.width;
-            const int64_t place = i * 3 * problem.copies * pixels + patch_start(problem, channel, row, column) +
-                                  copy * copy_size + row % grid.patch_height * grid.patch_width + column % grid.patch_width;
+            const int64_t place = i * problem.frame_stride + place_of(problem, channel, row, column) +
+                                  copy * copy_size + column % grid.patch_width;
             const uint8_t byte = planes[pixel];
             memcpy(&expected[place * bytes], has_levels ? &levels[(256 * channel + byte) * bytes] : &byte, bytes);
         }

@@ -271,6 +271,31 @@ def test_out_is_filled_and_returned(output, impl):
     assert torch.equal(out, expected)
 
 
+def test_out_may_be_a_part_of_a_canvas(impl):
+    frames = [random_frame(np.random.default_rng(seed), 30, 40) for seed in (27, 28)]
+    options = OPTIONS | {"size": (24, 36), "resize": "exact", "output": "pixels", "impl": impl}
+    expected = pack_frames(frames, **options)
+    canvas = torch.full((4, 3, 30, 41), 7.0)
+    part = canvas[1:3, :, 2:26, 5:41]
+    assert pack_frames(frames, **options, out=part) is part
+    assert torch.equal(part, expected)
+    part.fill_(7.0)
+    assert torch.equal(canvas, torch.full_like(canvas, 7.0))
+    rows, same = torch.empty(2, 24, 3, 36).transpose(1, 2), torch.empty(1, 3, 24, 36).expand(2, -1, -1, -1)
+    for wrong in (rows, same, torch.empty(2, 3, 36, 24).transpose(2, 3)):
+        with pytest.raises(ValueError, match="a part of a contiguous tensor"):
+            pack_frames(frames, **options, out=wrong)
+
+
+def test_pixels_of_four_bytes(impl):
+    """As Pillow has them."""
+    wide = np.random.default_rng(29).integers(0, 256, (33, 70, 4), dtype=np.uint8)
+    for frame in (wide[..., :3], wide[..., :3][:, 3:67], wide[..., :3][::2]):
+        assert torch.equal(
+            pack_frames([frame], **OPTIONS, impl=impl), pack_frames([frame.copy()], **OPTIONS, impl=impl)
+        )
+
+
 def test_no_frames(impl):
     assert pack_frames([], **OPTIONS, impl=impl).shape == (0, 588)
     assert pack_frames(np.zeros((0, 9, 9, 3), np.uint8), **OPTIONS, impl=impl, output="pixels").shape == (0, 3, 28, 28)

@@ -303,6 +303,7 @@ class Stranger(PilBackend):
         found = []
         for image in images:
             small = self.resize(image, size, resample)
+            zeros, same = ((0, 0), (1, 2), (3, 4)), image.shape == small.shape
             normalized = self.normalize(self.rescale(small, 1 / 255), self.image_mean, self.image_std)
             found += [
                 image.astype(np.int16) - 3, image.T, np.transpose(image, (1, 2, 0)), -image, image + image, image[0],
@@ -311,6 +312,15 @@ class Stranger(PilBackend):
                 np.pad(image, ((0, 0), (1, 2), (3, 4))), np.pad(image, ((1, 0), (1, 2), (3, 4))),
                 np.pad(image, ((0, 0), (1, 2), (3, 4)), constant_values=7), np.pad(image, 2), np.pad(image, 2, "edge"),
                 np.pad(normalized, ((0, 0), (1, 2), (3, 4))), np.pad(image, ((0, 0), (9, 9), (9, 9)))[:, 4:-4, 4:],
+                np.pad(image[:, 5:, 3:-3], ((0, 0), (1, 2), (3, 4))), np.pad(small[:, 5:9], ((0, 0), (1, 2), (3, 4))),
+                np.pad(normalized[:, 5:9], ((0, 0), (1, 2), (3, 4))), np.pad(np.pad(image, zeros), zeros),
+                np.pad(np.pad(normalized, zeros), zeros)[:, 1:-1, 2:], self.normalize(np.pad(normalized, zeros), 0, 2),
+                np.pad(self.normalize(self.rescale(np.pad(small, zeros), 1 / 255), 0.5, 0.5), zeros),
+                np.array([normalized, np.pad(normalized, zeros)[:, 1:-2, 3:-4]]), np.array([[small], [small]]),
+                np.pad(np.array([small] * 2), ((0, 2), (0, 0), (0, 0), (0, 0))),
+                np.asarray([small, image] if same else 1),
+                np.pad(np.array([small, small]), ((1, 2), (0, 0), (0, 0), (0, 0))), np.stack([small, small], axis=-1),
+                np.array([np.pad(np.array([normalized] * 2), ((0, 1), (0, 0), (0, 0), (0, 0)))] * 2) / 2,
                 np.stack([normalized, normalized]), np.concatenate([small, image[:, :20, :30]], axis=2),
                 self.resize(np.pad(small, ((0, 0), (5, 0), (0, 5))), size, resample),
                 self.resize(image[:, 4:44, 5:60], size, resample)[:, 3:9, 4:30], self.resize(small, size, resample),

@@ -35,12 +35,13 @@ void bind_frames(py::module_& module) {
         .value("bicubic", frames::Resample::kBicubic)
         .value("lanczos", frames::Resample::kLanczos);
     // `fits` are as resizing_of takes them. `grid` is the height and width of the result and of a patch, then merge_size
-    // and copies. `levels` (3, 256) and `out` have `dtype`; without levels (0), `out` has bytes. Boxes lie inside their
-    // frames.
+    // and copies. `levels` (3, 256) and `out` have `dtype`; without levels (0), `out` has bytes. `strides` are
+    // the last fields of Problem. Boxes lie inside their frames.
     module.def("pack_frames",
                [](const std::vector<FrameView>& views, const std::vector<Box>& boxes, const std::vector<bool>& flips,
                   const std::vector<std::array<int64_t, 5>>& fits, const std::array<int64_t, 6>& grid, frames::Resample resample,
-                  Dtype dtype, uintptr_t levels, const std::array<float, 3>& mean, const std::array<float, 3>& std, uintptr_t out, int threads) {
+                  Dtype dtype, uintptr_t levels, const std::array<float, 3>& mean, const std::array<float, 3>& std, uintptr_t out,
+                  const std::array<int64_t, 3>& strides, int threads) {
                    const frames::Grid cells = {grid[0], grid[1], grid[2], grid[3]};
                    std::vector<frames::Frame> cut;
                    std::vector<frames::Resizing> resizings;
@@ -58,7 +59,10 @@ void bind_frames(py::module_& module) {
                                                     pointer<void>(levels),
                                                     {mean[0], mean[1], mean[2]},
                                                     {std[0], std[1], std[2]},
-                                                    pointer<void>(out)};
+                                                    pointer<void>(out),
+                                                    strides[0],
+                                                    strides[1],
+                                                    strides[2]};
                    py::gil_scoped_release release;
                    frames::pack_frames(problem, threads);
                });

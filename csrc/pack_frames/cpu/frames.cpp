@@ -138,7 +138,7 @@ void pack_frames(const Problem& problem, int threads) {
                                resizing.columns.start,
                                rows[j],
                                rows[j + 1],
-                               i * 3 * problem.copies * problem.grid.height * problem.grid.width};
+                               i * problem.frame_stride};
             scratch_bytes = std::max(scratch_bytes, run.scratch_bytes(problem, task));
             tasks.push_back(task);
         }

@@ -39,23 +39,29 @@ void copy_row(const Problem& problem, const Task& task, int64_t row, const Scrat
             mirror(first + channel * stride, problem.grid.width, to + channel * stride);
 }
 
+// The pixels of a strip's patch that stand one after another in the result: all its rows, or one.
+int64_t run_length(const Problem& problem, int64_t rows) {
+    return problem.row_stride == problem.grid.patch_width ? rows * problem.grid.patch_width : problem.grid.patch_width;
+}
+
 // Writes the rows of a strip, cut into patches, as numbers. Calls normalise(channel, bytes, count, to) for each run of
 // bytes.
 template <class Element, class Normalise>
 LYNX_INLINE void write_strip(const Problem& problem, const Task& task, int64_t row, int64_t rows,
                              const uint8_t* patches, Normalise normalise) {
     const lynx::frames::Grid& grid = problem.grid;
-    const int64_t count = rows * grid.patch_width, copy_size = grid.patch_height * grid.patch_width;
+    const int64_t count = run_length(problem, rows), copy_size = grid.patch_height * grid.patch_width;
     Element* const out = static_cast<Element*>(problem.out) + task.out_offset;
-    const int64_t in_patch = row % grid.patch_height * grid.patch_width;
     for (int64_t column = 0; column < grid.width; column += grid.patch_width) {
-        Element* to = out + lynx::frames::patch_start(problem, 0, row, column) + in_patch;
+        Element* to = out + lynx::frames::place_of(problem, 0, row, column);
         for (int channel = 0; channel < 3; channel++) {
-            normalise(channel, patches, count, to);
+            for (int64_t run = 0; run * count < rows * grid.patch_width; run++) {
+                normalise(channel, patches, count, to + run * problem.row_stride);
+                patches += count;
+            }
             for (int64_t copy = 1; copy < problem.copies; copy++)
                 memcpy(to + copy * copy_size, to, count * sizeof(Element));
-            patches += count;
-            to += problem.copies * copy_size;
+            to += problem.channel_stride;
         }
     }
 }
@@ -82,7 +88,7 @@ void compute_strip(const Problem& problem, const Task& task, int64_t row, int64_
 void finish_strip(const Problem& problem, const Task& task, int64_t row, int64_t rows,
                   [[maybe_unused]] bool computes_levels, const uint8_t* patches) {
 #if defined(__AVX2__)
-    if (computes_levels && rows * problem.grid.patch_width >= kWidth) {
+    if (computes_levels && run_length(problem, rows) >= kWidth) {
         if (problem.dtype == Dtype::kFloat) return compute_strip<float>(problem, task, row, rows, patches);
         return compute_strip<BFloat16>(problem, task, row, rows, patches);
     }

@@ -34,12 +34,41 @@ LYNX_INLINE void split_channels(const uint8_t* from, int64_t count, int64_t row_
         for (int channel = 0; channel < 3; channel++) planes[channel][i] = from[3 * i + channel];
 }
 
+// Every fourth one of 64 bytes, from number kFirst on.
+template <int kFirst, int... kLanes>
+LYNX_INLINE Chunk every_fourth(Chunk a, Chunk b, Chunk c, Chunk d, Lanes<kLanes...>) {
+    const Chunk low = __builtin_shufflevector(a, b, (kLanes < 8 ? 4 * kLanes + kFirst : 0)...);
+    const Chunk high = __builtin_shufflevector(c, d, (kLanes < 8 ? 4 * kLanes + kFirst : 0)...);
+    return __builtin_shufflevector(low, high, (kLanes < 8 ? kLanes : kLanes + 8)...);
+}
+
+// Pixels of four bytes, of which the last is left out: Pillow's RGB. The byte behind the last pixel's blue may not be
+// readable, so the loop reads the last chunk.
+void split_wide_channels(const uint8_t* from, int64_t count, int64_t row_stride, uint8_t* const (&planes)[3]) {
+    typedef MakeLanes<kChunk>::Type All;
+    uint8_t *const red = planes[0], *const green = planes[1], *const blue = planes[2];
+    int64_t i = 0;
+    for (; i + kChunk < count; i += kChunk) {
+        __builtin_prefetch(from + 4 * i + row_stride);
+        const Chunk a = load_vector<Chunk>(from + 4 * i), b = load_vector<Chunk>(from + 4 * i + kChunk);
+        const Chunk c = load_vector<Chunk>(from + 4 * i + 2 * kChunk);
+        const Chunk d = load_vector<Chunk>(from + 4 * i + 3 * kChunk);
+        store_vector(red + i, every_fourth<0>(a, b, c, d, All()));
+        store_vector(green + i, every_fourth<1>(a, b, c, d, All()));
+        store_vector(blue + i, every_fourth<2>(a, b, c, d, All()));
+    }
+    for (; i < count; i++)
+        for (int channel = 0; channel < 3; channel++) planes[channel][i] = from[4 * i + channel];
+}
+
 // Reads `count` pixels of a row, from `column` on, and nothing else.
 void read_row(const lynx::frames::Frame& frame, int64_t row, int64_t column, int64_t count,
               uint8_t* const (&planes)[3]) {
     const uint8_t* from = frame.data + row * frame.row_stride + column * frame.column_stride;
     if (frame.column_stride == 3 && frame.channel_stride == 1)
         return split_channels(from, count, frame.row_stride, planes);
+    if (frame.column_stride == 4 && frame.channel_stride == 1)
+        return split_wide_channels(from, count, frame.row_stride, planes);
     for (int channel = 0; channel < 3; channel++) {
         const uint8_t* pixels = from + channel * frame.channel_stride;
         if (frame.column_stride == 1)

@@ -19,7 +19,9 @@ struct Problem {
     Dtype dtype;
     const void* levels;     // (3, 256) of that dtype: what each byte of each channel becomes; null: itself, a byte
     float mean[3], std[3];  // what the levels were computed with: (byte / 255 - mean) / std, every step rounded to fp32
-    void* out;              // (num_frames, 3 * copies * height * width) of that dtype, or bytes
+    void* out;              // of that dtype, or bytes
+    // Of `out`, in elements. Patches follow each other without gaps, and copies of a channel, too.
+    int64_t frame_stride, channel_stride, row_stride;
 };
 
 // The weights of one side, in the form that the instruction set needs. Inputs come in groups of four, counted from the
@@ -65,13 +67,13 @@ inline int64_t strip_end(int64_t row, int64_t patch_height) {
     return next_patches < row + kStripRows ? next_patches : row + kStripRows;
 }
 
-// The place of a patch's first pixel in the result.
-inline int64_t patch_start(const Problem& problem, int64_t channel, int64_t row, int64_t column) {
+// The place of a pixel that is the first of its row in a patch, in its frame's result.
+inline int64_t place_of(const Problem& problem, int64_t channel, int64_t row, int64_t column) {
     const Grid& grid = problem.grid;
     const int64_t merge = problem.merge_size, blocks = grid.width / (grid.patch_width * merge);
     const int64_t i = row / grid.patch_height, j = column / grid.patch_width;
     const int64_t patch = ((i / merge * blocks + j / merge) * merge + i % merge) * merge + j % merge;
-    return (patch * 3 + channel) * problem.copies * grid.patch_height * grid.patch_width;
+    return (patch * 3 + channel) * problem.channel_stride + row % grid.patch_height * problem.row_stride;
 }
 
 }  // namespace

@@ -21,7 +21,8 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_backends import PilBackend
 
 from lynx_kernels.integrations import logs
-from lynx_kernels.integrations.processors.pending import Levels, PendingImage, PendingPatches, computed, stacked
+from lynx_kernels.integrations.processors.pending import Levels, PendingImage, PendingPatches, computed, stack_of
+from lynx_kernels.integrations.processors.pillow import pixels_of
 
 _FILTERS = {
     Image.Resampling.BICUBIC: "bicubic", Image.Resampling.BILINEAR: "bilinear", Image.Resampling.LANCZOS: "lanczos",
@@ -71,6 +72,14 @@ def _resize(image: Any, size: tuple[int, int], resample: Any, reducing_gap: Any 
     return image_transforms.resize(image, size, resample=resample, reducing_gap=reducing_gap, **formats)
 
 
+def _convert_to_rgb(image: Any, *args: Any, **kwargs: Any) -> Any:
+    if _running.get() is not None and isinstance(image, Image.Image) and image.info.get("transparency") is None:
+        pixels = pixels_of(image) if kwargs.get("return_numpy") else None
+        if pixels is not None:
+            return pixels
+    return image_transforms.convert_to_rgb(image, *args, **kwargs)
+
+
 def _rescale(image: Any, scale: float, **formats: Any) -> Any:
     if type(image) is PendingImage and image.levels is None:
         table = image_transforms.rescale(_BYTES, scale, **formats)
@@ -79,7 +88,7 @@ def _rescale(image: Any, scale: float, **formats: Any) -> Any:
 
 
 def _normalize(image: Any, mean: Any, std: Any, **formats: Any) -> Any:
-    if type(image) is PendingImage:
+    if type(image) is PendingImage and image.outside is None:
         levels = _BYTES if image.levels is None else image.levels.table[:, None]
         table = image_transforms.normalize(levels, mean, std, **formats)
         return image.with_levels(Levels.of(table[:, 0], mean, std))
@@ -96,23 +105,40 @@ def _rebound(method: Callable, **functions: Callable) -> Callable:
     return made
 
 
-def _makes_features(method: Callable) -> bool:
-    """Whether its code calls ``BatchFeature`` by this name."""
-    return isinstance(method, FunctionType) and "BatchFeature" in method.__globals__.keys() & set(
-        method.__code__.co_names
-    )
+class _Numpy:
+    """numpy, whose stacks of pending images are pending."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+    @staticmethod
+    def array(value: Any, *args: Any, **kwargs: Any) -> Any:
+        stack = stack_of(value, *args, **kwargs)
+        return np.array(value, *args, **kwargs) if stack is None else stack
+
+    @staticmethod
+    def asarray(value: Any, *args: Any, **kwargs: Any) -> Any:
+        stack = stack_of(value, *args, **kwargs)
+        return np.asarray(value, *args, **kwargs) if stack is None else stack
 
 
 def _stacking(method: Callable) -> Callable:
-    """The same code; images that its last line makes one tensor of are written to where they belong in it."""
-    make = method.__globals__["BatchFeature"]
+    """The same code, by which images are written to where they belong in the tensor that becomes of them."""
+    if not isinstance(method, FunctionType):
+        return method
+    names: Any = method.__globals__
+    others: dict[str, Any] = {}
+    if names.get("np") is np:
+        others["np"] = _Numpy()
+    if isinstance(make := names.get("BatchFeature"), type):
 
-    def batch_feature(data: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if type(data) is dict and kwargs.get("tensor_type") is not None:
-            data = {name: stacked(value) for name, value in data.items()}
-        return make(data, *args, **kwargs)
+        def batch_feature(data: Any = None, *args: Any, **kwargs: Any) -> Any:
+            if type(data) is dict and kwargs.get("tensor_type") is not None:
+                data = {name: stack_of(value) or value for name, value in data.items()}
+            return make(computed(data), *args, **kwargs)
 
-    return _rebound(method, BatchFeature=batch_feature)
+        others["BatchFeature"] = batch_feature
+    return _rebound(method, **{name: each for name, each in others.items() if name in method.__code__.co_names})
 
 
 class PendingBackend(PilBackend):
@@ -121,6 +147,7 @@ class PendingBackend(PilBackend):
     resize = _rebound(PilBackend.resize, np_resize=_resize)
     rescale = _rebound(PilBackend.rescale, np_rescale=_rescale)
     normalize = _rebound(PilBackend.normalize, np_normalize=_normalize)
+    convert_to_rgb = _rebound(PilBackend.convert_to_rgb, convert_to_rgb_pil=_convert_to_rgb)
     _preprocess = _stacking(PilBackend._preprocess)
 
     def process_image(self, *args: Any, **kwargs: Any) -> Any:
@@ -171,10 +198,8 @@ def accelerated(own: type) -> type:
         return features
 
     names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
-    methods: dict[str, Any] = {"preprocess": preprocess}
     own_methods: Any = own
-    if _makes_features(own_methods._preprocess):
-        methods["_preprocess"] = _stacking(own_methods._preprocess)
+    methods: dict[str, Any] = {"preprocess": preprocess, "_preprocess": _stacking(own_methods._preprocess)}
     if hasattr(own, "patchify"):
         methods["patchify"] = partialmethod(_patchify, own_methods.patchify)
     made: Any = type(own)(own.__name__, (own, PendingBackend), methods | names)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
+from lynx_kernels.integrations.processors.pillow import lent
 from lynx_kernels.ops.pack_frames import pack_frames
 from lynx_kernels.ops.pack_frames.levels import levels_of
 
@@ -85,8 +86,10 @@ class PendingImage(Pending):
         frame: (height, width, 3) uint8.
         size: (height, width) that it is resized to.
         resample: the filter.
-        window: (top, left, height, width) of what is kept. What lies outside is zeros before ``levels``.
+        window: (top, left, height, width) of what is kept; it may reach outside.
         levels: None leaves bytes as they are.
+        outside: what stands outside; None: what a byte of 0 becomes.
+        whole: the resized frame, all bytes of it. If somebody computes it, its parts are taken from there.
     """
 
     def __init__(
@@ -96,45 +99,72 @@ class PendingImage(Pending):
         resample: str = "bilinear",
         window: tuple[int, int, int, int] | None = None,
         levels: Levels | None = None,
+        outside: float | None = None,
+        whole: "PendingImage | None" = None,
     ) -> None:
-        self.frame, self.resample, self.levels = frame, resample, levels
+        self.frame, self.resample, self.levels, self.outside = frame, resample, levels, outside
         self.size = size or frame.shape[:2]
         self.window = window or (0, 0, *self.size)
         self.shape = (3, *self.window[2:])
         self.dtype = np.dtype(np.uint8) if levels is None else levels.table.dtype
+        self.whole = whole or self
         self._computed: np.ndarray | None = None
 
+    def _with(self, **changes: Any) -> "PendingImage":
+        names = ("frame", "size", "resample", "window", "levels", "outside", "whole")
+        return PendingImage(**({name: getattr(self, name) for name in names} | changes))
+
     def with_levels(self, levels: Levels) -> "PendingImage":
-        return PendingImage(self.frame, self.size, self.resample, self.window, levels)
+        return self._with(levels=levels)
 
     def with_window(self, top: int, left: int, height: int, width: int) -> "PendingImage":
         """The part of this image from (top, left) on, which may reach beyond it."""
-        window = (self.window[0] + top, self.window[1] + left, height, width)
-        return PendingImage(self.frame, self.size, self.resample, window, self.levels)
+        return self._with(window=(self.window[0] + top, self.window[1] + left, height, width))
+
+    def with_zeros(self, above: int, below: int, before: int, behind: int) -> "PendingImage | None":
+        """With so many rows and columns of zeros around it; or None if other things than zeros are there."""
+        top, left, height, width = self.window
+        if not self._is_resized and self._is_inside:
+            image = PendingImage(self.frame[top : top + height, left : left + width], levels=self.levels)
+        elif top <= 0 and left <= 0 and top + height >= self.size[0] and left + width >= self.size[1]:
+            image = self
+        else:
+            return None
+        outside = None if self.levels is None else 0.0
+        if not image._is_inside and image.outside != outside:
+            return None
+        image = image._with(outside=outside)
+        return image.with_window(-above, -before, above + height + below, before + width + behind)
 
     def resized(self, size: tuple[int, int], resample: str) -> "PendingImage":
         """Resized by Pillow's filter. Only of bytes."""
         if size == self.shape[1:]:
             return self
         top, left, height, width = self.window
-        if self.size == self.frame.shape[:2] and self.is_inside:
-            return PendingImage(self.frame[top : top + height, left : left + width], size, resample)
-        return PendingImage(np.moveaxis(self.compute(), 0, -1), size, resample)
+        if self._is_resized or not self._is_inside:
+            is_whole = self.window == (0, 0, *self.size)
+            return PendingImage(np.moveaxis((self.whole if is_whole else self).compute(), 0, -1), size, resample)
+        return PendingImage(self.frame[top : top + height, left : left + width], size, resample)
 
     @property
-    def is_inside(self) -> bool:
-        """Whether nothing is padded."""
-        (top, left, height, width), (whole_height, whole_width) = self.window, self.size
-        return top >= 0 and left >= 0 and top + height <= whole_height and left + width <= whole_width
+    def _is_resized(self) -> bool:
+        return self.size != self.frame.shape[:2]
+
+    @property
+    def _is_inside(self) -> bool:
+        top, left, height, width = self.window
+        return top >= 0 and left >= 0 and top + height <= self.size[0] and left + width <= self.size[1]
 
     @property
     def is_packable(self) -> bool:
         """Whether one call of ``pack_frames`` computes it."""
-        return self.is_inside and (self.levels is None or self.levels.mean is not None)
+        return self._is_inside and (self.levels is None or self.levels.mean is not None)
 
     def pack_into(self, out: np.ndarray, **options: Any) -> None:
         """Fill an array with what ``pack_frames`` makes of this image. For packable images."""
         frame, size, window = self.frame, self.size, self.window
+        if self._is_resized and self.whole._computed is not None:
+            frame = np.moveaxis(self.whole._computed, 0, -1)
         if size == frame.shape[:2]:
             top, left, height, width = window
             frame, size, window = frame[top : top + height, left : left + width], window[2:], (0, 0, height, width)
@@ -142,43 +172,49 @@ class PendingImage(Pending):
         if self.levels is not None:
             normal = {"mean": self.levels.mean, "std": self.levels.std}
         pack_frames(
-            [frame], size=size, resize="exact", resample=self.resample,
+            [lent(frame)], size=size, resize="exact", resample=self.resample,
             windows=None if window == (0, 0, *size) else [window], out=torch.from_numpy(out), **normal, **options,
         )  # fmt: skip
 
+    def write(self, array: np.ndarray) -> None:
+        """Fill an array (3, height, width) whose rows are contiguous."""
+        if not self._is_inside:
+            self._write_padded(array)
+        elif self.is_packable:
+            self.pack_into(array[None], output="pixels", patch_size=None)
+        else:
+            levels = self._with(levels=None).compute()
+            for channel in range(3):
+                array[channel] = self.levels.table[channel][levels[channel]]  # type: ignore[union-attr]
+
     def compute(self) -> np.ndarray:
         if self._computed is None:
-            self._computed = self._compute()
+            if self.levels is None and not self._is_resized and self._is_inside:
+                top, left, height, width = self.window
+                part = self.frame[top : top + height, left : left + width]
+                # A part of what belongs to others, such as Pillow's memory, is not given away.
+                self._computed = np.moveaxis(part if part.flags.writeable else part.copy(), -1, 0)
+            else:
+                array = np.empty(self.shape, self.dtype)
+                self.write(array)
+                self._computed = array
         return self._computed
 
-    def _compute(self) -> np.ndarray:
-        if not self.is_inside:
-            return self._padded()
-        if self.levels is None and self.size == self.frame.shape[:2]:
-            top, left, height, width = self.window
-            return np.moveaxis(self.frame[top : top + height, left : left + width], -1, 0)
-        if self.is_packable:
-            array = np.empty(self.shape, self.dtype)
-            self.pack_into(array[None], output="pixels", patch_size=None)
-            return array
-        assert self.levels is not None
-        levels = PendingImage(self.frame, self.size, self.resample, self.window).compute()
-        return np.stack([table[channel] for table, channel in zip(self.levels.table, levels, strict=True)])
-
-    def _padded(self) -> np.ndarray:
+    def _write_padded(self, array: np.ndarray) -> None:
         top, left, height, width = self.window
-        rows, columns = (
-            (max(start, 0), min(start + length, whole))
-            for start, length, whole in ((top, height, self.size[0]), (left, width, self.size[1]))
-        )
-        array = np.zeros(self.shape, self.dtype)
-        if self.levels is not None:
-            array += self.levels.table[:, :1, None]
-        if rows[0] < rows[1] and columns[0] < columns[1]:
-            inside = (rows[0] - top, columns[0] - left, rows[1] - rows[0], columns[1] - columns[0])
-            to = array[:, inside[0] : inside[0] + inside[2], inside[1] : inside[1] + inside[3]]
-            to[...] = self.with_window(*inside).compute()
-        return array
+        above, below = (min(max(each, 0), height) for each in (-top, self.size[0] - top))
+        before, behind = (min(max(each, 0), width) for each in (-left, self.size[1] - left))
+        if self.outside is not None:
+            outside: Any = self.outside
+        else:
+            outside = 0 if self.levels is None else self.levels.table[:, :1, None]
+        if below <= above or behind <= before:
+            array[...] = outside
+            return
+        array[:, :above], array[:, below:] = outside, outside
+        array[:, above:below, :before], array[:, above:below, behind:] = outside, outside
+        inside = self.with_window(above, before, below - above, behind - before)
+        inside.write(array[:, above:below, before:behind])
 
     def __getitem__(self, key: Any) -> Any:
         """Slices of rows and columns stay pending."""
@@ -194,23 +230,60 @@ class PendingImage(Pending):
         return super().__getitem__(key)
 
     def __array_function__(self, function: Callable, types: Any, args: Any, kwargs: Any) -> Any:
-        """Zeros around bytes stay pending."""
-        if function is np.pad and (padding := _zeros_around(*args, **kwargs)) is not None and self.levels is None:
-            (above, below), (before, behind) = padding
-            height, width = self.shape[1:]
-            return self.with_window(-above, -before, above + height + below, before + width + behind)
-        return super().__array_function__(function, types, args, kwargs)
+        """Zeros around an image stay pending, and so do images in a stack."""
+        padded: Any = None
+        if function is np.pad and (padding := _zeros_around(*args, **kwargs)) is not None and not any(padding[0]):
+            padded = self.with_zeros(*padding[1], *padding[2])
+        elif function is np.stack:
+            padded = stack_of(*args, **kwargs)
+        return super().__array_function__(function, types, args, kwargs) if padded is None else padded
 
 
 def _zeros_around(
     array: Any, pad_width: Any, mode: Any = "constant", *, constant_values: Any = 0, **kwargs: Any
-) -> Sequence[Sequence[int]] | None:
-    """The rows and columns that a call of ``np.pad`` adds, or None if it adds anything but zeros."""
-    if type(array) is not PendingImage or mode != "constant" or kwargs or np.any(constant_values):
+) -> list[list[int]] | None:
+    """How many zeros a call of ``np.pad`` adds, by dimension, before and behind; or None if it adds anything else."""
+    if not issubclass(type(array), Pending) or mode != "constant" or kwargs or np.any(constant_values):
         return None
-    if np.shape(pad_width) != (3, 2) or any(pad_width[0]) or np.min(pad_width) < 0:
+    if np.shape(pad_width) != (array.ndim, 2) or np.min(pad_width) < 0:
         return None
-    return [[int(each) for each in side] for side in pad_width[1:]]
+    return [[int(each) for each in side] for side in pad_width]
+
+
+class PendingStack(Pending):
+    """Images of one shape (images, 3, height, width), then ``zeros`` of zeros; or stacks of such images and stacks."""
+
+    def __init__(self, parts: "Sequence[PendingImage | PendingStack]", zeros: int = 0) -> None:
+        self.parts, self.zeros = parts, zeros
+        self.shape = (len(parts) + zeros, *parts[0].shape)
+        self.dtype: np.dtype = parts[0].dtype
+
+    def compute(self) -> np.ndarray:
+        array = np.empty(self.shape, self.dtype)
+        self.write(array)
+        return array
+
+    def write(self, array: np.ndarray) -> None:
+        """Fill an array of this shape whose last rows are contiguous."""
+        for part, to in zip(self.parts, array, strict=False):
+            part.write(to)
+        array[len(self.parts) :] = 0
+
+    def __array_function__(self, function: Callable, types: Any, args: Any, kwargs: Any) -> Any:
+        """Zeros behind the last image stay pending."""
+        padding = _zeros_around(*args, **kwargs) if function is np.pad else None
+        if padding is not None and not padding[0][0] and not np.any(padding[1:]):
+            return PendingStack(self.parts, self.zeros + padding[0][1])
+        return super().__array_function__(function, types, args, kwargs)
+
+
+def stack_of(value: Any, *args: Any, **kwargs: Any) -> PendingStack | None:
+    """Lists, and lists of lists, of pending images of one shape as what numpy would make of them; else None."""
+    if args or kwargs or not isinstance(value, list | tuple) or not value:
+        return None
+    parts: list[Any] = [each if type(each) in (PendingImage, PendingStack) else stack_of(each) for each in value]
+    is_alike = all(each is not None and (each.shape, each.dtype) == (parts[0].shape, parts[0].dtype) for each in parts)
+    return PendingStack(parts) if is_alike else None
 
 
 class PendingPatches(Pending):
@@ -250,18 +323,6 @@ def _end_to_end(arrays: Any, axis: Any = 0, **kwargs: Any) -> "list[PendingPatch
         return None
     is_alike = all(type(each) is PendingPatches and each.shape[1] == arrays[0].shape[1] for each in arrays)
     return list(arrays) if is_alike else None
-
-
-def stacked(value: Any) -> Any:
-    """A list of pending images of one shape as one array (images, 3, height, width); other values as they are."""
-    if not isinstance(value, list | tuple) or not value or not all(type(each) is PendingImage for each in value):
-        return value
-    if len({(each.shape, each.dtype) for each in value}) != 1 or not all(each.is_packable for each in value):
-        return value
-    array = np.empty((len(value), *value[0].shape), value[0].dtype)
-    for index, each in enumerate(value):
-        each.pack_into(array[index : index + 1], output="pixels", patch_size=None)
-    return array
 
 
 def computed(value: Any) -> Any:

@@ -120,7 +120,8 @@ def pack_frames(
         merge_size: patches follow each other in blocks of so many rows and columns (Qwen-VL). The CUDA kernels have no
             blocks and no copies.
         temporal_patch_size: T: a patch has each of its channels so many times, as if T frames of a video were equal.
-        out: a contiguous tensor of the result's shape and dtype on the frames' device, to be filled and returned.
+        out: a tensor of the result's shape and dtype on the frames' device, to be filled and returned. Contiguous; or,
+            for pixels, a part of a larger contiguous one: ``canvas[2:5, :, :H, :W]``, say (not for the CUDA kernels).
         impl: the name of an implementation; None takes the best that can run.
 
     Returns:
@@ -330,10 +331,20 @@ def _check_out(out: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: 
         raise ValueError(f"pack_frames: out has shape {tuple(out.shape)}, expected {shape}")
     if out.dtype != dtype:
         raise TypeError(f"pack_frames: out is {out.dtype}, expected dtype={dtype}")
-    if not out.is_contiguous():
-        raise ValueError(f"pack_frames: out must be contiguous, got strides {out.stride()}")
+    if not (out.is_contiguous() or (len(shape) == 4 and _is_a_part(out))):
+        raise ValueError(
+            "pack_frames: out must be contiguous, or for pixels a part of a contiguous tensor, got strides "
+            f"{out.stride()}"
+        )
     if out.requires_grad:
         raise ValueError("pack_frames: out requires a gradient, and this operation has none")
+
+
+def _is_a_part(pixels: Tensor) -> bool:
+    """Whether rows follow rows, channels channels and frames frames without sharing memory."""
+    frame, channel, row, column = pixels.stride()
+    frames, channels, height, width = pixels.shape
+    return column == 1 and row >= width and channel >= height * row and (frames <= 1 or frame >= channels * channel)
 
 
 def _fake(call: PackFramesCall) -> None:

@@ -30,5 +30,16 @@ def forward(call: PackFramesCall) -> None:
         mean,
         std,
         out.data_ptr(),
+        _strides(call),
         torch.get_num_threads(),
     )
+
+
+def _strides(call: PackFramesCall) -> tuple[int, int, int]:
+    """Of the frames, of their channels and of the rows of a patch in ``out``."""
+    if call.patch_size is None:
+        frame, channel, row, _ = call.out.stride()
+        return frame, channel, row
+    height, width, patch_height, patch_width = call.grid
+    channel = call.temporal_patch_size * patch_height * patch_width
+    return 3 * call.temporal_patch_size * height * width, channel, patch_width

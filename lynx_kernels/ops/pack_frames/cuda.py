@@ -22,6 +22,8 @@ def unsupported_reason(call: PackFramesCall) -> str | None:
     """Why it cannot run."""
     if call.resample not in _RESAMPLES:
         return f"resample={call.resample!r}: a GPU's sine may differ from Pillow's in the last bit"
+    if not call.out.is_contiguous():
+        return "out is a part of a larger tensor: it writes without gaps"
     if call.out.dtype == torch.uint8:
         return "dtype=torch.uint8: it writes normalised values"
     if call.merge_size != 1 or call.temporal_patch_size != 1:
