@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = ["forest", "use-it-in-your-model"]
+PAGES = ["forest", "post-training", "use-it-in-your-model"]
 
 
 def blocks(page: str) -> list[str]:

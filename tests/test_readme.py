@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 IN_ORDER = {
     ROOT / "docs/forest.md",
+    ROOT / "docs/post-training.md",
     ROOT / "docs/use-it-in-your-model.md",
 }  # whose blocks go on from each other: tests/test_docs.py runs them
 
