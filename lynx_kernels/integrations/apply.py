@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from lynx_kernels.integrations import head_loss, logs, outsiders
 from lynx_kernels.integrations.attention_mask import AttentionMask
+from lynx_kernels.integrations.token_mixers import KINDS, TokenMixers, takes_rows
 from lynx_kernels.integrations.transformers import CROSS_NAME, KEEP_SAMPLES_APART, NAME, VARLEN_NAME, register
 
 _INTERFACE, _CUTS_AT_SAMPLES = "ALL_ATTENTION_FUNCTIONS", "is_flash_attention_requested"
@@ -55,7 +56,7 @@ class Patch:
     _configs: list[tuple[PreTrainedConfig, str | None]]  # with the names they had
     _crossing: list[tuple[nn.Module, PreTrainedConfig]]  # layers with the configurations they had
     _loss: head_loss.HeadLoss | None
-    _positions: RemovableHandle
+    _hooks: list[RemovableHandle]
     _classes: dict[str, type] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -115,7 +116,8 @@ class Patch:
             config._attn_implementation_internal = implementation
         for layer, config in self._crossing:
             layer.config = config
-        self._positions.remove()
+        for hook in self._hooks:
+            hook.remove()
         if self._loss is not None:
             self._loss.remove()
         _patched.discard(self.model)
@@ -177,6 +179,7 @@ def apply(
         raise RuntimeError(f"apply: this {type(model).__name__} is patched already; undo() its patch first")
     register()
     parts, configs, crossing = _plan(model, attention=attention, vision=vision, cross_attention=cross_attention)
+    mixers, parts = _mixers(model, parts)
     reason = head_loss.why_not(model) if loss else "loss=False"
     how = "in train() with labels: linear_cross_entropy, logits are None" if reason is None else reason
     parts.append(Part("loss", "loss", "lynx" if reason is None else "its own", how))
@@ -192,8 +195,10 @@ def apply(
         copied = copy.copy(config)
         copied._attn_implementation_internal = CROSS_NAME
         layer.config = copied
-    positions = model.register_forward_pre_hook(_check_packed, with_kwargs=True)
-    return Patch(model, parts, before, had, head_loss.HeadLoss(model) if reason is None else None, positions)
+    hooks = [model.register_forward_pre_hook(_check_packed, with_kwargs=True)]
+    if mixers:
+        hooks += TokenMixers(model, mixers).handles
+    return Patch(model, parts, before, had, head_loss.HeadLoss(model) if reason is None else None, hooks)
 
 
 def is_patched(model: nn.Module) -> bool:
@@ -291,13 +296,46 @@ def _outside(owner: PreTrainedModel) -> str | None:
 
 def _mixes_samples(name: str, layer: nn.Module, model: PreTrainedModel) -> str | None:
     """Why a layer that is no attention keeps a model from packed rows, or None."""
-    number = getattr(layer, "layer_idx", None)
-    types = getattr(getattr(layer, "config", None) or model.config.get_text_config(), "layer_types", None) or ()
-    if not isinstance(number, int) or number >= len(types) or types[number] in KEEP_SAMPLES_APART:
+    kind = _kind_of_layer(layer, model)
+    if kind is None or kind in KEEP_SAMPLES_APART or any(_has_number(child) for child in layer.children()):
         return None
-    if hasattr(layer, "layer_type") and any(hasattr(child, "layer_idx") for child in layer.children()):
-        return None  # the decoder layer around it
-    return f"{types[number]}: not attention; it would mix the samples of a packed row, which is refused"
+    return f"{kind}: not attention; it would mix the samples of a packed row, which is refused"
+
+
+def _mixers(model: PreTrainedModel, parts: list[Part]) -> tuple[list[nn.Module], list[Part]]:
+    """The layers that mix tokens without being attention, if packed rows can do with all of them; and what they say."""
+    types = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    layers = dict(model.named_modules())
+    found = [part for part in parts if part.runs != "lynx" and _kind_of_layer(layers.get(part.name), model) in KINDS]
+    numbers = {layers[part.name].layer_idx for part in found}
+    takes_keywords = inspect.Parameter.VAR_KEYWORD in {
+        each.kind for each in inspect.signature(model.forward).parameters.values()
+    }
+    if (
+        not takes_keywords
+        or set(types) - KEEP_SAMPLES_APART - KINDS
+        or numbers != {number for number, kind in enumerate(types) if kind in KINDS}
+        or not all(takes_rows(layers[part.name]) for part in found)
+    ):
+        return [], parts
+    names = {part.name for part in found}
+    why = "not attention; each sample of a packed row is a row of its own there"
+    parts = [
+        replace(part, why=f"{_kind_of_layer(layers[part.name], model)}: {why}") if part.name in names else part
+        for part in parts
+    ]
+    return [layers[name] for name in names], parts
+
+
+def _kind_of_layer(layer: nn.Module | None, model: PreTrainedModel) -> str | None:
+    """What the configuration says that a layer with a number is."""
+    types = getattr(getattr(layer, "config", None) or model.config.get_text_config(), "layer_types", None) or ()
+    number = getattr(layer, "layer_idx", None)
+    return types[number] if isinstance(number, int) and number < len(types) else None
+
+
+def _has_number(layer: nn.Module) -> bool:
+    return isinstance(getattr(layer, "layer_idx", None), int)
 
 
 def _class_name(found: type | None) -> str:

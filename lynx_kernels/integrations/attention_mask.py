@@ -33,6 +33,9 @@ class AttentionMask:
         is_plain: with ``layout``: whether it is known that ``is_causal`` says the same.
         has_pattern: whether the pattern of the model is in it.
         is_packed: whether ``packed_mask`` made it. Then ``layout`` is that of one row, whatever ``shape`` is.
+        has_samples: whether positions that start again said so, which layers without attention do not know.
+        refusal: why a layer that uses the mask is refused; layers that do not are none the worse.
+        is_split: whether layers that mix tokens without being attention get the samples of the row as rows.
     """
 
     model: str
@@ -44,6 +47,9 @@ class AttentionMask:
     is_plain: bool = False
     has_pattern: bool = False
     is_packed: bool = False
+    has_samples: bool = False
+    refusal: str | None = None
+    is_split: bool = False
     _dense: list[Tensor] = field(default_factory=list)  # the result of dense(), for all layers
 
     dtype = torch.bool
@@ -73,8 +79,14 @@ class AttentionMask:
             self._dense.append(seen)
         return seen
 
+    def check(self) -> None:
+        """Raise ValueError if no layer can use it."""
+        if self.refusal is not None:
+            raise ValueError(self.refusal)
+
     def for_sdpa(self) -> tuple[Tensor | None, bool]:
         """``attn_mask`` and ``is_causal`` of scaled_dot_product_attention: no mask if ``is_causal`` is enough."""
+        self.check()
         if self.seen is None and (self.layout is None or self.is_plain):
             return None, self.is_causal
         return self.dense(), False

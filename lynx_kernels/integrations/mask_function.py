@@ -46,8 +46,7 @@ def mask(
         of ``packed_mask`` or ``padded_mask`` gets the window, the chunk and the blocks of the pattern. Otherwise a mask
         with the result of ``sdpa_mask``.
 
-    Raises:
-        ValueError: a layout of ``packed_mask`` or ``padded_mask`` cannot get the pattern of the model.
+        If a layout of ``packed_mask`` or ``padded_mask`` cannot get the pattern, layers that use the mask are refused.
     """
     name, pattern = model_name(config), patterns.read(mask_function)
     if pattern is None and torch.compiler.is_compiling():
@@ -75,7 +74,10 @@ def mask(
         )
         if layout is not None:
             is_plain = pattern.is_plain and not has_padding
-            return replace(made, layout=layout, is_plain=is_plain, is_causal=bool(pattern.is_causal))
+            has_samples = pattern.samples is not None
+            return replace(
+                made, layout=layout, is_plain=is_plain, is_causal=bool(pattern.is_causal), has_samples=has_samples
+            )
         say(
             logging.WARNING,
             name,
@@ -182,10 +184,11 @@ def _refine(given: AttentionMask, name: str, pattern: Pattern | None) -> Attenti
     assert given.layout is not None
     layout, reason = _add(given.layout, pattern)
     if layout is None or pattern is None:
-        raise ValueError(
+        refusal = (
             f"{name} adds to the attention mask what the layout of packed_mask or padded_mask cannot get: {reason}; "
             f"pass a 2-D attention_mask, or leave out the inputs for the pattern"
         )
+        return replace(given, model=name, has_pattern=True, refusal=refusal)
     return replace(given, model=name, layout=layout, is_plain=given.is_plain and pattern.is_plain, has_pattern=True)
 
 
@@ -193,6 +196,8 @@ def _add(layout: PackedLayout, pattern: Pattern | None) -> tuple[PackedLayout | 
     """The layout with a pattern; or None, and why it cannot have it."""
     if pattern is None or pattern.is_causal is None or pattern.samples is not None:
         return None, "a pattern of its own"
+    if not pattern.is_causal and not layout.has_full and layout.max_length > 1:
+        return None, "attention in both directions, and the layout is causal"
     if pattern.window is not None or pattern.chunk is not None:
         if layout.window is not None or layout.chunk is not None:
             return None, "a window or chunk, and the layout has one already"

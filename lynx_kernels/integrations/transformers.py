@@ -33,9 +33,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
+from lynx_kernels.integrations import plain
 from lynx_kernels.integrations.attention_mask import AttentionMask
 from lynx_kernels.integrations.logs import model_name, note, say
 from lynx_kernels.integrations.mask_function import mask
@@ -153,6 +153,8 @@ def attention(
             "beside a layout stands attention_mask=packed_mask(layout), not another mask, which says who sees whom a "
             "second time"
         )
+    if isinstance(attention_mask, AttentionMask):
+        attention_mask.check()
     if isinstance(attention_mask, AttentionMask) and attention_mask.layout is not None:
         attention_mask = _fit(attention_mask, attention_mask.layout, module, (rows, 1, length, key.shape[2]))
     reason, is_expected = _why_not_kernels(query, value, attention_mask)
@@ -162,8 +164,8 @@ def attention(
         say(level, type(module).__name__, f"runs {runs}, since {reason}")
         note(module, "its own", f"{runs}, since {reason}")
         if softcap is None and sinks is None:
-            return _sdpa(module, query, key, value, attention_mask, dropout, scaling, kwargs), None
-        return _products(module, query, key, value, attention_mask, dropout, scaling, softcap, sinks, kwargs), None
+            return plain.sdpa(module, query, key, value, attention_mask, dropout, scaling, kwargs), None
+        return plain.products(module, query, key, value, attention_mask, dropout, scaling, softcap, sinks, kwargs), None
     _refuse_dropout(dropout)
     assert isinstance(attention_mask, AttentionMask)
     assert attention_mask.layout is not None
@@ -189,7 +191,7 @@ def attention_to_others(
     is ``attention``, which runs what it runs for them.
     """
     rows, _, length, head_dim = query.shape
-    dense, is_causal = _mask_for_sdpa(module, attention_mask, kwargs)
+    dense, is_causal = plain.mask_for_sdpa(module, attention_mask, kwargs)
     reason = None
     if torch.compiler.is_compiling():
         reason = "compiled code cannot read its mask"
@@ -230,13 +232,16 @@ def _fit(given: AttentionMask, layout: PackedLayout, module: Any, shape: tuple[i
                 f"{length} queries and {keys} keys; take another attn_implementation for "
                 f"{model_name(getattr(module, 'config', None))}"
             )
+        if given.has_samples:
+            _refuse_mixing_layers(getattr(module, "config", None))
         return given
     if (rows, length, keys) != (1, layout.num_tokens, layout.num_tokens):
         raise ValueError(
             f"packed_mask(layout) is for one row of {layout.num_tokens} tokens, but {type(module).__name__} uses it "
             f"for a batch of {rows} rows with {length} queries and {keys} keys"
         )
-    _refuse_mixing_layers(getattr(module, "config", None))
+    if not given.is_split:
+        _refuse_mixing_layers(getattr(module, "config", None))
     return AttentionMask("", torch.Size(shape), layout.runs.device, layout=layout)
 
 
@@ -245,7 +250,7 @@ def _in_samples(
 ) -> AttentionMask | Tensor:
     """The mask of one row in which only tokens of a sample see each other, as FlashAttention would have it."""
     if attention_mask is None:
-        is_causal = _is_causal(module, kwargs)
+        is_causal = plain.is_causal(module, kwargs)
         return packed_mask(layout_of_samples(offsets, length, is_causal=is_causal))
     if not isinstance(attention_mask, AttentionMask) or attention_mask.is_packed or attention_mask.layout is None:
         return attention_mask
@@ -258,12 +263,6 @@ def _in_samples(
         )
     layout = layout_of_samples(offsets, length, is_causal=True)
     return packed_mask(layout.with_local(window=given.window, chunk=given.chunk))
-
-
-def _is_causal(module: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a layer without a mask is causal: it sees all keys, as in eager attention, unless it says so."""
-    is_causal = kwargs.get("is_causal")
-    return bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
 
 
 def _mixes_samples(attention_mask: AttentionMask | Tensor | None) -> bool:
@@ -294,7 +293,7 @@ def _refuse_mixing_layers(config: Any) -> None:
     if others:
         raise ValueError(
             f"{model_name(config)} has layers of the kind {', '.join(sorted(others))}, which do not read a layout and "
-            f"would mix the samples of a packed row; pass padded rows"
+            f"would mix the samples of a packed row; pass padded rows, or after apply() packed_mask(layout)"
         )
 
 
@@ -315,69 +314,6 @@ def _why_not_kernels(query: Tensor, value: Tensor, attention_mask: Any) -> tuple
     if head_dim > MAX_HEAD_DIM and query.device.type != "cpu":
         return f"its heads are {head_dim} wide and the kernels take {MAX_HEAD_DIM}", False
     return None, True
-
-
-def _sdpa(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: AttentionMask | Tensor | None,
-    dropout: float,
-    scaling: float | None,
-    kwargs: dict[str, Any],
-) -> Tensor:
-    seen, is_causal = _mask_for_sdpa(module, attention_mask, kwargs)
-    options = {**kwargs, "is_causal": is_causal}
-    return sdpa_attention_forward(module, query, key, value, seen, dropout=dropout, scaling=scaling, **options)[0]
-
-
-def _mask_for_sdpa(
-    module: torch.nn.Module, attention_mask: AttentionMask | Tensor | None, kwargs: dict[str, Any]
-) -> tuple[Tensor | None, bool]:
-    """``attn_mask`` and ``is_causal`` of scaled_dot_product_attention."""
-    if isinstance(attention_mask, AttentionMask):
-        return attention_mask.for_sdpa()
-    if attention_mask is not None and not (attention_mask.is_floating_point() or attention_mask.dtype == torch.bool):
-        raise ValueError(
-            f"the attention mask that {type(module).__name__} passes is {attention_mask.dtype} of shape "
-            f"{tuple(attention_mask.shape)}, neither bool nor floating point; take another "
-            f"attn_implementation for {model_name(getattr(module, 'config', None))}"
-        )
-    return attention_mask, _is_causal(module, kwargs)
-
-
-def _products(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: AttentionMask | Tensor | None,
-    dropout: float,
-    scaling: float | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    kwargs: dict[str, Any],
-) -> Tensor:
-    """Attention by its definition, for soft caps and sinks, which scaled_dot_product_attention does not have."""
-    seen, is_causal = _mask_for_sdpa(module, attention_mask, kwargs)
-    groups = query.shape[1] // key.shape[1]
-    key, value = (each.repeat_interleave(groups, 1) for each in (key, value))
-    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)  # (B, H, L, K)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    length, keys = scores.shape[2:]
-    if seen is None and is_causal and length > 1:  # query i sees the keys up to i
-        seen = torch.ones(length, keys, dtype=torch.bool, device=query.device).tril()
-    if seen is not None and seen.dtype == torch.bool:
-        scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
-    elif seen is not None:
-        scores = scores + seen
-    if sinks is not None:
-        scores = torch.cat([scores, sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)], -1)
-    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
-    weights = torch.nn.functional.dropout(weights[..., :keys], dropout, module.training)
-    return (weights @ value).transpose(1, 2)
 
 
 def _refuse_dropout(dropout: float) -> None:

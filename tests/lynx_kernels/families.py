@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
+from lynx_kernels.integrations import plain
 from lynx_kernels.integrations import transformers as integration
 
 integration.register()
@@ -158,11 +159,11 @@ def counted():
         return call
 
     patch = unittest.mock.patch.object
-    kernels, sdpa = integration.prefix_attention, integration.sdpa_attention_forward
+    kernels, sdpa = integration.prefix_attention, plain.sdpa_attention_forward
     with (
         patch(integration, "prefix_attention", counting("kernels", kernels)),
         patch(integration, "cross_attention", counting("cross", integration.cross_attention)),
-        patch(integration, "sdpa_attention_forward", counting("sdpa", sdpa)),
+        patch(plain, "sdpa_attention_forward", counting("sdpa", sdpa)),
     ):
         yield calls
 

@@ -180,7 +180,9 @@ def test_what_cannot_run_is_named():
     )
     with pytest.raises(ValueError, match=r"cannot run the kernels:\n  model\.layers\.0\S* .*linear_attention: not att"):
         apply(hybrid, on_unsupported="raise")
-    assert "would mix the samples of a packed row" in apply(hybrid).report()
+    assert "linear_attention: not attention; each sample of a packed row is a row of its own" in apply(hybrid).report()
+    zamba = families.build(families.config_of("zamba"), "sdpa")
+    assert "would mix the samples of a packed row" in apply(zamba).report()
     bloom = families.build(families.config_of("bloom"), "eager")
     assert re.search(r"loss +loss +lynx", apply(bloom).report())
     encoder = families.build(families.config_of("vit"), "sdpa")

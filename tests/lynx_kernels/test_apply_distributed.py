@@ -1,7 +1,6 @@
 """``apply`` under DDP and FSDP2: two ranks with other rows get the gradients of the unpatched model in one process."""
 
 import pytest
-import torch
 from torch import distributed
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel

@@ -198,8 +198,9 @@ def test_layouts_refuse_a_pattern_of_the_model():
     for mask in (integration.packed_mask(layout), integration.padded_mask(layout)):
         options = {"batch_size": 2, "kv_length": 3, "q_length": 3, "device": "cpu", "config": LlamaConfig()}
         assert integration.mask(attention_mask=mask, **options).model == "llama"
+        refused = integration.mask(attention_mask=mask, mask_function=pattern, **options)
         with pytest.raises(ValueError, match=r"llama adds to the attention mask .*: a pattern of its own"):
-            integration.mask(attention_mask=mask, mask_function=pattern, **options)
+            refused.for_sdpa()
 
 
 def made(**options):

@@ -216,6 +216,22 @@ def test_layouts_with_a_window_refuse_that_of_the_model():
         model(torch.arange(4)[None], **options)
 
 
+def test_patterns_that_no_layer_uses_do_no_harm():
+    """Qwen2-MoE asks for windows of 0 tokens where they are switched off."""
+    model = families.build(families.config_of("qwen2_moe"), "lynx")
+    layout, ids = PackedLayout.causal([3, 5]), torch.arange(3, 11)
+    options = {"attention_mask": integration.packed_mask(layout), "position_ids": layout.position_ids[None]}
+    packed = model(ids[None], **options, use_cache=False).logits[0]
+    alone = torch.cat([model(each[None], use_cache=False).logits[0] for each in ids.split([3, 5])])
+    torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_causal_layouts_refuse_models_that_see_both_ways():
+    model, layout = families.build(families.config_of("bert"), "lynx"), PackedLayout.causal([4, 3])
+    with pytest.raises(ValueError, match=r"bert adds .*: attention in both directions, and the layout is causal"):
+        model(torch.arange(7)[None], attention_mask=integration.packed_mask(layout))
+
+
 def test_one_graph_for_all_lengths():
     """Under torch.compile masks are read as they are outside."""
     torch._dynamo.reset()

@@ -46,17 +46,24 @@ def losses(family):
 
 
 def packed(family):
-    """All rows in one, by ``PackedCollator``: the logits and the loss of each alone, and the gradients of the loss."""
+    """All rows in one, by ``PackedCollator``: the logits and the loss of each alone, and the gradients of the loss.
+
+    Also with layers that run once more in the backward pass.
+    """
     samples, model = samples_of(family), vlms.build(family).train()
     batch = PackedCollator(model)(samples)
     assert batch["input_ids"].shape == (1, sum(each["input_ids"].shape[1] for each in samples))
     expected = alone(model, samples)
     with apply(model):
         ours = vlms.run(model, batch)
+        if model.supports_gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        twice = vlms.run(model, batch)
         model.eval()
         with torch.no_grad():
             out = model(**batch, use_cache=False)
-    vlms.assert_close(ours, vlms.Ran(None, expected.loss, expected.gradients), family.tolerance)
+    for each in (ours, twice):
+        vlms.assert_close(each, vlms.Ran(None, expected.loss, expected.gradients), family.tolerance)
     vlms.assert_close(vlms.Ran(out.logits[0], out.loss, expected.gradients), expected, family.tolerance)
 
 
