@@ -34,7 +34,7 @@ class AttentionMask:
         has_pattern: whether the pattern of the model is in it.
         is_packed: whether ``packed_mask`` made it. Then ``layout`` is that of one row, whatever ``shape`` is.
         has_samples: whether positions that start again said so, which layers without attention do not know.
-        refusal: why a layer that uses the mask is refused; layers that do not are none the worse.
+        unsupported_reason: why a layer that uses the mask is refused; layers that do not are none the worse.
         is_split: whether layers that mix tokens without being attention get the samples of the row as rows.
     """
 
@@ -48,7 +48,7 @@ class AttentionMask:
     has_pattern: bool = False
     is_packed: bool = False
     has_samples: bool = False
-    refusal: str | None = None
+    unsupported_reason: str | None = None
     is_split: bool = False
     _dense: list[Tensor] = field(default_factory=list)  # the result of dense(), for all layers
 
@@ -81,8 +81,8 @@ class AttentionMask:
 
     def check(self) -> None:
         """Raise ValueError if no layer can use it."""
-        if self.refusal is not None:
-            raise ValueError(self.refusal)
+        if self.unsupported_reason is not None:
+            raise ValueError(self.unsupported_reason)
 
     def for_sdpa(self) -> tuple[Tensor | None, bool]:
         """``attn_mask`` and ``is_causal`` of scaled_dot_product_attention: no mask if ``is_causal`` is enough."""

@@ -184,11 +184,11 @@ def _refine(given: AttentionMask, name: str, pattern: Pattern | None) -> Attenti
     assert given.layout is not None
     layout, reason = _add(given.layout, pattern)
     if layout is None or pattern is None:
-        refusal = (
+        unsupported = (
             f"{name} adds to the attention mask what the layout of packed_mask or padded_mask cannot get: {reason}; "
             f"pass a 2-D attention_mask, or leave out the inputs for the pattern"
         )
-        return replace(given, model=name, has_pattern=True, refusal=refusal)
+        return replace(given, model=name, has_pattern=True, unsupported_reason=unsupported)
     return replace(given, model=name, layout=layout, is_plain=given.is_plain and pattern.is_plain, has_pattern=True)
 
 
