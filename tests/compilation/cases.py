@@ -230,6 +230,7 @@ ATTENTION_CASES = [
     *(_decode_case(32, 32, head_dim) for head_dim in (128, 88, 64)),
     *(_decode_case(32, 4, head_dim) for head_dim in (128, 256, 512)),
     _decode_case(32, 32, 64, FP32),
+    _decode_case(32, 4, 128, window=1024, name=", window"),
     _decode_case(64, 8, 64, window=128, sinks=True, name=", window sinks"),
     _decode_case(8, 4, 256, window=4096, softcap=50.0, name=", window softcap"),
 ]
