@@ -1,10 +1,13 @@
 """``accelerate_processor``: every output of transformers' Pillow image processors, and every bit of it, stays."""
 
 import copy
+import gc
 import importlib
 import logging
 import pickle
 import re
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +18,10 @@ from PIL import Image
 from transformers.image_processing_backends import PilBackend
 
 from lynx_kernels.backends import cpu as cpu_backend
-from lynx_kernels.integrations import logs, processors
+from lynx_kernels.integrations import logs
 from lynx_kernels.integrations.processors import accelerate_processor
 from lynx_kernels.integrations.processors import pending as pending_module
+from lynx_kernels.integrations.processors.pillow import pixels_of
 
 pytestmark = pytest.mark.skipif(bool(cpu_backend.MISSING), reason="not built")
 
@@ -147,12 +151,14 @@ def test_images_of_all_kinds(family):
     kinds = [photo(generator, 70, 110, mode) for mode in ("L", "RGBA", "P", "CMYK", "1", "LA", "YCbCr", "I;16")]
     palette = photo(generator, 70, 110, "P")
     palette.info["transparency"] = 3
+    see_through = photo(generator, 70, 110)
+    see_through.info["transparency"] = see_through.getpixel((3, 4))
     array = np.asarray(photo(generator, 70, 110))  # read-only
     tensor = torch.from_numpy(array.copy())
     kinds += [
-        palette, array, array.transpose(2, 0, 1), array[::-1, ::2], array[..., :1].copy(), array.astype(np.float32),
-        np.dstack([array, array[..., :1]]), array / 255, array.astype(np.int64), tensor, tensor.permute(2, 0, 1),
-        tensor.permute(2, 0, 1).contiguous(), tensor / 255, np.stack([array, array]), torch.stack([tensor, tensor]),
+        palette, see_through, array, array.transpose(2, 0, 1), array[::-1, ::2], array[..., :1].copy(), array / 255,
+        array.astype(np.float32), array.astype(np.int64), np.dstack([array, array[..., :1]]), np.stack([array, array]),
+        tensor, tensor.permute(2, 0, 1), tensor.permute(2, 0, 1).contiguous(), tensor / 255, torch.stack([tensor] * 2),
     ]  # fmt: skip
     assert_nothing_changes(build(family), *kinds, return_tensors="pt")
 
@@ -372,5 +378,57 @@ def test_one_call_of_the_kernel_for_each_image_and_tile(monkeypatch):
         assert all(each["mean"] is not None for each in calls), family
 
 
-def test_public_names():
-    assert {"accelerate_processor", "Acceleration"} <= set(vars(processors))
+def test_pillow_is_read_where_it_is():
+    generator = np.random.default_rng(11)
+    image = photo(generator, 37, 53)
+    pixels = pixels_of(image)
+    np.testing.assert_array_equal(pixels, np.asarray(image))
+    assert not pixels.flags.writeable
+    image.putpixel((5, 7), (1, 2, 3))
+    assert pixels[7, 5].tolist() == [1, 2, 3]
+    shown = pixels.copy()
+    del image
+    gc.collect()
+    np.testing.assert_array_equal(pixels, shown)
+    assert pixels_of(photo(generator, 5, 6, "RGBA")) is None
+    assert pixels_of(Image.new("RGB", (2100, 2100))) is None  # in several blocks of memory
+    report = assert_nothing_changes(build("siglip"), Image.new("RGB", (2100, 2100), (1, 2, 3)), return_tensors="pt")
+    assert "own way" not in report
+
+
+def test_images_are_left_as_they_are():
+    """Where nothing is computed, what comes back is a copy of Pillow's memory."""
+    image = photo(np.random.default_rng(12), 20, 30)
+    before = image.copy()
+    with accelerate_processor(build("siglip")) as acceleration:
+        [values] = acceleration.processor(image, do_resize=False, do_rescale=False, do_normalize=False).pixel_values
+    values[...] = 0
+    assert image == before
+
+
+def test_memory_is_given_back_at_once():
+    image = photo(np.random.default_rng(13), 60, 90)
+    with accelerate_processor(build("idefics3")) as acceleration:
+        seen = []
+        own = acceleration.processor.process_image
+        acceleration.processor.process_image = lambda *a, **k: seen.append(weakref.ref(each := own(*a, **k))) or each
+        gc.disable()
+        try:
+            acceleration.processor(image, return_tensors="pt")
+            assert [each() for each in seen] == [None]
+        finally:
+            gc.enable()
+
+
+def test_threads_do_not_meet():
+    """Of two processors in two threads each counts its own."""
+    images = [photo(np.random.default_rng(seed), 60, 90) for seed in range(8)]
+    one, two = build("siglip"), build("qwen2_vl")
+    expected = [[each(image, return_tensors="pt") for image in images] for each in (one, two)]
+    with accelerate_processor(one) as first, accelerate_processor(two) as second, ThreadPoolExecutor(4) as pool:
+        found = [
+            list(pool.map(lambda image, each=each: each(image, return_tensors="pt"), images)) for each in (one, two)
+        ]
+        assert_same(found, expected)
+        assert "8 images" in first.report()
+        assert "8 images" in second.report()

@@ -40,6 +40,8 @@ CHUNKED = f"{KERNELS}ops/head_common/chunked.py"
 LOSS_TESTS = f"{TESTS}test_linear_cross_entropy.py {TESTS}test_token_log_probs.py"
 FILLING, PLANNER = f"{KERNELS}packing/filling.py", f"{KERNELS}packing/planner.py"
 PACKING_TESTS = f"{TESTS}test_packing.py"
+PROCESSORS, PROCESSOR_TESTS = f"{KERNELS}integrations/processors/", f"{TESTS}test_processors.py"
+PENDING, BACKEND = f"{PROCESSORS}pending.py", f"{PROCESSORS}backend.py"
 
 MUTANTS = [
     # Attention: values, gradients, sinks
@@ -86,6 +88,23 @@ MUTANTS = [
     Mutant(COLLATOR, "masked_fill(layout.predictors < 0, IGNORE)", "masked_fill(layout.predictors < -1, IGNORE)", COLLATOR_TESTS),
     Mutant(COLLATOR, "torch.arange(len(ids)) + _FIRST_POSITION.get(self.name, 0)", "torch.arange(len(ids))", COLLATOR_TESTS),
     Mutant(COLLATOR, "shared = int(same.int().cumprod(0).sum())", "shared = int(same.int().sum())", COLLATOR_TESTS),
+    # Image processors
+    Mutant(PENDING, "(self.whole if is_whole else self).compute()", "self.whole.compute()", PROCESSOR_TESTS),
+    Mutant(PENDING, "elif top <= 0 and left <= 0 and top + height >= self.size[0]", "elif top <= 0 and left <= 0", PROCESSOR_TESTS),
+    Mutant(PENDING, "if not image._is_inside and image.outside != outside:", "if image is None:", PROCESSOR_TESTS),
+    Mutant(PENDING, "if step == 1 and start < stop:", "if start < stop:", PROCESSOR_TESTS),
+    Mutant(PENDING, "outside = 0 if self.levels is None else self.levels.table[:, :1, None]", "outside = 0", PROCESSOR_TESTS),
+    Mutant(PENDING, "if is_same and np.array_equal(", "if is_same or np.array_equal(", PROCESSOR_TESTS),
+    Mutant(PENDING, "part if part.flags.writeable else part.copy()", "part", PROCESSOR_TESTS),
+    Mutant(PENDING, "array[len(self.parts) :] = 0", "array[len(self.parts) :] = 1", PROCESSOR_TESTS),
+    Mutant(PENDING, "self._whole = whole ", "self._whole = whole or self ", PROCESSOR_TESTS),
+    Mutant(PENDING, "self._is_resized and self.whole._computed is not None", "self.whole._computed is not None", PROCESSOR_TESTS),
+    Mutant(BACKEND, "if type(image) is PendingImage and image.outside is None:", "if type(image) is PendingImage:", PROCESSOR_TESTS),
+    Mutant(BACKEND, ' and image.info.get("transparency") is None', "", PROCESSOR_TESTS),
+    Mutant(BACKEND, "theirs[1:] == grid and np.array_equal(theirs[0], patches.reshape(len(patches), -1))", "theirs[1:] == grid", PROCESSOR_TESTS),
+    Mutant(BACKEND, "if type(image) is PendingImage and image.levels is None:\n        table", "if type(image) is PendingImage:\n        table", PROCESSOR_TESTS),
+    Mutant(f"{KERNELS}ops/pack_frames/fit.py", "fit._replace(top=top, left=left)", "fit._replace(top=top)", f"{TESTS}test_pack_frames.py"),
+    Mutant(f"{KERNELS}ops/pack_frames/__init__.py", "and channel >= height * row", "and channel >= 0", f"{TESTS}test_pack_frames.py"),
     # Adapter, embeddings, loss, planner
     Mutant(ADAPTER, "torch.rsqrt(variance + eps)", "torch.rsqrt(variance)", ADAPTER_TESTS),
     Mutant(ADAPTER, "out = x_acc + scale.to(x_acc.dtype) * up.to(x_acc.dtype)", "out = x_acc + up.to(x_acc.dtype)", ADAPTER_TESTS),

@@ -107,12 +107,16 @@ class PendingImage(Pending):
         self.window = window or (0, 0, *self.size)
         self.shape = (3, *self.window[2:])
         self.dtype = np.dtype(np.uint8) if levels is None else levels.table.dtype
-        self.whole = whole or self
+        self._whole = whole  # None: this is it. A reference to itself would keep its memory from being freed at once
         self._computed: np.ndarray | None = None
 
     def _with(self, **changes: Any) -> "PendingImage":
         names = ("frame", "size", "resample", "window", "levels", "outside", "whole")
         return PendingImage(**({name: getattr(self, name) for name in names} | changes))
+
+    @property
+    def whole(self) -> "PendingImage":
+        return self if self._whole is None else self._whole
 
     def with_levels(self, levels: Levels) -> "PendingImage":
         return self._with(levels=levels)
