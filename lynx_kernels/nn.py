@@ -5,6 +5,8 @@ called, and a composition of torch's modules runs instead of the kernel. ``lynx_
 and so does the log of ``lynx_kernels`` (INFO).
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -20,11 +22,13 @@ from lynx_kernels.ops.cross_attention import cross_attention
 
 
 class Adapter(nn.Module):
-    """A bottleneck adapter: ``x + scale * up(act(down(LayerNorm(x))))``.
+    """A bottleneck adapter: ``x + scale * up(dropout(act(down(LayerNorm(x)))))``.
 
     The defaults are the adapter of Lynx (arXiv 2307.02469, section 2.2). ``norm=None`` with ``starts_as_identity`` is
     the adapter of Houlsby et al. (arXiv 1902.00751, section 2.1). ``norm="post"`` has the order of a post-norm
-    transformer: ``LayerNorm(x + scale * up(act(down(x))))``.
+    transformer: ``LayerNorm(x + scale * up(act(down(x))))``. ``residual=None`` leaves x out, for an adapter beside
+    another module, to whose output this one's is added (He et al., arXiv 2110.04366, section 4.1). Without a residual,
+    and while dropout drops, a composition of torch's modules runs instead of the kernel.
 
     Args:
         width: d, the width of x.
@@ -34,17 +38,22 @@ class Adapter(nn.Module):
         bias: whether the projections have biases.
         scale: the initial value of ``scale``.
         trains_scale: whether ``scale`` is a parameter. Otherwise it is a buffer.
+        scale_per_channel: whether ``scale`` has d elements, one for each channel, in place of one.
+        residual: what the branch is added to: ``"input"``, x; ``"norm"``, LayerNorm(x), which needs ``norm="pre"``; or
+            None, nothing.
+        dropout: the probability that an activation is dropped in training, from 0 to less than 1.
         starts_as_identity: initialise the up-projection and its bias to 0. A new module then returns x (normalised if
             ``norm="post"``). Otherwise the weights of both projections start from N(0, 0.02), as in Lynx. Biases
             always start at 0.
         eps: epsilon of the LayerNorm.
 
     Raises:
-        ValueError: ``activation`` or ``norm`` is not one of the values above, or ``eps`` or ``scale`` not a number that
-            can be used.
+        ValueError: ``activation``, ``norm`` or ``residual`` is not one of the values above, or ``eps``, ``scale`` or
+            ``dropout`` not a number that can be used.
     """
 
     norm: nn.LayerNorm | None
+    dropout: nn.Dropout | None
     scale: Tensor
 
     def __init__(
@@ -57,6 +66,9 @@ class Adapter(nn.Module):
         bias: bool = True,
         scale: float = 1.0,
         trains_scale: bool = True,
+        scale_per_channel: bool = False,
+        residual: Literal["input", "norm"] | None = "input",
+        dropout: float = 0.0,
         starts_as_identity: bool = False,
         eps: float = 1e-5,
     ):
@@ -65,19 +77,28 @@ class Adapter(nn.Module):
             raise ValueError(f"Adapter: activation={activation!r}, expected one of {sorted(ACTIVATIONS)}")
         if norm not in ("pre", "post", None):
             raise ValueError(f"Adapter: norm={norm!r}, expected 'pre', 'post' or None")
+        if residual not in ("input", "norm", None) or (residual == "norm" and norm != "pre"):
+            raise ValueError(
+                f"Adapter: residual={residual!r} with norm={norm!r}, expected 'input', None, or 'norm' with norm='pre'"
+            )
         dispatch.require_finite("Adapter", scale=scale)
-        dispatch.require_finite("Adapter", least=0, eps=eps)
+        dispatch.require_finite("Adapter", least=0, eps=eps, dropout=dropout)
+        if dropout >= 1:
+            raise ValueError(f"Adapter: dropout={dropout}, expected less than 1")
         self.activation = activation
         self.is_post_norm = norm == "post"
+        self.residual = residual
         self.initial_scale = scale
         self.starts_as_identity = starts_as_identity
         self.norm = None if norm is None else nn.LayerNorm(width, eps=eps)
         self.down = nn.Linear(width, bottleneck, bias=bias)
         self.up = nn.Linear(bottleneck, width, bias=bias)
+        self.dropout = nn.Dropout(dropout) if dropout > 0 else None
+        scales = torch.empty(width if scale_per_channel else 1)
         if trains_scale:
-            self.scale = nn.Parameter(torch.empty(1))
+            self.scale = nn.Parameter(scales)
         else:
-            self.register_buffer("scale", torch.empty(1))
+            self.register_buffer("scale", scales)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -94,20 +115,33 @@ class Adapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., d)."""
-        out = _bottleneck(self, self._branch(), x, self.scale, self.activation)
+        if self.norm is not None and self.residual == "norm":
+            x = self.norm(children.cast_for(self.norm, x)).to(x.dtype)
+        branch, reasons = self._branch(), self._reasons()
+        out = _bottleneck(self, branch, x, self.scale, self.activation, reasons, self.dropout, self.residual is None)
         return self.norm(out) if self.norm is not None and self.is_post_norm else out
 
     def changed_children(self, device: torch.device | None = None) -> dict[str, str]:
         """Child name -> why the child must be called (see ``lynx_kernels.children``). Empty if the kernel runs."""
-        return children.changed_reasons(self._branch(), device)
+        return {**children.changed_reasons(self._branch(), device), **self._reasons()}
 
     def _branch(self) -> dict[str, Any]:
         found = self._modules  # faster than the attributes of a module
-        return {"norm": None if self.is_post_norm else found.get("norm"), "down": found["down"], "up": found["up"]}
+        has_norm = not self.is_post_norm and self.residual != "norm"
+        return {"norm": found.get("norm") if has_norm else None, "down": found["down"], "up": found["up"]}
+
+    def _reasons(self) -> dict[str, str]:
+        """Why the kernel cannot run, whatever the children are."""
+        reasons = {}
+        if self.dropout is not None and self.training:
+            reasons["dropout"] = "it drops numbers in training"
+        if self.residual is None:
+            reasons["residual"] = "the kernel adds x"
+        return reasons
 
     def extra_repr(self) -> str:
         """The settings that the submodules do not show."""
-        return f"activation={self.activation!r}, is_post_norm={self.is_post_norm}"
+        return f"activation={self.activation!r}, is_post_norm={self.is_post_norm}, residual={self.residual!r}"
 
 
 class PerceiverAttention(nn.Module):
@@ -261,24 +295,51 @@ class GatedCrossAttention(nn.Module):
         return {name: self._modules[name] for name in ("feed_forward_norm", "feed_forward_in", "feed_forward_out")}
 
 
-def _bottleneck(owner: nn.Module, branch: dict[str, Any], x: Tensor, scale: Tensor, activation: str) -> Tensor:
-    """``x + scale * up(act(down(norm(x))))``. ``branch`` holds the owner's norm (or None) and its two projections."""
+def _bottleneck(
+    owner: nn.Module,
+    branch: dict[str, Any],
+    x: Tensor,
+    scale: Tensor,
+    activation: str,
+    reasons: Mapping[str, str] = MappingProxyType({}),
+    dropout: nn.Module | None = None,
+    is_branch: bool = False,
+) -> Tensor:
+    """``x + scale * up(dropout(act(down(norm(x)))))``, or without x.
+
+    Args:
+        branch: the owner's norm (or None) and its two projections.
+        scale: one element or (d,).
+        reasons: why the kernel cannot run, whatever the children are.
+        is_branch: whether x is not added.
+    """
     norm, down, up = branch.values()
-    changed = children.changed_reasons(branch, x.device)
+    changed = {**children.changed_reasons(branch, x.device), **reasons}
     if not changed:
         norm_weight, norm_bias = children.weight_and_bias(norm)
         down_weight, down_bias = children.weight_and_bias(down)
         up_weight, up_bias = children.weight_and_bias(up)
         eps = 1e-5 if norm is None else norm.eps
+        if scale.numel() > 1:  # the kernel has one scale for all channels, so the weights of a channel take theirs
+            up_weight, up_bias = _scaled(up_weight, scale[:, None]), _scaled(up_bias, scale)
+            scale = torch.ones_like(scale[:1])
         return adapter(
             x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, scale, eps=eps, activation=activation
         )
     children.log_once(owner, changed)
     normalized = x if norm is None else norm(children.cast_for(norm, x))
-    preactivation = down(children.cast_for(down, normalized))
-    out = up(children.cast_for(up, ACTIVATIONS[activation](preactivation)))
+    activated = ACTIVATIONS[activation](down(children.cast_for(down, normalized)))
+    if dropout is not None:
+        activated = dropout(activated)
+    out = up(children.cast_for(up, activated))
     x_acc = x.to(acc_dtype(x.dtype))
-    return (x_acc + scale.to(x_acc) * out.to(x_acc)).to(x.dtype)
+    out = scale.to(x_acc) * out.to(x_acc)
+    return (out if is_branch else x_acc + out).to(x.dtype)
+
+
+def _scaled(weight: Tensor | None, scale: Tensor) -> Tensor | None:
+    acc = acc_dtype(scale.dtype)
+    return None if weight is None else (weight.to(acc) * scale.to(acc)).to(weight.dtype)
 
 
 def _keys_values(projected: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:

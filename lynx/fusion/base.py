@@ -54,7 +54,7 @@ class Fusion(ABC):
 
     @abstractmethod
     def install(self, decoder: nn.ModuleList, config: "LynxConfig") -> set[str]:
-        """Add this fusion's modules to layers of the decoder; ``lynx.fusion.layers`` has what this takes.
+        """Add this fusion's modules to layers of the decoder; ``lynx_kernels.integrations.layers`` has what this takes.
 
         Args:
             decoder: all layers of the decoder, in their order.

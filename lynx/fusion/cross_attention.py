@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedConfig
 
-from lynx.fusion import layers
 from lynx.fusion.base import Fusion, check_frequency
 from lynx.fusion.rows import Rows
 from lynx_kernels import SpanLayout
+from lynx_kernels.integrations import layers
 from lynx_kernels.nn import GatedCrossAttention
 
 if TYPE_CHECKING:

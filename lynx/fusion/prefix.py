@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lynx.fusion import layers
 from lynx.fusion.base import Fusion, check_choice, check_frequency
 from lynx.fusion.rows import Rows
 from lynx_kernels import PackedLayout
+from lynx_kernels.integrations import layers
 from lynx_kernels.integrations import transformers as attention_integration
 from lynx_kernels.integrations.attention_mask import AttentionMask
 from lynx_kernels.layout import require

@@ -3,7 +3,7 @@ import torch
 from torch import nn as torch_nn
 from torch.nn import functional as F
 
-from lynx_kernels import SpanLayout, nn
+from lynx_kernels import SpanLayout, explain, nn
 from tests.lynx_kernels.attention_helpers import random, span_visible
 
 ACTIVATIONS = {
@@ -108,6 +108,36 @@ def test_adapter_variants_equal_torch_modules(norm, options):
     assert_same(module, compositions[norm], list(module.parameters()), random(2, 3, 7))
 
 
+@pytest.mark.parametrize("residual", ["input", "norm", None])
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"dropout": 0.5}], ids=str)
+def test_adapter_with_a_scale_per_channel(residual, options):
+    module = randomized(
+        nn.Adapter(7, 3, activation="relu", residual=residual, scale_per_channel=True, **options)
+    ).eval()
+    assert module.scale.shape == (7,)
+
+    def composition(x):
+        normed = module.norm(x)
+        out = module.scale * module.up(torch.relu(module.down(normed)))
+        return out if residual is None else out + (x if residual == "input" else normed)
+
+    assert_same(module, composition, list(module.parameters()), random(2, 3, 7))
+
+
+def test_adapter_drops_activations_in_training():
+    module = nn.Adapter(6, 512, norm=None, bias=False, dropout=0.25)
+    with torch.no_grad():
+        module.down.weight.fill_(1.0)
+        module.up.weight.fill_(1 / 512)
+    x = torch.ones(2000, 6)
+    branch = module(x) - x
+    kept = (branch / F.silu(torch.tensor(6.0)))[:, 0] * 0.75 * 512
+    assert torch.allclose(kept, kept.round(), atol=1e-2)
+    assert abs(kept.mean() - 384) < 1
+    assert "drops numbers in training" in str(explain(module, x))
+    assert torch.allclose(module.eval()(x) - x, F.silu(torch.tensor(6.0)), rtol=1e-5)
+
+
 def test_adapter_starts_as_identity():
     x = torch.randn(4, 12)
     module = nn.Adapter(12, 5, norm=None, starts_as_identity=True)
@@ -127,7 +157,15 @@ def test_adapter_with_a_fixed_scale():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"norm": "both"}, "norm='both'"), ({"activation": "nonsense"}, "nonsense")]
+    ("options", "message"),
+    [
+        ({"norm": "both"}, "norm='both'"),
+        ({"activation": "nonsense"}, "nonsense"),
+        ({"residual": "output"}, "residual='output'"),
+        ({"residual": "norm", "norm": "post"}, "residual='norm' with norm='post'"),
+        ({"dropout": 1.0}, "dropout=1.0"),
+        ({"dropout": -0.1}, "dropout"),
+    ],
 )
 def test_adapter_rejects_unknown_options(options, message):
     with pytest.raises(ValueError, match=message):

@@ -24,11 +24,21 @@ def insert(layer: nn.Module, name: str, module: nn.Module, derive: Callable[[typ
     return type(layer).__name__
 
 
+def take_out(layer: nn.Module, name: str) -> None:
+    """Undo ``insert``: the layer gets the class back that it had."""
+    delattr(layer, name)
+    layer.__class__ = type(layer).__bases__[0]
+
+
 def subclass(layer_class: type[nn.Module], ending: str, forward: Callable, again: Callable[[type], type]) -> type:
     """A layer's class with another ``forward`` and an ``ending`` to its name.
 
+    Who reads the signature or the code of its ``forward`` finds those of the layer's class.
+
     It is not an attribute of any module, so pickle makes it again by calling ``again(layer_class)``.
     """
+
+    forward.__wrapped__ = layer_class.forward  # type: ignore[attr-defined]
 
     def reduce(self: Any, protocol: int) -> tuple[Callable, tuple, dict[str, Any]]:
         return _empty, (again, layer_class), self.__dict__
