@@ -6,7 +6,6 @@ and so does the log of ``lynx_kernels`` (INFO).
 """
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -301,7 +300,7 @@ def _bottleneck(
     x: Tensor,
     scale: Tensor,
     activation: str,
-    reasons: Mapping[str, str] = MappingProxyType({}),
+    reasons: Mapping[str, str] | None = None,
     dropout: nn.Module | None = None,
     is_branch: bool = False,
 ) -> Tensor:
@@ -314,7 +313,7 @@ def _bottleneck(
         is_branch: whether x is not added.
     """
     norm, down, up = branch.values()
-    changed = {**children.changed_reasons(branch, x.device), **reasons}
+    changed = {**children.changed_reasons(branch, x.device), **(reasons or {})}
     if not changed:
         norm_weight, norm_bias = children.weight_and_bias(norm)
         down_weight, down_bias = children.weight_and_bias(down)

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from lynx import LynxConfig, LynxProcessor, checkpoint
-from lynx.fusion import FUSIONS, fusion_of, layers
+from lynx.fusion import FUSIONS, fusion_of
 from lynx.fusion.base import Fusion, check_frequency
 from lynx.train import flops, param_groups
+from lynx_kernels.integrations import layers
 from tests.lynx.conftest import conversation, make_config, make_image, make_model
 from tests.lynx.model_checks import inputs
 
