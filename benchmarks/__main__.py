@@ -18,6 +18,7 @@ from benchmarks import (
     pack_embeddings,
     pack_frames,
     planner,
+    posttraining,
     processors,
     report,
     token_log_probs,
@@ -36,6 +37,7 @@ OPERATIONS: dict[str, Callable[..., Iterator[Case]]] = {
     "pack_embeddings": pack_embeddings.cases,
     "pack_frames": pack_frames.cases,
     "planner": planner.cases,
+    "posttraining": posttraining.cases,
     "processors": processors.cases,
     "token_log_probs": token_log_probs.cases,
 }

@@ -88,7 +88,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         for start in range(0, len(rows), batch_size):
             branches = pack_rows(rows[start : start + batch_size], self._collator).to(device)
             with self.accelerator.autocast():
-                found.append(model(branches=branches))
+                found.append(model(branches=branches, entropy=compute_entropy))
             if torch.is_grad_enabled():
                 self._metrics["train"]["tokens_per_packed_token"].append(
                     int(attention_mask[start : start + batch_size].sum()) / branches.num_tokens

@@ -33,6 +33,8 @@ def add_head(
 ) -> None:
     """Make ``model(branches=...)`` return log-probabilities; other calls are as before.
 
+    ``entropy=False`` beside ``branches`` leaves out entropies.
+
     Args:
         model: of transformers, changed by ``apply``; inside peft and DDP.
         outputs: fields of TRL's ``FusedCausalLMOutput``, as its trainer asks for.
@@ -42,13 +44,16 @@ def add_head(
     forward = model.forward
 
     @functools.wraps(type(model).forward)  # generate() looks at its signature
-    def with_branches(self: PreTrainedModel, *args: Any, branches: Branches | None = None, **kwargs: Any) -> Any:
+    def with_branches(
+        self: PreTrainedModel, *args: Any, branches: Branches | None = None, entropy: bool = True, **kwargs: Any
+    ) -> Any:
         if branches is None:
             return forward(*args, **kwargs)
         with autocast():
             logits = promised_logits(self, forward, **branches.inputs, use_cache=False)
             weights = branches.weights if self.training else None
-            return _score(logits, branches, outputs, temperature, weights)
+            wanted = outputs if entropy else tuple(each for each in outputs if each != "entropy")
+            return _score(logits, branches, wanted, temperature, weights)
 
     model.forward = types.MethodType(with_branches, model)
 
@@ -66,19 +71,20 @@ def _score(
         flat = values.new_zeros(branches.shape[0] * branches.shape[1])
         return flat.index_copy(0, branches.entries, values).view(branches.shape)
 
-    log_probs, entropy = token_log_probs(
+    score = functools.partial(
+        token_log_probs,
         hidden,
         weight,
         branches.labels,
         predictors=branches.predictors,
         temperature=temperature,
-        return_entropy=True,
         bias=bias,
         softcap=softcap,
         logit_scale=logit_scale,
     )
+    log_probs, entropy = score(return_entropy=True) if "entropy" in outputs else (score(), None)
     fields = {"log_probs": log_probs if weights is None else log_probs * weights}
-    if "entropy" in outputs:
+    if entropy is not None:
         fields["entropy"] = entropy
     of_logits = [name for name in _OF_LOGITS if name in outputs]
     if of_logits:
