@@ -13,6 +13,7 @@ from itertools import groupby
 from types import TracebackType
 from typing import Any, Literal, Self
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -25,8 +26,8 @@ from lynx_kernels.integrations.transformers import CROSS_NAME, KEEP_SAMPLES_APAR
 _INTERFACE, _CUTS_AT_SAMPLES = "ALL_ATTENTION_FUNCTIONS", "is_flash_attention_requested"
 # What the names of classes, and of modules and their parents, say of layers whose keys are other tokens.
 _CROSS = re.compile(r"cross|perceiver|resampler|encoder_attn", re.IGNORECASE)
-# Inputs that say which images a token sees. Tokens before the first one see what is not theirs in a packed row.
-_SEEN_BY_PADDED_ROWS = ("cross_attention_mask", "image_attention_mask")
+# Inputs that say which images a token sees. Mllama's tokens before the first one see all of the row's.
+_SEEN_IMAGES = ("cross_attention_mask", "image_attention_mask")
 _patched: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 
@@ -55,7 +56,6 @@ class Patch:
     _parts: list[Part]
     _configs: list[tuple[PreTrainedConfig, str | None]]  # with the names they had
     _crossing: list[tuple[nn.Module, PreTrainedConfig]]  # layers with the configurations they had
-    _loss: head_loss.HeadLoss | None
     _hooks: list[RemovableHandle]
     _classes: dict[str, type] = field(default_factory=dict)
 
@@ -118,8 +118,6 @@ class Patch:
             layer.config = config
         for hook in self._hooks:
             hook.remove()
-        if self._loss is not None:
-            self._loss.remove()
         _patched.discard(self.model)
 
     def __enter__(self) -> Self:
@@ -198,7 +196,9 @@ def apply(
     hooks = [model.register_forward_pre_hook(_check_packed, with_kwargs=True)]
     if mixers:
         hooks += TokenMixers(model, mixers).handles
-    return Patch(model, parts, before, had, head_loss.HeadLoss(model) if reason is None else None, hooks)
+    if head_loss.why_own(model) is None:
+        hooks += head_loss.HeadLoss(model, promises=reason is None).handles
+    return Patch(model, parts, before, had, hooks)
 
 
 def is_patched(model: nn.Module) -> bool:
@@ -207,14 +207,19 @@ def is_patched(model: nn.Module) -> bool:
 
 
 def _check_packed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Refuse a packed row whose tokens would not have the positions and see the images that they have alone."""
+    """Refuse a packed row whose tokens would not have the positions, images and labels that they have alone."""
     mask = head_loss.argument("attention_mask", model, args, kwargs)
     if not isinstance(mask, AttentionMask) or not mask.is_packed:
         return None
     name, positions = type(model).__name__, head_loss.argument("position_ids", model, args, kwargs)
-    for other in _SEEN_BY_PADDED_ROWS:
-        if head_loss.argument(other, model, args, kwargs) is not None:
-            raise ValueError(f"{name} cannot take packed rows: {other} says what the tokens of padded rows see")
+    seen_images = [each for each in _SEEN_IMAGES if head_loss.argument(each, model, args, kwargs) is not None]
+    if seen_images and mask.images is None:
+        raise ValueError(
+            f"{name}: {seen_images[0]} in a packed row does not say which images are of which sample; take the inputs "
+            f"of a PackedCollator"
+        )
+    if "cross_attention_mask" in seen_images and not any(map(_runs_cross_attention, model.modules())):
+        raise ValueError(f"{name}: packed rows with images need apply(cross_attention=True)")
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise ValueError(f"{name} takes no position_ids, so the samples of a packed row would go on from each other")
     if positions is None:
@@ -226,7 +231,25 @@ def _check_packed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         )
     if "attention_mask" not in kwargs:
         return None
-    return args, {**kwargs, "attention_mask": replace(mask, model=name)}  # for what refuses it later
+    more: dict[str, Any] = {"attention_mask": replace(mask, model=name)}  # for what refuses it later
+    if "cross_attention_mask" in seen_images:
+        sees = head_loss.argument("cross_attention_mask", model, args, kwargs)  # (1, T, images, tiles)
+        more["packed_images"] = (mask.images, sees.shape[2])
+    labels = kwargs.get("labels")
+    own = "compiled code computes its loss" if torch.compiler.is_compiling() else head_loss.why_own(model)
+    if labels is not None and own is not None:
+        assert mask.layout is not None
+        if mask.layout.max_ranges > 1:
+            raise ValueError(
+                f"{name} would score the first tokens of branches by the rows before them, not by their parents: "
+                f"{own}; pass the branches as samples of their own"
+            )
+        more["labels"] = labels.masked_fill(mask.layout.predictors.view_as(labels) < 0, head_loss.IGNORE)
+    return args, {**kwargs, **more}
+
+
+def _runs_cross_attention(layer: nn.Module) -> bool:
+    return getattr(getattr(layer, "config", None), "_attn_implementation", None) == CROSS_NAME
 
 
 def _plan(

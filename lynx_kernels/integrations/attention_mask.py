@@ -33,6 +33,7 @@ class AttentionMask:
         is_plain: with ``layout``: whether it is known that ``is_causal`` says the same.
         has_pattern: whether the pattern of the model is in it.
         is_packed: whether ``packed_mask`` made it. Then ``layout`` is that of one row, whatever ``shape`` is.
+        images: which images of the row each token has in its own sample, (T, 2): the first one and the end of them.
         has_samples: whether positions that start again said so, which layers without attention do not know.
         unsupported_reason: why a layer that uses the mask is refused; layers that do not are none the worse.
         is_split: whether layers that mix tokens without being attention get the samples of the row as rows.
@@ -47,6 +48,7 @@ class AttentionMask:
     is_plain: bool = False
     has_pattern: bool = False
     is_packed: bool = False
+    images: Tensor | None = None
     has_samples: bool = False
     unsupported_reason: str | None = None
     is_split: bool = False

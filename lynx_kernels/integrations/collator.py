@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,17 +10,14 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from lynx_kernels.integrations.head_loss import IGNORE
 from lynx_kernels.integrations.transformers import packed_mask
 from lynx_kernels.layout import PackedLayout
 
-IGNORE = -100
-_ROWS_OF_IMAGES = {"idefics2", "idefics3", "smolvlm"}  # their pixel values are (rows, images, ...)
+_ROWS_OF_IMAGES = {"idefics", "idefics2", "idefics3", "mllama", "smolvlm"}  # their pixel values are (rows, images, ...)
+_SEEN_IMAGES = ("cross_attention_mask", "image_attention_mask")  # (rows, tokens, images, ...)
 _FIRST_POSITION = {"paligemma": 1}
-_OF_PADDED_ROWS = {  # inputs that say of each token of a row what it sees
-    "cross_attention_mask": "its cross-attention mask is of padded rows",
-    "image_attention_mask": "its cross-attention mask is of padded rows",
-    "qformer_input_ids": "its Q-Former reads a text for each image",
-}
+_OF_PADDED_ROWS = {"qformer_input_ids": "its Q-Former reads a text for each image"}
 
 Sample = Mapping[str, Any]
 
@@ -101,7 +98,9 @@ class PackedCollator:
 
     def _pack(self, samples: Sequence[Sample | Sequence[Sample]]) -> PackedSamples:
         rows: list[dict[str, Tensor]] = []  # per token, for each segment
+        owners: list[int] = []  # of the segments, numbers of samples
         media: list[dict[str, Tensor]] = []
+        counts: list[int] = []  # of the images that a cross-attention mask names, of each sample
         places: list[list[Tensor]] = []
         lengths: list[int] = []
         parents: list[int] = []
@@ -114,8 +113,10 @@ class PackedCollator:
                     f"sample {number}: conversations of one tree must have the same images, in their order"
                 )
             media.append(pixels[0])
+            counts.append(next((len(tokens[0][name]) for name in _SEEN_IMAGES if name in tokens[0]), 0))
             parts: list[list[Tensor]] = [[] for _ in members]
             _add_tree(tokens, parts, -1, 0, rows, lengths, parents, number)
+            owners.extend([len(counts) - 1] * (len(rows) - len(owners)))
             places.append([torch.cat(each) for each in parts])
 
         for number, sample in enumerate(samples):
@@ -131,8 +132,12 @@ class PackedCollator:
             )
         layout = PackedLayout.from_segments(lengths, parents)
         _fill(rows, {"labels": IGNORE} if self.placeholder is not None and len(places) < len(media) else {})
+        images = _number_images(rows, owners, counts)
         joined = {name: torch.cat([each[name] for each in rows], -1) for name in _common(rows, "values per token")}
-        batch = {name: each[..., None, :] for name, each in joined.items()}  # (1, T), or (3, 1, T)
+        batch = {
+            name: each.movedim(-1, 0)[None] if name in _SEEN_IMAGES else each[..., None, :]  # (1, T), or (3, 1, T)
+            for name, each in joined.items()
+        }
         side = 1 if self.name in _ROWS_OF_IMAGES else 0
         having = [each for each in media if each]
         for name in _common(having, "images"):
@@ -140,7 +145,8 @@ class PackedCollator:
             if "image_sizes" in having[0] and name.startswith("pixel"):
                 values = _to_one_size(values)  # as a processor does for one batch
             batch[name] = torch.cat(values, side)
-        return PackedSamples({**batch, "attention_mask": packed_mask(layout)}, layout, places)
+        mask = replace(packed_mask(layout), images=images)
+        return PackedSamples({**batch, "attention_mask": mask}, layout, places)
 
     def _read(self, sample: Sample, number: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Values per token, (L,) or (3, L), with positions; and the rest."""
@@ -163,6 +169,8 @@ class PackedCollator:
             and not name.startswith(("pixel", "image_", "video_"))
         }
         rest = {name: value for name, value in values.items() if name not in per_token}
+        for name in rest.keys() & set(_SEEN_IMAGES):
+            per_token[name] = rest.pop(name)[0][is_token].movedim(0, -1)  # (images, ..., L)
         per_token["position_ids"] = self._positions(per_token, rest)
         return per_token, rest
 
@@ -227,6 +235,25 @@ def _fill(rows: list[dict[str, Tensor]], values: dict[str, int]) -> None:
     for name in values.keys() & {name for each in rows for name in each}:
         for each in rows:
             each.setdefault(name, torch.full_like(each["input_ids"], values[name]))
+
+
+def _number_images(rows: list[dict[str, Tensor]], owners: list[int], counts: list[int]) -> Tensor | None:
+    """Let cross-attention masks of segments name the images of the whole row; (T, 2) those of each token's sample."""
+    some = next(((name, each[name]) for each in rows for name in _SEEN_IMAGES if name in each), None)
+    if some is None:
+        return None
+    name, like = some
+    ends = torch.tensor(counts).cumsum(0)
+    ranges = []
+    for each, owner in zip(rows, owners, strict=True):
+        end, length = int(ends[owner]), len(each["input_ids"])
+        start = end - counts[owner]
+        seen = like.new_zeros(int(ends[-1]), *like.shape[1:-1], length)
+        if name in each:
+            seen[start:end] = each[name]
+        each[name] = seen
+        ranges.append(torch.tensor([[start, end]]).expand(length, 2))
+    return torch.cat(ranges)
 
 
 def _to_one_size(images: list[Tensor]) -> list[Tensor]:

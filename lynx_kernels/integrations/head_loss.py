@@ -20,6 +20,8 @@ from lynx_kernels.integrations.attention_mask import AttentionMask
 from lynx_kernels.layout import PackedLayout
 from lynx_kernels.ops.linear_cross_entropy import linear_cross_entropy
 
+IGNORE = -100  # the label of tokens that no loss scores
+
 
 class PromisedLogits:
     """``head(hidden)`` with factors and a tanh to come: (..., V), made when something else than the loss reads it."""
@@ -128,10 +130,13 @@ class _PromisingHead(nn.Linear):
 
 
 class HeadLoss:
-    """Hooks on a model that change its head and its loss while its ``forward`` runs with labels."""
+    """Hooks on a model that change its head and its loss while its ``forward`` runs with labels.
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+    Without ``promises`` the head stays, and the loss changes for packed rows alone.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, promises: bool) -> None:
+        self.model, self.promises = model, promises
         self.handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
@@ -139,16 +144,12 @@ class HeadLoss:
         self._head: nn.Linear | None = None  # while forward runs in training
         self._layout: PackedLayout | None = None  # while forward runs on a packed row
 
-    def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling() or argument("labels", model, args, kwargs) is None:
             return
         mask = argument("attention_mask", model, args, kwargs)
         self._layout = mask.layout if isinstance(mask, AttentionMask) and mask.is_packed else None
-        head = head_of(self.model)
+        head = head_of(self.model) if self.promises else None
         if model.training and head is not None and changed_reason(head, nn.Linear, head.weight.device) is None:
             self._head = head
             head.__class__ = _PromisingHead
@@ -174,7 +175,7 @@ class HeadLoss:
         labels: Tensor | None,
         vocab_size: int,
         num_items_in_batch: Tensor | int | None = None,
-        ignore_index: int = -100,
+        ignore_index: int = IGNORE,
         shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
@@ -254,6 +255,11 @@ def why_not(model: PreTrainedModel) -> str | None:
     head = head_of(model)
     if head is None:
         return "it has no output head that is a torch.nn.Linear"
+    return why_own(model) or changed_reason(head, nn.Linear, head.weight.device)
+
+
+def why_own(model: PreTrainedModel) -> str | None:
+    """Why the loss of a model is its own, also that of packed rows, or None."""
     if "labels" not in inspect.signature(model.forward).parameters:
         return "its forward takes no labels"
     used = inspect.unwrap(type(model).forward).__code__.co_names
@@ -261,7 +267,7 @@ def why_not(model: PreTrainedModel) -> str | None:
         return "its forward has a loss of its own"
     if model.loss_function is not ForCausalLMLoss:
         return f"its loss is {getattr(model.loss_function, '__name__', model.loss_function)}"
-    return changed_reason(head, nn.Linear, head.weight.device)
+    return None
 
 
 def argument(name: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -27,7 +27,13 @@ class Spans:
 
 
 def read_spans(
-    mask: Tensor | None, rows: int, queries: int, key_rows: int, keys: int, device: torch.device
+    mask: Tensor | None,
+    rows: int,
+    queries: int,
+    key_rows: int,
+    keys: int,
+    device: torch.device,
+    images: tuple[Tensor, int] | None = None,
 ) -> Spans | str:
     """The spans of a mask (B or 1, 1, Q or 1, K) for B rows of Q queries, or why it has none.
 
@@ -40,21 +46,33 @@ def read_spans(
         rows, queries: B and Q.
         key_rows, keys: B, or 1 for keys that all rows share; and K.
         device: of the layout.
+        images: of a packed row, what each query sees besides: no other keys than those of its sample's images, (Q, 2)
+            the first one and the end of them; and how many images the row has, of equal numbers of keys.
     """
-    if mask is None:
+    if mask is None and images is None:
         spans = torch.tensor([[0, keys]]).expand(rows * queries, 2)
         return Spans(_layout(spans, queries, key_rows, keys).to(device), None, keys == 0)
+    if mask is None:
+        mask = torch.ones(1, 1, 1, keys, dtype=torch.bool, device=device)
     found = _read.setdefault(mask, {})
     version = 0 if mask.is_inference() else mask._version
-    key = (version, rows, queries, key_rows, keys, device)
+    key = (version, rows, queries, key_rows, keys, device, None if images is None else id(images[0]))
     if key not in found:
         found.clear()  # what was written into the tensor since is another mask
-        found[key] = _spans(mask, rows, queries, key_rows, keys, device)
+        found[key] = _spans(mask, rows, queries, key_rows, keys, device, images)
     spans_or_reason: Spans | str = found[key]
     return spans_or_reason
 
 
-def _spans(mask: Tensor, rows: int, queries: int, key_rows: int, keys: int, device: torch.device) -> Spans | str:
+def _spans(
+    mask: Tensor,
+    rows: int,
+    queries: int,
+    key_rows: int,
+    keys: int,
+    device: torch.device,
+    images: tuple[Tensor, int] | None,
+) -> Spans | str:
     if mask.dim() != 4 or mask.shape[1] != 1:
         return "its mask differs from head to head"
     if mask.shape[0] not in (1, rows) or mask.shape[2] not in (1, queries) or mask.shape[3] != keys:
@@ -68,6 +86,10 @@ def _spans(mask: Tensor, rows: int, queries: int, key_rows: int, keys: int, devi
     elif mask.dtype != torch.bool:
         return f"its mask is {mask.dtype}, neither bool nor floating point"
     seen = seen[:, 0].expand(rows, queries, keys)
+    if images is not None:
+        own, count = images[0].to(device), images[1]
+        image = torch.arange(keys, device=device) // (keys // count)
+        seen = seen & (own[:, :1] <= image) & (image < own[:, 1:])
     spans, is_cut = _first_and_end(seen)
     order = None
     read = torch.cat([spans.flatten(), torch.stack([is_cut, has_bias])]).tolist()

@@ -77,10 +77,6 @@ class TokenMixers:
         self._is_packed = False  # while forward runs on a packed row
         self._waiting: dict[nn.Module, tuple[Paths, Tensor, dict[str, Any]]] = {}  # while a layer runs
 
-    def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-
     def _before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         mask = kwargs.get("attention_mask")
         if not isinstance(mask, AttentionMask) or not mask.is_packed or torch.compiler.is_compiling():

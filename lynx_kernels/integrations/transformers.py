@@ -183,12 +183,17 @@ def attention_to_others(
     attention_mask: AttentionMask | Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    packed_images: tuple[Tensor, int] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Like ``attention``, for layers whose keys are other tokens, such as vision tokens: runs ``cross_attention``.
 
     Where the dense mask is none of spans, or with dropout, values of another width than keys, and in compiled code, it
     is ``attention``, which runs what it runs for them.
+
+    Args:
+        packed_images: of a packed row: which images are of each token's sample, and how many images there are. The
+            mask's own word on tokens that see none, all keys, means those of their sample.
     """
     rows, _, length, head_dim = query.shape
     dense, is_causal = plain.mask_for_sdpa(module, attention_mask, kwargs)
@@ -205,9 +210,12 @@ def attention_to_others(
         reason = "its shapes are not those of cross_attention"
     elif any(each is not None for each in map(kwargs.get, ("softcap", "s_aux", "sinks"))):
         reason = "it has a soft cap or sinks"
-    spans = reason or read_spans(dense, rows, length, key.shape[0], key.shape[2], query.device)
-    if not isinstance(spans, str) and spans.has_blind and model_name(module.config) not in _DROPS_BLIND:
+    spans = reason or read_spans(dense, rows, length, key.shape[0], key.shape[2], query.device, packed_images)
+    may_be_blind = packed_images is not None or model_name(module.config) in _DROPS_BLIND
+    if not isinstance(spans, str) and spans.has_blind and not may_be_blind:
         spans = "a query sees no key, of which eager attention makes a mean of all values"
+    if isinstance(spans, str) and packed_images is not None:
+        raise ValueError(f"{type(module).__name__} cannot run packed rows: {spans}; pass padded rows")
     if isinstance(spans, str):
         out = attention(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
         note(module, "its own", f"PyTorch's attention, since {spans}")

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import logging
 import sys
+import traceback
 import unittest.mock
 import warnings
 
@@ -18,8 +19,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
+from lynx_kernels import PackedLayout
 from lynx_kernels.integrations import plain
 from lynx_kernels.integrations import transformers as integration
+from lynx_kernels.integrations.apply import apply
 
 integration.register()
 
@@ -42,11 +45,18 @@ SIZES = {
 }  # fmt: skip
 VARIANTS = ({}, {"num_key_value_heads": 4}, {"num_key_value_heads": 4, "head_dim": 16})  # the first one that runs
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}}
-OPTIONS = {  # what the generic sizes leave wrong
+_MIXED = {"layer_types": ["linear_attention", "full_attention"]}
+OPTIONS = {  # what the generic sizes leave wrong, and layers of both kinds for hybrids
+    "bamba": {"attn_layer_indices": [1]},
     "dots1": {"num_key_value_heads": 2, "head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "gemma4_text": {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 4},
     "glm4v_text": MROPE,
+    **dict.fromkeys(("granitemoehybrid", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "kimi_linear"), _MIXED),
+    "bailing_hybrid": _MIXED,
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "qwen2_vl_text": MROPE,
     "qwen2_5_vl_text": MROPE,
     "prophetnet": {"num_encoder_layers": 2, "num_decoder_layers": 2, "ngram": 2},
@@ -142,8 +152,33 @@ def compare(ours, theirs, padding):
 
 
 def outcome_of(error):
-    why = f"{type(error).__name__}: {error}"
-    return Outcome("refused" if isinstance(error, ValueError) and "lynx" in str(error) else "error", why=why)
+    """Refused by a sentence of ours, or an error of others."""
+    frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    is_ours = isinstance(error, ValueError) and "lynx_kernels/integrations" in frames[-1]
+    return Outcome("refused" if is_ours else "error", why=f"{type(error).__name__}: {error}")
+
+
+PACKED = PackedLayout.from_segments([2, 3, 4, 8, 3], [-1, 0, 0, -1, -1])
+PATHS = [[0, 1, 2, 3, 4], [0, 1, 5, 6, 7, 8], list(range(9, 17)), [17, 18, 19]]
+
+
+def packed(model_type, **options):
+    """Samples and branches in one row of a causal model after ``apply``, against each path alone before."""
+    model = build(config_of(model_type, **options), None)
+    ids = torch.randint(3, 60, (PACKED.num_tokens,), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        try:
+            alone = {tuple(path): model(ids[path][None], use_cache=False).logits[0] for path in PATHS}
+        except Exception as error:  # its own sdpa, or a single token
+            return Outcome("not tried", why=f"{type(error).__name__}: {error}")
+        try:
+            with apply(model), counted() as calls:
+                inputs = {"attention_mask": integration.packed_mask(PACKED), "position_ids": PACKED.position_ids[None]}
+                row = model(ids[None], **inputs, use_cache=False).logits[0]
+        except Exception as error:
+            return outcome_of(error)
+    worst = max(((row[list(path)] - each).abs().max() / each.abs().max()).item() for path, each in alone.items())
+    return Outcome("right" if worst <= TOLERANCE else "wrong", worst, dict(calls))
 
 
 @contextlib.contextmanager
@@ -208,6 +243,15 @@ def sweep(names=()):
                 flush=True,
             )
         kinds[_kind(found.values())].append(model_type)
+        if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            each = packed(model_type, **options)
+            print(
+                f"{model_type:28} packed   {each.verdict:8} {each.error:.0e} {each.runs_on:20} {each.why[:250]}",
+                flush=True,
+            )
+            kinds[each.verdict if each.verdict in ("wrong", "error") else f"packed rows: {each.verdict}"].append(
+                model_type
+            )
     return kinds
 
 

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+import types
 
 import peft
 import pytest
@@ -105,6 +106,46 @@ def test_models_with_a_loss_of_their_own_keep_it():
         assert patch.parts()[-1].why == "its forward has a loss of its own"
     vlms.assert_close(ours, before)
     assert ours.logits is not None
+
+
+@pytest.mark.parametrize("kind", ["loss=False", "a loss of its own", "another head"])
+def test_losses_of_packed_rows_without_ours(kind):
+    """Labels are scored by the rows on their paths, a sample's first one nowhere; or it is refused."""
+    torch.manual_seed(0)
+    model = OwnLoss(HEADS["plain"]) if kind == "a loss of its own" else families.build(HEADS["plain"], "sdpa")
+    if kind == "a loss of its own":
+        model.loss_function = hf.loss.loss_utils.ForSequenceClassificationLoss
+        model.forward = types.MethodType(plain_loss, model)
+    if kind == "another head":
+        model.lm_head = torch.nn.Sequential(model.lm_head)
+    model.train()
+    ids = torch.randint(3, 50, (1, 9))
+    expected = [model(each, labels=each).loss * (each.shape[1] - 1) for each in ids.split([4, 5], 1)]
+    layout = integration.PackedLayout.causal([4, 5])
+    with apply(model, loss=kind != "loss=False"):
+        out = model(
+            ids, labels=ids, attention_mask=integration.packed_mask(layout), position_ids=layout.position_ids[None]
+        )
+        torch.testing.assert_close(out.loss, sum(expected) / 7)
+        assert out.logits is not None
+        tree = integration.PackedLayout.from_groups([(3, [2, 4])])
+        inputs = {"attention_mask": integration.packed_mask(tree), "position_ids": tree.position_ids[None]}
+        if kind == "a loss of its own":
+            with pytest.raises(ValueError, match=r"would score the first tokens of branches by the rows before them"):
+                model(ids, labels=ids, **inputs)
+            return
+        loss = model(ids, labels=ids, **inputs).loss
+    paths = ids[:, :5], ids[:, [0, 1, 2, 5, 6, 7, 8]]
+    scored = [
+        torch.nn.functional.cross_entropy(model(path).logits[0, :-1], path[0, 1:], reduction="none") for path in paths
+    ]
+    torch.testing.assert_close(loss, torch.cat([scored[0], scored[1][2:]]).mean())
+
+
+def plain_loss(self, input_ids, labels=None, attention_mask=None, position_ids=None):
+    logits = self.lm_head(self.model(input_ids, attention_mask, position_ids).last_hidden_state)
+    loss = torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:])
+    return hf.modeling_outputs.CausalLMOutput(loss=loss, logits=logits)
 
 
 def test_errors_leave_the_model_as_it_was():

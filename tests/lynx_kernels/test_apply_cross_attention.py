@@ -11,6 +11,7 @@ import transformers as hf
 from lynx_kernels.integrations import logs
 from lynx_kernels.integrations import transformers as integration
 from lynx_kernels.integrations.apply import apply
+from lynx_kernels.integrations.collator import PackedCollator
 from lynx_kernels.integrations.spans import read_spans
 from tests.lynx_kernels import families, more_vlms, vlms
 
@@ -70,15 +71,26 @@ def test_it_can_be_left_out():
         assert ("cross_attention=False" in patch.report()) == ("cross_attention" in options)
 
 
-def test_packed_rows_are_refused():
+def test_packed_rows_say_which_images_are_whose():
     """Mllama's tokens before their first image see all images, which in a packed row are others', too."""
-    model, inputs = vlms.build("Mllama"), vlms.FAMILIES["Mllama"].batch(rows=(1,))
+    model, family = vlms.build("Mllama"), vlms.FAMILIES["Mllama"]
+    inputs = family.batch(rows=(2,))
     layout = integration.PackedLayout.causal([4, inputs["input_ids"].shape[1] - 4])
     packed = {"attention_mask": integration.packed_mask(layout), "position_ids": layout.position_ids[None]}
     with apply(model):
-        with pytest.raises(ValueError, match="cannot take packed rows: cross_attention_mask says what the tokens of"):
+        with pytest.raises(ValueError, match="cross_attention_mask in a packed row does not say which images are of"):
             model(**{**inputs, **packed})
         assert model(inputs["input_ids"], **packed).logits is not None  # without images nothing stands in the way
+    batch = PackedCollator(model)([family.batch(rows=(row,)) for row in range(3)])
+    with apply(model, cross_attention=False), pytest.raises(ValueError, match=r"need apply\(cross_attention=True\)"):
+        model(**batch)
+    with apply(model):
+        model.train()
+        for layer in model.model.language_model.layers:
+            if hasattr(layer, "cross_attn"):
+                layer.cross_attn.dropout = 0.1
+        with pytest.raises(ValueError, match=r"MllamaTextCrossAttention cannot run packed rows: its dropout is"):
+            model(**batch, use_cache=False)
 
 
 def test_encoders_with_padding():

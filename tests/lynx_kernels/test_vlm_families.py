@@ -9,17 +9,12 @@ import transformers as hf
 
 from tests.lynx_kernels import vlm_checks, vlms
 
-REFUSED = {("Mllama", "packed"), ("Mllama", "shared")}
-
 
 @pytest.mark.parametrize("check", vlm_checks.CHECKS)
 @pytest.mark.parametrize("family", vlms.FAMILIES)
 def test_families_equal_themselves_before(family, check):
     found = vlm_checks.outcome(vlm_checks.CHECKS[check], vlms.FAMILIES[family])
-    if (family, check) in REFUSED:
-        assert (found.verdict, "mllama cannot take packed rows" in found.why) == ("refused", True)
-    else:
-        assert found.verdict == "right", found.why
+    assert found.verdict == "right", found.why
 
 
 def test_checks_see_faults():

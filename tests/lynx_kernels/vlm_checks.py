@@ -206,10 +206,12 @@ def samples_of(family):
 
 
 def answered(family, question, answer):
-    """A sample with an answer behind it, on which alone it is trained."""
+    """A sample with an answer behind it, on which alone it is trained, and which sees the last token's images."""
     tokens = torch.tensor([answer])
     more = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
     more |= {name: torch.full_like(tokens, family.answer_type) for name in family.extra(tokens)}
+    for name in {"cross_attention_mask", "image_attention_mask"} & question.keys():
+        more[name] = question[name][:, -1:].repeat_interleave(len(answer), 1)
     joined = {name: torch.cat([value, more[name]], 1) if name in more else value for name, value in question.items()}
     joined["labels"][:, : question["input_ids"].shape[1]] = -100
     return joined
