@@ -86,3 +86,20 @@ def test_positions_labels_and_shared_tokens():
     assert torch.equal(batch["attention_mask"].layout.visible(), integration.PackedLayout.from_groups(
         [(2, [2, 2]), (2, [])]
     ).visible())  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["Qwen3VL", "Gemma3", "SmolVLM"])
+def test_placeholders_run_the_tower_and_change_nothing(family):
+    """Text-only rows have the loss and gradients that they have without; the tower gets gradients of zero."""
+    image, text, _ = samples_of(vlms.FAMILIES[family])
+    model = vlms.build(family, "eager").train()
+    placeholder = {name: each for name, each in image.items() if name != "labels"}
+    with apply(model):
+        expected = vlms.run(model, PackedCollator(model)([text]))
+        ours = vlms.run(model, PackedCollator(model, placeholder=placeholder)([text]))
+        both = PackedCollator(model, placeholder=placeholder)([text, image])
+    assert both["input_ids"].shape[1] == text["input_ids"].shape[1] + image["input_ids"].shape[1]
+    towers = ours.gradients.keys() - expected.gradients.keys()
+    assert any("vis" in name for name in towers)
+    assert all(not ours.gradients.pop(name).any() for name in towers)
+    vlms.assert_close(ours, expected)

@@ -134,13 +134,7 @@ def _pixels(image):
 
 def build(family, folder=None, dtype=torch.float32):
     """A model and its processor; saved to ``folder``, and loaded from there, as references are."""
-    if family not in vlms.FAMILIES:
-        vlms.FAMILIES[family] = FAMILIES[family]
-    try:
-        model = vlms.build(family).to(dtype)
-    finally:
-        if family == "Llava":
-            del vlms.FAMILIES[family]
+    model = vlms.build(FAMILIES[family]).to(dtype)
     model.generation_config = hf.GenerationConfig(eos_token_id=2, pad_token_id=0)
     if folder is not None:
         model.save_pretrained(folder)

@@ -41,6 +41,9 @@ LOSS_TESTS = f"{TESTS}test_linear_cross_entropy.py {TESTS}test_token_log_probs.p
 FILLING, PLANNER = f"{KERNELS}packing/filling.py", f"{KERNELS}packing/planner.py"
 PACKING_TESTS = f"{TESTS}test_packing.py"
 PROCESSORS, PROCESSOR_TESTS = f"{KERNELS}integrations/processors/", f"{TESTS}test_processors.py"
+TRL, TRL_TESTS = f"{KERNELS}integrations/trl/", f"{TESTS}test_trl_branches.py"
+GRPO, GRPO_TESTS = f"{TRL}grpo.py", f"{TESTS}test_trl_grpo.py"
+DPO_TESTS, SFT_TESTS = f"{TESTS}test_trl_dpo.py", f"{TESTS}test_trl_sft.py"
 PENDING, BACKEND = f"{PROCESSORS}pending.py", f"{PROCESSORS}backend.py"
 
 MUTANTS = [
@@ -68,6 +71,23 @@ MUTANTS = [
     Mutant(LAYOUT, "chosen = supervised & (predictors >= 0)", "chosen = supervised", f"{LAYOUT_TESTS} {LOSS_TESTS}"),
     Mutant(BLOCKS, "begins = is_inside & ~goes_on", "begins = is_inside & ~goes_on & (predictors >= 0)", LAYOUT_TESTS),
     Mutant(BLOCKS, "is_whole = ~(goes_on & ~is_in_part).any()", "is_whole = ~(goes_on & is_in_part & ~is_in_part).any()", LAYOUT_TESTS),
+    # Post-training
+    Mutant(f"{TRL}branches.py", "place[is_scored.nonzero()[:, 0] - 1]", "place[is_scored.nonzero()[:, 0]]", TRL_TESTS),
+    Mutant(f"{TRL}branches.py", "is_scored = label != IGNORE", "is_scored = (label != IGNORE) & (label.roll(1) != IGNORE)", TRL_TESTS),
+    Mutant(f"{TRL}branches.py", "token[is_scored] - 1)", "token[is_scored])", TRL_TESTS),
+    Mutant(f"{TRL}branches.py", "other.keys() == media.keys() and all(", "other.keys() == media.keys() or all(", TRL_TESTS),
+    Mutant(f"{TRL}branches.py", "members.append(number)\n                break", "found.append((media, [number]))\n                break", TRL_TESTS),
+    Mutant(f"{TRL}head.py", "temperature=temperature,\n        bias", "bias", TRL_TESTS),
+    Mutant(f"{TRL}head.py", "weights = branches.weights if self.training else None", "weights = None", SFT_TESTS),
+    Mutant(GRPO, "key=lambda row: place[row // group_size]", "key=lambda row: 0", GRPO_TESTS),
+    Mutant(GRPO, "torch.where(rewards.isinf(), torch.nan, rewards)", "rewards", GRPO_TESTS),
+    Mutant(GRPO, '("env_mask", 0)', '("env_mask", 1)', GRPO_TESTS),
+    Mutant(f"{TRL}dpo.py", "value.chunk(2)[member]", "value.chunk(2)[0]", DPO_TESTS),
+    Mutant(f"{TRL}install.py", "((trainer.model, outputs), (reference, ()))", "((trainer.model, outputs),)", DPO_TESTS),
+    Mutant(f"{TRL}sft.py", "total = sum(batch[BRANCHES].weights.sum()", "total = sum((batch[BRANCHES].weights > 0).sum()", SFT_TESTS),
+    Mutant(f"{TRL}sft.py", "lambda count: count.rsqrt()", "lambda count: count.sqrt()", SFT_TESTS),
+    Mutant(f"{TRL}packs.py", "if not 0 < tokens <= self.token_budget:", "if not 0 < tokens:", SFT_TESTS),
+    Mutant(COLLATOR, "if self.placeholder is not None and not any(media):", "if False:", COLLATOR_TESTS),
     # Others' models
     Mutant(PATTERNS, "lambda sliding_window: Pattern(window=sliding_window)", "lambda sliding_window: Pattern(window=sliding_window + 1)", PATTERN_TESTS),
     Mutant(PATTERNS, "return replace(self, blocks=other.blocks)\n", "return self\n", PATTERN_TESTS),
@@ -85,7 +105,7 @@ MUTANTS = [
     Mutant(HEAD_LOSS, "            softcap=cap,\n", "", APPLY_TESTS),
     Mutant(HEAD_LOSS, "            num_items=num_items_in_batch,\n", "", APPLY_TESTS),
     Mutant(HEAD_LOSS, "            predictors=predictors,\n", "", COLLATOR_TESTS),
-    Mutant(COLLATOR, "masked_fill(layout.predictors < 0, IGNORE)", "masked_fill(layout.predictors < -1, IGNORE)", COLLATOR_TESTS),
+    Mutant(COLLATOR, "unpredicted = packed.layout.predictors < 0", "unpredicted = packed.layout.predictors < -1", COLLATOR_TESTS),
     Mutant(COLLATOR, "torch.arange(len(ids)) + _FIRST_POSITION.get(self.name, 0)", "torch.arange(len(ids))", COLLATOR_TESTS),
     Mutant(COLLATOR, "shared = int(same.int().cumprod(0).sum())", "shared = int(same.int().sum())", COLLATOR_TESTS),
     # Image processors
