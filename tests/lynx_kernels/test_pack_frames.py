@@ -143,6 +143,17 @@ def test_windows_are_cut_from_resized_frames(resample, impl):
     np.testing.assert_array_equal(actual, np.stack([*expected[:2], expected[2][:, ::-1]]))
 
 
+def test_windows_of_frames_of_different_sizes(impl):
+    frames = [random_frame(np.random.default_rng(30 + seed), 60, 33) for seed in range(3)]
+    sizes, windows = [(40, 50), (25, 21), (60, 33)], [(3, 5, 20, 20), (5, 1, 20, 20), (40, 13, 20, 20)]
+    actual = pack_bytes(frames, size=sizes, resize="exact", windows=windows, impl=impl)
+    expected = [
+        pillow_resize(frame, *size)[top : top + 20, left : left + 20]
+        for frame, size, (top, left, _, _) in zip(frames, sizes, windows, strict=True)
+    ]
+    np.testing.assert_array_equal(actual, np.stack(expected))
+
+
 @pytest.mark.parametrize("output", ["patches", "pixels"])
 def test_bytes_are_not_normalised(output, impl):
     frames = [random_frame(np.random.default_rng(seed), 50, 70) for seed in (25, 26)]
@@ -369,6 +380,12 @@ def test_invalid_frames(frame, error, message):
         ({"merge_size": 2, "output": "pixels"}, ValueError, "use output='patches'"),
         ({"windows": [(0, 0, 14, 14)]}, ValueError, "use 'exact'"),
         ({"windows": [], "resize": "exact"}, ValueError, "windows has 0 entries for 1 frames"),
+        (
+            {"windows": [(0, 0, 14, 14)], "size": [(20, 20)] * 2, "resize": "exact"},
+            ValueError,
+            "size has 2 entries for 1",
+        ),
+        ({"size": [(20, 20)]}, ValueError, r"size=\[\(20, 20\)\], expected an int"),
         ({"windows": [(0, 0, 14)], "resize": "exact"}, ValueError, r"windows\[0\].*expected \(top"),
         ({"windows": [(0, 0, 14, 1.0)], "resize": "exact"}, TypeError, r"windows\[0\].*expected ints"),
         ({"windows": [(0, 15, 14, 14)], "resize": "exact"}, ValueError, r"windows\[0\].*not inside"),
@@ -418,7 +435,7 @@ def test_opcheck(patch_size, impl):
             out,
             boxes,
             [True, False],
-            [28, 28],
+            [28, 28] * 2,
             [],
             patch_size,
             1,

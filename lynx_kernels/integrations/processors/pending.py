@@ -142,8 +142,8 @@ class PendingImage(Pending):
 
     def resized(self, size: tuple[int, int], resample: str) -> "PendingImage":
         """Resized by Pillow's filter. Only of bytes."""
-        if size == self.shape[1:]:
-            return self
+        if size == self.shape[1:]:  # images with one filter can be made by one call, even if it has nothing to do
+            return self if self._is_resized else self._with(resample=resample)
         top, left, height, width = self.window
         if self._is_resized or not self._is_inside:
             is_whole = self.window == (0, 0, *self.size)
@@ -164,32 +164,14 @@ class PendingImage(Pending):
         """Whether one call of ``pack_frames`` computes it."""
         return self._is_inside and (self.levels is None or self.levels.mean is not None)
 
-    def pack_into(self, out: np.ndarray, **options: Any) -> None:
-        """Fill an array with what ``pack_frames`` makes of this image. For packable images."""
-        frame, size, window = self.frame, self.size, self.window
+    def job(self) -> tuple[np.ndarray, tuple[int, int], tuple[int, int, int, int]]:
+        """The frame, the size that it is resized to, and what is kept of that."""
+        frame, (top, left, height, width) = self.frame, self.window
         if self._is_resized and self.whole._computed is not None:
             frame = np.moveaxis(self.whole._computed, 0, -1)
-        if size == frame.shape[:2]:
-            top, left, height, width = window
-            frame, size, window = frame[top : top + height, left : left + width], window[2:], (0, 0, height, width)
-        normal: dict[str, Any] = {"mean": None, "std": None, "dtype": torch.uint8}
-        if self.levels is not None:
-            normal = {"mean": self.levels.mean, "std": self.levels.std}
-        pack_frames(
-            [lent(frame)], size=size, resize="exact", resample=self.resample,
-            windows=None if window == (0, 0, *size) else [window], out=torch.from_numpy(out), **normal, **options,
-        )  # fmt: skip
-
-    def write(self, array: np.ndarray) -> None:
-        """Fill an array (3, height, width) whose rows are contiguous."""
-        if not self._is_inside:
-            self._write_padded(array)
-        elif self.is_packable:
-            self.pack_into(array[None], output="pixels", patch_size=None)
-        else:
-            levels = self._with(levels=None).compute()
-            for channel in range(3):
-                array[channel] = self.levels.table[channel][levels[channel]]  # type: ignore[union-attr]
+        if self.size != frame.shape[:2]:
+            return lent(frame), self.size, self.window
+        return lent(frame[top : top + height, left : left + width]), (height, width), (0, 0, height, width)
 
     def compute(self) -> np.ndarray:
         if self._computed is None:
@@ -199,12 +181,21 @@ class PendingImage(Pending):
                 # A part of what belongs to others, such as Pillow's memory, is not given away.
                 self._computed = np.moveaxis(part if part.flags.writeable else part.copy(), -1, 0)
             else:
-                array = np.empty(self.shape, self.dtype)
-                self.write(array)
-                self._computed = array
+                array = np.empty((1, *self.shape), self.dtype)
+                write([self], array)
+                self._computed = array[0]
         return self._computed
 
-    def _write_padded(self, array: np.ndarray) -> None:
+    def look_up(self, array: np.ndarray) -> None:
+        """Fill an array (3, height, width) with levels that ``pack_frames`` does not compute."""
+        assert self.levels is not None
+        for table, plane, to in zip(self.levels.table, self._with(levels=None).compute(), array, strict=True):
+            to[...] = table[plane]
+
+    def fill_outside(self, array: np.ndarray) -> "tuple[PendingImage, np.ndarray] | None":
+        """Fill what lies outside in an array (3, height, width). Returns what lies inside, if any, and its place."""
+        if self._is_inside:
+            return self, array
         top, left, height, width = self.window
         above, below = (min(max(each, 0), height) for each in (-top, self.size[0] - top))
         before, behind = (min(max(each, 0), width) for each in (-left, self.size[1] - left))
@@ -214,11 +205,10 @@ class PendingImage(Pending):
             outside = 0 if self.levels is None else self.levels.table[:, :1, None]
         if below <= above or behind <= before:
             array[...] = outside
-            return
+            return None
         array[:, :above], array[:, below:] = outside, outside
         array[:, above:below, :before], array[:, above:below, behind:] = outside, outside
-        inside = self.with_window(above, before, below - above, behind - before)
-        inside.write(array[:, above:below, before:behind])
+        return self.with_window(above, before, below - above, behind - before), array[:, above:below, before:behind]
 
     def __getitem__(self, key: Any) -> Any:
         """Slices of rows and columns stay pending."""
@@ -264,14 +254,15 @@ class PendingStack(Pending):
 
     def compute(self) -> np.ndarray:
         array = np.empty(self.shape, self.dtype)
-        self.write(array)
+        write(self.images(), array.reshape(-1, *self.shape[-3:]))
         return array
 
-    def write(self, array: np.ndarray) -> None:
-        """Fill an array of this shape whose last rows are contiguous."""
-        for part, to in zip(self.parts, array, strict=False):
-            part.write(to)
-        array[len(self.parts) :] = 0
+    def images(self) -> "list[PendingImage | None]":
+        """All images in order; None are zeros."""
+        found: list[PendingImage | None] = []
+        for part in self.parts:
+            found += [part] if type(part) is PendingImage else part.images()
+        return found + [None] * (self.zeros * (len(found) // len(self.parts)))
 
     def __array_function__(self, function: Callable, types: Any, args: Any, kwargs: Any) -> Any:
         """Zeros behind the last image stay pending."""
@@ -288,6 +279,47 @@ def stack_of(value: Any, *args: Any, **kwargs: Any) -> PendingStack | None:
     parts: list[Any] = [each if type(each) in (PendingImage, PendingStack) else stack_of(each) for each in value]
     is_alike = all(each is not None and (each.shape, each.dtype) == (parts[0].shape, parts[0].dtype) for each in parts)
     return PendingStack(parts) if is_alike else None
+
+
+def write(images: "Sequence[PendingImage | None]", array: np.ndarray) -> None:
+    """Fill a contiguous array (images, 3, height, width); None are zeros.
+
+    Calls of ``pack_frames`` are few, since threads meet at the end of each: one for all images of a kind.
+    """
+    kinds: dict[Any, list[tuple[PendingImage, np.ndarray, int]]] = {}
+    for index, image in enumerate(images):
+        if image is None:
+            array[index] = 0
+        elif (inside := image.fill_outside(array[index])) is not None:
+            part, place = inside
+            kinds.setdefault((part.shape, part.resample, part.levels and part.levels[1:]), []).append((*inside, index))
+    for (shape, *_), parts in kinds.items():
+        some, places, indices = zip(*parts, strict=True)
+        if some[0].levels is not None and some[0].levels.mean is None:
+            for part, place in zip(some, places, strict=True):
+                part.look_up(place)
+        elif shape == array.shape[1:] and len(parts) == indices[-1] - indices[0] + 1:  # neighbours in the array
+            pack_into(array[indices[0] : indices[-1] + 1], some, output="pixels", patch_size=None)
+        elif len(parts) == 1:
+            pack_into(places[0][None], some, output="pixels", patch_size=None)
+        else:
+            together = np.empty((len(parts), *shape), array.dtype)
+            pack_into(together, some, output="pixels", patch_size=None)
+            for place, part in zip(places, together, strict=True):
+                place[...] = part
+
+
+def pack_into(array: np.ndarray, images: "Sequence[PendingImage]", **options: Any) -> None:
+    """Fill an array with what one call of ``pack_frames`` makes of packable images of one kind."""
+    frames, sizes, windows = zip(*(each.job() for each in images), strict=True)
+    levels = images[0].levels
+    normal: dict[str, Any] = {"mean": None, "std": None, "dtype": torch.uint8}
+    if levels is not None:
+        normal = {"mean": levels.mean, "std": levels.std}
+    pack_frames(
+        frames, size=sizes, resize="exact", resample=images[0].resample, windows=windows, out=torch.from_numpy(array),
+        **normal, **options,
+    )  # fmt: skip
 
 
 class PendingPatches(Pending):
@@ -307,7 +339,7 @@ class PendingPatches(Pending):
 
     def compute(self) -> np.ndarray:
         array = np.empty(self.shape, self.dtype)
-        self.image.pack_into(array, **self.options)
+        pack_into(array, [self.image], **self.options)
         return array
 
     def __array_function__(self, function: Callable, types: Any, args: Any, kwargs: Any) -> Any:
@@ -315,7 +347,7 @@ class PendingPatches(Pending):
             array = np.empty((sum(map(len, all_patches)), self.shape[1]), self.dtype)
             start = 0
             for each in all_patches:
-                each.image.pack_into(array[start : start + len(each)], **each.options)
+                pack_into(array[start : start + len(each)], [each.image], **each.options)
                 start += len(each)
             return array
         return super().__array_function__(function, types, args, kwargs)

@@ -39,11 +39,12 @@ def _call(
     dtype: torch.dtype, resize: str, crop_boxes: Any, flip: Sequence[bool] | None, crop_rounding: str, output: str,
     resample: str, windows: Any, merge_size: int, temporal_patch_size: int, out: Tensor | None,
 ) -> PackFramesCall:  # fmt: skip
-    resized = _sides(size)
     mean, std = _levels(mean, std, dtype)
     tensors = _as_tensors(frames)
-    kept = _flat_windows(windows, len(tensors), resized, resize)
-    height, width = kept[2:4] or resized
+    has_sizes = windows is not None and isinstance(size, Sequence) and any(isinstance(each, Sequence) for each in size)
+    sizes = [_sides(each) for each in size] if has_sizes else [_sides(size)] * max(len(tensors), 1)
+    kept = _flat_windows(windows, len(tensors), sizes, resize)
+    height, width = kept[2:4] or sizes[0]
     _check_options(height, width, patch_size, mean, std, dtype, resize, crop_rounding, output, resample)
     _check_patches(height, width, patch_size, merge_size, temporal_patch_size, output)
     device = next((each.device for each in (frames, *tensors, out) if isinstance(each, Tensor)), torch.device("cpu"))
@@ -63,8 +64,8 @@ def _call(
     else:
         _check_out(out, shape, dtype, device)
     return PackFramesCall(
-        tensors, out, boxes, flips, list(resized), kept, patch_size, merge_size, temporal_patch_size, list(mean),
-        list(std), resize, resample, crop_rounding,
+        tensors, out, boxes, flips, [side for each in sizes for side in each], kept, patch_size, merge_size,
+        temporal_patch_size, list(mean), list(std), resize, resample, crop_rounding,
     )  # fmt: skip
 
 
@@ -115,8 +116,8 @@ def pack_frames(
         output: ``"patches"`` or ``"pixels"``.
         resample: Pillow's filter: ``"bicubic"``, ``"bilinear"`` or ``"lanczos"`` (not in the CUDA kernels).
         windows: for every frame (top, left, height, width) of what is kept after resizing, all of one height and width,
-            which become H and W; ``size`` is then what frames are resized to. Only with ``resize="exact"``. Tiles of an
-            image are windows of the same frame, passed once for each.
+            which become H and W; ``size`` is then what frames are resized to, one for all or (height, width) for each.
+            Only with ``resize="exact"``. Tiles of an image are windows of the same frame, passed once for each.
         merge_size: patches follow each other in blocks of so many rows and columns (Qwen-VL). The CUDA kernels have no
             blocks and no copies.
         temporal_patch_size: T: a patch has each of its channels so many times, as if T frames of a video were equal.
@@ -180,15 +181,17 @@ def _levels(
     return mean, std
 
 
-def _flat_windows(windows: Any, num_frames: int, resized: tuple[int, int], resize: str) -> list[int]:
+def _flat_windows(windows: Any, num_frames: int, sizes: list[tuple[int, int]], resize: str) -> list[int]:
     if windows is None:
         return []
     if resize != "exact":
         raise ValueError(f"pack_frames: windows with resize={resize!r}, which cuts out the centre itself; use 'exact'")
     if len(windows) != num_frames:
         raise ValueError(f"pack_frames: windows has {len(windows)} entries for {num_frames} frames")
+    if len(sizes) != max(num_frames, 1):
+        raise ValueError(f"pack_frames: size has {len(sizes)} entries for {num_frames} frames")
     kept: list[int] = []
-    for index, window in enumerate(windows):
+    for index, (window, resized) in enumerate(zip(windows, sizes, strict=False)):
         if len(window) != 4:
             raise ValueError(f"pack_frames: windows[{index}] is {window!r}, expected (top, left, height, width)")
         if not all(isinstance(value, int | np.integer) for value in window):

@@ -16,7 +16,7 @@ class PackFramesCall(NamedTuple):
     out: Tensor  # (N * patches, 3 * T * p * p), or (N, 3, H, W) if patch_size is None
     crop_boxes: list[int]  # (4 * N,): top, left, height, width
     flips: list[bool]  # (N,)
-    size: list[int]  # (2,): height and width after resizing
+    size: list[int]  # (2 * N,): heights and widths after resizing; of no frames, those that any would have
     windows: list[int]  # (4 * N,): top, left, height, width of what is kept of that, all of one size; [] keeps all
     patch_size: int | None
     merge_size: int
@@ -30,7 +30,7 @@ class PackFramesCall(NamedTuple):
     @property
     def grid(self) -> tuple[int, int, int, int]:
         """H, W, and the height and width of a patch. Pixels are one patch: their order is (channel, row, column)."""
-        height, width = self.windows[2:4] or self.size
+        height, width = self.windows[2:4] or self.size[:2]
         return height, width, self.patch_size or height, self.patch_size or width
 
     @property

@@ -5,12 +5,17 @@ table that is computed like the reference. Frames may have any strides. Interlea
 planes are fast.
 """
 
+import operator
+
 import torch
 
 from lynx_kernels.backends import cpu as cpu_backend
 from lynx_kernels.ops.pack_frames.call import PackFramesCall
 from lynx_kernels.ops.pack_frames.fit import fits_of
 from lynx_kernels.ops.pack_frames.levels import levels_of
+
+# That many take about a millisecond. Where cores are busy, waiting for another thread costs more than it would save.
+_BYTES_OF_A_THREAD = 2**19
 
 
 def forward(call: PackFramesCall) -> None:
@@ -31,7 +36,7 @@ def forward(call: PackFramesCall) -> None:
         std,
         out.data_ptr(),
         _strides(call),
-        torch.get_num_threads(),
+        min(torch.get_num_threads(), max(1, _bytes(call) // _BYTES_OF_A_THREAD)),
     )
 
 
@@ -43,3 +48,9 @@ def _strides(call: PackFramesCall) -> tuple[int, int, int]:
     height, width, patch_height, patch_width = call.grid
     channel = call.temporal_patch_size * patch_height * patch_width
     return 3 * call.temporal_patch_size * height * width, channel, patch_width
+
+
+def _bytes(call: PackFramesCall) -> int:
+    """What is read, or written if that is more, one byte for each channel of a pixel."""
+    read = 3 * sum(map(operator.mul, call.crop_boxes[2::4], call.crop_boxes[3::4]))
+    return max(read, call.out.numel())

@@ -23,17 +23,16 @@ class Fit(NamedTuple):
 
 def fits_of(call: PackFramesCall) -> list[Fit]:
     """The fit of every frame's box."""
-    boxes, (height, width) = call.crop_boxes, call.size
+    heights, widths = (call.crop_boxes[start::4] for start in (2, 3))
+    new_heights, new_widths = call.size[::2], call.size[1::2]
     fits = [
-        _fit(boxes[index + 2], boxes[index + 3], height, width, call.resize, call.crop_rounding, PILLOW)
-        for index in range(0, len(boxes), 4)
+        _fit(*sides, call.resize, call.crop_rounding, PILLOW)
+        for sides in zip(heights, widths, new_heights, new_widths, strict=False)
     ]
+    if not call.windows:
+        return fits
     starts = zip(call.windows[::4], call.windows[1::4], strict=True)
-    return (
-        [fit._replace(top=top, left=left) for fit, (top, left) in zip(fits, starts, strict=True)]
-        if call.windows
-        else fits
-    )
+    return [fit._replace(top=top, left=left) for fit, (top, left) in zip(fits, starts, strict=True)]
 
 
 @lru_cache(maxsize=1024)
