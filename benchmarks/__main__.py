@@ -11,6 +11,7 @@ import torch
 from benchmarks import (
     adapter,
     attention,
+    dropin,
     end_to_end,
     forest,
     generation,
@@ -30,6 +31,7 @@ from benchmarks.tables import as_text
 OPERATIONS: dict[str, Callable[..., Iterator[Case]]] = {
     "adapter": adapter.cases,
     "attention": attention.cases,
+    "dropin": dropin.cases,
     "end_to_end": end_to_end.cases,
     "forest": forest.cases,
     "generation": generation.cases,
