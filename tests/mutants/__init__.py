@@ -119,7 +119,6 @@ MUTANTS = [
     Mutant(PENDING, "array[index] = 0", "array[index] = 1", PROCESSOR_TESTS),
     Mutant(PENDING, "and len(parts) == indices[-1] - indices[0] + 1:", "or len(parts) == indices[-1] - indices[0] + 1:", PROCESSOR_TESTS),
     Mutant(PENDING, "self._whole = whole ", "self._whole = whole or self ", PROCESSOR_TESTS),
-    Mutant(PENDING, "self._is_resized and self.whole._computed is not None", "self.whole._computed is not None", PROCESSOR_TESTS),
     Mutant(BACKEND, "if type(image) is PendingImage and image.outside is None:", "if type(image) is PendingImage:", PROCESSOR_TESTS),
     Mutant(BACKEND, ' and image.info.get("transparency") is None', "", PROCESSOR_TESTS),
     Mutant(BACKEND, "theirs[1:] == grid and np.array_equal(theirs[0], patches.reshape(len(patches), -1))", "theirs[1:] == grid", PROCESSOR_TESTS),
