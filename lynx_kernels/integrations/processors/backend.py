@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, partialmethod
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -32,13 +32,21 @@ _BYTES = np.broadcast_to(np.arange(256, dtype=np.uint8), (3, 256))[:, None]  # a
 counts: "weakref.WeakKeyDictionary[Any, Counter[str]]" = weakref.WeakKeyDictionary()
 """By processor: how often something went its own way, by reason; under "" the images that did not."""
 
-_running: ContextVar[Any] = ContextVar("running", default=None)
+
+class _Call(NamedTuple):
+    """A call of a processor, and what is to be counted if it succeeds."""
+
+    processor: Any
+    notes: Counter[str]
+
+
+_running: ContextVar[_Call | None] = ContextVar("running", default=None)
 
 
 @contextmanager
-def _as_running(processor: Any) -> Iterator[None]:
-    """Images that this processor takes in are pending, and notes are its own. None: no images are."""
-    token = _running.set(processor)
+def _as_running(call: _Call | None) -> Iterator[None]:
+    """Images that its processor takes in are pending. None: no images are."""
+    token = _running.set(call)
     try:
         yield
     finally:
@@ -47,10 +55,15 @@ def _as_running(processor: Any) -> Iterator[None]:
 
 def _note(reason: str) -> None:
     """Something goes the processor's own way."""
-    processor = _running.get()
-    counts.setdefault(processor, Counter())[reason] += 1
-    if reason:
-        logs.say(logging.INFO, type(processor).__name__, f"in its own way: {reason}")
+    if (call := _running.get()) is not None:
+        call.notes[reason] += 1
+
+
+def _count(call: _Call) -> None:
+    counts.setdefault(call.processor, Counter()).update(call.notes)
+    for reason in call.notes:
+        if reason:
+            logs.say(logging.INFO, type(call.processor).__name__, f"in its own way: {reason}")
 
 
 def _resize(image: Any, size: tuple[int, int], resample: Any, reducing_gap: Any = None, **formats: Any) -> Any:
@@ -152,7 +165,8 @@ class PendingBackend(PilBackend):
 
     def process_image(self, *args: Any, **kwargs: Any) -> Any:
         image = super().process_image(*args, **kwargs)  # (channels, height, width)
-        if _running.get() is not self:
+        call = _running.get()
+        if call is None or call.processor is not self:
             return image
         if image.dtype != np.uint8:
             _note(f"an image of {image.dtype}, not of bytes")
@@ -181,20 +195,22 @@ def accelerated(own: type) -> type:
     """A subclass of a processor's class, of the same name, with ``PendingBackend`` before ``PilBackend``."""
 
     def preprocess(self: Any, *args: Any, **kwargs: Any) -> Any:
+        call, failure = _Call(self, Counter()), ""
         try:
-            with _as_running(self):
+            with _as_running(call):
                 features = super(made, self).preprocess(*args, **kwargs)
-                if not isinstance(features, BatchFeature):
-                    return computed(features)
-                features.update({name: computed(value) for name, value in features.items()})
-                return features
+                if isinstance(features, BatchFeature):
+                    features.update({name: computed(value) for name, value in features.items()})
+                else:
+                    features = computed(features)
         except Exception as error:
-            failed = error
-        # Its code may do to images what only arrays can. If it fails with arrays, too, then that is its error.
-        with _as_running(None):
-            features = super(made, self).preprocess(*args, **kwargs)
-        with _as_running(self):
-            _note(f"a whole call, after {type(failed).__name__}: {failed}")
+            failure = f"a whole call, after {type(error).__name__}: {error}"
+        if failure:
+            # Its code may do to images what only arrays can. If it fails with arrays, too, then that is its error.
+            with _as_running(None):
+                features = super(made, self).preprocess(*args, **kwargs)
+            call = _Call(self, Counter({failure: 1}))
+        _count(call)
         return features
 
     names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
