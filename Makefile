@@ -3,12 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-families bench cuda fuzz kernel-table lint format clean
+.PHONY: demo grpo-demo test test-families bench cuda fuzz kernel-table lint format clean
 
 # Threads that wait spin for microseconds only, then sleep: where anything else runs beside them, training by threads
 # that spin on was measured five times as slow; by threads that sleep at once it is nearly half as fast on a free machine.
 demo: .venv/demo-installed
 	GOMP_SPINCOUNT=10000 $(BIN)/lynx demo
+
+# A small model learns to add handwritten digits from rewards alone, some minutes on 2 cores; draws grpo_demo.svg.
+grpo-demo: .venv/demo-installed .venv/trl-installed
+	$(BIN)/python -m examples.grpo_demo
 
 # Triton's interpreter needs processes of its own. Two pytest processes of one thread each: more threads than cores make every one of them wait.
 test: .venv/test-installed lint

@@ -187,7 +187,7 @@ def test_groups_stay_together_where_a_batch_is_cut():
 
 def test_rewards_that_are_not_finite_are_none(tmp_path, caplog):
     def bad(completion_ids, **columns):
-        return [(math.nan, -math.inf, None, 1.0, 0.0)[min(number, 4)] for number in range(len(completion_ids))]
+        return [math.nan, -math.inf, 1.0, 0.0, None, 1.0, 0.0, 0.0]
 
     trainer = make(Ours, tmp_path, reward=bad, max_steps=1)
     with caplog.at_level(logging.WARNING, "lynx_kernels"):
@@ -197,6 +197,9 @@ def test_rewards_that_are_not_finite_are_none(tmp_path, caplog):
     assert math.isfinite(logged["loss"])
     assert math.isfinite(logged["grad_norm"])
     assert "1 rewards of a batch are infinite" in caplog.text
+    advantages = list(trainer._logs["advantages"])
+    assert [each > 0 for each in advantages] == [False, False, True, False, False, True, False, False]
+    assert [each < 0 for each in advantages] == [False, False, False, True, False, False, True, True]
 
 
 def test_rollouts_of_ones_own(tmp_path, caplog, monkeypatch):
