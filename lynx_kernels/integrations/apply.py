@@ -21,7 +21,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from lynx_kernels.integrations import head_loss, logs, outsiders
 from lynx_kernels.integrations.attention_mask import AttentionMask
 from lynx_kernels.integrations.token_mixers import KINDS, TokenMixers, takes_rows
-from lynx_kernels.integrations.transformers import CROSS_NAME, KEEP_SAMPLES_APART, NAME, VARLEN_NAME, register
+from lynx_kernels.integrations.transformers import (
+    CROSS_NAME,
+    KEEP_SAMPLES_APART,
+    NAME,
+    UNSUPPORTED,
+    VARLEN_NAME,
+    register,
+)
 
 _INTERFACE, _CUTS_AT_SAMPLES = "ALL_ATTENTION_FUNCTIONS", "is_flash_attention_requested"
 # What the names of classes, and of modules and their parents, say of layers whose keys are other tokens.
@@ -70,7 +77,7 @@ class Patch:
 
         For layers that ran since, ``runs`` and ``why`` are what ran last.
         """
-        layers = dict(self.model.named_modules())
+        layers = {**dict(self.model.named_modules()), "loss": self.model}
         found = []
         for part in self._parts:
             is_layer = part.runs == "lynx" and part.name in layers
@@ -194,6 +201,8 @@ def apply(
         copied._attn_implementation_internal = CROSS_NAME
         layer.config = copied
     hooks = [model.register_forward_pre_hook(_check_packed, with_kwargs=True)]
+    if not _takes_positions(model) and (decoder := _decoder_that_takes_positions(model)) is not None:
+        hooks.append(decoder.register_forward_pre_hook(_check_positions, with_kwargs=True))
     if mixers:
         hooks += TokenMixers(model, mixers).handles
     if head_loss.why_own(model) is None:
@@ -220,7 +229,7 @@ def _check_packed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         )
     if "cross_attention_mask" in seen_images and not any(map(_runs_cross_attention, model.modules())):
         raise ValueError(f"{name}: packed rows with images need apply(cross_attention=True)")
-    if "position_ids" not in inspect.signature(model.forward).parameters:
+    if not _takes_positions(model) and _decoder_that_takes_positions(model) is None:
         raise ValueError(f"{name} takes no position_ids, so the samples of a packed row would go on from each other")
     if positions is None:
         raise ValueError(f"{name}: a packed row needs position_ids: layout.position_ids[None], or a PackedCollator's")
@@ -248,6 +257,25 @@ def _check_packed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     return args, {**kwargs, **more}
 
 
+def _check_positions(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse a packed row whose positions did not reach the decoder."""
+    mask, positions = (head_loss.argument(each, decoder, args, kwargs) for each in ("attention_mask", "position_ids"))
+    if isinstance(mask, AttentionMask) and mask.is_packed and positions is None:
+        raise ValueError(f"{mask.model} does not pass position_ids on, so packed samples would go on from each other")
+
+
+def _takes_positions(model: nn.Module) -> bool:
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def _decoder_that_takes_positions(model: PreTrainedModel) -> nn.Module | None:
+    """The decoder to which a model may pass its keyword arguments on, position_ids among them."""
+    kinds = {each.kind for each in inspect.signature(model.forward).parameters.values()}
+    decoder = model.get_decoder()
+    is_inside = inspect.Parameter.VAR_KEYWORD in kinds and isinstance(decoder, nn.Module) and decoder is not model
+    return decoder if is_inside and _takes_positions(decoder) else None
+
+
 def _runs_cross_attention(layer: nn.Module) -> bool:
     return getattr(getattr(layer, "config", None), "_attn_implementation", None) == CROSS_NAME
 
@@ -259,19 +287,23 @@ def _plan(
     parts: list[Part] = []
     crossing: list[nn.Module] = []
     configs: dict[int, tuple[PreTrainedConfig, str]] = {}
+    kept: dict[int, str] = {}  # configurations that must stay, and why
+    for layer in model.modules():
+        if _calls_interface(layer) and (feature := _asks_for(layer)) is not None:
+            kept.setdefault(id(layer.config), f"{type(layer).__name__} has {feature}")
     owners = {name: each for name, each in model.named_modules() if isinstance(each, PreTrainedModel)}
     for name, layer in model.named_modules():
-        config, used = getattr(layer, "config", None), _names_in_forward(layer)
         kind = type(layer).__name__
-        if _INTERFACE not in used or not isinstance(config, PreTrainedConfig):
+        if not _calls_interface(layer):
             if (mixer := _mixes_samples(name, layer, model)) is not None:
                 parts.append(Part(name, kind, "its own", mixer))
             continue
         owner = owners[max((each for each in owners if f"{name}.".startswith(f"{each}." if each else "")), key=len)]
-        reason = _outside(owner)
+        config: Any = layer.config
+        reason = _outside(owner) or kept.get(id(config))
         # Layers of decoders know their number in the cache, also those with full attention to a prefix.
         is_decoder = bool(getattr(layer, "is_causal", False)) or hasattr(layer, "layer_idx")
-        cuts = _CUTS_AT_SAMPLES in used | _names_in_forward(owner)
+        cuts = _CUTS_AT_SAMPLES in _names_in_forward(layer) | _names_in_forward(owner)
         if reason is None and _is_cross(name, layer):
             reason = None if cross_attention else "cross_attention=False"
             chosen, why = CROSS_NAME, "cross_attention, where a query sees one span of keys"
@@ -299,14 +331,21 @@ def _is_cross(name: str, layer: nn.Module) -> bool:
     return bool(getattr(layer, "is_cross_attention", False)) or any(map(_CROSS.search, names))
 
 
+def _calls_interface(layer: nn.Module) -> bool:
+    return isinstance(getattr(layer, "config", None), PreTrainedConfig) and _INTERFACE in _names_in_forward(layer)
+
+
 def _names_in_forward(layer: nn.Module) -> set[str]:
     """The global names that the forward of a layer reads."""
-    forward = inspect.unwrap(type(layer).forward)
-    return (
-        set(getattr(forward, "__code__", _names_in_forward.__code__).co_names)
-        if hasattr(forward, "__code__")
-        else set()
-    )
+    code = getattr(inspect.unwrap(type(layer).forward), "__code__", None)
+    return set() if code is None else set(code.co_names)
+
+
+def _asks_for(layer: nn.Module) -> str | None:
+    """A feature that our attention does not have and that the forward of a layer names as a keyword argument."""
+    code = inspect.unwrap(type(layer).forward).__code__
+    keywords = {name for each in code.co_consts if isinstance(each, tuple) for name in each}
+    return next((feature for name, feature in UNSUPPORTED.items() if name in keywords), None)
 
 
 def _outside(owner: PreTrainedModel) -> str | None:

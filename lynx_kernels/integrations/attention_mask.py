@@ -134,7 +134,7 @@ class AttentionMask:
         raise ForeignAttentionError(
             f"{self.model} computes with its attention mask itself ({operation}), but only the attention function of "
             f'attn_implementation="lynx" can read this mask; load {self.model} with '
-            f'attn_implementation="sdpa" or "eager"'
+            f'attn_implementation="sdpa" or "eager"; after apply(), undo it and apply it with attention=False'
         )
 
     @classmethod

@@ -17,7 +17,7 @@ from lynx_kernels.layout import PackedLayout
 _ROWS_OF_IMAGES = {"idefics", "idefics2", "idefics3", "mllama", "smolvlm"}  # their pixel values are (rows, images, ...)
 _SEEN_IMAGES = ("cross_attention_mask", "image_attention_mask")  # (rows, tokens, images, ...)
 _FIRST_POSITION = {"paligemma": 1}
-_OF_PADDED_ROWS = {"qformer_input_ids": "its Q-Former reads a text for each image"}
+_OF_A_FORMER = "qformer_"  # what a Q-Former reads beside each image
 
 Sample = Mapping[str, Any]
 
@@ -144,6 +144,9 @@ class PackedCollator:
             values = [each[name] for each in having]
             if "image_sizes" in having[0] and name.startswith("pixel"):
                 values = _to_one_size(values)  # as a processor does for one batch
+            if name.startswith(_OF_A_FORMER):
+                longest = max(each.shape[1] for each in values)
+                values = [functional.pad(each, (0, longest - each.shape[1])) for each in values]
             batch[name] = torch.cat(values, side)
         mask = replace(packed_mask(layout), images=images)
         return PackedSamples({**batch, "attention_mask": mask}, layout, places)
@@ -151,9 +154,6 @@ class PackedCollator:
     def _read(self, sample: Sample, number: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Values per token, (L,) or (3, L), with positions; and the rest."""
         values = {name: torch.as_tensor(value) for name, value in sample.items() if value is not None}
-        for name, why in _OF_PADDED_ROWS.items():
-            if name in values:
-                raise ValueError(f"sample {number}: {self.name} cannot take packed rows: {why} ({name})")
         if "input_ids" not in values:
             raise ValueError(f"sample {number} has no input_ids, but {', '.join(values) or 'nothing'}")
         ids = values["input_ids"]
@@ -166,9 +166,11 @@ class PackedCollator:
             for name, value in values.items()
             if value.numel() == length
             and value.shape[-1] == length
-            and not name.startswith(("pixel", "image_", "video_"))
+            and not name.startswith(("pixel", "image_", "video_", _OF_A_FORMER))
         }
         rest = {name: value for name, value in values.items() if name not in per_token}
+        if "qformer_input_ids" in rest:  # several are padded to one length
+            rest.setdefault("qformer_attention_mask", torch.ones_like(rest["qformer_input_ids"]))
         for name in rest.keys() & set(_SEEN_IMAGES):
             per_token[name] = rest.pop(name)[0][is_token].movedim(0, -1)  # (images, ..., L)
         per_token["position_ids"] = self._positions(per_token, rest)

@@ -16,10 +16,12 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import ModelOutput
 
 from lynx_kernels.children import changed_reason, weight_and_bias
+from lynx_kernels.integrations import logs
 from lynx_kernels.integrations.attention_mask import AttentionMask
 from lynx_kernels.layout import PackedLayout
 from lynx_kernels.ops.linear_cross_entropy import linear_cross_entropy
 
+_READ = "the model reads its logits, so they are made"
 IGNORE = -100  # the label of tokens that no loss scores
 
 
@@ -33,6 +35,17 @@ class PromisedLogits:
     @property
     def dtype(self) -> torch.dtype:
         return self.hidden.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.hidden.device
+
+    def __getitem__(self, index: Any) -> Any:
+        parts = index if isinstance(index, tuple) else (index, Ellipsis)
+        are_slices = all(isinstance(part, slice) or part is Ellipsis for part in parts)
+        if are_slices and self._made is None and (parts[-1] is Ellipsis or parts[-1] == slice(None)):
+            return PromisedLogits(self.hidden[index], self.head, self.steps)
+        return self.make()[index]
 
     def make(self) -> Tensor:
         """The logits, once."""
@@ -74,6 +87,12 @@ class PromisedLogits:
     def tanh(self) -> Any:
         return self._then("tanh")
 
+    def contiguous(self) -> "PromisedLogits":
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        return self if args == (self.hidden.device,) and not kwargs else self.make().to(*args, **kwargs)
+
     def float(self) -> "PromisedLogits":
         return self  # the loss is computed in fp32 whatever the logits are
 
@@ -112,7 +131,6 @@ for _name in (
     "rsub",
     "rtruediv",
     "neg",
-    "getitem",
     "len",
     "lt",
     "le",
@@ -143,6 +161,7 @@ class HeadLoss:
         ]
         self._head: nn.Linear | None = None  # while forward runs in training
         self._layout: PackedLayout | None = None  # while forward runs on a packed row
+        self._is_redeemed = False
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling() or argument("labels", model, args, kwargs) is None:
@@ -151,7 +170,7 @@ class HeadLoss:
         self._layout = mask.layout if isinstance(mask, AttentionMask) and mask.is_packed else None
         head = head_of(self.model) if self.promises else None
         if model.training and head is not None and changed_reason(head, nn.Linear, head.weight.device) is None:
-            self._head = head
+            self._head, self._is_redeemed = head, False
             head.__class__ = _PromisingHead
         if self._head is not None or self._layout is not None:
             self.model._loss_function = self._loss
@@ -159,15 +178,21 @@ class HeadLoss:
     def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if self._head is None and self._layout is None:
             return output
-        if self._head is not None:
-            self._head.__class__ = nn.Linear
-        self._head = self._layout = None
+        was_promised, self._head, self._layout = self._restore_head(), None, None
         del self.model._loss_function
         if isinstance(output, ModelOutput):
-            return type(output)(**{name: _kept(each) for name, each in output.items()})
-        if isinstance(output, tuple):
-            return tuple(_kept(each) for each in output if _kept(each) is not None)
+            output = _kept(output)
+        elif isinstance(output, tuple):
+            output = tuple(_kept(each) for each in output if _kept(each) is not None)
+        if was_promised:
+            is_made = not self._is_redeemed or getattr(output, "logits", None) is not None
+            logs.note(model, *(("its own", _READ) if is_made else ("lynx", "linear_cross_entropy, logits are None")))
         return output
+
+    def _restore_head(self) -> bool:
+        if self._head is not None:
+            self._head.__class__ = nn.Linear
+        return self._head is not None
 
     def _loss(
         self,
@@ -196,6 +221,7 @@ class HeadLoss:
                 logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs
             )
             return loss
+        self._is_redeemed = True
         weight, bias = weight_and_bias(logits.head)
         scale, cap = options
         return linear_cross_entropy(
@@ -213,6 +239,8 @@ class HeadLoss:
 
 def _kept(each: Any) -> Any:
     """What a model returns, with logits only if something has read them."""
+    if isinstance(each, ModelOutput):  # that of an inner model, among others
+        return type(each)(**{name: _kept(value) for name, value in each.items()})
     return each._made if isinstance(each, PromisedLogits) else each
 
 

@@ -53,7 +53,7 @@ NAME = "lynx"
 VARLEN_NAME = "lynx_flash"
 CROSS_NAME = "lynx_cross"  # of layers whose keys are other tokens than their queries. ``apply`` sets it.
 MAX_HEAD_DIM = 512  # of the kernels for GPUs
-_UNSUPPORTED = {  # argument of the attention function -> the feature that a layer asks for with it
+UNSUPPORTED = {  # argument of the attention function -> the feature that a layer asks for with it
     "position_bias": "position biases",
     "indices": "sparse attention",
     "block_indices": "sparse attention",
@@ -293,7 +293,7 @@ def _refuse_unsupported(module: Any, kwargs: dict[str, Any]) -> None:
 def _feature(name: str, is_tensor: bool) -> str | None:
     """The unsupported feature that a layer asks for with an argument of this name, or None."""
     sounds_unsupported = is_tensor and _SOUNDS_UNSUPPORTED.search(name) is not None
-    return _UNSUPPORTED.get(name, name if sounds_unsupported else None)
+    return UNSUPPORTED.get(name, name if sounds_unsupported else None)
 
 
 def _refuse_mixing_layers(config: Any) -> None:

@@ -158,6 +158,25 @@ def outcome_of(error):
     return Outcome("refused" if is_ours else "error", why=f"{type(error).__name__}: {error}")
 
 
+def applied(model_type, **options):
+    """Every padding after ``apply``, against the same model before."""
+    model = build(config_of(model_type, **options), None)
+    paddings = ("none",) if model.main_input_name == "pixel_values" else PADDINGS
+    found = []
+    for padding in paddings:
+        try:
+            expected = run(model, padding)
+        except Exception as error:  # it was refused before it was run
+            return Outcome("not tried", why=f"{type(error).__name__}: {error}")
+        try:
+            with apply(model), counted() as calls:
+                worst = ((run(model, padding) - expected).abs().max() / expected.abs().max()).item()
+        except Exception as error:
+            return outcome_of(error)
+        found.append(Outcome("right" if worst <= TOLERANCE else "wrong", worst, dict(calls)))
+    return max(found, key=lambda each: each.error)
+
+
 PACKED = PackedLayout.from_segments([2, 3, 4, 8, 3], [-1, 0, 0, -1, -1])
 PATHS = [[0, 1, 2, 3, 4], [0, 1, 5, 6, 7, 8], list(range(9, 17)), [17, 18, 19]]
 
@@ -243,15 +262,16 @@ def sweep(names=()):
                 flush=True,
             )
         kinds[_kind(found.values())].append(model_type)
+        cases = {"apply": applied}
         if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-            each = packed(model_type, **options)
+            cases["packed rows"] = packed
+        for case, attempt in cases.items():
+            each = attempt(model_type, **options)
             print(
-                f"{model_type:28} packed   {each.verdict:8} {each.error:.0e} {each.runs_on:20} {each.why[:250]}",
+                f"{model_type:28} {case:11} {each.verdict:8} {each.error:.0e} {each.runs_on:20} {each.why[:200]}",
                 flush=True,
             )
-            kinds[each.verdict if each.verdict in ("wrong", "error") else f"packed rows: {each.verdict}"].append(
-                model_type
-            )
+            kinds[each.verdict if each.verdict in ("wrong", "error") else f"{case}: {each.verdict}"].append(model_type)
     return kinds
 
 

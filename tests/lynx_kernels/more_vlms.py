@@ -158,6 +158,35 @@ class InstructBLIP(Family):
         return {**batch, "qformer_input_ids": ids[list(rows)], "qformer_attention_mask": mask[list(rows)]}
 
 
+class Blip2(InstructBLIP):
+    """A Q-Former without a text of its own, over OPT."""
+
+    title = "BLIP-2"
+
+    def model(self):
+        former = hf.Blip2QFormerConfig(
+            vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+            encoder_hidden_size=24, cross_attention_frequency=2, hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )  # fmt: skip
+        text = hf.OPTConfig(
+            vocab_size=VOCABULARY, hidden_size=WIDTH, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+            word_embed_proj_dim=WIDTH, max_position_embeddings=64, pad_token_id=0, dropout=0.0,
+        )  # fmt: skip
+        config = hf.Blip2Config(
+            vision_config=hf.Blip2VisionConfig(**VISION, initializer_range=0.02),
+            qformer_config=former,
+            text_config=text,
+            num_query_tokens=3,
+            image_token_index=IMAGE,
+        )
+        return hf.Blip2ForConditionalGeneration(config)
+
+    def batch(self, side="right", rows=(0, 1)):
+        batch = super().batch(side, rows)
+        return {name: value for name, value in batch.items() if not name.startswith("qformer")}
+
+
 class PaliGemma2(PaliGemma):
     """Over Gemma 2, whose layers have windows and soft caps, and which SDPA cannot run."""
 
@@ -350,5 +379,5 @@ class Qwen2Audio(Family):
 
 ALL = FAMILIES | {each.__name__: each() for each in (
     Qwen35, Gemma4, PaliGemma2, InternVL, Mistral3, GLM4V, Idefics2, Idefics3, Llava, LlavaNext, Molmo2, LFM2VL,
-    InstructBLIP, Qwen2Audio, Idefics,
+    InstructBLIP, Blip2, Qwen2Audio, Idefics,
 )}  # fmt: skip

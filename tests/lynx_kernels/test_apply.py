@@ -14,6 +14,7 @@ from lynx_kernels.integrations import head_loss
 from lynx_kernels.integrations import transformers as integration
 from lynx_kernels.integrations.apply import apply
 from tests.lynx_kernels import families, more_vlms, vlms
+from tests.lynx_kernels.vlm_checks import labelled
 
 SMALL = {name: value for name, value in vlms.TEXT.items() if name != "head_dim"}
 
@@ -72,6 +73,18 @@ def test_losses_of_every_kind_of_head(head, num_items, monkeypatch):
     assert (options["bias"] is not None) == (head == "bias")
 
 
+def test_logits_that_are_cut_on_the_way_stay_a_promise():
+    """BLIP-2 would cut off what stands before its labels, and asks for the device."""
+    model, inputs = vlms.build(more_vlms.ALL["Blip2"]).train(), labelled(more_vlms.ALL["Blip2"].batch())
+    before = vlms.run(model, inputs)
+    with apply(model) as patch:
+        vlms.assert_close(vlms.run(model, inputs), before)
+        out = model(**inputs)
+        assert patch.parts()[-1].why == "linear_cross_entropy, logits are None"
+    assert out.logits is None
+    assert out.language_model_outputs.logits is None
+
+
 class OwnLoss(hf.LlamaForCausalLM):
     """Its loss looks at the logits in ways of its own."""
 
@@ -88,8 +101,9 @@ def test_promised_logits_are_made_for_whoever_reads_them():
     model = OwnLoss(HEADS["plain"]).train()
     ids = torch.randint(3, 50, (2, 9))
     before = vlms.run(model, {"input_ids": ids, "labels": ids})
-    with apply(model):
+    with apply(model) as patch:
         ours = vlms.run(model, {"input_ids": ids, "labels": ids})
+        assert re.search(r"loss +loss +its own +the model reads its logits, so they are made", patch.report())
     vlms.assert_close(ours, before)
     torch.testing.assert_close(ours.logits, before.logits)
 
@@ -232,6 +246,17 @@ def test_what_cannot_run_is_named():
         apply(torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match="on_unsupported is 'drop'"):
         apply(encoder, on_unsupported="drop")
+
+
+@pytest.mark.parametrize("name", ["inkling_text", "deepseek_v32", "longt5"])
+def test_layers_with_what_our_attention_lacks_stay(name):
+    model = families.build(families.config_of(name, num_key_value_heads=4), "eager")
+    expected = families.run(model, "left")
+    with apply(model) as patch:
+        assert torch.equal(families.run(model, "left"), expected)
+        assert re.search(r"its own +\w+ has (position biases|sparse attention)", patch.report())
+    with pytest.raises(ValueError, match=r"has (position biases|sparse attention)"):
+        apply(model, on_unsupported="raise")
 
 
 def test_twice_is_an_error_and_copies_run_alone():

@@ -15,11 +15,11 @@ from tests.lynx_kernels import families, vlms
 LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
 MODELS = {
     "qwen3_next": LINEAR,
-    "granitemoehybrid": LINEAR,
+    "granitemoehybrid": {**LINEAR, "mamba_chunk_size": 16},
     "olmo_hybrid": {},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
-    "bamba": {"attn_layer_indices": [1]},
-    "nemotron_h": {},
+    "bamba": {"attn_layer_indices": [1], "mamba_chunk_size": 16},
+    "nemotron_h": {"chunk_size": 16},
 }
 FOREST = PackedLayout.from_segments([2, 3, 4, 17, 0, 3, 1], [-1, 0, 0, -1, -1, -1, -1])
 PATHS = [[0, 1, 2, 3, 4], [0, 1, 5, 6, 7, 8], list(range(9, 26)), [26, 27, 28], [29]]

@@ -7,7 +7,7 @@ import transformers as hf
 from lynx_kernels.integrations import transformers as integration
 from lynx_kernels.integrations.apply import apply
 from lynx_kernels.integrations.collator import PackedCollator
-from tests.lynx_kernels import families, more_vlms, vlms
+from tests.lynx_kernels import families, vlms
 from tests.lynx_kernels.vlm_checks import samples_of
 
 
@@ -56,9 +56,6 @@ def test_what_has_no_packed_form_is_named():
         collate([text, {name: each for name, each in text.items() if name != "labels"}])
     with pytest.raises(ValueError, match=r"input_ids are \(2, 3\), must be of one conversation"):
         collate([{"input_ids": torch.ones(2, 3)}])
-    family = more_vlms.ALL["InstructBLIP"]
-    with pytest.raises(ValueError, match="instructblip cannot take packed rows: its Q-Former reads a text"):
-        PackedCollator(vlms.build(family))([family.batch(rows=(0,))])
 
 
 def test_positions_that_are_not_the_models_are_refused():
